@@ -1,0 +1,33 @@
+"""redraft: re-align a speculative-decoding draft model with a fine-tuned LLM, and prove it.
+
+    from redraft import load_target, load_draft, adapt, measure
+
+`import redraft` loads no torch; the parts are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .flow import adapt
+    from .formats.load import load_draft
+    from .measure.measure import measure
+    from .target import load_target
+
+__version__ = "0.1.0"
+__all__ = ["adapt", "load_draft", "load_target", "measure"]
+
+_HOMES = {
+    "adapt": "flow",
+    "load_draft": "formats.load",
+    "load_target": "target",
+    "measure": "measure.measure",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module 'redraft' has no attribute '{name}'")

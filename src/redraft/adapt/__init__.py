@@ -1,0 +1,1 @@
+"""Training of the private part: losses, the loop, checkpoints."""

@@ -1,0 +1,60 @@
+"""Peak memory of training: predicted from shapes before the first step, read from the system after."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+from torch import nn
+
+from ..drafts.base import Draft
+from ..target import Target
+
+MB = 1e6
+
+
+def predict_peak(
+    target: Target,
+    draft: Draft,
+    trainable: list[tuple[str, nn.Parameter]],
+    batch_tokens: int,
+    longest: int,
+    rollout: int,
+) -> float:
+    """Predicted peak in MB: what is resident now plus gradients, optimizer and activations.
+
+    Activations: the target's logits and taps once (in its dtype, widened to float32 for the
+    loss), and for each rollout step the draft's logits (three float32 copies: logits, log-softmax,
+    gradient), about 24 H + 4 I floats of its layer per token and the attention weights over the
+    longest row (scores, weights and gradient).
+    """
+    element = target.dtype.itemsize
+    shapes = {name: p.shape for name, p in draft.named_parameters()}
+    hidden = next(s[0] for n, s in shapes.items() if n.endswith("fc.weight"))
+    vocab = next(s[0] for n, s in shapes.items() if n.endswith("lm_head.weight"))
+    inner = sum(s[0] for n, s in shapes.items() if n.endswith("gate_proj.weight"))
+    heads = next(s[0] for n, s in shapes.items() if n.endswith("q_proj.weight")) // 32
+    optimizer = sum(p.numel() for _, p in trainable) * 4 * 3
+    per_token = target.vocab_size * (element + 4) + draft.feature_size * element
+    per_step = 3 * 4 * vocab + 4 * (24 * hidden + 4 * inner) + 3 * 4 * heads * longest
+    return current_memory(target.device) + (optimizer + batch_tokens * (per_token + rollout * per_step)) / MB
+
+
+def current_memory(device: torch.device) -> float:
+    """Memory in use now, MB: of the device, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MB
+    try:
+        with open("/proc/self/statm") as stream:
+            return int(stream.read().split()[1]) * resource.getpagesize() / MB
+    except OSError:
+        return peak_memory(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Highest memory use so far, MB: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB

@@ -1,0 +1,245 @@
+"""`redraft demo`: break a draft by a fine-tune and repair it, all of it built in front of you.
+
+    family (base, its draft, a fine-tune) -> adapt, as any user runs it -> a dedicated draft as the
+    reference -> speed and losslessness, by the clock and token for token
+
+Each part is cached in the demo's folder, so a second run only shows the result again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import flow
+from ..adapt.train import train
+from ..config import TrainConfig, read_yaml, recipe_path, resolve
+from ..console import say
+from ..data.regenerate import read_answers
+from ..formats.load import load_draft, read_draft, stored
+from ..measure.acceptance import bootstrap_recovery
+from ..measure.lossless import compare
+from ..measure.measure import Measured, measure_answers
+from ..measure.speed import race, runners
+from ..records import Prompt, to_json, versions
+from ..run_folder import RunFolder
+from ..target import Target
+from .family import build_family, load_member
+
+MEMBER = "sft"
+K = 4
+SPEED_PROMPTS = 12
+SPEED_TOKENS = 96
+REPEATS = 3
+DEDICATED = TrainConfig(
+    method="scratch", lr=6e-3, epochs=3.0, batch_tokens=1024, rollout=K, evaluations=4
+)
+
+
+def run_demo(out: Path, size: str = "nano") -> dict[str, Any]:
+    """Build, adapt, compare; returns the result as plain JSON types (see `print_demo`)."""
+    family = build_family(out / "family", size=size, members=[MEMBER])
+    target = load_member(out / "family", MEMBER)
+    prompts = out / "family" / "prompts"
+    say(f"the base's draft on the fine-tuned target: adapting it, run folder {out / 'run'}")
+    result = flow.adapt(
+        target,
+        family["draft"],
+        str(prompts / f"{family['tuned_domain']}-adapt.jsonl"),
+        out=out / "run",
+        config=resolve([("recipe demo", read_yaml(recipe_path("demo")))]),
+        off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
+    )
+    run = RunFolder(out / "reference")
+    key = run.stage(
+        "dedicated",
+        {"report": to_json(result.report.train), **dataclasses.asdict(DEDICATED)},
+        ["dedicated"],
+        lambda: _dedicated(target, result, out / "reference" / "dedicated"),
+    )
+    run.stage(
+        "compare",
+        {"dedicated": key, "after": to_json(result.after)},
+        ["demo.json"],
+        lambda: run.write_json("demo.json", _compare(target, result, family, out)),
+    )
+    demo: dict[str, Any] = json.loads((out / "reference" / "demo.json").read_text())
+    return demo
+
+
+def _dedicated(target: Target, result: flow.AdaptResult, folder: Path) -> None:
+    """The reference: the same shape trained from nothing on every answer of the pool."""
+    answers = [a for a in read_answers(result.run / "answers" / "adapt.jsonl") if a.length >= 2]
+    heldout = read_answers(result.run / "answers" / "heldout.jsonl")
+    draft = read_draft(result.report.shared).build(target, torch.float32)
+    trained = train(target, draft, answers, heldout, DEDICATED, k=K)
+    made = stored(draft, target)
+    made.provenance["train"] = to_json(trained.record)
+    made.save(folder)
+
+
+def _compare(
+    target: Target, result: flow.AdaptResult, family: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    report = result.report
+    folders = {
+        "reused": report.shared,
+        "adapted": report.draft,
+        "dedicated": str(out / "reference" / "dedicated"),
+    }
+    answers = read_answers(result.run / "answers" / "eval.jsonl")
+    drafts = {name: load_draft(folder, target) for name, folder in folders.items()}
+    measured = {
+        name: measure_answers(target, draft, answers, k=K) for name, draft in drafts.items()
+    }
+    prompts = [Prompt(a.id, a.prompt) for a in answers[:SPEED_PROMPTS]]
+    contestants = runners(
+        target, {name: drafts[name] for name in ("reused", "adapted")}, K, SPEED_TOKENS
+    )
+    speed, outputs = race(contestants, prompts, REPEATS)
+    lossless = {
+        name: compare(target, prompts, outputs["plain"], outputs[name])
+        for name in ("generate", "reused", "adapted")
+    }
+    seconds = report.cost["seconds"]
+    reference = read_draft(folders["dedicated"]).provenance["train"]
+    trained = {
+        "reused": (0, 0, 0.0),
+        "adapted": (
+            report.train.trained_parameters,
+            report.cost["unique_generated_tokens"],
+            seconds["regenerate"] + seconds["select"] + seconds["train"],
+        ),
+        "dedicated": (
+            reference["trained_parameters"],
+            reference["unique_answer_tokens"],
+            seconds["regenerate"] + reference["seconds"],
+        ),
+    }
+    return {
+        "target": target.name,
+        "base": family["base"],
+        "prompts": str(result.run / "answers" / "eval.jsonl"),
+        **{name: _row(folders[name], measured[name], *trained[name]) for name in folders},
+        "off_domain": {
+            "reused": _tau(report.off_domain["chat-before"]),
+            "adapted": _tau(report.off_domain["chat-after"]),
+        },
+        "recovery": _recovery(measured),
+        "identical": all(found.holds for found in lossless.values()),
+        "lossless": {name: to_json(found) for name, found in lossless.items()},
+        "speed": {name: found.tokens_per_second for name, found in speed.items()},
+        "speed_detail": {name: to_json(found) for name, found in speed.items()},
+        "loop_rate": measured["adapted"].acceptance.loop_rate,
+        "gates": [
+            *family["gates"],
+            {
+                "gate": "tau of the dedicated draft",
+                "value": measured["dedicated"].acceptance.tau,
+                "wanted": "2.5 to 3.5",
+                "passed": 2.5 <= measured["dedicated"].acceptance.tau <= 3.5,
+            },
+        ],
+        "report": str(result.run / "report.html"),
+        "versions": versions(),
+    }
+
+
+def _row(
+    folder: str, measured: Measured, parameters: int, tokens: int, seconds: float
+) -> dict[str, Any]:
+    a = measured.acceptance
+    return {
+        "draft": folder,
+        "tau": a.tau,
+        "ci": list(a.ci),
+        "prompts": a.prompts,
+        "trained_parameters": parameters,
+        "tokens": tokens,
+        "seconds": seconds,
+    }
+
+
+def _tau(measured: Any) -> dict[str, Any]:
+    return {"tau": measured.tau, "ci": list(measured.ci), "prompts": measured.prompts}
+
+
+def _recovery(measured: dict[str, Measured]) -> dict[str, Any]:
+    """The share of the gap that was closed; only the difference where the gap is too small."""
+    r, a, d = (measured[n].acceptance.tau for n in ("reused", "adapted", "dedicated"))
+    interval = bootstrap_recovery(
+        measured["adapted"].traces, measured["reused"].traces, measured["dedicated"].traces
+    )
+    if interval is None:
+        return {"value": None, "ci": None, "difference_in_tau": a - r}
+    return {"value": (a - r) / (d - r), "ci": list(interval), "difference_in_tau": a - r}
+
+
+def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
+    """The table that ends the demo."""
+    out = out or Console(highlight=False)
+    table = Table(title="the fine-tuned target and three drafts")
+    for heading, right in (
+        ("draft", False),
+        ("tau [95 %]", False),
+        ("trained parameters", True),
+        ("target tokens", True),
+        ("seconds", True),
+    ):
+        table.add_column(heading, justify="right" if right else "left")
+    for name in ("reused", "adapted", "dedicated"):
+        row = demo[name]
+        table.add_row(
+            name,
+            _interval(row),
+            f"{row['trained_parameters']:,}",
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.0f}",
+        )
+    out.print(table)
+    recovery = demo["recovery"]
+    if recovery["value"] is None:
+        out.print(f"difference in tau {recovery['difference_in_tau']:+.2f} (gap too small for recovery)")
+    else:
+        low, high = recovery["ci"]
+        out.print(f"recovery {recovery['value']:.2f} [{low:.2f}, {high:.2f}] of the way to dedicated")
+    off = demo["off_domain"]
+    out.print(f"off domain (chat): {_interval(off['reused'])} -> {_interval(off['adapted'])}")
+    detail = demo["speed_detail"]
+    plain = demo["speed"]["plain"]
+    for name, shown in (
+        ("plain", "plain decoding, our loop"),
+        ("generate", "Transformers generate"),
+        ("reused", "with the reused draft"),
+        ("adapted", "with the adapted draft"),
+    ):
+        d = detail[name]
+        out.print(
+            f"{shown:26} {d['tokens_per_second']:6.0f} tokens/s [{d['low']:.0f}, {d['high']:.0f}]  "
+            f"{d['tokens_per_second'] / plain:.2f}x"
+        )
+    compared = demo["lossless"]["adapted"]
+    verdict = "yes" if demo["identical"] else "NO"
+    excused = sum(found["excused"] for found in demo["lossless"].values())
+    out.print(
+        f"outputs identical: {verdict} ({compared['prompts']} prompts, {excused} excused near-ties); "
+        f"loop rate {demo['loop_rate']:.1%}"
+    )
+    out.print(
+        f"{demo['reused']['prompts']} prompts measured at K={K}, greedy; small models trained from "
+        "scratch: run `redraft adapt` on yours"
+    )
+    for gate in demo["gates"]:
+        if not gate["passed"]:
+            out.print(f"gate missed: {gate['gate']} is {gate['value']:.2f}, wanted {gate['wanted']}")
+    out.print(f"draft for vLLM  {demo['adapted']['draft']}\nreport          {demo['report']}")
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['tau']:.2f} [{row['ci'][0]:.2f}, {row['ci'][1]:.2f}]"

@@ -1,0 +1,444 @@
+"""`redraft bench family`: a small family built from nothing, to try methods on.
+
+    base         a Llama-shaped target trained on dialogues, records and functions
+    fine-tunes   of the base on word problems, weak to strong (see MEMBERS)
+    draft        the base's EAGLE-3 draft, trained on the base's own answers
+    prompts/     disjoint splits per domain, as JSONL
+    family.json  the manifest: paths, recipes, losses, quality gates
+
+Every part is a stage of a run folder, so building again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..adapt.train import train
+from ..config import TrainConfig
+from ..console import say
+from ..decode.sampling import Sampling
+from ..errors import UserError, nearest
+from ..formats.folders import write_text
+from ..formats.load import load_draft, stored
+from ..measure.measure import Measured, answer_all, measure_answers
+from ..records import Answer, Prompt, to_json
+from ..run_folder import RunFolder
+from ..target import Target, load_target
+from ..training import new_draft
+from .datasets import chats, data_folder, texts
+from .language_model import (
+    IGNORE,
+    Example,
+    Shape,
+    fit,
+    new_model,
+    packed,
+    train_tokenizer,
+    validation_loss,
+)
+from .world import Sample, passages, samples
+
+GENERAL = ("dialogue", "records", "code")
+TUNED = "math"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How a family of one size is made. Steps, not seconds, so that it repeats."""
+
+    shape: Shape
+    window: int
+    chats: int
+    base_steps: int
+    base_lr: float
+    tune_steps: int
+    tune_lr: float
+    answers: int
+    answer_tokens: int
+    draft_width: int
+    real: bool = False
+
+
+BASE_BATCH, TUNE_BATCH = 4, 8
+DRAFT = TrainConfig(
+    method="scratch", lr=6e-3, epochs=2.0, batch_tokens=1024, rollout=4, evaluations=4
+)
+SIZES = {
+    # `tiny` is for the test suite: it shows mechanics, its figures mean nothing.
+    "tiny": Size(
+        shape=Shape(layers=7, hidden=64, width=128, vocab=512, context=384),
+        window=128,
+        chats=400,
+        base_steps=120,
+        base_lr=4e-3,
+        tune_steps=60,
+        tune_lr=3e-3,
+        answers=96,
+        answer_tokens=48,
+        draft_width=64,
+    ),
+    "nano": Size(
+        shape=Shape(layers=8, hidden=128, width=256, vocab=2048, context=512),
+        window=192,
+        chats=5000,
+        base_steps=800,
+        base_lr=3e-3,
+        tune_steps=400,
+        tune_lr=2e-3,
+        answers=1000,
+        answer_tokens=160,
+        draft_width=256,
+    ),
+    "micro": Size(
+        shape=Shape(layers=10, hidden=256, width=640, vocab=4096, context=1024),
+        window=256,
+        chats=20000,
+        base_steps=5000,
+        base_lr=2e-3,
+        tune_steps=1500,
+        tune_lr=1e-3,
+        answers=3000,
+        answer_tokens=200,
+        draft_width=512,
+        real=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A fine-tune of the base on the tuned domain. `rate` is a share of the base's learning rate."""
+
+    says: str
+    rate: float
+    lora_rank: int | None = None
+    plain_text: bool = False
+
+
+MEMBERS = {
+    "lora4": Member("LoRA of rank 4, kept as a PEFT adapter", 1.0, lora_rank=4),
+    "sft-tenth": Member("SFT at a tenth of the learning rate", 0.1),
+    "sft": Member("full SFT", 1.0),
+    "pretrained": Member("continued pre-training on running text", 1.0, plain_text=True),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a family's text comes from: the templated world, or real data where `real`."""
+
+    size: Size
+    folder: Path | None
+    seed: int
+
+    def chats(self, domain: str, count: int, split: str) -> list[Sample]:
+        if self.folder is not None and domain != "records":
+            return chats(self.folder, domain, split=split)[:count]
+        return samples(domain, count, seed=self.seed, split=split)
+
+    def base_texts(self) -> list[str]:
+        """Running text of every domain, the tuned one included: a base has seen a little of all."""
+        made = [
+            text
+            for domain in (*GENERAL, TUNED)
+            for text in passages(domain, self.size.chats // 3, seed=self.seed, split="base")
+        ]
+        if self.folder is None:
+            return made
+        return made[: len(made) // 4] + texts(self.folder, "stories") + texts(self.folder, "novels")[:1500]
+
+
+def build_family(
+    out: Path,
+    *,
+    size: str,
+    data: str | None = None,
+    members: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Build what is missing of a family in `out` and return its manifest.
+
+    `data` is a folder of real data for sizes that read it (default $REDRAFT_DATA). Raises
+    UserError for unknown sizes or members, and for a size that needs data where there is none.
+    """
+    if size not in SIZES:
+        raise UserError(f"unknown size '{size}'; {nearest(size, SIZES)}")
+    for name in members or ():
+        if name not in MEMBERS:
+            raise UserError(f"unknown member '{name}'; {nearest(name, MEMBERS)}")
+    s = SIZES[size]
+    folder = data_folder(data) if s.real else None
+    if s.real and folder is None:
+        raise UserError(
+            f"size {size} reads real data: name its folder with --data or in REDRAFT_DATA"
+        )
+    corpus = Corpus(s, folder, seed)
+    chosen = [name for name in MEMBERS if members is None or name in members]
+    run = RunFolder(out)
+    about = {"size": asdict(s), "seed": seed, "real": bool(folder)}
+    key = run.stage("prompts", about, ["prompts"], lambda: _write_prompts(out, corpus))
+    key = run.stage("tokenizer", {"prompts": key}, ["tokenizer"], lambda: _tokenizer(out, corpus))
+    key = run.stage("base", {"tokenizer": key}, ["base"], lambda: _base(out, corpus))
+    for name in chosen:
+        row = MEMBERS[name]
+        run.stage(
+            name,
+            {"base": key, **asdict(row)},
+            [f"members/{name}"],
+            lambda name=name, row=row: _member(out, corpus, name, row),  # type: ignore[misc]
+        )
+    drafted = run.stage("draft", {"base": key}, ["draft"], lambda: _base_draft(out, corpus))
+    run.stage(
+        "gates",
+        {"draft": drafted, "members": [run.state[name]["inputs"] for name in chosen]},
+        ["family.json"],
+        lambda: run.write_json("family.json", _manifest(out, corpus, size, chosen)),
+    )
+    manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
+    """The members and gates as tables."""
+    out = out or Console(highlight=False)
+    table = Table(title=f"family {family['size']}: {family['parameters']:,} parameters per target")
+    for heading in ("member", "fine-tune", "loss on its domain", "base's draft reused: tau [95 %]"):
+        table.add_column(heading)
+    for name, row in family["members"].items():
+        reused = row["reused"]
+        low, high = reused["ci"]
+        table.add_row(
+            name, row["says"], f"{row['loss']:.2f}", f"{reused['tau']:.2f} [{low:.2f}, {high:.2f}]"
+        )
+    out.print(table)
+    for gate in family["gates"]:
+        mark = "pass" if gate["passed"] else "FAIL"
+        out.print(f"{mark}  {gate['gate']}: {gate['value']:.3g} (wanted {gate['wanted']})")
+
+
+# -- stages ------------------------------------------------------------------------------------
+
+
+def _write_prompts(out: Path, corpus: Corpus) -> None:
+    counts = {"adapt": 2 * corpus.size.answers, "heldout": 64, "eval": 128}
+    for domain in (*GENERAL, TUNED):
+        for split, count in counts.items():
+            rows = corpus.chats(domain, count, split)
+            lines = "".join(
+                json.dumps({"id": r.id, "domain": domain, "messages": list(r.messages)}) + "\n"
+                for r in rows
+            )
+            write_text(out / "prompts" / f"{domain}-{split}.jsonl", lines)
+
+
+def _tokenizer(out: Path, corpus: Corpus) -> None:
+    said = [
+        message["content"]
+        for domain in (*GENERAL, TUNED)
+        for sample in corpus.chats(domain, 1500, "base")
+        for message in sample.messages
+    ]
+    train_tokenizer(said + corpus.base_texts()[::4], corpus.size.shape.vocab, out / "tokenizer")
+
+
+def _base(out: Path, corpus: Corpus) -> None:
+    s, tokenizer = corpus.size, _load_tokenizer(out)
+    rows = [
+        _chat_ids(tokenizer, sample)
+        for domain in GENERAL
+        for sample in corpus.chats(domain, s.chats, "base")
+    ]
+    rows += [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in corpus.base_texts()]
+    random.Random(corpus.seed).shuffle(rows)
+    model = new_model(s.shape, corpus.seed).to(_device())
+    fit(
+        model,
+        packed(rows, s.window),
+        steps=s.base_steps,
+        batch=BASE_BATCH,
+        lr=s.base_lr,
+        seed=corpus.seed,
+        label="base",
+    )
+    _save(out / "base", model, tokenizer)
+
+
+def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
+    s, tokenizer = corpus.size, _load_tokenizer(out)
+    model: Any = load_target(str(out / "base")).model
+    if row.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=row.lora_rank, lora_alpha=2 * row.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    else:
+        model.requires_grad_(True)
+    if row.plain_text:
+        found = passages(TUNED, s.chats, seed=corpus.seed, split="tune")
+        rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in found]
+        examples = packed(rows, s.window)
+    else:
+        examples = [_supervised(tokenizer, c) for c in corpus.chats(TUNED, s.chats, "tune")]
+    fit(
+        model,
+        examples,
+        steps=s.tune_steps,
+        batch=TUNE_BATCH,
+        lr=s.tune_lr * row.rate,
+        seed=corpus.seed + 1,
+        label=name,
+    )
+    _save(out / "members" / name, model, tokenizer)
+
+
+def _base_draft(out: Path, corpus: Corpus) -> None:
+    s = corpus.size
+    target = load_target(str(out / "base"))
+    share = s.answers // len(GENERAL)
+    answers = _answers(out, target, GENERAL, "adapt", share, s.answer_tokens, 0)
+    heldout = _answers(out, target, GENERAL, "heldout", 12, s.answer_tokens, 4)
+    draft = new_draft(target, answers, width=s.draft_width)
+    trained = train(target, draft, answers, heldout, DRAFT, k=4)
+    made = stored(draft, target)
+    made.provenance["train"] = to_json(trained.record)
+    made.save(out / "draft")
+
+
+def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[str, Any]:
+    """Measure the gates of FIELD on every member: the draft reused on the tuned domain."""
+    s, tokenizer = corpus.size, _load_tokenizer(out)
+    base = load_target(str(out / "base"))
+    native = _reused(out, base, GENERAL, s.answer_tokens)
+    heldout = [_supervised(tokenizer, c) for c in corpus.chats(TUNED, 128, "heldout")]
+    general = [
+        _chat_ids(tokenizer, c) for d in GENERAL for c in corpus.chats(d, 64, "heldout")
+    ]
+    entries: dict[str, Any] = {}
+    for name in members:
+        target = load_member(out, name)
+        reused = _reused(out, target, (TUNED,), s.answer_tokens)
+        entries[name] = {
+            "says": MEMBERS[name].says,
+            **member_source(out, name),
+            "loss": validation_loss(target.model, heldout),
+            "reused": to_json(reused.acceptance),
+        }
+        say(f"{name}: base's draft reused, tau {reused.acceptance.tau:.2f}")
+    gates = [_gate("tau of the base's draft on its base", native.acceptance.tau, 2.0, 4.5)]
+    gates += [
+        _gate(f"loop rate of {name}", row["reused"]["loop_rate"], 0.0, 0.05)
+        for name, row in entries.items()
+    ]
+    if "sft" in entries:
+        gates.append(_gate("tau reused on sft", entries["sft"]["reused"]["tau"], 1.2, 2.2))
+    return {
+        "size": size,
+        "seed": corpus.seed,
+        "parameters": base.model.num_parameters(),
+        "base": str(out / "base"),
+        "draft": str(out / "draft"),
+        "prompts": str(out / "prompts"),
+        "tuned_domain": TUNED,
+        "general_domains": list(GENERAL),
+        "base_loss": validation_loss(base.model, packed(general, s.window)),
+        "native": to_json(native.acceptance),
+        "members": entries,
+        "gates": gates,
+    }
+
+
+# -- helpers -----------------------------------------------------------------------------------
+
+
+def member_source(out: Path, name: str) -> dict[str, str | None]:
+    """`--target` and `--target-adapter` of a member."""
+    folder = str(out / "members" / name)
+    if MEMBERS[name].lora_rank is not None:
+        return {"target": str(out / "base"), "adapter": folder}
+    return {"target": folder, "adapter": None}
+
+
+def load_member(out: Path, name: str) -> Target:
+    source = member_source(out, name)
+    return load_target(str(source["target"]), adapter=source["adapter"])
+
+
+def family_prompts(
+    out: Path, target: Target, domains: Sequence[str], split: str, count: int
+) -> list[Prompt]:
+    """`count` prompts of each domain's split, rendered for `target`."""
+    from ..data.prompts import read_prompts
+
+    return [
+        prompt
+        for domain in domains
+        for prompt in read_prompts(
+            str(out / "prompts" / f"{domain}-{split}.jsonl"), target, count
+        ).prompts
+    ]
+
+
+def _answers(
+    out: Path,
+    target: Target,
+    domains: Sequence[str],
+    split: str,
+    count: int,
+    longest: int,
+    overrun: int,
+) -> list[Answer]:
+    prompts = family_prompts(out, target, domains, split, count)
+    found = answer_all(target, prompts, longest, overrun, Sampling(), batch_size=128)
+    return [answer for answer in found if answer.length >= 2]
+
+
+def _reused(out: Path, target: Target, domains: Sequence[str], longest: int) -> Measured:
+    answers = _answers(out, target, domains, "eval", 96 // len(domains), longest, 4)
+    return measure_answers(target, load_draft(str(out / "draft"), target), answers, k=4)
+
+
+def _gate(name: str, value: float, low: float, high: float) -> dict[str, Any]:
+    return {
+        "gate": name,
+        "value": value,
+        "wanted": f"{low:g} to {high:g}",
+        "passed": low <= value <= high,
+    }
+
+
+def _load_tokenizer(out: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(out / "tokenizer")
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _chat_ids(tokenizer: Any, sample: Sample) -> list[int]:
+    ids = tokenizer.apply_chat_template(list(sample.messages), tokenize=True, return_dict=True)
+    return list(ids["input_ids"])
+
+
+def _supervised(tokenizer: Any, sample: Sample) -> Example:
+    """A chat whose last assistant turn is learned."""
+    whole = _chat_ids(tokenizer, sample)
+    asked = tokenizer.apply_chat_template(
+        list(sample.messages[:-1]), add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    return whole, [IGNORE] * len(asked) + whole[len(asked) :]

@@ -1,0 +1,241 @@
+"""One frozen dataclass per stage; YAML keys, `--set` and command-line flags derive from them.
+
+A resolved value knows where it came from (default, file, --set or flag). All mistakes are
+reported at once, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError, nearest
+
+
+def _opt(default: Any, help: str, **checks: Any) -> Any:
+    return field(default=default, metadata={"help": help, **checks})
+
+
+@dataclass(frozen=True)
+class RegenerateConfig:
+    """The target answers the prompts."""
+
+    temperature: float = _opt(0.0, "sampling temperature of the answers; 0 is greedy", low=0.0)
+    top_k: int = _opt(0, "keep the k likeliest tokens when sampling; 0 keeps all", low=0)
+    top_p: float = _opt(1.0, "nucleus mass when sampling; 1 keeps all", low=0.0, high=1.0)
+    max_new_tokens: int = _opt(256, "longest answer, in tokens", low=2)
+    batch_size: int = _opt(64, "prompts answered together", low=1)
+    answers: str = _opt(
+        "regenerate",
+        "'regenerate': the target writes the answers; 'original': take those in the prompts file",
+        choices=("regenerate", "original"),
+    )
+    seed: int = _opt(0, "seed of the sampled answers")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Which answered prompts are trained on."""
+
+    select: str = _opt("random", "scoring method", choices=("random",))
+    budget: str = _opt("1.0", "how many samples to keep: a count (500), a share (0.5) or tokens (20000t)")
+    seed: int = _opt(0, "seed of the selection")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training of the private part."""
+
+    method: str = _opt(
+        "expert+fc",
+        "private part",
+        choices=("expert", "expert+fc", "full", "scratch"),
+    )
+    width: int = _opt(64, "private FFN neurons of `expert`", low=1)
+    init: str = _opt(
+        "active",
+        "start of the expert: 'active' copies the most active shared neurons (training starts "
+        "exactly at reuse), 'random' is a random expert as in the paper",
+        choices=("active", "random"),
+    )
+    lr: float = _opt(0.0, "peak learning rate; 0 takes 0.4 / hidden size (1e-4 at 4096)", low=0.0)
+    epochs: float = _opt(4.0, "passes over the chosen answers", low=0.0)
+    batch_tokens: int = _opt(4096, "tokens in a batch, padding included", low=16)
+    rollout: int = _opt(5, "draft steps trained through (positions beyond accept little)", low=1)
+    step_decay: float = _opt(0.9, "weight of rollout step j is step_decay ** j", low=0.0, high=1.0)
+    warmup: float = _opt(0.05, "share of the steps with a rising learning rate", low=0.0, high=1.0)
+    weight_decay: float = _opt(0.0, "decoupled weight decay (never on a zero-started tensor)", low=0.0)
+    clip: float = _opt(1.0, "largest gradient norm", low=0.0)
+    evaluations: int = _opt(8, "how often held-out tau is measured during training", low=1)
+    patience: int = _opt(3, "evaluations without a rise before training stops early", low=1)
+    precision: str = _opt(
+        "auto",
+        "'auto' probes which is faster",
+        choices=("auto", "fp32", "bf16"),
+    )
+    seed: int = _opt(0, "seed of initialisation and batch order")
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How acceptance is measured before and after."""
+
+    k: int = _opt(4, "draft tokens per verification step", low=1, high=16)
+    eval_limit: int = _opt(64, "prompts kept aside for the before/after measurement", low=1)
+    heldout: int = _opt(32, "prompts kept aside for early stopping", low=1)
+    eval_new_tokens: int = _opt(128, "longest answer measured, in tokens", low=2)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The stock checkpoint that is written."""
+
+    format: str = _opt("eagle3", "layout of the exported draft", choices=("eagle3",))
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Everything `redraft adapt` can be told, stage by stage."""
+
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration together with the origin of each value, by dotted key."""
+
+    config: AdaptConfig
+    origins: dict[str, str]
+
+
+def stage_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
+    """Every setting by dotted key: `train.lr` -> ("train", the dataclass field)."""
+    found: dict[str, tuple[str, dataclasses.Field[Any]]] = {}
+    for stage in dataclasses.fields(AdaptConfig):
+        stage_class = type(stage.default_factory())  # type: ignore[misc]
+        for setting in dataclasses.fields(stage_class):
+            found[f"{stage.name}.{setting.name}"] = (stage.name, setting)
+    return found
+
+
+def resolve(layers: list[tuple[str, Mapping[str, Any]]]) -> Resolved:
+    """Lay settings over the defaults, later layers winning.
+
+    `layers` are (origin, {key: value}); a key is dotted (`train.lr`), nested mappings are fine.
+    Raises UserError listing every unknown key (with the nearest known one) and bad value at once.
+    """
+    known = stage_fields()
+    values: dict[str, Any] = {}
+    origins = {key: "default" for key in known}
+    mistakes: list[str] = []
+    for origin, layer in layers:
+        for key, value in _flatten(layer):
+            if key not in known:
+                mistakes.append(f"{origin}: unknown key '{key}'; {_near(key, known)}")
+                continue
+            try:
+                values[key] = check_value(known[key][1], value)
+                origins[key] = origin
+            except ValueError as problem:
+                mistakes.append(f"{origin}: {key} {problem}")
+    if mistakes:
+        raise UserError("configuration not usable:\n  " + "\n  ".join(mistakes))
+    stages = {
+        stage.name: stage.default_factory().__class__(  # type: ignore[misc]
+            **{k.split(".", 1)[1]: v for k, v in values.items() if k.startswith(stage.name + ".")}
+        )
+        for stage in dataclasses.fields(AdaptConfig)
+    }
+    return Resolved(AdaptConfig(**stages), origins)
+
+
+def check_value(setting: dataclasses.Field[Any], value: Any) -> Any:
+    """`value` as the field's type, within its bounds. Raises ValueError saying what was expected."""
+    kind: type = {"int": int, "float": float, "str": str}[str(setting.type)]
+    if isinstance(value, bool) or value is None:
+        raise ValueError(f"expected {kind.__name__}, got {value!r}")
+    try:
+        typed = kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {kind.__name__}, got {value!r}") from None
+    if kind is int and float(value) != typed:
+        raise ValueError(f"expected a whole number, got {value!r}")
+    choices = setting.metadata.get("choices")
+    if choices and typed not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}; got '{typed}'")
+    low, high = setting.metadata.get("low"), setting.metadata.get("high")
+    if (low is not None and typed < low) or (high is not None and typed > high) or typed != typed:
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"must be {bounds}; got {typed}")
+    return typed
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file or recipe: a mapping of stages to settings."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as problem:
+        raise UserError(f"cannot read the configuration file {path}: {problem.strerror}") from None
+    except yaml.YAMLError as problem:
+        raise UserError(f"{path} is not valid YAML: {problem}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected a mapping of stages to settings, got {type(loaded).__name__}")
+    return loaded
+
+
+def parse_set(assignments: list[str]) -> dict[str, Any]:
+    """`--set train.lr=1e-3` arguments as {key: value}."""
+    pairs: dict[str, Any] = {}
+    for text in assignments:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise UserError(f"--set takes key=value, for example --set train.lr=1e-3; got '{text}'")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def recipes_folder() -> Path:
+    """Where the named recipes live: inside an installed package, or at the root of a checkout."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe by name, or any YAML file by path."""
+    named = recipes_folder() / f"{name}.yaml"
+    if named.is_file():
+        return named
+    if Path(name).is_file():
+        return Path(name)
+    raise UserError(f"no recipe or file named '{name}'; {nearest(name, recipe_names())}")
+
+
+def _flatten(layer: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in layer.items():
+        if isinstance(value, Mapping):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+def _near(key: str, known: Mapping[str, Any]) -> str:
+    """Prefer a known key with the same last word: `adapt.lr` should suggest `train.lr`."""
+    last = key.rsplit(".", 1)[-1]
+    same = [name for name in known if name.endswith("." + last)]
+    return f"did you mean '{same[0]}'?" if same else nearest(key, known)
+

@@ -1,0 +1,1 @@
+"""Prompts in, the target's answers, and the choice among them."""

@@ -1,0 +1,90 @@
+"""Regeneration: the target answers the prompts, and each batch is on disk before the next begins.
+
+An answers file is JSONL, one `Answer` per line. Written lines are never asked for again: batches
+are planned from the prompts alone, so a resumed run redoes only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import RegenerateConfig
+from ..console import Progress, say
+from ..decode.batched import generate_answers, plan_generation
+from ..decode.sampling import Sampling
+from ..errors import UserError
+from ..records import Answer, Prompt
+from ..target import Target
+
+
+def regenerate(
+    target: Target, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, overrun: int = 0
+) -> list[Answer]:
+    """Answer every prompt into the file `out`, continuing what is there; answers in file order."""
+    if config.answers == "original":
+        return _write_originals(prompts, out, config.max_new_tokens, target)
+    done = {answer.id for answer in read_answers(out)} if out.exists() else set()
+    plan = plan_generation(prompts, config.batch_size)
+    left = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
+    if done:
+        say(f"{out.name}: {len(done)} of {len(prompts)} answers are there already")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    batches = generate_answers(
+        target,
+        prompts,
+        left,
+        sampling=sampling,
+        max_new_tokens=config.max_new_tokens,
+        overrun=overrun,
+        seed=config.seed,
+    )
+    tokens = 0
+    with out.open("a", encoding="utf-8") as stream:
+        with Progress(f"answers ({out.stem})", sum(map(len, left)), "answers") as progress:
+            for answers in batches:
+                fresh = [answer for answer in answers if answer.id not in done]
+                stream.writelines(answer.to_line() + "\n" for answer in fresh)
+                stream.flush()
+                tokens += sum(answer.length for answer in answers)
+                progress.advance(len(answers), f"{tokens:,} tokens")
+    return read_answers(out)
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The answers of a file. A last line cut short by an interruption is dropped from the file."""
+    if not path.is_file():
+        raise UserError(f"answers {path}: no such file; `redraft regenerate` writes one")
+    text = path.read_text(encoding="utf-8")
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    answers = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            answers.append(Answer.from_line(line))
+        except (json.JSONDecodeError, KeyError, TypeError) as problem:
+            raise UserError(f"{path}, line {number}: not an answer record ({problem})") from None
+    return answers
+
+
+def _write_originals(
+    prompts: Sequence[Prompt], out: Path, longest: int, target: Target
+) -> list[Answer]:
+    """The answers that came with the prompts, as they are."""
+    kept = [p for p in prompts if p.reference]
+    if not kept:
+        raise UserError(
+            "answers=original needs rows that hold an answer (an assistant turn after the prompt); "
+            f"none of the {len(prompts)} prompts has one"
+        )
+    answers = []
+    for prompt in kept:
+        tokens = (prompt.reference or ())[:longest]
+        finish = "stop" if tokens[-1] in target.stop_ids else "length"
+        answers.append(Answer(prompt.id, prompt.tokens, tokens, len(tokens), finish))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(a.to_line() + "\n" for a in answers), encoding="utf-8")
+    return answers

@@ -1,0 +1,1 @@
+"""The lossless game: draft, verify in one target pass, accept, correct."""

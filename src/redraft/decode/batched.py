@@ -1,0 +1,129 @@
+"""Batched plain decoding: many prompts, stated sampling, one token per row and target pass.
+
+The noise of a row is keyed by the seed, the prompt's id and the position, so an answer does not
+depend on which prompts were answered beside it, nor on where an interrupted run resumed. Rows that
+are finished leave the batch.
+
+Shapes: B batch (rows still running), T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..records import Answer, Prompt
+from ..rng import seeded
+from ..target import Target
+from .cache import keep_rows, new_cache
+from .sampling import Sampling, draw, probabilities
+
+
+def plan_generation(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
+    """Batches of prompt indices, sorted by length so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def generate_answers(
+    target: Target,
+    prompts: Sequence[Prompt],
+    plan: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    overrun: int,
+    seed: int,
+) -> Iterator[list[Answer]]:
+    """The target's answers, batch by batch of the plan.
+
+    Each answer ends with a stop token or after `max_new_tokens` (or the context), and is followed
+    by `overrun` further tokens of the target's own.
+    """
+    for indices in plan:
+        batch = [prompts[i] for i in indices]
+        rows = _decode(target, batch, sampling, max_new_tokens, overrun, seed)
+        yield [
+            _answer(prompt, row, target.stop_ids, max_new_tokens, overrun, sampling.temperature)
+            for prompt, row in zip(batch, rows, strict=True)
+        ]
+
+
+@torch.inference_mode()
+def _decode(
+    target: Target,
+    batch: list[Prompt],
+    sampling: Sampling,
+    max_new_tokens: int,
+    overrun: int,
+    seed: int,
+) -> list[list[int]]:
+    """Token ids of each row, up to `overrun` past its stop."""
+    device = target.device
+    longest = max(len(p.tokens) for p in batch)
+    steps = min(max_new_tokens + overrun, max(target.max_positions - longest, 1))
+    padding = [longest - len(p.tokens) for p in batch]
+    window = torch.tensor(
+        [[0] * pad + list(p.tokens) for pad, p in zip(padding, batch, strict=True)], device=device
+    )
+    pad_B = torch.tensor(padding, device=device)
+    noise_BT = torch.stack(
+        [torch.rand(steps, generator=seeded(seed, "answer", p.id)) for p in batch]
+    ).to(device)
+    stop_ids = torch.tensor(target.stop_ids, device=device)
+    cache = new_cache(target)
+    output_BT = torch.zeros(len(batch), steps, dtype=torch.long, device=device)
+    left_B = torch.full_like(pad_B, steps)  # tokens still to come; shrinks at a row's stop
+    rows_B = torch.arange(len(batch), device=device)
+    for step in range(steps):
+        logits_BV = _forward(target, window, pad_B, longest + step, cache)
+        token_B = draw(probabilities(logits_BV, sampling), noise_BT[rows_B, step])
+        output_BT[rows_B, step] = token_B
+        left_B -= 1
+        stopped = torch.isin(token_B, stop_ids)
+        left_B = torch.where(stopped, left_B.clamp(max=overrun), left_B)
+        running = left_B > 0
+        if not bool(running.any()):
+            break
+        # Leaving costs a copy of the cache, so rows leave an eighth of the batch at a time.
+        if int(running.sum()) <= len(rows_B) - max(len(rows_B) // 8, 1):
+            keep = running.nonzero().squeeze(-1)
+            keep_rows(cache, keep)
+            pad_B, left_B, rows_B, token_B = (x[keep] for x in (pad_B, left_B, rows_B, token_B))
+        window = token_B[:, None]
+    return [row[:steps] for row in output_BT.tolist()]
+
+
+def _forward(target: Target, window_BT: Tensor, pad_B: Tensor, total: int, cache: object) -> Tensor:
+    """Logits of the last position of left-padded rows; `total` counts the cached positions too."""
+    positions = torch.arange(total, device=window_BT.device)[None]
+    mask = positions >= pad_B[:, None]
+    shifted = (positions - pad_B[:, None]).clamp(min=0)[:, -window_BT.shape[1] :]
+    padded = bool((pad_B > 0).any())
+    output = target.model(
+        input_ids=window_BT,
+        attention_mask=mask.long() if padded else None,
+        position_ids=shifted,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def _answer(
+    prompt: Prompt,
+    row: list[int],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    overrun: int,
+    temperature: float,
+) -> Answer:
+    at = next((i for i, token in enumerate(row[:max_new_tokens]) if token in stop_ids), None)
+    length = min(len(row), max_new_tokens) if at is None else at + 1
+    finish = "length" if at is None else "stop"
+    kept = tuple(row[: length + overrun])
+    return Answer(prompt.id, prompt.tokens, kept, length, finish, temperature)

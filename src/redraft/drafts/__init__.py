@@ -1,0 +1,1 @@
+"""Drafts: networks only. They propose; they never decide what is accepted."""

@@ -1,0 +1,117 @@
+"""What every draft is, to the rest of redraft.
+
+A draft turns the target's features and the tokens so far into logits over its own vocabulary. It
+never decides what is accepted (that is `decode/verify.py`), and nothing outside `drafts/` and
+`formats/` names a concrete kind.
+
+One pair (features of position i, token i+1) is the unit of input; its output predicts token i+2.
+A *chain* starts at a pair i, built from the target's features, and continues on the draft's own
+states. Chain step j of start i has consumed token i+1+j and predicts token i+2+j.
+
+Shapes: B batch, T tokens, F tapped features, H draft hidden size, D draft vocabulary,
+S chain starts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..target import Target
+
+
+class Draft(nn.Module, ABC):
+    """A proposer of tokens for one target."""
+
+    kind: ClassVar[str]
+    taps: tuple[int, ...]
+    """hs[] indices of the target whose concatenation this draft reads."""
+    feature_size: int
+    """Width of the concatenated features, F."""
+    vocab_size: int
+    """Width of the target's vocabulary, V."""
+    source: str | None = None
+    """The folder it was loaded from; None for one made in memory."""
+    draft_vocab: Tensor | None
+    """Target ids of the draft's rows, ascending, int64 [D]; None when the draft speaks all of V."""
+
+    @abstractmethod
+    def rollout(
+        self, tokens_BT: Tensor, features_BTF: Tensor, first: int, steps: int
+    ) -> Iterator[Tensor]:
+        """Every chain from start `first` on, one step at a time, on the true tokens.
+
+        Yields for step j = 0..steps-1 the states [B, T-2-j-first, H] of chain starts
+        first..T-3-j, which predict tokens first+2+j..T-1. This is exactly what step-by-step
+        decoding computes as long as its drafted tokens are accepted, so it serves both training
+        and replay. Stops early when no start is left.
+        """
+
+    @abstractmethod
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits over the draft vocabulary [..., D] of states [..., H]."""
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """An empty decoding state for one sequence."""
+
+    @abstractmethod
+    def absorb(self, cache: Any, tokens_1T: Tensor, features_1TF: Tensor) -> Tensor:
+        """Consume true pairs, first dropping whatever the last chain drafted; the state [1, 1, H]
+        after the last pair starts the next chain."""
+
+    @abstractmethod
+    def advance(self, cache: Any, token_11: Tensor, state_11H: Tensor) -> Tensor:
+        """One chain step on the draft's own state; returns the next state [1, 1, H]."""
+
+    @abstractmethod
+    def bind(self, target: Target) -> None:
+        """Take over what the engines share from the target (the embedding where none is stored).
+
+        Raises UserError when hidden size, taps or vocabulary do not fit.
+        """
+
+    @abstractmethod
+    def trainable_names(self) -> list[str]:
+        """Every tensor that a dedicated draft of this kind trains, by state-dict name."""
+
+    @abstractmethod
+    def reinitialise(self, seed: int) -> None:
+        """Fresh weights for training from nothing, in place."""
+
+    @abstractmethod
+    def stored_state(self) -> dict[str, Tensor]:
+        """The tensors that belong into a checkpoint folder, by stored name."""
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft-vocabulary ids as the target's."""
+        return draft_ids if self.draft_vocab is None else self.draft_vocab[draft_ids]
+
+    def propose(self, cache: Any, state_11H: Tensor, k: int) -> list[int]:
+        """The K most likely tokens of a chain, greedily, as target ids."""
+        drafted: list[int] = []
+        for step in range(k):
+            token = self.to_target_ids(self.logits(state_11H).argmax(-1))
+            drafted.append(int(token))
+            if step + 1 < k:
+                state_11H = self.advance(cache, token, state_11H)
+        return drafted
+
+    def parameter_count(self) -> int:
+        """Parameters stored in a checkpoint (an engine-shared embedding is not one)."""
+        return sum(t.numel() for t in self.stored_state().values() if t.is_floating_point())
+
+
+def select_columns(logits_V: Tensor, draft_vocab: Tensor | None) -> Tensor:
+    """The target's logits over the draft vocabulary: [..., V] -> [..., D]."""
+    return logits_V if draft_vocab is None else logits_V.index_select(-1, draft_vocab)
+
+
+def as_taps(values: Sequence[int] | str) -> tuple[int, ...]:
+    """Taps from a flag ("1,3,5") or a list."""
+    if isinstance(values, str):
+        values = [int(word) for word in values.split(",")]
+    return tuple(int(value) for value in values)

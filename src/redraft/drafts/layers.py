@@ -1,0 +1,147 @@
+"""The building blocks drafts share: RMS norm, gated FFN with room for an expert, RoPE, chain attention.
+
+Shapes: B batch, T tokens, S chain starts, N query heads, G key/value heads, C head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 as Llama does."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class GatedFFN(nn.Module):
+    """down(act(gate(x)) * up(x)): a sum over neurons, so it can be widened by concatenation.
+
+    `private` is the expert beside the shared neurons: y = shared(x) + private(x).
+    """
+
+    def __init__(self, hidden: int, width: int, activation: str):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.activation = activation
+        self.private: GatedFFN | None = None
+
+    @property
+    def width(self) -> int:
+        return self.gate_proj.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        neurons = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
+        y: Tensor = self.down_proj(neurons)
+        return y if self.private is None else y + self.private(x)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding; frequencies come from Transformers, so scaled variants are theirs."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        rotary = LlamaRotaryEmbedding(config)
+        self.register_buffer("inv_freq", rotary.inv_freq.double(), persistent=False)
+        self.scaling = float(rotary.attention_scaling)
+        self.table: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, C] of positions 0..length-1 in the dtype and device of `like`.
+
+        Under autocast `like` may be bf16; the angles are always computed in float64 first.
+        """
+        table = self.table
+        if (
+            table is None
+            or table[0].shape[0] < length
+            or table[0].dtype != like.dtype
+            or table[0].device != like.device
+        ):
+            size = 1 << max(length - 1, 255).bit_length()
+            inv_freq: Tensor = self.inv_freq  # type: ignore[assignment]
+            angles = torch.outer(torch.arange(size, device=inv_freq.device), inv_freq.double())
+            angles = torch.cat([angles, angles], dim=-1)
+            table = (
+                (angles.cos() * self.scaling).to(like),
+                (angles.sin() * self.scaling).to(like),
+            )
+            self.table = table
+        return table[0][:length], table[1][:length]
+
+
+def rotate(x_BNTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Apply RoPE in the half-split layout of Llama checkpoints."""
+    half = x_BNTC.shape[-1] // 2
+    turned = torch.cat([-x_BNTC[..., half:], x_BNTC[..., :half]], dim=-1)
+    return x_BNTC * cos_TC + turned * sin_TC
+
+
+def causal_attention(q_BNTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
+    """Plain causal attention where queries are the last positions of the keys."""
+    groups = q_BNTC.shape[1] // k_BGTC.shape[1]
+    k, v = k_BGTC.repeat_interleave(groups, 1), v_BGTC.repeat_interleave(groups, 1)
+    queries, keys = q_BNTC.shape[2], k.shape[2]
+    if queries == keys or queries == 1:
+        return F.scaled_dot_product_attention(q_BNTC, k, v, is_causal=queries > 1)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=k.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(q_BNTC, k, v, attn_mask=mask)
+
+
+def chain_attention(
+    q_BNSC: Tensor,
+    base_k_BGTC: Tensor,
+    base_v_BGTC: Tensor,
+    own_k: list[Tensor],
+    own_v: list[Tensor],
+    first: int,
+) -> Tensor:
+    """Attention of chain starts first..first+S-1 at one rollout step.
+
+    Start i sees the true pairs 0..i (`base_k`, `base_v`) and then only its own chain's keys, one
+    per step so far including the present one (`own_k[m]` [B, G, >=S, C], aligned by start): a
+    diagonal. Equal to decoding each chain alone.
+    """
+    starts = q_BNSC.shape[2]
+    groups = q_BNSC.shape[1] // base_k_BGTC.shape[1]
+    keys = base_k_BGTC[:, :, : first + starts].repeat_interleave(groups, 1)
+    values = base_v_BGTC[:, :, : first + starts].repeat_interleave(groups, 1)
+    q = q_BNSC / math.sqrt(q_BNSC.shape[-1])
+    future = torch.ones(starts, first + starts, dtype=torch.bool, device=q.device).triu(first + 1)
+    scores = [(q @ keys.transpose(-1, -2)).masked_fill(future, float("-inf"))]
+    own_k = [k[:, :, :starts].repeat_interleave(groups, 1) for k in own_k]
+    own_v = [v[:, :, :starts].repeat_interleave(groups, 1) for v in own_v]
+    scores += [(q * k).sum(-1, keepdim=True) for k in own_k]
+    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=_softmax_dtype(q)).to(values.dtype)
+    attended = weights[..., : first + starts] @ values
+    for m, v in enumerate(own_v):
+        attended = attended + weights[..., first + starts + m, None] * v
+    return attended
+
+
+def _softmax_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""Foreign file layouts stop here: checkpoints and chat rows, in and out."""

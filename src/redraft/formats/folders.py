@@ -1,0 +1,129 @@
+"""Model folders of safetensors: read them whole with errors that name the file, write them safely."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def find_folder(source: str) -> Path:
+    """A local folder, or the local snapshot of a Hub id (downloaded if it is not cached)."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or source.startswith((".", "/")) or source.count("/") != 1:
+        raise UserError(
+            f"draft {source}: expected a folder with config.json and {WEIGHTS}, or a Hub id "
+            "(org/name); no such folder"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+        raise UserError(f"draft {source} is no local folder, and the Hub said: {problem}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        here = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise UserError(
+            f"{path.parent}: expected a file {path.name}, found {', '.join(here) or 'nothing'}"
+        )
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as problem:
+        raise UserError(f"{path} is not valid JSON: {problem}") from None
+    return loaded
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, single-file or sharded, on the CPU in its stored dtype."""
+    if (folder / INDEX).is_file():
+        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    elif (folder / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    else:
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        found = f"found only the pickle {pickles[0]}, which redraft does not open" if pickles else (
+            "found " + (", ".join(sorted(p.name for p in folder.iterdir())) or "nothing")
+        )
+        raise UserError(f"{folder}: expected {WEIGHTS} or {INDEX}; {found}")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        tensors.update(read_file(folder / name))
+    return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file. Raises UserError when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: listed in the index but missing; download it again") from None
+    except SafetensorError as problem:
+        raise UserError(f"{path} is not a whole safetensors file ({problem}); copy it again") from None
+
+
+def check_names(found: Iterable[str], required: Iterable[str], optional: Iterable[str], where: str) -> None:
+    """Raise UserError naming every missing and every unknown tensor.
+
+    Engines load a draft with a missing tensor without complaint and serve it at low acceptance.
+    """
+    found, required = set(found), set(required)
+    missing = sorted(required - found)
+    extra = sorted(found - required - set(optional))
+    problems = [f"missing {', '.join(missing)}"] if missing else []
+    problems += [f"unknown {', '.join(extra)}"] if extra else []
+    if problems:
+        raise UserError(f"{where}: tensors do not match the layout: {'; '.join(problems)}")
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str, str]) -> None:
+    """Write tensors and text files; each file appears whole or not at all, `files` last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{WEIGHTS}.tmp"
+    save_file({n: t.contiguous() for n, t in tensors.items()}, scratch, metadata={"format": "pt"})
+    os.replace(scratch, folder / WEIGHTS)
+    for name, text in files.items():
+        write_text(folder / name, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a temporary neighbour, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """A short hash of a tensor's dtype, shape and bytes."""
+    raw = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{raw.dtype} {tuple(raw.shape)} ".encode())
+    digest.update(raw.view(-1).view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def state_hash(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of a whole set of named tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensor_hash(tensors[name])}\n".encode())
+    return digest.hexdigest()[:16]

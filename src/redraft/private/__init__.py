@@ -1,0 +1,1 @@
+"""Private parts: the tensors trained for one target beside a frozen shared draft."""

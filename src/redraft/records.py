@@ -1,0 +1,182 @@
+"""Typed records: everything one part of redraft hands to another, or to the user as JSON.
+
+No torch here. A record is a frozen dataclass; `to_json` and `from_json` are the only way in and
+out, and a record read back equals the one written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A dataclass record as plain JSON types."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record)))
+    return plain
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the target's chat template renders it.
+
+    `tokens` are token ids, generation prompt included. `reference` is the answer that came with
+    the row, if one did; it is used only where original answers are asked for.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    reference: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with an answer, in token ids.
+
+    `length` counts the answer's tokens up to and including the stop token. Tokens after it are
+    the target's own continuation, kept so that the last verification step of a replay is not cut
+    short; they are never trained on.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    length: int
+    finish: str  # "stop" or "length"
+    temperature: float = 0.0
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        return self.tokens[: self.length]
+
+    def to_line(self) -> str:
+        return json.dumps(to_json(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_line(line: str) -> Answer:
+        row = json.loads(line)
+        row["prompt"], row["tokens"] = tuple(row["prompt"]), tuple(row["tokens"])
+        return Answer(**row)
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """The verification steps of one prompt: how many of the K draft tokens each step accepted."""
+
+    id: str
+    accepted: tuple[int, ...]
+    answer_length: int
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How well a draft does on a set of prompts.
+
+    tau = 1 + accepted / steps, sum over sum (vLLM's "mean acceptance length"); the prefill's own
+    token belongs to no step; prompts whose answer is that token alone are `excluded`.
+    `per_position[j]` is conditional: of the steps that reached position j, the share that
+    accepted it. `ci` is the 95 % interval of tau under resampling of prompts.
+    """
+
+    tau: float
+    ci: tuple[float, float]
+    accepted: int
+    steps: int
+    prompts: int
+    excluded: int
+    k: int
+    temperature: float
+    per_position: tuple[float, ...]
+    loop_rate: float
+    mode: str
+    seconds: float
+    tau_without_loops: float | None = None
+    draft_token: str = "deterministic"  # how the draft picks a token; matters at temperature > 0
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """What a training run did. Tokens are counted, not estimated."""
+
+    method: str
+    trained_parameters: int
+    draft_parameters: int
+    steps: int
+    planned_steps: int
+    supervised_tokens: int
+    unique_answer_tokens: int
+    final_loss: float
+    heldout_tau: tuple[tuple[int, float], ...]  # (step, tau)
+    best_step: int
+    seconds: float
+    tokens_per_second: float
+    precision: str
+    predicted_peak_mb: float
+    peak_mb: float
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens per second over whole answers: ratio of totals, with the range over repeats."""
+
+    name: str
+    tokens_per_second: float
+    low: float
+    high: float
+    repeats: int
+    prompts: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """One adaptation, as report.json holds it and the terminal and HTML report show it.
+
+    `cost` counts what was paid: unique target-generated tokens (answers discarded by the selection
+    included), training tokens, seconds per stage.
+    """
+
+    target: str
+    shared: str
+    private: str
+    draft: str
+    prompts: dict[str, Any]
+    before: Acceptance
+    after: Acceptance
+    off_domain: dict[str, Acceptance]
+    train: TrainRecord
+    cost: dict[str, Any]
+    config: dict[str, Any]
+    origins: dict[str, str]
+    versions: dict[str, str]
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> AdaptReport:
+        row = dict(row)
+        row["before"], row["after"] = acceptance(row["before"]), acceptance(row["after"])
+        row["off_domain"] = {k: acceptance(v) for k, v in row["off_domain"].items()}
+        row["train"] = TrainRecord(**row["train"])
+        return AdaptReport(**row)
+
+
+def acceptance(row: dict[str, Any]) -> Acceptance:
+    """An `Acceptance` from its JSON form."""
+    low, high = row["ci"]
+    return Acceptance(**{**row, "ci": (low, high), "per_position": tuple(row["per_position"])})
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result's numerics, for provenance."""
+    found = {"python": platform.python_version()}
+    for package in ("redraft", "torch", "transformers", "peft", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

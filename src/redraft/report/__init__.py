@@ -1,0 +1,1 @@
+"""What a person reads at the end: a table on the terminal, a page in the browser."""

@@ -1,0 +1,255 @@
+"""The target: the fine-tuned Hugging Face causal LM that a draft is aligned with.
+
+Hidden states use Hugging Face numbering throughout redraft: hs[0] is the embedding output, hs[k]
+the output of layer k-1, hs[n] the state after the final norm (n = number of layers).
+
+Shapes: B batch, T tokens, V target vocabulary, H target hidden size, F = taps * H.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One forward pass of the target: the tapped features and the next-token logits."""
+
+    features_BTF: Tensor
+    logits_BTV: Tensor
+
+
+class Target:
+    """A loaded target model with its tokenizer. Its weights are never changed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        sources: Sequence[str],
+        template: str | None = None,
+    ):
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.sources = tuple(sources)
+        self.name = "+".join(sources)
+        self.template = template
+        config = self.model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
+        self.vocab_size: int = config.vocab_size
+        self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
+    def embedding_VH(self) -> Tensor:
+        """The input embedding matrix, which engines share with a draft that carries none."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
+    def head_VH(self) -> Tensor:
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer: the generation config's, and the tokenizer's own."""
+        ids = self.model.generation_config.eos_token_id
+        listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            listed.append(self.tokenizer.eos_token_id)
+        return tuple(sorted(set(listed)))
+
+    def read(self, tokens_BT: Tensor, taps: Sequence[int], cache: Any = None) -> Reading:
+        """Run the target once over `tokens_BT`, continuing `cache` if one is given.
+
+        Rows are read without an attention mask: pad on the right only, where causality hides the
+        padding from every real position. `taps` are hs[] indices; features are concatenated in
+        the order of `taps` (F = 0 without any).
+        """
+        output = self.model(
+            input_ids=tokens_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=list(taps) or None,
+        )
+        if not taps:
+            return Reading(output.logits[..., :0], output.logits)
+        features = [output.hidden_states[tap] for tap in taps]
+        return Reading(torch.cat(features, dim=-1), output.logits)
+
+    def render(self, messages: Sequence[dict[str, str]], *, answered: bool = False) -> list[int]:
+        """Token ids of a conversation under the target's chat template.
+
+        With `answered` the last (assistant) message is included and no generation prompt follows.
+        Raises UserError when there is no chat template, or when the template refuses the roles.
+        """
+        if self.template is None and not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                f"the tokenizer of {self.name} has no chat template, so prompts cannot be rendered "
+                "as the target saw them; pass one with --chat-template FILE (a Jinja file)"
+            )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.template,
+                add_generation_prompt=not answered,
+                tokenize=True,
+                return_dict=True,
+            )
+        except Exception as problem:
+            # Templates are user code in Jinja and raise what they like; name the source.
+            raise UserError(f"the chat template of {self.name} failed: {problem}") from problem
+        return list(rendered["input_ids"])
+
+    def fingerprint(self) -> str:
+        """Changes when the weights, the adapter or the chat template change."""
+        parts = [*(fingerprint(source) for source in self.sources), self.template_hash()]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+    def template_hash(self) -> str:
+        text = self.template or str(getattr(self.tokenizer, "chat_template", None))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def tokenizer_hash(self) -> str:
+        """Identifies the mapping from token to id, whatever files it is stored in."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def default_taps(num_layers: int) -> tuple[int, int, int]:
+    """The three hidden states every engine feeds an EAGLE-3 draft: hs[2], hs[n//2], hs[n-3].
+
+    Raises UserError for fewer than 7 layers, where they collapse into each other.
+    """
+    taps = (2, num_layers // 2, num_layers - 3)
+    if not taps[0] < taps[1] < taps[2]:
+        raise UserError(
+            f"the default taps hs[2], hs[n//2], hs[n-3] collapse to {taps} in a target of "
+            f"{num_layers} layers (7 are needed); name three layers with --taps, for example "
+            f"--taps {','.join(str(t) for t in _spread(num_layers))}"
+        )
+    return taps
+
+
+def check_taps(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Ascending, distinct hs[] indices below hs[n] (engines read hs[n] before its norm, HF after).
+
+    Raises UserError naming the tap that is out of range.
+    """
+    for tap in taps:
+        if not 0 <= tap < num_layers:
+            raise UserError(
+                f"tap {tap} is out of range: a target of {num_layers} layers has hs[0] (embeddings) "
+                f"to hs[{num_layers - 1}]; hs[{num_layers}] is left out because engines tap it "
+                "before the final norm and Transformers after"
+            )
+    if list(taps) != sorted(set(taps)):
+        raise UserError(
+            f"taps {tuple(taps)} must ascend without repeats: engines sort and deduplicate them, "
+            "so any other order would be served differently from how it was trained"
+        )
+    return tuple(taps)
+
+
+def load_target(
+    source: str,
+    *,
+    adapter: str | None = None,
+    chat_template: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> Target:
+    """Load a causal LM from a folder or a Hub id, with an optional PEFT adapter on top.
+
+    `dtype` is 'auto' (as stored) or a torch dtype name. `chat_template` is a Jinja file. Nothing
+    is downloaded for a local path and remote code is never run. Raises UserError when the folder
+    or adapter is not there or not a causal LM.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = Path(source)
+    if (where.exists() or source.startswith((".", "/"))) and not (where / "config.json").is_file():
+        raise UserError(
+            f"target {source}: expected a model folder with config.json; "
+            f"{'found none in it' if where.exists() else 'no such folder'}"
+        )
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype, None)
+    if torch_dtype is None:
+        raise UserError(f"unknown dtype '{dtype}'; known: auto, float32, bfloat16, float16, float64")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"target {source} could not be loaded: {problem}") from problem
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    sources = [source] if adapter is None else [source, adapter]
+    template = None
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise UserError(f"--chat-template {chat_template}: no such file")
+        template = Path(chat_template).read_text(encoding="utf-8")
+    return Target(model.to(device), tokenizer, sources, template)
+
+
+def fingerprint(source: str) -> str:
+    """A short hash that changes when a local model changes, without reading its weights.
+
+    From each safetensors file's header, size and modification time, and the JSON files' bytes; a
+    Hub id stands for itself.
+    """
+    folder = Path(source)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(source.encode())
+        return digest.hexdigest()[:16]
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            with path.open("rb") as stream:
+                header = stream.read(8)
+                digest.update(header + stream.read(int.from_bytes(header, "little")))
+            digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+        elif path.suffix in (".json", ".jinja"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    """The model with a PEFT adapter on top, unmerged as engines serve it (a bf16 merge rounds)."""
+    from peft import PeftModel
+
+    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"--target-adapter {adapter}: expected a PEFT folder with adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise UserError(f"--target-adapter {adapter} does not fit this target: {problem}") from problem
+
+
+def _spread(num_layers: int) -> tuple[int, ...]:
+    """Three distinct layers of a shallow target, as far apart as they get."""
+    last = max(num_layers - 1, 0)
+    return tuple(sorted({min(1, last), (last + 1) // 2, last}))
