@@ -38,7 +38,7 @@ SPEED_PROMPTS = 12
 SPEED_TOKENS = 96
 REPEATS = 3
 DEDICATED = TrainConfig(
-    method="scratch", lr=6e-3, epochs=3.0, batch_tokens=1024, rollout=K, evaluations=4
+    method="scratch", lr=6e-3, epochs=3.0, batch_tokens=512, rollout=K, evaluations=4
 )
 
 

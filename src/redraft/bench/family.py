@@ -70,7 +70,7 @@ class Size:
 
 BASE_BATCH, TUNE_BATCH = 4, 8
 DRAFT = TrainConfig(
-    method="scratch", lr=6e-3, epochs=2.0, batch_tokens=1024, rollout=4, evaluations=4
+    method="scratch", lr=6e-3, epochs=2.0, batch_tokens=512, rollout=4, evaluations=4
 )
 SIZES = {
     # `tiny` is for the test suite: it shows mechanics, its figures mean nothing.
@@ -88,15 +88,15 @@ SIZES = {
     ),
     "nano": Size(
         shape=Shape(layers=8, hidden=128, width=256, vocab=2048, context=512),
-        window=192,
+        window=128,
         chats=5000,
-        base_steps=800,
+        base_steps=900,
         base_lr=3e-3,
-        tune_steps=400,
+        tune_steps=350,
         tune_lr=2e-3,
-        answers=1000,
-        answer_tokens=160,
-        draft_width=256,
+        answers=900,
+        answer_tokens=128,
+        draft_width=128,
     ),
     "micro": Size(
         shape=Shape(layers=10, hidden=256, width=640, vocab=4096, context=1024),
@@ -229,7 +229,7 @@ def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
 
 
 def _write_prompts(out: Path, corpus: Corpus) -> None:
-    counts = {"adapt": 2 * corpus.size.answers, "heldout": 64, "eval": 128}
+    counts = {"adapt": corpus.size.answers + 300, "heldout": 64, "eval": 128}
     for domain in (*GENERAL, TUNED):
         for split, count in counts.items():
             rows = corpus.chats(domain, count, split)

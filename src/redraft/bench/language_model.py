@@ -43,10 +43,14 @@ class Shape:
 
 
 def train_tokenizer(texts: Sequence[str], vocab: int, folder: Path) -> Any:
-    """A byte-level BPE tokenizer with the family's chat template, saved to `folder`."""
+    """A byte-level BPE tokenizer with the family's chat template, saved to `folder`.
+
+    Merges may cross spaces (as in superword BPE): in templated text a token per word would leave
+    most tokens certain, and a draft would look better than drafts are. Digits stay single.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,0 +1,151 @@
+"""Tiny random targets and drafts, made once per session; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from redraft import console
+from redraft.adapt.train import train
+from redraft.bench.language_model import END, PAD, SPECIALS, TEMPLATE
+from redraft.config import TrainConfig
+from redraft.decode.sampling import Sampling
+from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.formats.load import stored
+from redraft.measure.measure import answer_all
+from redraft.records import Answer, Prompt
+from redraft.target import Target, load_target
+from redraft.training import new_draft
+
+console.set_quiet(True)
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": SPECIALS.index(END),
+    "pad_token_id": SPECIALS.index(PAD),
+    "bos_token_id": None,
+}
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "llama": lambda v: LlamaConfig(vocab_size=v, **SHAPE),
+    "qwen2": lambda v: Qwen2Config(vocab_size=v, **SHAPE),
+    "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, **SHAPE),
+    "mistral": lambda v: MistralConfig(vocab_size=v, sliding_window=16, head_dim=8, **SHAPE),
+    "gemma": lambda v: GemmaConfig(vocab_size=v, head_dim=8, **SHAPE),
+    "phi": lambda v: PhiConfig(vocab_size=v, **SHAPE),
+    "phi3": lambda v: Phi3Config(vocab_size=v, **SHAPE),
+}
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token per byte, and the family's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    if template:
+        fast.chat_template = template
+    return fast
+
+
+def save_target(folder: Path, config: Any, seed: int = 0, template: str | None = TEMPLATE) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # livelier than the library's start
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def write_prompts(path: Path, count: int, start: int = 0) -> Path:
+    rows = [
+        {"id": f"p{i}", "messages": [{"role": "user", "content": f"Say {i * 7} and {i}."}]}
+        for i in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vocabulary = len(make_tokenizer())
+    return save_target(tmp_path_factory.mktemp("target"), FAMILIES["llama"](vocabulary))
+
+
+@pytest.fixture(scope="session")
+def target(target_folder: Path) -> Target:
+    return load_target(str(target_folder))
+
+
+@pytest.fixture(scope="session")
+def prompts(target: Target) -> list[Prompt]:
+    return [
+        Prompt(f"p{i}", tuple(target.render([{"role": "user", "content": f"Say {i * 7} and {i}."}])))
+        for i in range(24)
+    ]
+
+
+@pytest.fixture(scope="session")
+def answers(target: Target, prompts: list[Prompt]) -> list[Answer]:
+    """Greedy answers with enough overrun to replay any K up to 8."""
+    return answer_all(target, prompts, 32, 8, Sampling())
+
+
+@pytest.fixture(scope="session")
+def trained_draft(target: Target, answers: list[Answer]) -> Eagle3Draft:
+    """A draft that is right some of the time, so that every accepted length occurs."""
+    draft = new_draft(target, answers)
+    config = TrainConfig(
+        method="scratch", lr=1e-2, epochs=12, batch_tokens=512, rollout=4, evaluations=1
+    )
+    train(target, draft, answers, answers[:4], config, k=4)
+    return draft.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def draft_folder(
+    target: Target, trained_draft: Eagle3Draft, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("draft")
+    stored(trained_draft, target).save(folder)
+    return folder
+
+
+def fresh_draft(target: Target, *, vocab: int | None = None, width: int = 24) -> Eagle3Draft:
+    """An untrained draft with lively weights, in the target's dtype."""
+    answer = Answer("a", (1,), tuple(range(5, 60)), 55, "length")
+    draft = new_draft(target, [answer], draft_vocab_size=vocab, width=width)
+    draft.reinitialise(3)
+    return draft.to(target.dtype).eval().requires_grad_(False)
+
+
+def in_double(folder: Path) -> Target:
+    """The target at float64, where equality is strict."""
+    return load_target(str(folder), dtype="float64")
