@@ -90,11 +90,11 @@ SIZES = {
         shape=Shape(layers=8, hidden=128, width=256, vocab=2048, context=512),
         window=128,
         chats=5000,
-        base_steps=900,
+        base_steps=800,
         base_lr=3e-3,
-        tune_steps=350,
+        tune_steps=300,
         tune_lr=2e-3,
-        answers=900,
+        answers=750,
         answer_tokens=128,
         draft_width=128,
     ),
@@ -254,8 +254,8 @@ def _base(out: Path, corpus: Corpus) -> None:
     s, tokenizer = corpus.size, _load_tokenizer(out)
     rows = [
         _chat_ids(tokenizer, sample)
-        for domain in GENERAL
-        for sample in corpus.chats(domain, s.chats, "base")
+        for domain, count in base_chats(s).items()
+        for sample in corpus.chats(domain, count, "base")
     ]
     rows += [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in corpus.base_texts()]
     random.Random(corpus.seed).shuffle(rows)
@@ -354,6 +354,11 @@ def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[
         "members": entries,
         "gates": gates,
     }
+
+
+def base_chats(size: Size) -> dict[str, int]:
+    """Chats of each domain that the base learns from: a base has met the tuned one, but seldom."""
+    return {**dict.fromkeys(GENERAL, size.chats), TUNED: size.chats // 10}
 
 
 # -- helpers -----------------------------------------------------------------------------------

@@ -1,0 +1,170 @@
+"""Prompts in many shapes, regeneration that resumes, selection within a budget."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from redraft.config import RegenerateConfig, SelectConfig
+from redraft.data.prompts import read_prompts, split_prompts
+from redraft.data.regenerate import read_answers, regenerate
+from redraft.data.select import select, within_budget
+from redraft.errors import UserError
+from redraft.formats.chat import messages_of
+from redraft.records import Answer, Prompt
+from redraft.target import Target
+from tests.conftest import write_prompts
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"prompt": "q", "response": "a"},
+        {"instruction": "q", "input": "", "output": "a"},
+        {"question": "q", "answer": "a"},
+    ],
+)
+def test_every_known_shape_is_the_same_conversation(row: dict[str, object]) -> None:
+    assert messages_of(row) == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+
+
+def test_bad_lines_are_counted_and_the_rest_is_kept(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    lines = [
+        json.dumps({"prompt": "one"}),
+        "{not json",
+        "",
+        json.dumps({"texts": "what is this"}),
+        json.dumps({"messages": [{"role": "wizard", "content": "x"}]}),
+        json.dumps({"prompt": "x" * 300}),
+        json.dumps({"prompt": "two"}),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    found = read_prompts(str(path), target)
+    assert [p.id for p in found.prompts] == ["line-1", "line-7"]
+    reasons = dict(found.left_out)
+    assert sorted(reasons) == [2, 3, 4, 5, 6]
+    assert "not valid JSON" in reasons[2]
+    assert reasons[3] == "the line is empty"
+    assert "unknown schema with keys texts; known: messages" in reasons[4]
+    assert "unknown role 'wizard'" in reasons[5]
+    assert "tokens long, the target's context is 256" in reasons[6]
+    assert "2 prompts" in found.summary()
+    assert "5 left out (first: line 2: not valid JSON" in found.summary()
+
+
+def test_no_prompts_left_says_why(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match=r"no prompts left after reading 1 lines\n.*line 1: unknown"):
+        read_prompts(str(path), target)
+    path.write_text("")
+    with pytest.raises(UserError, match="no prompts left"):
+        read_prompts(str(path), target)
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(str(tmp_path / "none.jsonl"), target)
+
+
+def test_gzip_limit_references_and_repeated_ids(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl.gz"
+    rows = [{"id": "a", "question": "2+2", "answer": "4"}, {"id": "a", "question": "3+3"}]
+    with gzip.open(path, "wt") as stream:
+        stream.write("".join(json.dumps(r) + "\n" for r in rows * 3))
+    found = read_prompts(str(path), target, limit=3)
+    assert [p.id for p in found.prompts] == ["a", "a@2", "a@3"]
+    reference = found.prompts[0].reference
+    assert reference is not None
+    assert reference[-1] in target.stop_ids
+    assert found.prompts[1].reference is None
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="could not be read to the end"):
+        read_prompts(str(path), target)
+
+
+def test_splits_are_disjoint_and_keyed_by_the_seed() -> None:
+    prompts = [Prompt(str(i), (i,)) for i in range(40)]
+    parts = split_prompts(prompts, 64, 8, seed=0)
+    assert [len(p) for p in parts] == [22, 8, 10]
+    assert sorted(p.id for part in parts for p in part) == sorted(p.id for p in prompts)
+    assert parts == split_prompts(prompts, 64, 8, seed=0)
+    assert parts != split_prompts(prompts, 64, 8, seed=1)
+    with pytest.raises(UserError, match="7 prompts are too few"):
+        split_prompts(prompts[:7], 64, 8, seed=0)
+
+
+def test_regeneration_resumes_without_asking_twice(target: Target, tmp_path: Path) -> None:
+    prompts = read_prompts(str(write_prompts(tmp_path / "p.jsonl", 10)), target).prompts
+    config = RegenerateConfig(max_new_tokens=10, batch_size=4, temperature=0.7)
+    whole = regenerate(target, prompts, tmp_path / "whole.jsonl", config, overrun=2)
+    assert len(whole) == 10
+    assert all(a.temperature == 0.7 for a in whole)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(lines[:4]) + lines[4][:30])  # killed in the middle of a line
+    resumed = regenerate(target, prompts, cut, config, overrun=2)
+    assert {a.id: a for a in resumed} == {a.id: a for a in whole}
+    assert cut.read_text().splitlines(keepends=True)[:4] == lines[:4]
+    before = cut.stat().st_mtime_ns
+    regenerate(target, prompts, cut, config, overrun=2)
+    assert cut.read_text() and cut.stat().st_mtime_ns >= before
+    assert len(read_answers(cut)) == 10
+
+
+def test_original_answers(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"question": "2+2", "answer": "4"}) + "\n" + '{"question": "x"}\n')
+    prompts = read_prompts(str(path), target).prompts
+    config = RegenerateConfig(answers="original")
+    found = regenerate(target, prompts, tmp_path / "a.jsonl", config)
+    assert [a.id for a in found] == ["line-1"]
+    assert found[0].finish == "stop"
+    assert read_answers(tmp_path / "a.jsonl") == found
+    with pytest.raises(UserError, match="none of the 1 prompts has one"):
+        regenerate(target, prompts[1:], tmp_path / "b.jsonl", config)
+
+
+def test_answer_files_name_their_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file; `redraft regenerate` writes one"):
+        read_answers(tmp_path / "none.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(UserError, match="line 1: not an answer record"):
+        read_answers(tmp_path / "a.jsonl")
+
+
+def test_selection_is_keyed_by_id_and_fits_the_budget() -> None:
+    answers = [Answer(f"a{i}", (1,), tuple(range(10)), 10, "stop") for i in range(20)]
+    scored = select(answers, SelectConfig(budget="0.25"))
+    kept = {s.id for s in scored if s.kept}
+    assert len(kept) == 5
+    assert min(s.score for s in scored if s.kept) > max(s.score for s in scored if not s.kept)
+    shuffled = select(answers[::-1], SelectConfig(budget="0.25"))
+    assert {s.id for s in shuffled if s.kept} == kept
+    assert {s.id for s in select(answers, SelectConfig(budget="0.25", seed=1)) if s.kept} != kept
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"), [("3", 3), ("999", 4), ("0.5", 2), ("1.0", 4), ("25t", 2), ("30t", 3)]
+)
+def test_budgets(budget: str, kept: int) -> None:
+    assert len(within_budget([10, 10, 10, 10], budget)) == kept
+
+
+@pytest.mark.parametrize("budget", ["lots", "1.5", "-0.2", "5x", ""])
+def test_budgets_that_are_none(budget: str) -> None:
+    with pytest.raises(UserError, match="is not a count"):
+        within_budget([10], budget)
+
+
+@pytest.mark.parametrize("budget", ["0", "5t", "0.01"])
+def test_budgets_that_keep_nothing(budget: str) -> None:
+    with pytest.raises(UserError, match="keeps none of the 1 samples"):
+        within_budget([10], budget)
