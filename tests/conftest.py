@@ -23,16 +23,16 @@ from transformers import (
 )
 
 from redraft import console
-from redraft.adapt.train import train
 from redraft.bench.language_model import END, PAD, SPECIALS, TEMPLATE
 from redraft.config import TrainConfig
 from redraft.decode.sampling import Sampling
 from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.new import new_draft
 from redraft.formats.load import stored
-from redraft.measure.measure import answer_all
+from redraft.measuring.measure import answer_all
 from redraft.records import Answer, Prompt
 from redraft.target import Target, load_target
-from redraft.training import new_draft
+from redraft.training.train import train
 
 console.set_quiet(True)
 
@@ -107,7 +107,9 @@ def target(target_folder: Path) -> Target:
 @pytest.fixture(scope="session")
 def prompts(target: Target) -> list[Prompt]:
     return [
-        Prompt(f"p{i}", tuple(target.render([{"role": "user", "content": f"Say {i * 7} and {i}."}])))
+        Prompt(
+            f"p{i}", tuple(target.render([{"role": "user", "content": f"Say {i * 7} and {i}."}]))
+        )
         for i in range(24)
     ]
 

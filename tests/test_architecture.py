@@ -15,11 +15,11 @@ LAYERS = [
     {"drafts"},
     {"private", "decode"},
     {"formats"},
-    {"measure"},
-    {"data", "adapt"},
+    {"measuring"},
+    {"data", "training"},
     {"report", "run_folder"},
+    {"steps"},
     {"flow"},
-    {"training"},
     {"bench"},
     {"cli", "__init__", "__main__"},
 ]
@@ -71,14 +71,16 @@ def test_a_wrong_import_would_be_seen(tmp_path: Path, monkeypatch) -> None:  # t
 
 
 def test_decoding_and_measuring_name_no_concrete_draft() -> None:
-    for room in ("decode", "measure"):
+    for room in ("decode", "measuring"):
         for path in (ROOT / room).glob("*.py"):
             assert "eagle" not in path.read_text().lower(), path
 
 
 def test_drafts_do_not_decide_acceptance() -> None:
     for path in (ROOT / "drafts").glob("*.py"):
-        names = {n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)}
+        names = {
+            n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)
+        }
         assert not any("accept" in name or "verify" in name for name in names), path
 
 

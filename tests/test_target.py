@@ -57,7 +57,9 @@ def test_an_adapter_goes_on_top(target_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [1, 4, 6])
 def test_default_taps_collapse_in_shallow_targets(layers: int) -> None:
-    with pytest.raises(UserError, match=rf"collapse to .* {layers} layers \(7 are needed\).*--taps"):
+    with pytest.raises(
+        UserError, match=rf"collapse to .* {layers} layers \(7 are needed\).*--taps"
+    ):
         default_taps(layers)
 
 
@@ -85,7 +87,9 @@ def test_no_chat_template_says_how_to_pass_one(tmp_path: Path) -> None:
 
 
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a model folder with config.json; found none in it"):
+    with pytest.raises(
+        UserError, match="expected a model folder with config.json; found none in it"
+    ):
         load_target(str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         load_target(str(tmp_path / "nothing"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .flow import adapt
     from .formats.load import load_draft
-    from .measure.measure import measure
+    from .measuring.measure import measure
     from .target import load_target
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ _HOMES = {
     "adapt": "flow",
     "load_draft": "formats.load",
     "load_target": "target",
-    "measure": "measure.measure",
+    "measure": "measuring.measure",
 }
 
 

@@ -274,7 +274,7 @@ def train(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.train
-    from .training import train_command
+    from .steps import train_command
 
     loaded = _target(target, target_adapter, chat_template, dtype)
     record = train_command(
@@ -286,7 +286,7 @@ def train(
         out=Path(out),
         config=c,
         k=k,
-        taps=taps,
+        taps=_taps(taps),
         draft_vocab=draft_vocab,
         draft_width=draft_width,
     )
@@ -336,7 +336,7 @@ def measure(
     from .data.prompts import read_prompts
     from .formats.folders import write_text
     from .formats.load import load_draft
-    from .measure.measure import measure as run
+    from .measuring.measure import measure as run
     from .records import to_json
     from .report.terminal import print_acceptance
 
@@ -376,9 +376,9 @@ def export(
     Example: redraft export --draft org/EAGLE3-base --private run/private --out my-draft
     """
     set_quiet(quiet)
-    from .flow import fuse_draft
     from .formats.load import read_draft
     from .formats.private_part import load_private
+    from .steps import fuse_draft
 
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder")
@@ -427,7 +427,9 @@ def recipes_list(ctx: typer.Context, as_json: JsonFlag = False) -> None:
 @recipes.command("copy")
 def recipes_copy(
     name: Annotated[str, typer.Argument(help="name of a recipe")],
-    to: Annotated[str | None, typer.Argument(help="file to write (default: NAME.yaml here)")] = None,
+    to: Annotated[
+        str | None, typer.Argument(help="file to write (default: NAME.yaml here)")
+    ] = None,
 ) -> None:
     """Copy a recipe here, to edit it. Example: redraft recipes copy default"""
     destination = Path(to or f"{name}.yaml")
@@ -535,9 +537,7 @@ def _calm_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def _resolve(
-    config: str | None, assignments: list[str] | None, flags: dict[str, Any]
-) -> Resolved:
+def _resolve(config: str | None, assignments: list[str] | None, flags: dict[str, Any]) -> Resolved:
     layers: list[tuple[str, dict[str, Any]]] = []
     if config:
         path = recipe_path(config)
@@ -557,9 +557,20 @@ def _pairs(texts: list[str], flag: str) -> dict[str, str]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
-            raise UserError(f"{flag} takes name=FILE, for example {flag} chat=chat.jsonl; got '{text}'")
+            raise UserError(
+                f"{flag} takes name=FILE, for example {flag} chat=chat.jsonl; got '{text}'"
+            )
         pairs[name] = value
     return pairs
+
+
+def _taps(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--taps takes layer numbers, for example 2,4,5; got '{text}'") from None
 
 
 def _finish(as_json: bool, text: str, content: dict[str, Any]) -> None:

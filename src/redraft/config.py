@@ -43,7 +43,9 @@ class SelectConfig:
     """Which answered prompts are trained on."""
 
     select: str = _opt("random", "scoring method", choices=("random",))
-    budget: str = _opt("1.0", "how many samples to keep: a count (500), a share (0.5) or tokens (20000t)")
+    budget: str = _opt(
+        "1.0", "how many samples to keep: a count (500), a share (0.5) or tokens (20000t)"
+    )
     seed: int = _opt(0, "seed of the selection")
 
 
@@ -69,7 +71,9 @@ class TrainConfig:
     rollout: int = _opt(5, "draft steps trained through (positions beyond accept little)", low=1)
     step_decay: float = _opt(0.9, "weight of rollout step j is step_decay ** j", low=0.0, high=1.0)
     warmup: float = _opt(0.05, "share of the steps with a rising learning rate", low=0.0, high=1.0)
-    weight_decay: float = _opt(0.0, "decoupled weight decay (never on a zero-started tensor)", low=0.0)
+    weight_decay: float = _opt(
+        0.0, "decoupled weight decay (never on a zero-started tensor)", low=0.0
+    )
     clip: float = _opt(1.0, "largest gradient norm", low=0.0)
     evaluations: int = _opt(8, "how often held-out tau is measured during training", low=1)
     patience: int = _opt(3, "evaluations without a rise before training stops early", low=1)
@@ -109,6 +113,15 @@ class AdaptConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
+STAGES: dict[str, Any] = {
+    "regenerate": RegenerateConfig,
+    "select": SelectConfig,
+    "train": TrainConfig,
+    "measure": MeasureConfig,
+    "export": ExportConfig,
+}
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A configuration together with the origin of each value, by dotted key."""
@@ -120,10 +133,9 @@ class Resolved:
 def stage_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
     """Every setting by dotted key: `train.lr` -> ("train", the dataclass field)."""
     found: dict[str, tuple[str, dataclasses.Field[Any]]] = {}
-    for stage in dataclasses.fields(AdaptConfig):
-        stage_class = type(stage.default_factory())  # type: ignore[misc]
+    for stage, stage_class in STAGES.items():
         for setting in dataclasses.fields(stage_class):
-            found[f"{stage.name}.{setting.name}"] = (stage.name, setting)
+            found[f"{stage}.{setting.name}"] = (stage, setting)
     return found
 
 
@@ -135,7 +147,7 @@ def resolve(layers: list[tuple[str, Mapping[str, Any]]]) -> Resolved:
     """
     known = stage_fields()
     values: dict[str, Any] = {}
-    origins = {key: "default" for key in known}
+    origins = dict.fromkeys(known, "default")
     mistakes: list[str] = []
     for origin, layer in layers:
         for key, value in _flatten(layer):
@@ -150,10 +162,10 @@ def resolve(layers: list[tuple[str, Mapping[str, Any]]]) -> Resolved:
     if mistakes:
         raise UserError("configuration not usable:\n  " + "\n  ".join(mistakes))
     stages = {
-        stage.name: stage.default_factory().__class__(  # type: ignore[misc]
-            **{k.split(".", 1)[1]: v for k, v in values.items() if k.startswith(stage.name + ".")}
+        stage: stage_class(
+            **{k.split(".", 1)[1]: v for k, v in values.items() if k.startswith(f"{stage}.")}
         )
-        for stage in dataclasses.fields(AdaptConfig)
+        for stage, stage_class in STAGES.items()
     }
     return Resolved(AdaptConfig(**stages), origins)
 
@@ -188,7 +200,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as problem:
         raise UserError(f"{path} is not valid YAML: {problem}") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected a mapping of stages to settings, got {type(loaded).__name__}")
+        raise UserError(
+            f"{path}: expected a mapping of stages to settings, got {type(loaded).__name__}"
+        )
     return loaded
 
 
@@ -238,4 +252,3 @@ def _near(key: str, known: Mapping[str, Any]) -> str:
     last = key.rsplit(".", 1)[-1]
     same = [name for name in known if name.endswith("." + last)]
     return f"did you mean '{same[0]}'?" if same else nearest(key, known)
-

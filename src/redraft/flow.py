@@ -14,28 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .adapt.train import train
-from .config import AdaptConfig, Resolved, TrainConfig, resolve
+from .config import AdaptConfig, Resolved, resolve
 from .console import say
 from .data.prompts import PromptSet, read_prompts, split_prompts
 from .data.regenerate import read_answers, regenerate
 from .data.select import select
 from .drafts.base import Draft
 from .errors import UserError
-from .formats.folders import state_hash, write_text
-from .formats.load import StoredDraft, load_draft, made_for, read_draft
-from .formats.private_part import check_belongs, load_private, save_private
-from .measure.measure import measure_answers
-from .private.expert import widenable
-from .private.fuse import fuse
-from .private.part import PrivatePart
-from .private.table import METHODS
+from .formats.folders import write_text
+from .formats.load import StoredDraft, load_draft, read_draft
+from .formats.private_part import load_private, save_private
+from .measuring.measure import measure_answers
 from .records import (
     Acceptance,
     AdaptReport,
-    Answer,
     Prompt,
     TrainRecord,
     acceptance,
@@ -44,6 +36,7 @@ from .records import (
 )
 from .report.page import write_page
 from .run_folder import RunFolder
+from .steps import chosen_answers, fuse_draft, train_private
 from .target import Target
 
 
@@ -93,7 +86,9 @@ def adapt(
     asked = split_prompts(
         everything.prompts, c.measure.eval_limit, c.measure.heldout, c.regenerate.seed
     )
-    elsewhere = {k: read_prompts(v, target, c.measure.eval_limit) for k, v in (off_domain or {}).items()}
+    elsewhere = {
+        k: read_prompts(v, target, c.measure.eval_limit) for k, v in (off_domain or {}).items()
+    }
     key = _regenerate(run, target, asked, elsewhere, c)
     key = _select(run, key, c)
     key = _train(run, key, target, shared, c)
@@ -141,11 +136,11 @@ def _select(run: RunFolder, answered: str, c: AdaptConfig) -> str:
         lines = "".join(json.dumps(asdict(s)) + "\n" for s in scored)
         write_text(run.path / "selection.jsonl", lines)
         kept = [s for s in scored if s.kept]
-        say(f"select: kept {len(kept)} of {len(scored)} answers, {sum(s.tokens for s in kept):,} tokens")
+        say(
+            f"select: kept {len(kept)} of {len(scored)} answers, {sum(s.tokens for s in kept):,} tokens"
+        )
 
-    return run.stage(
-        "select", {"answers": answered, **asdict(c.select)}, ["selection.jsonl"], work
-    )
+    return run.stage("select", {"answers": answered, **asdict(c.select)}, ["selection.jsonl"], work)
 
 
 def _train(
@@ -234,63 +229,6 @@ def _report(
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)
     return report
-
-
-# -- the same steps without a run folder, for the single commands --------------------------------
-
-
-def train_private(
-    target: Target,
-    shared: StoredDraft,
-    answers: Sequence[Answer],
-    heldout: Sequence[Answer],
-    config: TrainConfig,
-    k: int,
-    checkpoints: Path | None = None,
-) -> PrivatePart:
-    """Train a private part beside a stored draft; tensors come back in the draft's own dtype."""
-    draft = shared.build(target, torch.float32)
-    widths = {}
-    if METHODS[config.method].expert:
-        widths = {name: ffn.width for name, ffn in widenable(draft).items()}
-    trained = train(target, draft, answers, heldout, config, k=k, checkpoints=checkpoints)
-    tensors = {
-        name: tensor.to(shared.tensors[name.replace(".private.", ".")].dtype)
-        for name, tensor in trained.tensors.items()
-    }
-    card = {
-        "shared": str(shared.folder),
-        "shared_hash": shared.hash(),
-        "shared_widths": widths,
-        "private_hash": state_hash(tensors),
-        "samples": len(answers),
-        "config": asdict(config),
-        "train": to_json(trained.record),
-        **made_for(target),
-    }
-    return PrivatePart(config.method, tensors, card)
-
-
-def fuse_draft(shared: StoredDraft, part: PrivatePart, target: Target | None = None) -> StoredDraft:
-    """The stock draft of a shared draft and its private part. Raises UserError if they differ."""
-    check_belongs(part, shared)
-    if target is not None and part.card["tokenizer_hash"] != target.tokenizer_hash():
-        raise UserError(
-            f"this private part was trained for tokenizer {part.card['tokenizer_hash']}, target "
-            f"{target.name} has {target.tokenizer_hash()}"
-        )
-    return shared.with_tensors(
-        fuse(shared.tensors, part.tensors), {"method": part.method, **part.card}
-    )
-
-
-def chosen_answers(answers: Sequence[Answer], selection: Path | None) -> list[Answer]:
-    """The answers that a selection file keeps; all of them without one."""
-    if selection is None:
-        return list(answers)
-    rows = [json.loads(line) for line in selection.read_text(encoding="utf-8").splitlines()]
-    kept = {row["id"] for row in rows if row["kept"]}
-    return [answer for answer in answers if answer.id in kept and answer.length >= 2]
 
 
 def _source_of(draft: Draft | str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import UserError
 
@@ -34,7 +34,7 @@ class Target:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         sources: Sequence[str],
         template: str | None = None,
@@ -196,7 +196,9 @@ def load_target(
         )
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype, None)
     if torch_dtype is None:
-        raise UserError(f"unknown dtype '{dtype}'; known: auto, float32, bfloat16, float16, float64")
+        raise UserError(
+            f"unknown dtype '{dtype}'; known: auto, float32, bfloat16, float16, float64"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -242,11 +244,15 @@ def _with_adapter(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
     if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"--target-adapter {adapter}: expected a PEFT folder with adapter_config.json")
+        raise UserError(
+            f"--target-adapter {adapter}: expected a PEFT folder with adapter_config.json"
+        )
     try:
         return PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(f"--target-adapter {adapter} does not fit this target: {problem}") from problem
+        raise UserError(
+            f"--target-adapter {adapter} does not fit this target: {problem}"
+        ) from problem
 
 
 def _spread(num_layers: int) -> tuple[int, ...]:

@@ -24,7 +24,12 @@ from tests.conftest import write_prompts
     [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {
+            "conversations": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
         {"prompt": "q", "response": "a"},
         {"instruction": "q", "input": "", "output": "a"},
         {"question": "q", "answer": "a"},
@@ -65,7 +70,9 @@ def test_bad_lines_are_counted_and_the_rest_is_kept(target: Target, tmp_path: Pa
 def test_no_prompts_left_says_why(target: Target, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"a": 1}\n')
-    with pytest.raises(UserError, match=r"no prompts left after reading 1 lines\n.*line 1: unknown"):
+    with pytest.raises(
+        UserError, match=r"no prompts left after reading 1 lines\n.*line 1: unknown"
+    ):
         read_prompts(str(path), target)
     path.write_text("")
     with pytest.raises(UserError, match="no prompts left"):
@@ -113,10 +120,9 @@ def test_regeneration_resumes_without_asking_twice(target: Target, tmp_path: Pat
     resumed = regenerate(target, prompts, cut, config, overrun=2)
     assert {a.id: a for a in resumed} == {a.id: a for a in whole}
     assert cut.read_text().splitlines(keepends=True)[:4] == lines[:4]
-    before = cut.stat().st_mtime_ns
+    before = cut.read_text()
     regenerate(target, prompts, cut, config, overrun=2)
-    assert cut.read_text() and cut.stat().st_mtime_ns >= before
-    assert len(read_answers(cut)) == 10
+    assert cut.read_text() == before
 
 
 def test_original_answers(target: Target, tmp_path: Path) -> None:

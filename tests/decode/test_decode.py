@@ -36,7 +36,9 @@ def pair64(target_folder: Path, trained_draft: Eagle3Draft) -> tuple[Target, Eag
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.data())
 def test_acceptance_is_the_common_prefix(drafted: list[int], data: st.DataObject) -> None:
-    chosen = data.draw(st.lists(st.integers(0, 3), min_size=len(drafted) + 1, max_size=len(drafted) + 1))
+    chosen = data.draw(
+        st.lists(st.integers(0, 3), min_size=len(drafted) + 1, max_size=len(drafted) + 1)
+    )
     n = accept_greedy(drafted, chosen)
     assert drafted[:n] == chosen[:n]
     assert n == len(drafted) or drafted[n] != chosen[n]

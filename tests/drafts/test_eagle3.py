@@ -60,7 +60,9 @@ def worst_difference(target: Target, draft: Eagle3Draft, first: int) -> float:
 
 @pytest.mark.parametrize("vocab", [None, 40])
 @pytest.mark.parametrize("first", [0, 3])
-def test_rollout_equals_independent_forward(target64: Target, vocab: int | None, first: int) -> None:
+def test_rollout_equals_independent_forward(
+    target64: Target, vocab: int | None, first: int
+) -> None:
     assert worst_difference(target64, fresh_draft(target64, vocab=vocab), first) < ORACLE_TOLERANCE
 
 
@@ -148,13 +150,17 @@ def test_a_map_is_needed_exactly_when_the_vocabulary_is_reduced() -> None:
 
 def test_binding_refuses_another_family(target: Target) -> None:
     draft = fresh_draft(target)
-    other = Eagle3Draft(Eagle3Config(32, 24, 4, 2, 8, target.vocab_size, target.vocab_size, 90, None))
+    other = Eagle3Draft(
+        Eagle3Config(32, 24, 4, 2, 8, target.vocab_size, target.vocab_size, 90, None)
+    )
     with pytest.raises(UserError, match="hidden sizes differ: 3 taps .* 96 wide"):
         other.bind(target)
     small = Eagle3Draft(Eagle3Config(32, 24, 4, 2, 8, 99, 99, 96, None))
     with pytest.raises(UserError, match="vocabularies differ"):
         small.bind(target)
-    narrow = Eagle3Draft(Eagle3Config(16, 24, 2, 2, 8, target.vocab_size, target.vocab_size, 96, None))
+    narrow = Eagle3Draft(
+        Eagle3Config(16, 24, 2, 2, 8, target.vocab_size, target.vocab_size, 96, None)
+    )
     with pytest.raises(UserError, match="no embed_tokens.weight"):
         narrow.bind(target)
     assert draft.shared_embedding is not None

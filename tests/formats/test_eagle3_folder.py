@@ -65,7 +65,7 @@ def test_config_is_what_engines_read(target: Target, tmp_path: Path, vocab: int 
 
 
 def test_other_taps_are_written_in_both_numberings(target: Target, tmp_path: Path) -> None:
-    from redraft.training import new_draft
+    from redraft.drafts.new import new_draft
 
     draft = new_draft(target, [], taps=(1, 3, 6))
     stored(draft, target).save(tmp_path / "d")

@@ -59,7 +59,9 @@ class PlainEagle3:
             scores = torch.stack([query @ ks[group] for ks, _ in self.cache]) / math.sqrt(size)
             weights = torch.exp(scores - scores.max())
             weights = weights / weights.sum()
-            attended.append(sum(a * vs[group] for a, (_, vs) in zip(weights, self.cache)))
+            attended.append(
+                sum(a * vs[group] for a, (_, vs) in zip(weights, self.cache, strict=True))
+            )
         state = state + w[p + "self_attn.o_proj.weight"] @ torch.cat(attended)
         x = rms(state, w[p + "post_attention_layernorm.weight"], self.eps)
         gate = w[p + "mlp.gate_proj.weight"] @ x

@@ -67,7 +67,9 @@ def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
 
 def test_a_random_start_is_not_the_reused_draft(target: Target) -> None:
     reused = outputs(fresh_draft(target), torch.float32)
-    assert not torch.equal(reused[0], outputs(attached(target, "expert", "random"), torch.float32)[0])
+    assert not torch.equal(
+        reused[0], outputs(attached(target, "expert", "random"), torch.float32)[0]
+    )
 
 
 @pytest.mark.parametrize("method", WARM)
@@ -106,7 +108,11 @@ def test_shared_slices_and_unfuse_are_bit_exact(
     fused = fuse(shared, private)
     for name, tensor in shared.items():
         suffix = name.removeprefix("midlayer.mlp.")
-        part = fused[name].narrow(CONCATENATED[suffix], 0, SHARED_WIDTH) if suffix in CONCATENATED else fused[name]
+        part = (
+            fused[name].narrow(CONCATENATED[suffix], 0, SHARED_WIDTH)
+            if suffix in CONCATENATED
+            else fused[name]
+        )
         if not METHODS[method].owns(name):
             assert tensor_hash(part) == tensor_hash(tensor), name
     replaced = [n for n in private if ".private." not in n]
@@ -153,9 +159,7 @@ def test_the_expert_copies_the_most_active_neurons(target: Target) -> None:
     assert int(activity.argmax()) == 7
     prepare(draft, "expert", width=1, init="active", seed=0, calibrate=calibrate)
     assert ffn.private is not None
-    near = torch.nn.functional.cosine_similarity(
-        ffn.private.gate_proj.weight, ffn.gate_proj.weight
-    )
+    near = torch.nn.functional.cosine_similarity(ffn.private.gate_proj.weight, ffn.gate_proj.weight)
     assert int(near.argmax()) == 7
 
 
@@ -165,9 +169,13 @@ def test_an_ffn_that_cannot_be_widened_is_named(target: Target) -> None:
 
     draft = fresh_draft(target)
     draft.midlayer.mlp = MixtureOfExperts()  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"cannot widen .* found MixtureOfExperts; use --method full"):
+    with pytest.raises(
+        UserError, match=r"cannot widen .* found MixtureOfExperts; use --method full"
+    ):
         prepare(draft, "expert", width=4, init="active", seed=0)
 
 
 def test_a_private_part_counts_its_parameters() -> None:
-    assert PrivatePart("expert", {"a": torch.zeros(3, 4), "b": torch.zeros(5)}).parameter_count() == 17
+    assert (
+        PrivatePart("expert", {"a": torch.zeros(3, 4), "b": torch.zeros(5)}).parameter_count() == 17
+    )

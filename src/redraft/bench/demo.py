@@ -18,18 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import flow
-from ..adapt.train import train
 from ..config import TrainConfig, read_yaml, recipe_path, resolve
 from ..console import say
 from ..data.regenerate import read_answers
 from ..formats.load import load_draft, read_draft, stored
-from ..measure.acceptance import bootstrap_recovery
-from ..measure.lossless import compare
-from ..measure.measure import Measured, measure_answers
-from ..measure.speed import race, runners
+from ..measuring.acceptance import bootstrap_recovery
+from ..measuring.lossless import compare
+from ..measuring.measure import Measured, measure_answers
+from ..measuring.speed import race, runners
 from ..records import Prompt, to_json, versions
 from ..run_folder import RunFolder
 from ..target import Target
+from ..training.train import train
 from .family import build_family, load_member
 
 MEMBER = "sft"
@@ -205,10 +205,14 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
     out.print(table)
     recovery = demo["recovery"]
     if recovery["value"] is None:
-        out.print(f"difference in tau {recovery['difference_in_tau']:+.2f} (gap too small for recovery)")
+        out.print(
+            f"difference in tau {recovery['difference_in_tau']:+.2f} (gap too small for recovery)"
+        )
     else:
         low, high = recovery["ci"]
-        out.print(f"recovery {recovery['value']:.2f} [{low:.2f}, {high:.2f}] of the way to dedicated")
+        out.print(
+            f"recovery {recovery['value']:.2f} [{low:.2f}, {high:.2f}] of the way to dedicated"
+        )
     off = demo["off_domain"]
     out.print(f"off domain (chat): {_interval(off['reused'])} -> {_interval(off['adapted'])}")
     detail = demo["speed_detail"]
@@ -237,7 +241,9 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
     )
     for gate in demo["gates"]:
         if not gate["passed"]:
-            out.print(f"gate missed: {gate['gate']} is {gate['value']:.2f}, wanted {gate['wanted']}")
+            out.print(
+                f"gate missed: {gate['gate']} is {gate['value']:.2f}, wanted {gate['wanted']}"
+            )
     out.print(f"draft for vLLM  {demo['adapted']['draft']}\nreport          {demo['report']}")
 
 

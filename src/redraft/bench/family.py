@@ -22,18 +22,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..adapt.train import train
 from ..config import TrainConfig
 from ..console import say
 from ..decode.sampling import Sampling
+from ..drafts.new import new_draft
 from ..errors import UserError, nearest
 from ..formats.folders import write_text
 from ..formats.load import load_draft, stored
-from ..measure.measure import Measured, answer_all, measure_answers
+from ..measuring.measure import Measured, answer_all, measure_answers
 from ..records import Answer, Prompt, to_json
 from ..run_folder import RunFolder
 from ..target import Target, load_target
-from ..training import new_draft
+from ..training.train import train
 from .datasets import chats, data_folder, texts
 from .language_model import (
     IGNORE,
@@ -90,11 +90,11 @@ SIZES = {
         shape=Shape(layers=8, hidden=128, width=256, vocab=2048, context=512),
         window=128,
         chats=5000,
-        base_steps=800,
+        base_steps=900,
         base_lr=3e-3,
         tune_steps=300,
         tune_lr=2e-3,
-        answers=750,
+        answers=800,
         answer_tokens=128,
         draft_width=128,
     ),
@@ -154,7 +154,11 @@ class Corpus:
         ]
         if self.folder is None:
             return made
-        return made[: len(made) // 4] + texts(self.folder, "stories") + texts(self.folder, "novels")[:1500]
+        return (
+            made[: len(made) // 4]
+            + texts(self.folder, "stories")
+            + texts(self.folder, "novels")[:1500]
+        )
 
 
 def build_family(
@@ -229,15 +233,22 @@ def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
 
 
 def _write_prompts(out: Path, corpus: Corpus) -> None:
-    counts = {"adapt": corpus.size.answers + 300, "heldout": 64, "eval": 128}
+    adapt = corpus.size.answers + 300
+    # name -> (split it is drawn from, how many, how many of that split other files take first)
+    files = {
+        "adapt": ("adapt", adapt, 0),
+        "draft": ("adapt", corpus.size.answers // 2, adapt),
+        "heldout": ("heldout", 64, 0),
+        "eval": ("eval", 128, 0),
+    }
     for domain in (*GENERAL, TUNED):
-        for split, count in counts.items():
-            rows = corpus.chats(domain, count, split)
+        for name, (split, count, skipped) in files.items():
+            rows = corpus.chats(domain, skipped + count, split)[skipped:]
             lines = "".join(
                 json.dumps({"id": r.id, "domain": domain, "messages": list(r.messages)}) + "\n"
                 for r in rows
             )
-            write_text(out / "prompts" / f"{domain}-{split}.jsonl", lines)
+            write_text(out / "prompts" / f"{domain}-{name}.jsonl", lines)
 
 
 def _tokenizer(out: Path, corpus: Corpus) -> None:
@@ -257,7 +268,9 @@ def _base(out: Path, corpus: Corpus) -> None:
         for domain, count in base_chats(s).items()
         for sample in corpus.chats(domain, count, "base")
     ]
-    rows += [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in corpus.base_texts()]
+    rows += [
+        [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in corpus.base_texts()
+    ]
     random.Random(corpus.seed).shuffle(rows)
     model = new_model(s.shape, corpus.seed).to(_device())
     fit(
@@ -278,7 +291,9 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
     if row.lora_rank is not None:
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(r=row.lora_rank, lora_alpha=2 * row.lora_rank, target_modules="all-linear")
+        lora = LoraConfig(
+            r=row.lora_rank, lora_alpha=2 * row.lora_rank, target_modules="all-linear"
+        )
         model = get_peft_model(model, lora)
     else:
         model.requires_grad_(True)
@@ -303,8 +318,14 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
 def _base_draft(out: Path, corpus: Corpus) -> None:
     s = corpus.size
     target = load_target(str(out / "base"))
-    share = s.answers // len(GENERAL)
-    answers = _answers(out, target, GENERAL, "adapt", share, s.answer_tokens, 0)
+    # Like a published draft's data: general talk, and a little of the domain tuned later.
+    answers = [
+        answer
+        for domains, share in ((GENERAL, 0.3), ((TUNED,), 0.1))
+        for answer in _answers(
+            out, target, domains, "draft", int(s.answers * share), s.answer_tokens, 0
+        )
+    ]
     heldout = _answers(out, target, GENERAL, "heldout", 12, s.answer_tokens, 4)
     draft = new_draft(target, answers, width=s.draft_width)
     trained = train(target, draft, answers, heldout, DRAFT, k=4)
@@ -319,9 +340,7 @@ def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[
     base = load_target(str(out / "base"))
     native = _reused(out, base, GENERAL, s.answer_tokens)
     heldout = [_supervised(tokenizer, c) for c in corpus.chats(TUNED, 128, "heldout")]
-    general = [
-        _chat_ids(tokenizer, c) for d in GENERAL for c in corpus.chats(d, 64, "heldout")
-    ]
+    general = [_chat_ids(tokenizer, c) for d in GENERAL for c in corpus.chats(d, 64, "heldout")]
     entries: dict[str, Any] = {}
     for name in members:
         target = load_member(out, name)

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..adapt.precision import autocast, choose_precision
-from ..adapt.train import schedule
 from ..console import Progress
 from ..rng import seeded
+from ..training.precision import autocast, choose_precision
+from ..training.train import schedule
 
 END, PAD = "<|end|>", "<|pad|>"
 SPECIALS = [PAD, END, "<|user|>", "<|assistant|>", "<|system|>"]
@@ -121,8 +121,8 @@ def fit(
         loss: Tensor = model(input_ids=ids, labels=labels, use_cache=False).loss
         return loss
 
-    def probe() -> None:
-        loss_of(batches[0]).backward()  # type: ignore[no-untyped-call]
+    def probe(at: int) -> None:
+        loss_of(batches[at % len(batches)]).backward()  # type: ignore[no-untyped-call]
         optimizer.zero_grad()
 
     precision = choose_precision(device, probe)
@@ -153,7 +153,10 @@ def validation_loss(model: nn.Module, examples: Sequence[Example], batch: int = 
         ids, labels = _pad(examples[begin : begin + batch], device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+            logits.flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
         )
         total += float(losses)
         count += int((labels[:, 1:] != IGNORE).sum())

@@ -50,4 +50,6 @@ def draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
     cumulative = p_BV.cumsum(-1)
     aim = uniform_B.to(cumulative)[:, None] * cumulative[:, -1:]
     # The first token whose cumulative mass exceeds the aim; its own mass is never zero.
-    return torch.searchsorted(cumulative, aim, right=True).squeeze(-1).clamp_(max=p_BV.shape[-1] - 1)
+    return (
+        torch.searchsorted(cumulative, aim, right=True).squeeze(-1).clamp_(max=p_BV.shape[-1] - 1)
+    )

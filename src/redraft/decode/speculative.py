@@ -41,9 +41,7 @@ def decode_speculative(
     cache, draft_cache = new_cache(target), draft.new_cache()
     reading = target.read(_row(prompt, target), draft.taps, cache)
     emitted = [int(reading.logits_BTV[0, -1].argmax())]
-    state = draft.absorb(
-        draft_cache, _row([*prompt[1:], emitted[0]], target), reading.features_BTF
-    )
+    state = draft.absorb(draft_cache, _row([*prompt[1:], emitted[0]], target), reading.features_BTF)
     accepted: list[int] = []
     while not _finished(emitted, stop, max_new_tokens):
         drafted = draft.propose(draft_cache, state, k)

@@ -15,7 +15,7 @@ S chain starts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -108,10 +108,3 @@ class Draft(nn.Module, ABC):
 def select_columns(logits_V: Tensor, draft_vocab: Tensor | None) -> Tensor:
     """The target's logits over the draft vocabulary: [..., V] -> [..., D]."""
     return logits_V if draft_vocab is None else logits_V.index_select(-1, draft_vocab)
-
-
-def as_taps(values: Sequence[int] | str) -> tuple[int, ...]:
-    """Taps from a flag ("1,3,5") or a list."""
-    if isinstance(values, str):
-        values = [int(word) for word in values.split(",")]
-    return tuple(int(value) for value in values)

@@ -144,7 +144,10 @@ class Cache:
         """Add [B, G, T, C] and return all keys and values so far; grows by doubling."""
         end = self.length + k.shape[2]
         if self.keys is None or self.values is None or self.keys.shape[2] < end:
-            self.keys, self.values = self._grown(self.keys, k, end), self._grown(self.values, v, end)
+            self.keys, self.values = (
+                self._grown(self.keys, k, end),
+                self._grown(self.values, v, end),
+            )
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
         self.length = end
@@ -267,7 +270,9 @@ class Eagle3Draft(Draft):
     # -- ownership ------------------------------------------------------------------------------
 
     def bind(self, target: Target) -> None:
-        self.taps = check_taps(self.config.taps or default_taps(target.num_layers), target.num_layers)
+        self.taps = check_taps(
+            self.config.taps or default_taps(target.num_layers), target.num_layers
+        )
         expected = len(self.taps) * target.hidden_size
         if expected != self.feature_size:
             raise UserError(

@@ -31,7 +31,9 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
         return _pair(text, row.get("output"))
     if isinstance(row.get("question"), str):
         return _pair(row["question"], row.get("answer"))
-    raise ValueError(f"unknown schema with keys {', '.join(sorted(row)) or '(none)'}; known: {SHAPES}")
+    raise ValueError(
+        f"unknown schema with keys {', '.join(sorted(row)) or '(none)'}; known: {SHAPES}"
+    )
 
 
 def split_answer(messages: list[Message]) -> tuple[list[Message], Message | None]:

@@ -86,7 +86,10 @@ def build(config: Eagle3Config, tensors: Mapping[str, Tensor], dtype: torch.dtyp
     draft_vocab = None
     if "d2t" in tensors:
         draft_vocab = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
-        if not bool((draft_vocab[1:] > draft_vocab[:-1]).all()) or int(draft_vocab[-1]) >= config.vocab_size:
+        if (
+            not bool((draft_vocab[1:] > draft_vocab[:-1]).all())
+            or int(draft_vocab[-1]) >= config.vocab_size
+        ):
             raise UserError(
                 "d2t does not lead to ascending target ids inside the vocabulary: expected offsets "
                 "(target id = draft id + d2t), perhaps these are absolute ids"
@@ -109,7 +112,9 @@ def write(
     check_names(tensors, REQUIRED, ("embed_tokens.weight", "d2t", "t2d"), str(folder))
     for name, shape in expected_shapes(config).items():
         if name in tensors and tuple(tensors[name].shape) != shape:
-            raise UserError(f"cannot export {name}: {list(tensors[name].shape)}, expected {list(shape)}")
+            raise UserError(
+                f"cannot export {name}: {list(tensors[name].shape)}, expected {list(shape)}"
+            )
     text = json.dumps(_config_json(config, tensors["fc.weight"].dtype), indent=2) + "\n"
     write_folder(folder, tensors, {**extra, "config.json": text})
 
@@ -139,7 +144,9 @@ def expected_shapes(c: Eagle3Config) -> dict[str, tuple[int, ...]]:
 
 def _name(stored: str) -> str:
     stored = stored.removeprefix("model.")
-    return "midlayer." + stored.removeprefix("layers.0.") if stored.startswith("layers.0.") else stored
+    return (
+        "midlayer." + stored.removeprefix("layers.0.") if stored.startswith("layers.0.") else stored
+    )
 
 
 def _shape(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> Eagle3Config:
@@ -152,7 +159,9 @@ def _shape(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) 
         raise UserError(f"{folder}/config.json: expected a key {missing}, found none") from None
     activation = str(raw.get("hidden_act", "silu"))
     if activation not in ACTIVATIONS:
-        raise UserError(f"{folder}: hidden_act '{activation}' is not one of {', '.join(ACTIVATIONS)}")
+        raise UserError(
+            f"{folder}: hidden_act '{activation}' is not one of {', '.join(ACTIVATIONS)}"
+        )
     nested = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     taps = raw.get("eagle_aux_hidden_state_layer_ids") or (nested and [k + 1 for k in nested])
     return Eagle3Config(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         files = [WEIGHTS]
     else:
         pickles = sorted(p.name for p in folder.glob("*.bin"))
-        found = f"found only the pickle {pickles[0]}, which redraft does not open" if pickles else (
-            "found " + (", ".join(sorted(p.name for p in folder.iterdir())) or "nothing")
+        found = (
+            f"found only the pickle {pickles[0]}, which redraft does not open"
+            if pickles
+            else ("found " + (", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"))
         )
         raise UserError(f"{folder}: expected {WEIGHTS} or {INDEX}; {found}")
     tensors: dict[str, Tensor] = {}
@@ -78,10 +79,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: listed in the index but missing; download it again") from None
     except SafetensorError as problem:
-        raise UserError(f"{path} is not a whole safetensors file ({problem}); copy it again") from None
+        raise UserError(
+            f"{path} is not a whole safetensors file ({problem}); copy it again"
+        ) from None
 
 
-def check_names(found: Iterable[str], required: Iterable[str], optional: Iterable[str], where: str) -> None:
+def check_names(
+    found: Iterable[str], required: Iterable[str], optional: Iterable[str], where: str
+) -> None:
     """Raise UserError naming every missing and every unknown tensor.
 
     Engines load a draft with a missing tensor without complaint and serve it at low acceptance.
@@ -100,7 +105,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f".{WEIGHTS}.tmp"
     save_file({n: t.contiguous() for n, t in tensors.items()}, scratch, metadata={"format": "pt"})
-    os.replace(scratch, folder / WEIGHTS)
+    scratch.replace(folder / WEIGHTS)
     for name, text in files.items():
         write_text(folder / name, text)
 
@@ -110,7 +115,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def tensor_hash(tensor: Tensor) -> str:

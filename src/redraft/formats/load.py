@@ -91,7 +91,9 @@ def read_draft(source: str) -> StoredDraft:
     return StoredDraft(folder, config, tensors, read_json(record) if record.is_file() else {})
 
 
-def load_draft(source: str, target: Target | None = None, dtype: torch.dtype | None = None) -> Draft:
+def load_draft(
+    source: str, target: Target | None = None, dtype: torch.dtype | None = None
+) -> Draft:
     """Load a draft and bind it to its target.
 
     `dtype` defaults to the target's, as engines do. Raises UserError when the folder is not a

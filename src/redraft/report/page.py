@@ -43,7 +43,12 @@ def curve(points: tuple[tuple[int, float], ...]) -> list[tuple[float, float, int
     top = max(tau for _, tau in points)
     span = max(top - 1.0, 1e-9)
     return [
-        (40 + (WIDTH - 60) * step / last, HEIGHT - 30 - (HEIGHT - 50) * (tau - 1.0) / span, step, tau)
+        (
+            40 + (WIDTH - 60) * step / last,
+            HEIGHT - 30 - (HEIGHT - 50) * (tau - 1.0) / span,
+            step,
+            tau,
+        )
         for step, tau in points
     ]
 

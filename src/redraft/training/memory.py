@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,23 +40,41 @@ def predict_peak(
     optimizer = sum(p.numel() for _, p in trainable) * 4 * 3
     per_token = target.vocab_size * (element + 4) + draft.feature_size * element
     per_step = 3 * 4 * vocab + 4 * (24 * hidden + 4 * inner) + 3 * 4 * heads * longest
-    return current_memory(target.device) + (optimizer + batch_tokens * (per_token + rollout * per_step)) / MB
+    return (
+        current_memory(target.device)
+        + (optimizer + batch_tokens * (per_token + rollout * per_step)) / MB
+    )
 
 
 def current_memory(device: torch.device) -> float:
     """Memory in use now, MB: of the device, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MB
-    try:
-        with open("/proc/self/statm") as stream:
-            return int(stream.read().split()[1]) * resource.getpagesize() / MB
-    except OSError:
-        return peak_memory(device)
+    return _from_status("VmRSS")
+
+
+def restart_peak(device: torch.device) -> None:
+    """Let `peak_memory` count from here; where the system cannot, it keeps counting from the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float:
-    """Highest memory use so far, MB: of the device, or of this process."""
+    """Highest memory use since `restart_peak`, MB: of the device, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MB
+    return _from_status("VmHWM")
+
+
+def _from_status(key: str) -> float:
+    """A figure of /proc/self/status in MB; elsewhere the process's highest so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024 / MB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB

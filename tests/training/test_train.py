@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from redraft.adapt import train as train_module
-from redraft.adapt.precision import choose_precision
-from redraft.adapt.train import Trained, rollout_loss, schedule, train
 from redraft.batches import collate, plan_epochs, plan_once
 from redraft.config import TrainConfig
 from redraft.drafts.eagle3 import Eagle3Draft
@@ -21,6 +18,9 @@ from redraft.formats.load import load_draft
 from redraft.private.table import METHODS
 from redraft.records import Answer
 from redraft.target import Target
+from redraft.training import train as train_module
+from redraft.training.precision import choose_precision
+from redraft.training.train import Trained, rollout_loss, schedule, train
 from tests.conftest import fresh_draft, in_double
 from tests.drafts.test_eagle3 import oracle
 from tests.oracles.eagle3_plain import chain_logits
@@ -96,7 +96,9 @@ def test_shared_tensors_stay_bitwise_and_private_ones_move(
     assert trained.record.trained_parameters == sum(t.numel() for t in trained.tensors.values())
 
 
-def test_training_raises_heldout_tau(target: Target, draft_folder: Path, answers: list[Answer]) -> None:
+def test_training_raises_heldout_tau(
+    target: Target, draft_folder: Path, answers: list[Answer]
+) -> None:
     trained, _ = run(target, draft_folder, answers, replace(CONFIG, epochs=6, width=32))
     taus = [tau for _, tau in trained.record.heldout_tau]
     assert max(taus) > 1.02 * taus[0] or taus[0] > 3.5
@@ -197,24 +199,20 @@ def test_plans_cover_every_sample_and_repeat() -> None:
     assert 0 < len(plan_epochs(lengths, 300, 0.5, seed=1)) < len(plan_once(lengths, 300))
 
 
-def test_precision_goes_to_the_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    def probe(bf16_factor: float) -> str:
-        clock = iter_time(bf16_factor)
-        monkeypatch.setattr("redraft.adapt.precision.time.perf_counter", lambda: clock[0])
+@pytest.mark.parametrize(("factor", "expected"), [(0.5, "bf16"), (0.95, "fp32"), (2.0, "fp32")])
+def test_precision_goes_to_the_clearly_faster(
+    factor: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    seen = []
+    monkeypatch.setattr("redraft.training.precision.time.perf_counter", lambda: clock[0])
 
-        def step() -> None:
-            fast = torch.is_autocast_enabled("cpu")
-            clock[0] += 0.1 * (bf16_factor if fast else 1.0)
+    def step(at: int) -> None:
+        seen.append(at)
+        clock[0] += 0.1 * (factor if torch.is_autocast_enabled("cpu") else 1.0)
 
-        return choose_precision(torch.device("cpu"), step)
-
-    assert probe(0.5) == "bf16"
-    assert probe(0.95) == "fp32"
-    assert probe(2.0) == "fp32"
-
-
-def iter_time(_: float) -> list[float]:
-    return [0.0]
+    assert choose_precision(torch.device("cpu"), step) == expected
+    assert len(set(seen)) >= 3, "one batch repeated hides the cost of new shapes"
 
 
 def test_the_automatic_learning_rate_falls_with_the_hidden_size(trained_draft: Eagle3Draft) -> None:

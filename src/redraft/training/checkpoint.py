@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def save_checkpoint(
     scratch = folder / f".{FILE}.tmp"
     contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     save_file(contiguous, scratch, metadata={"about": json.dumps(about)})
-    os.replace(scratch, folder / FILE)
+    scratch.replace(folder / FILE)
 
 
 def load_checkpoint(

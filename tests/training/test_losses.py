@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from redraft.adapt.losses import Teacher, forward_kl
+from redraft.training.losses import Teacher, forward_kl
 
 
 def by_hand(teacher: np.ndarray, student: np.ndarray) -> float:
@@ -31,7 +31,9 @@ def test_value(logits: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 def test_of_itself_it_is_zero(logits: tuple[torch.Tensor, torch.Tensor]) -> None:
-    assert float(forward_kl(Teacher.from_logits(logits[0]), logits[0])) == pytest.approx(0, abs=1e-12)
+    assert float(forward_kl(Teacher.from_logits(logits[0]), logits[0])) == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_gradient(logits: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -50,4 +52,6 @@ def test_a_point_mass_has_no_entropy() -> None:
 def test_last_is_the_suffix(logits: tuple[torch.Tensor, torch.Tensor]) -> None:
     p, q = logits
     whole = Teacher.from_logits(p)
-    assert float(forward_kl(whole.last(2), q[3:])) == pytest.approx(by_hand(p[3:].numpy(), q[3:].numpy()))
+    assert float(forward_kl(whole.last(2), q[3:])) == pytest.approx(
+        by_hand(p[3:].numpy(), q[3:].numpy())
+    )

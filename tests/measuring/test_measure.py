@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
-from redraft.measure import replay as replay_module
-from redraft.measure.acceptance import (
+from redraft.measuring import replay as replay_module
+from redraft.measuring.acceptance import (
     bootstrap_recovery,
     bootstrap_tau,
     is_loop,
@@ -18,10 +17,10 @@ from redraft.measure.acceptance import (
     pooled_tau,
     summarise,
 )
-from redraft.measure.live import live
-from redraft.measure.lossless import compare, is_near_tie
-from redraft.measure.measure import measure
-from redraft.measure.replay import replay, walk
+from redraft.measuring.live import live
+from redraft.measuring.lossless import compare, is_near_tie
+from redraft.measuring.measure import measure
+from redraft.measuring.replay import replay, walk
 from redraft.records import Answer, Prompt, StepTrace
 from redraft.target import Target
 from tests.decode.test_decode import pair64  # noqa: F401
@@ -107,15 +106,15 @@ def test_wrong_replays_are_caught(
     answers = measure(target, draft, prompts[:10], k=4, max_new_tokens=LONGEST).answers
     runs = replay_module.accepted_runs
     if mutant == "shifted start":
-        monkeypatch.setattr(
-            replay_module, "accepted_runs", lambda *a: runs(*a).roll(1, dims=1)
-        )
+        monkeypatch.setattr(replay_module, "accepted_runs", lambda *a: runs(*a).roll(1, dims=1))
     elif mutant == "no walk past a miss":
         monkeypatch.setattr(
             replay_module,
             "walk",
             lambda answer, row, first: StepTrace(
-                answer.id, tuple(row[len(answer.prompt) - 1 - first :][: answer.length - 1]), answer.length
+                answer.id,
+                tuple(row[len(answer.prompt) - 1 - first :][: answer.length - 1]),
+                answer.length,
             ),
         )
     else:
@@ -152,7 +151,9 @@ def test_the_last_step_is_counted_in_full() -> None:
     assert walk(answer, [9, 4, 9, 9], 0).accepted == (4,)
 
 
-def test_lossless_audits_differences(target: Target, prompts: list[Prompt], answers: list[Answer]) -> None:
+def test_lossless_audits_differences(
+    target: Target, prompts: list[Prompt], answers: list[Answer]
+) -> None:
     plain = [list(a.answer) for a in answers[:3]]
     assert compare(target, prompts[:3], plain, plain).identical == 3
     broken = [list(row) for row in plain]
@@ -170,5 +171,3 @@ def test_live_at_a_temperature_says_what_to_use(
     found = measure(target, trained_draft, prompts[:6], k=3, max_new_tokens=16, temperature=0.7)
     assert found.acceptance.temperature == 0.7
     assert found.acceptance.draft_token == "deterministic"
-
-

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 
 PROBE_SECONDS = 0.2
+ROUNDS = 3
 WORTH = 1.15
 """bf16 must be this many times faster to be chosen: fp32 is the more exact where they tie."""
 
@@ -21,21 +22,24 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def choose_precision(device: torch.device, step: Callable[[], None]) -> str:
-    """'bf16' where `step` (a forward and backward that leaves nothing behind) runs faster under it."""
-    fastest = {"fp32": float("inf"), "bf16": float("inf")}
-    for precision in fastest:
+def choose_precision(device: torch.device, step: Callable[[int], None]) -> str:
+    """'bf16' where `step` (a forward and backward that leaves nothing behind) is clearly faster.
+
+    `step(i)` must take the i-th batch: bf16 products are compiled for each new shape, so a probe
+    that repeats one batch would promise a speed that training never sees.
+    """
+    seconds = {"fp32": 0.0, "bf16": 0.0}
+    for precision in seconds:
         with autocast(device, precision):
-            step()  # warm-up
-    started, rounds = time.perf_counter(), 0
-    # In turn, and the fastest run counts: a machine's hiccup must not decide.
-    while time.perf_counter() - started < PROBE_SECONDS or rounds < 2:
-        for precision in fastest:
+            step(0)  # warm-up
+    rounds = 1
+    while sum(seconds.values()) < PROBE_SECONDS or rounds <= ROUNDS:
+        for precision in seconds:
             began = time.perf_counter()
             with autocast(device, precision):
-                step()
+                step(rounds)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            fastest[precision] = min(fastest[precision], time.perf_counter() - began)
+            seconds[precision] += time.perf_counter() - began
         rounds += 1
-    return "bf16" if fastest["bf16"] * WORTH < fastest["fp32"] else "fp32"
+    return "bf16" if seconds["bf16"] * WORTH < seconds["fp32"] else "fp32"

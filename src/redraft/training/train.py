@@ -27,15 +27,14 @@ from ..config import TrainConfig
 from ..console import Progress, say
 from ..drafts.base import Draft, select_columns
 from ..errors import UserError
-from ..measure.acceptance import pooled_tau
-from ..measure.replay import replay
+from ..measuring.acceptance import pooled_tau
+from ..measuring.replay import replay
 from ..private.part import prepare, put, take
-from ..private.table import METHODS
 from ..records import Answer, TrainRecord
 from ..target import Target
 from .checkpoint import TrainState, load_checkpoint, save_checkpoint
 from .losses import Teacher, forward_kl
-from .memory import peak_memory, predict_peak
+from .memory import peak_memory, predict_peak, restart_peak
 from .precision import autocast, choose_precision
 
 CALIBRATION_BATCHES = 4
@@ -69,16 +68,15 @@ def train(
     Raises UserError when the loss stops being finite; the last checkpoint is kept.
     """
     started = time.monotonic()
-    plan = plan_epochs(
-        [len(a.prompt) + a.length for a in answers], config.batch_tokens, config.epochs, config.seed
-    )
+    lengths = [len(a.prompt) + a.length for a in answers]
+    plan = plan_epochs(lengths, config.batch_tokens, config.epochs, config.seed)
     key = _key(config, plan, answers)
     trainable = _prepare(target, draft, answers, plan, config)
     optimizer = _optimizer(trainable, config, draft)
     precision = _precision(target, draft, answers, plan, config, optimizer)
-    longest = max(len(a.prompt) + a.length for a in answers)
+    restart_peak(target.device)
     predicted = predict_peak(
-        target, draft, trainable, config.batch_tokens, longest, config.rollout
+        target, draft, trainable, config.batch_tokens, max(lengths), config.rollout
     )
     say(
         f"training {sum(p.numel() for _, p in trainable):,} parameters ({config.method}), "
@@ -93,36 +91,16 @@ def train(
     with Progress("training", len(plan), "steps") as progress:
         progress.advance(state.step)
         while state.step < len(plan) and not _stalled(state, config.patience):
-            began = time.monotonic()
             batch = collate([answers[i] for i in plan[state.step]], target.device)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(state.step, len(plan), config.warmup)
-            with autocast(target.device, precision):
-                loss, count = rollout_loss(target, draft, batch, config)
-            state.last_loss = loss.item()
-            if not math.isfinite(state.last_loss):
-                raise UserError(
-                    f"the loss became {state.last_loss} at step {state.step} (learning rate "
-                    f"{_lr(config, draft):g}); lower --lr or use --precision fp32. Everything "
-                    "finished before this step is kept"
-                )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_([p for _, p in trainable], config.clip)
-            optimizer.step()
-            state.step += 1
-            state.supervised_tokens += count
-            state.seconds += time.monotonic() - began
+            rate = schedule(state.step, len(plan), config.warmup)
+            _step(target, draft, batch, config, trainable, optimizer, rate, precision, state)
             if state.step % every == 0 or state.step == len(plan):
                 _evaluate(target, draft, heldout, config, k, state)
                 if checkpoints:
                     save_checkpoint(checkpoints, state, trainable, optimizer, key)
-            note = f"loss {state.last_loss:.3f}"
-            if state.heldout_tau:
-                note += f"  held-out tau {state.heldout_tau[-1][1]:.3f}"
-            progress.advance(1, note)
+            progress.advance(1, _note(state))
     put(draft, state.best)
-    read = sum(len(answers[i].prompt) + answers[i].length for b in plan[: state.step] for i in b)
+    read = sum(lengths[i] for batch in plan[: state.step] for i in batch)
     record = TrainRecord(
         method=config.method,
         trained_parameters=sum(p.numel() for _, p in trainable),
@@ -142,6 +120,39 @@ def train(
         stopped_early=state.step < len(plan),
     )
     return Trained(state.best, record)
+
+
+def _step(
+    target: Target,
+    draft: Draft,
+    batch: Batch,
+    config: TrainConfig,
+    trainable: list[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    precision: str,
+    state: TrainState,
+) -> None:
+    """One optimizer step at `rate` of the peak learning rate; `state` moves on by one."""
+    began = time.monotonic()
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    with autocast(target.device, precision):
+        loss, count = rollout_loss(target, draft, batch, config)
+    state.last_loss = loss.item()
+    if not math.isfinite(state.last_loss):
+        raise UserError(
+            f"the loss became {state.last_loss} at step {state.step} (learning rate "
+            f"{_lr(config, draft):g}); lower --lr or use --precision fp32. Everything finished "
+            "before this step is kept"
+        )
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_([p for _, p in trainable], config.clip)
+    optimizer.step()
+    state.step += 1
+    state.supervised_tokens += count
+    state.seconds += time.monotonic() - began
 
 
 def rollout_loss(
@@ -246,9 +257,9 @@ def _precision(
 ) -> str:
     if config.precision != "auto":
         return config.precision
-    batch = collate([answers[i] for i in plan[0]], target.device)
 
-    def step() -> None:
+    def step(at: int) -> None:
+        batch = collate([answers[i] for i in plan[at % len(plan)]], target.device)
         rollout_loss(target, draft, batch, config)[0].backward()  # type: ignore[no-untyped-call]
         optimizer.zero_grad()
 
@@ -269,6 +280,11 @@ def _evaluate(
     state.heldout_tau.append((state.step, tau))
 
 
+def _note(state: TrainState) -> str:
+    note = f"loss {state.last_loss:.3f}"
+    return note + (f"  held-out tau {state.heldout_tau[-1][1]:.3f}" if state.heldout_tau else "")
+
+
 def _stalled(state: TrainState, patience: int) -> bool:
     """Whether the last `patience` evaluations brought no rise over those before them."""
     taus = [tau for _, tau in state.heldout_tau]
@@ -280,8 +296,3 @@ def _stalled(state: TrainState, patience: int) -> bool:
 def _key(config: TrainConfig, plan: list[list[int]], answers: Sequence[Answer]) -> str:
     about = [asdict(config), plan, [[a.id, a.tokens] for a in answers]]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-
-def is_fresh(method: str) -> bool:
-    """Whether a method starts from nothing, so that no reused draft is needed."""
-    return METHODS[method].fresh

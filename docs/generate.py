@@ -1,0 +1,125 @@
+"""Docs that can drift are generated: `python docs/generate.py` writes them, `--check` compares.
+
+docs/cli.md      the command reference, from each command's own --help
+docs/config.md   every setting with its default, from the dataclasses in config.py
+README.md        the file tree, from the first line of each module's docstring
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from redraft.config import recipe_names, stage_fields
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    [],
+    *(
+        [name]
+        for name in (
+            "demo",
+            "adapt",
+            "regenerate",
+            "select",
+            "train",
+            "measure",
+            "export",
+            "report",
+            "recipes",
+        )
+    ),
+    ["bench", "family"],
+    ["bench", "pipeline"],
+]
+TREE_BEGIN, TREE_END = "<!-- tree -->", "<!-- /tree -->"
+
+
+def generated() -> dict[Path, str]:
+    """Each generated file with the text it should have."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(TREE_BEGIN)
+    _, _, after = rest.partition(TREE_END)
+    return {
+        ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "docs" / "config.md": config_reference(),
+        readme: f"{before}{TREE_BEGIN}\n```\n{tree()}```\n{TREE_END}{after}",
+    }
+
+
+def cli_reference() -> str:
+    parts = ["# Command line\n\nGenerated from `--help` by `make docs`.\n"]
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
+    for command in COMMANDS:
+        help_text = subprocess.run(
+            [sys.executable, "-m", "redraft", *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        ).stdout
+        name = " ".join(["redraft", *command])
+        usage = help_text.replace("python -m redraft", "redraft").strip()
+        lines = "\n".join(line.rstrip() for line in usage.splitlines())
+        parts.append(f"## {name}\n\n```\n{lines}\n```\n")
+    return "\n".join(parts)
+
+
+def config_reference() -> str:
+    lines = [
+        "# Settings\n",
+        "Generated from `config.py` by `make docs`. Set one with `--set stage.name=value`, several in",
+        "a YAML file (`--config FILE`), or start from a recipe: "
+        + ", ".join(f"`{name}`" for name in recipe_names())
+        + ".\n",
+        "| setting | default | what it does |",
+        "|---|---|---|",
+    ]
+    for key, (_, field) in stage_fields().items():
+        choices = field.metadata.get("choices")
+        text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+        lines.append(f"| `{key}` | `{field.default}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def tree() -> str:
+    """The package, one line per file: its name and the first sentence it says of itself."""
+    lines = ["src/redraft/"]
+    package = ROOT / "src" / "redraft"
+    files = sorted(p for p in package.rglob("*.py") if p.name != "__main__.py")
+    top = [p for p in files if p.parent == package and p.name != "__init__.py"]
+    for path in top:
+        lines.append(f"  {path.name:20} {_says(path)}")
+    for folder in sorted({p.parent for p in files} - {package}):
+        lines.append(f"  {folder.name + '/':20} {_says(folder / '__init__.py')}")
+        for path in files:
+            if path.parent == folder and path.name != "__init__.py":
+                lines.append(f"    {path.name:18} {_says(path)}")
+    return "\n".join(lines) + "\n"
+
+
+def _says(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.splitlines()[0].rstrip(".") if docstring else ""
+
+
+def main() -> int:
+    stale = []
+    for path, text in generated().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in sys.argv:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+    if stale and "--check" in sys.argv:
+        print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""A draft from nothing: its shape from the target, its vocabulary from the target's answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import UserError
+from ..records import Answer
+from ..target import Target
+from .eagle3 import Eagle3Draft, shape_for
+
+
+def new_draft(
+    target: Target,
+    answers: Sequence[Answer],
+    *,
+    taps: tuple[int, ...] | None = None,
+    draft_vocab_size: int | None = None,
+    width: int | None = None,
+) -> Eagle3Draft:
+    """An untrained draft of the usual shape for `target`, in float32 and bound to it.
+
+    A reduced vocabulary takes the tokens that the answers use most (ties by id), padded with the
+    lowest ids if they use fewer. Raises UserError for a vocabulary larger than the target's.
+    """
+    size = draft_vocab_size or target.vocab_size
+    if size > target.vocab_size:
+        raise UserError(
+            f"a draft vocabulary of {size} is larger than the target's {target.vocab_size} tokens"
+        )
+    shape = shape_for(target, width=width, draft_vocab_size=size, taps=taps)
+    vocabulary = None if size == target.vocab_size else frequent_tokens(answers, size)
+    draft = Eagle3Draft(shape, vocabulary)
+    draft.bind(target)
+    return draft
+
+
+def frequent_tokens(answers: Sequence[Answer], size: int) -> torch.Tensor:
+    """The `size` most frequent supervised tokens, ascending, int64 [size]."""
+    counts = Counter(token for answer in answers for token in answer.answer[1:])
+    ranked = sorted(counts, key=lambda token: (-counts[token], token))[:size]
+    chosen = set(ranked)
+    spare = (token for token in range(size * 2) if token not in chosen)
+    while len(chosen) < size:
+        chosen.add(next(spare))
+    return torch.tensor(sorted(chosen), dtype=torch.int64)

@@ -1,0 +1,201 @@
+"""The command line: contracts that others script against, exit codes, and messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft import cli
+from tests.conftest import write_prompts
+
+CONTRACT = {
+    "tau",
+    "ci",
+    "accepted",
+    "steps",
+    "prompts",
+    "excluded",
+    "k",
+    "temperature",
+    "per_position",
+    "loop_rate",
+    "mode",
+    "seconds",
+}
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of one command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["redraft", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def redraft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.mark.parametrize("mode", ["replay", "live"])
+def test_measure_prints_one_object(
+    redraft: Any, target_folder: Path, draft_folder: Path, tmp_path: Path, mode: str
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 6)
+    ids = tmp_path / "ids.json"
+    code, out, err = redraft(
+        *("measure", "--target", target_folder, "--draft", draft_folder, "--prompts", prompts),
+        *("--k", 3, "--max-new-tokens", 16, "--limit", 5, "--mode", mode, "--save-ids", ids),
+        "--json",
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert set(found) >= CONTRACT
+    assert found["tau"] == 1 + found["accepted"] / found["steps"]
+    assert found["prompts"] + found["excluded"] == 5
+    assert len(found["per_position"]) == found["k"] == 3
+    assert found["mode"] == mode
+    rows = json.loads(ids.read_text())
+    assert len(rows) == 5
+    assert all(isinstance(token, int) for row in rows for token in row)
+
+
+def test_the_stages_are_commands_that_fit_together(
+    redraft: Any, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 12)
+    held = write_prompts(tmp_path / "h.jsonl", 4, start=50)
+    answers, heldout = tmp_path / "a.jsonl", tmp_path / "h-answers.jsonl"
+    target = ("--target", target_folder)
+    for source, out, extra in ((prompts, answers, ()), (held, heldout, ("--overrun", 4))):
+        code, text, err = redraft(
+            *("regenerate", *target, "--prompts", source, "--out", out, "--max-new-tokens", 20),
+            *(*extra, "--json"),
+        )
+        assert code == 0, err
+        assert json.loads(text)["answers"] == (12 if source == prompts else 4)
+    selection = tmp_path / "s.jsonl"
+    code, text, _ = redraft(
+        "select", "--answers", answers, "--out", selection, "--budget", "0.5", "--json"
+    )
+    assert json.loads(text)["kept"] == 6
+    code, text, err = redraft(
+        *("train", *target, "--draft", draft_folder, "--answers", answers, "--heldout", heldout),
+        *("--selection", selection, "--out", tmp_path / "private", "--method", "expert"),
+        *("--width", 8, "--epochs", 1, "--batch-tokens", 256, "--rollout", 2, "--json"),
+    )
+    assert code == 0, err
+    assert json.loads(text)["trained_parameters"] == 3 * 8 * 32
+    code, text, err = redraft(
+        *("export", "--draft", draft_folder, "--private", tmp_path / "private"),
+        *("--out", tmp_path / "fused", "--json"),
+    )
+    assert code == 0, err
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert config["intermediate_size"] == 64 + 8
+    code, _, err = redraft(
+        *("export", "--draft", draft_folder, "--private", tmp_path / "private"),
+        *("--out", tmp_path / "fused"),
+    )
+    assert code == 2
+    assert "is not empty" in err
+
+
+def test_scratch_makes_a_draft_from_nothing(
+    redraft: Any, target_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 8)
+    target = ("--target", target_folder)
+    for name, extra in (("a", ()), ("h", ("--overrun", 4))):
+        redraft(
+            *("regenerate", *target, "--prompts", prompts, "--out", tmp_path / f"{name}.jsonl"),
+            *("--max-new-tokens", 16, *extra, "--quiet"),
+        )
+    code, _, err = redraft(
+        *("train", *target, "--answers", tmp_path / "a.jsonl", "--heldout", tmp_path / "h.jsonl"),
+        *("--out", tmp_path / "draft", "--method", "scratch", "--draft-vocab", 60),
+        *("--draft-width", 16, "--taps", "1,4,7", "--epochs", 1, "--rollout", 2, "--quiet"),
+    )
+    assert code == 0, err
+    code, out, err = redraft(
+        *("measure", *target, "--draft", tmp_path / "draft", "--prompts", prompts),
+        *("--max-new-tokens", 12, "--json", "--quiet"),
+    )
+    assert code == 0, err
+    assert json.loads(out)["provenance"]["taps"] == [1, 4, 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapt", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["adapt", "--config", "demoo"], "no recipe or file named 'demoo'; did you mean 'demo'?"),
+        (["adapt", "--method", "magic"], "must be one of expert, expert+fc, full, scratch"),
+        (["adapt", "--off-domain", "x"], "--off-domain takes name=FILE"),
+    ],
+)
+def test_the_users_mistakes_exit_with_2_before_anything_is_loaded(
+    redraft: Any, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    needed = ["--target", "nowhere", "--draft", "nowhere", "--prompts", "nowhere", "--out"]
+    code, out, err = redraft(*arguments, *needed, tmp_path / "run")
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_target_is_one_sentence(redraft: Any, tmp_path: Path) -> None:
+    code, _, err = redraft(
+        "measure", "--target", tmp_path, "--draft", "x", "--prompts", "y", "--json"
+    )
+    assert code == 2
+    assert "expected a model folder with config.json" in " ".join(err.split())
+
+
+def test_recipes_are_listed_and_copied(
+    redraft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = redraft("recipes")
+    assert code == 0
+    assert "demo" in out
+    code, out, _ = redraft("recipes", "copy", "demo")
+    assert (tmp_path / "demo.yaml").is_file()
+    code, _, err = redraft("recipes", "copy", "demo")
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_every_command_shows_an_example() -> None:
+    from typer.main import get_command
+
+    def walk(command: Any, name: str) -> list[tuple[str, str]]:
+        if hasattr(command, "commands"):
+            rows = [r for n, c in command.commands.items() for r in walk(c, f"{name} {n}")]
+            return rows
+        return [(name, command.help or "")]
+
+    commands = walk(get_command(cli.app), "redraft")
+    assert len(commands) >= 11
+    for name, text in commands:
+        assert "Example: " in text, name
+
+
+def test_version_in_a_process_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "redraft", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("redraft 0.")
