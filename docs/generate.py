@@ -34,6 +34,7 @@ COMMANDS = [
     ),
     ["bench", "family"],
     ["bench", "pipeline"],
+    ["bench", "repair"],
 ]
 TREE_BEGIN, TREE_END = "<!-- tree -->", "<!-- /tree -->"
 

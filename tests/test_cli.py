@@ -184,8 +184,7 @@ def test_every_command_shows_an_example() -> None:
 
     def walk(command: Any, name: str) -> list[tuple[str, str]]:
         if hasattr(command, "commands"):
-            rows = [r for n, c in command.commands.items() for r in walk(c, f"{name} {n}")]
-            return rows
+            return [r for n, c in command.commands.items() for r in walk(c, f"{name} {n}")]
         return [(name, command.help or "")]
 
     commands = walk(get_command(cli.app), "redraft")

@@ -494,6 +494,36 @@ def bench_pipeline(
             typer.echo(f"{name:36} {value}")
 
 
+@bench.command("repair")
+def bench_repair(
+    out: Annotated[str, typer.Option("--out", help="folder; run again to resume")],
+    size: Annotated[str, typer.Option("--size", help="nano, or micro on real data")] = "micro",
+    data: Annotated[
+        str | None, typer.Option("--data", help="folder of real data (default: $REDRAFT_DATA)")
+    ] = None,
+    record: Annotated[
+        str | None, typer.Option("--record", help="also write the result to this JSON file")
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """The demo's comparison at any size: reused, adapted and dedicated draft of a fine-tune.
+
+    Example: redraft bench repair --size micro --data data --out repair
+    """
+    set_quiet(quiet)
+    from .bench.demo import print_demo, run_demo
+    from .formats.folders import write_text
+
+    result = run_demo(Path(out), size, data)
+    if record:
+        write_text(Path(record), json.dumps(result, indent=2) + "\n")
+    if as_json:
+        _print_json(result)
+    else:
+        print_demo(result)
+
+
 @app.command()
 def demo(
     out: Annotated[str, typer.Option("--out", help="folder of the demo")] = "demo",

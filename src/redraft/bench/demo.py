@@ -37,31 +37,36 @@ K = 4
 SPEED_PROMPTS = 12
 SPEED_TOKENS = 96
 REPEATS = 3
-DEDICATED = TrainConfig(
-    method="scratch", lr=6e-3, epochs=3.0, batch_tokens=512, rollout=K, evaluations=4
-)
+RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
+"""The recipe that adapts each size of family."""
 
 
-def run_demo(out: Path, size: str = "nano") -> dict[str, Any]:
-    """Build, adapt, compare; returns the result as plain JSON types (see `print_demo`)."""
-    family = build_family(out / "family", size=size, members=[MEMBER])
+def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str, Any]:
+    """Build, adapt, compare; returns the result as plain JSON types (see `print_demo`).
+
+    `data` is the folder of real data that size `micro` reads (default $REDRAFT_DATA).
+    """
+    family = build_family(out / "family", size=size, data=data, members=[MEMBER])
     target = load_member(out / "family", MEMBER)
     prompts = out / "family" / "prompts"
+    recipe = recipe_path(RECIPES[size])
+    resolved = resolve([(f"recipe {recipe.stem}", read_yaml(recipe))])
+    reference = dataclasses.replace(resolved.config.train, method="scratch")
     say(f"the base's draft on the fine-tuned target: adapting it, run folder {out / 'run'}")
     result = flow.adapt(
         target,
         family["draft"],
         str(prompts / f"{family['tuned_domain']}-adapt.jsonl"),
         out=out / "run",
-        config=resolve([("recipe demo", read_yaml(recipe_path("demo")))]),
+        config=resolved,
         off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
     )
     run = RunFolder(out / "reference")
     key = run.stage(
         "dedicated",
-        {"report": to_json(result.report.train), **dataclasses.asdict(DEDICATED)},
+        {"report": to_json(result.report.train), **dataclasses.asdict(reference)},
         ["dedicated"],
-        lambda: _dedicated(target, result, out / "reference" / "dedicated"),
+        lambda: _dedicated(target, result, reference, out / "reference" / "dedicated"),
     )
     run.stage(
         "compare",
@@ -73,12 +78,12 @@ def run_demo(out: Path, size: str = "nano") -> dict[str, Any]:
     return demo
 
 
-def _dedicated(target: Target, result: flow.AdaptResult, folder: Path) -> None:
-    """The reference: the same shape trained from nothing on every answer of the pool."""
+def _dedicated(target: Target, result: flow.AdaptResult, config: TrainConfig, folder: Path) -> None:
+    """The reference: the same shape from nothing, on every answer of the pool, as many epochs."""
     answers = [a for a in read_answers(result.run / "answers" / "adapt.jsonl") if a.length >= 2]
     heldout = read_answers(result.run / "answers" / "heldout.jsonl")
     draft = read_draft(result.report.shared).build(target, torch.float32)
-    trained = train(target, draft, answers, heldout, DEDICATED, k=K)
+    trained = train(target, draft, answers, heldout, config, k=K)
     made = stored(draft, target)
     made.provenance["train"] = to_json(trained.record)
     made.save(folder)

@@ -11,6 +11,7 @@ Every part is a stage of a run folder, so building again continues where it stop
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ from .language_model import (
 )
 from .world import Sample, passages, samples
 
-GENERAL = ("dialogue", "records", "code")
 TUNED = "math"
+"""The domain of the fine-tunes."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class Size:
 
 
 BASE_BATCH, TUNE_BATCH = 4, 8
-DRAFT = TrainConfig(
-    method="scratch", lr=6e-3, epochs=2.0, batch_tokens=512, rollout=4, evaluations=4
-)
+DRAFT = TrainConfig(method="scratch", epochs=2.0, batch_tokens=512, rollout=4, evaluations=4)
+DRAFT_LR = 0.8
+"""Learning rate of the base's draft, times the hidden size."""
 SIZES = {
     # `tiny` is for the test suite: it shows mechanics, its figures mean nothing.
     "tiny": Size(
@@ -96,19 +97,19 @@ SIZES = {
         tune_lr=2e-3,
         answers=800,
         answer_tokens=128,
-        draft_width=128,
+        draft_width=96,
     ),
     "micro": Size(
-        shape=Shape(layers=10, hidden=256, width=640, vocab=4096, context=1024),
+        shape=Shape(layers=8, hidden=192, width=448, vocab=4096, context=512),
         window=256,
         chats=20000,
-        base_steps=5000,
+        base_steps=6000,
         base_lr=2e-3,
         tune_steps=1500,
         tune_lr=1e-3,
-        answers=3000,
-        answer_tokens=200,
-        draft_width=512,
+        answers=2400,
+        answer_tokens=160,
+        draft_width=384,
         real=True,
     ),
 }
@@ -140,25 +141,40 @@ class Corpus:
     folder: Path | None
     seed: int
 
+    @property
+    def general(self) -> tuple[str, ...]:
+        """The domains that the base and its draft are made for."""
+        return ("dialogue", "records" if self.folder is None else "medical", "code")
+
     def chats(self, domain: str, count: int, split: str) -> list[Sample]:
-        if self.folder is not None and domain != "records":
-            return chats(self.folder, domain, split=split)[:count]
-        return samples(domain, count, seed=self.seed, split=split)
+        if self.folder is None:
+            return samples(domain, count, seed=self.seed, split=split)
+        return chats(self.folder, domain, split=split)[:count]
+
+    def base_chats(self) -> list[Sample]:
+        """Chats the base learns from. It has met the tuned domain, but seldom."""
+        size = self.size.chats
+        found = [c for domain in self.general for c in self.chats(domain, size, "base")]
+        if self.folder is not None:  # nothing is tuned on these, so the base may have that split
+            found += [c for domain in self.general for c in self.chats(domain, size, "tune")]
+        return found + self.chats(TUNED, size // 10, "base")
 
     def base_texts(self) -> list[str]:
-        """Running text of every domain, the tuned one included: a base has seen a little of all."""
-        made = [
+        """Running text the base learns from."""
+        if self.folder is not None:
+            return texts(self.folder, "stories") + texts(self.folder, "novels")[:1500]
+        return [
             text
-            for domain in (*GENERAL, TUNED)
+            for domain in (*self.general, TUNED)
             for text in passages(domain, self.size.chats // 3, seed=self.seed, split="base")
         ]
+
+    def tune_texts(self) -> list[str]:
+        """Running text of the tuned domain, for continued pre-training."""
         if self.folder is None:
-            return made
-        return (
-            made[: len(made) // 4]
-            + texts(self.folder, "stories")
-            + texts(self.folder, "novels")[:1500]
-        )
+            return passages(TUNED, self.size.chats, seed=self.seed, split="tune")
+        found = self.chats(TUNED, self.size.chats, "tune")
+        return ["\n".join(m["content"] for m in c.messages) for c in found]
 
 
 def build_family(
@@ -241,7 +257,7 @@ def _write_prompts(out: Path, corpus: Corpus) -> None:
         "heldout": ("heldout", 64, 0),
         "eval": ("eval", 128, 0),
     }
-    for domain in (*GENERAL, TUNED):
+    for domain in (*corpus.general, TUNED):
         for name, (split, count, skipped) in files.items():
             rows = corpus.chats(domain, skipped + count, split)[skipped:]
             lines = "".join(
@@ -254,20 +270,21 @@ def _write_prompts(out: Path, corpus: Corpus) -> None:
 def _tokenizer(out: Path, corpus: Corpus) -> None:
     said = [
         message["content"]
-        for domain in (*GENERAL, TUNED)
+        for domain in (*corpus.general, TUNED)
         for sample in corpus.chats(domain, 1500, "base")
         for message in sample.messages
     ]
-    train_tokenizer(said + corpus.base_texts()[::4], corpus.size.shape.vocab, out / "tokenizer")
+    train_tokenizer(
+        said + corpus.base_texts()[::4],
+        corpus.size.shape.vocab,
+        out / "tokenizer",
+        superwords=corpus.folder is None,
+    )
 
 
 def _base(out: Path, corpus: Corpus) -> None:
     s, tokenizer = corpus.size, _load_tokenizer(out)
-    rows = [
-        _chat_ids(tokenizer, sample)
-        for domain, count in base_chats(s).items()
-        for sample in corpus.chats(domain, count, "base")
-    ]
+    rows = [_chat_ids(tokenizer, sample) for sample in corpus.base_chats()]
     rows += [
         [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in corpus.base_texts()
     ]
@@ -298,7 +315,7 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
     else:
         model.requires_grad_(True)
     if row.plain_text:
-        found = passages(TUNED, s.chats, seed=corpus.seed, split="tune")
+        found = corpus.tune_texts()
         rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in found]
         examples = packed(rows, s.window)
     else:
@@ -321,14 +338,15 @@ def _base_draft(out: Path, corpus: Corpus) -> None:
     # Like a published draft's data: general talk, and a little of the domain tuned later.
     answers = [
         answer
-        for domains, share in ((GENERAL, 0.3), ((TUNED,), 0.1))
+        for domains, share in ((corpus.general, 0.3), ((TUNED,), 0.1))
         for answer in _answers(
             out, target, domains, "draft", int(s.answers * share), s.answer_tokens, 0
         )
     ]
-    heldout = _answers(out, target, GENERAL, "heldout", 12, s.answer_tokens, 4)
+    heldout = _answers(out, target, corpus.general, "heldout", 12, s.answer_tokens, 4)
     draft = new_draft(target, answers, width=s.draft_width)
-    trained = train(target, draft, answers, heldout, DRAFT, k=4)
+    config = dataclasses.replace(DRAFT, lr=DRAFT_LR / s.shape.hidden)
+    trained = train(target, draft, answers, heldout, config, k=4)
     made = stored(draft, target)
     made.provenance["train"] = to_json(trained.record)
     made.save(out / "draft")
@@ -338,9 +356,11 @@ def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[
     """Measure the gates of FIELD on every member: the draft reused on the tuned domain."""
     s, tokenizer = corpus.size, _load_tokenizer(out)
     base = load_target(str(out / "base"))
-    native = _reused(out, base, GENERAL, s.answer_tokens)
+    native = _reused(out, base, corpus.general, s.answer_tokens)
     heldout = [_supervised(tokenizer, c) for c in corpus.chats(TUNED, 128, "heldout")]
-    general = [_chat_ids(tokenizer, c) for d in GENERAL for c in corpus.chats(d, 64, "heldout")]
+    general = [
+        _chat_ids(tokenizer, c) for d in corpus.general for c in corpus.chats(d, 64, "heldout")
+    ]
     entries: dict[str, Any] = {}
     for name in members:
         target = load_member(out, name)
@@ -367,20 +387,12 @@ def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[
         "draft": str(out / "draft"),
         "prompts": str(out / "prompts"),
         "tuned_domain": TUNED,
-        "general_domains": list(GENERAL),
+        "general_domains": list(corpus.general),
         "base_loss": validation_loss(base.model, packed(general, s.window)),
         "native": to_json(native.acceptance),
         "members": entries,
         "gates": gates,
     }
-
-
-def base_chats(size: Size) -> dict[str, int]:
-    """Chats of each domain that the base learns from: a base has met the tuned one, but seldom."""
-    return {**dict.fromkeys(GENERAL, size.chats), TUNED: size.chats // 10}
-
-
-# -- helpers -----------------------------------------------------------------------------------
 
 
 def member_source(out: Path, name: str) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..console import Progress
 from ..rng import seeded
-from ..training.precision import autocast, choose_precision
+from ..training.precision import WORTH, WORTH_FIXED, autocast, choose_precision
 from ..training.train import schedule
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -42,15 +42,17 @@ class Shape:
     head_dim: int = 32
 
 
-def train_tokenizer(texts: Sequence[str], vocab: int, folder: Path) -> Any:
+def train_tokenizer(
+    texts: Sequence[str], vocab: int, folder: Path, *, superwords: bool = False
+) -> Any:
     """A byte-level BPE tokenizer with the family's chat template, saved to `folder`.
 
-    Merges may cross spaces (as in superword BPE): in templated text a token per word would leave
-    most tokens certain, and a draft would look better than drafts are. Digits stay single.
+    With `superwords` merges may cross spaces: in templated text a token per word would leave most
+    tokens certain, and a draft would look better than drafts are. Digits stay single.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=not superwords)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -125,7 +127,8 @@ def fit(
         loss_of(batches[at % len(batches)]).backward()  # type: ignore[no-untyped-call]
         optimizer.zero_grad()
 
-    precision = choose_precision(device, probe)
+    one_shape = len({len(ids) for ids, _ in examples}) == 1
+    precision = choose_precision(device, probe, WORTH_FIXED if one_shape else WORTH)
     recent: list[float] = []
     with Progress(label, steps, "steps") as progress:
         for step, indices in enumerate(batches):

@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        scaled = F.rms_norm(wide, (x.shape[-1],), eps=self.eps)
         return self.weight * scaled.to(x.dtype)
 
 
@@ -104,13 +104,13 @@ def rotate(x_BNTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
 
 def causal_attention(q_BNTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
     """Plain causal attention where queries are the last positions of the keys."""
-    groups = q_BNTC.shape[1] // k_BGTC.shape[1]
-    k, v = k_BGTC.repeat_interleave(groups, 1), v_BGTC.repeat_interleave(groups, 1)
-    queries, keys = q_BNTC.shape[2], k.shape[2]
+    queries, keys = q_BNTC.shape[2], k_BGTC.shape[2]
     if queries == keys or queries == 1:
-        return F.scaled_dot_product_attention(q_BNTC, k, v, is_causal=queries > 1)
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=k.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q_BNTC, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(
+            q_BNTC, k_BGTC, v_BGTC, is_causal=queries > 1, enable_gqa=True
+        )
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BNTC.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(q_BNTC, k_BGTC, v_BGTC, attn_mask=mask, enable_gqa=True)
 
 
 def chain_attention(

@@ -11,8 +11,12 @@ import torch
 
 PROBE_SECONDS = 0.2
 ROUNDS = 3
-WORTH = 1.15
-"""bf16 must be this many times faster to be chosen: fp32 is the more exact where they tie."""
+WORTH = 1.5
+"""bf16 must be this many times faster to be chosen. On a CPU its products are compiled for each new
+shape, and once more shapes than the library caches have been seen it slows down: a lead smaller
+than this was lost again within a hundred batches."""
+WORTH_FIXED = 1.15
+"""The same where all batches have one shape; fp32 is the more exact where they tie."""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -22,11 +26,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def choose_precision(device: torch.device, step: Callable[[int], None]) -> str:
+def choose_precision(
+    device: torch.device, step: Callable[[int], None], worth: float = WORTH
+) -> str:
     """'bf16' where `step` (a forward and backward that leaves nothing behind) is clearly faster.
 
-    `step(i)` must take the i-th batch: bf16 products are compiled for each new shape, so a probe
-    that repeats one batch would promise a speed that training never sees.
+    `step(i)` must take the i-th batch: a probe that repeats one batch would never meet a new shape.
     """
     seconds = {"fp32": 0.0, "bf16": 0.0}
     for precision in seconds:
@@ -42,4 +47,4 @@ def choose_precision(device: torch.device, step: Callable[[int], None]) -> str:
                 torch.cuda.synchronize(device)
             seconds[precision] += time.perf_counter() - began
         rounds += 1
-    return "bf16" if seconds["bf16"] * WORTH < seconds["fp32"] else "fp32"
+    return "bf16" if seconds["bf16"] * worth < seconds["fp32"] else "fp32"
