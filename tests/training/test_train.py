@@ -15,6 +15,8 @@ from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.formats.folders import tensor_hash
 from redraft.formats.load import load_draft
+from redraft.measuring.acceptance import pooled_tau
+from redraft.measuring.replay import replay
 from redraft.private.table import METHODS
 from redraft.records import Answer
 from redraft.target import Target
@@ -96,14 +98,19 @@ def test_shared_tensors_stay_bitwise_and_private_ones_move(
     assert trained.record.trained_parameters == sum(t.numel() for t in trained.tensors.values())
 
 
-def test_training_raises_heldout_tau(
+def test_training_teaches_something(
+    target: Target, trained_draft: Eagle3Draft, answers: list[Answer]
+) -> None:
+    untrained = pooled_tau(replay(target, fresh_draft(target), answers, 4))
+    assert pooled_tau(replay(target, trained_draft, answers, 4)) > untrained + 0.2
+
+
+def test_memory_is_predicted_and_reported(
     target: Target, draft_folder: Path, answers: list[Answer]
 ) -> None:
-    trained, _ = run(target, draft_folder, answers, replace(CONFIG, epochs=6, width=32))
-    taus = [tau for _, tau in trained.record.heldout_tau]
-    assert max(taus) > 1.02 * taus[0] or taus[0] > 3.5
-    assert trained.record.peak_mb > 0
-    assert trained.record.predicted_peak_mb > 0
+    record = run(target, draft_folder, answers, replace(CONFIG, epochs=1))[0].record
+    assert record.peak_mb > 100
+    assert 0.5 < record.predicted_peak_mb / record.peak_mb < 2
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(
@@ -219,3 +226,10 @@ def test_the_automatic_learning_rate_falls_with_the_hidden_size(trained_draft: E
     assert train_module._lr(TrainConfig(), trained_draft) == pytest.approx(0.4 / 32)
     assert train_module._lr(TrainConfig(lr=1e-3), trained_draft) == 1e-3
     assert math.isclose(0.4 / 4096, 1e-4, rel_tol=0.03)
+
+
+def test_nothing_to_train_on_is_said(
+    target: Target, trained_draft: Eagle3Draft, answers: list[Answer]
+) -> None:
+    with pytest.raises(UserError, match="0 answers to train on and 2 held out"):
+        train(target, trained_draft, [], answers[:2], CONFIG, k=3)

@@ -67,6 +67,11 @@ def train(
     `heldout` answers, with K-1 tokens of overrun, decide when to stop and which step is best.
     Raises UserError when the loss stops being finite; the last checkpoint is kept.
     """
+    if not answers or not heldout:
+        raise UserError(
+            f"{len(answers)} answers to train on and {len(heldout)} held out: both are needed, with "
+            "two tokens or more (the first comes from the prefill); does the target answer at all?"
+        )
     started = time.monotonic()
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, config.batch_tokens, config.epochs, config.seed)
