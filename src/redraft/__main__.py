@@ -1,3 +1,3 @@
-from .cli import main
+from redraft.cli import main
 
 main()

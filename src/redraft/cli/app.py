@@ -1,0 +1,68 @@
+"""The commands put together, and what becomes of an exception."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..console import console
+from ..errors import UserError
+from . import bench, job, recipes, stages
+
+app = typer.Typer(
+    name="redraft",
+    help="Re-align a speculative-decoding draft model with a fine-tuned LLM, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (
+    job.demo,
+    job.adapt,
+    stages.regenerate,
+    stages.select,
+    stages.train,
+    stages.measure,
+    stages.export,
+    job.report,
+):
+    app.command()(command)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        typer.echo(f"redraft {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Entry point: exceptions become exit codes."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        _calm_libraries()
+        app(standalone_mode=True)
+    except UserError as mistake:
+        console.print(f"redraft: {mistake}", style="red", soft_wrap=True, markup=False)
+        if os.environ.get("REDRAFT_TRACEBACK"):
+            raise
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("redraft: interrupted; run the same command again to continue")
+        sys.exit(130)
+
+
+def _calm_libraries() -> None:
+    """Loading bars and advice of the libraries would drown our own progress."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")

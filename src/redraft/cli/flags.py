@@ -1,0 +1,85 @@
+"""Flags that several commands share, and flags derived from a stage's settings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from ..config import stage_fields
+
+TargetFlag = Annotated[str, typer.Option("--target", help="target model: folder or Hub id")]
+AdapterFlag = Annotated[
+    str | None, typer.Option("--target-adapter", help="PEFT adapter on top of the target")
+]
+TemplateFlag = Annotated[
+    str | None, typer.Option("--chat-template", help="Jinja file, where the tokenizer has none")
+]
+DtypeFlag = Annotated[
+    str, typer.Option("--dtype", help="target's dtype: auto (as stored), float32, bfloat16, ...")
+]
+DraftFlag = Annotated[str, typer.Option("--draft", help="draft model: folder or Hub id")]
+PromptsFlag = Annotated[str, typer.Option("--prompts", help="JSONL file of prompts (.gz is fine)")]
+LimitFlag = Annotated[int | None, typer.Option("--limit", help="use only the first N prompts")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
+
+
+def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a flag for every setting of these stages; the command receives those that were given as
+    `settings`, by dotted key."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        fields = {k: f for k, (stage, f) in stage_fields().items() if stage in stages}
+        by_name = {key.replace(".", "__"): key for key in fields}
+
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> None:
+            settings = {key: given.pop(name) for name, key in by_name.items()}
+            command(settings={k: v for k, v in settings.items() if v is not None}, **given)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "settings"]
+        kinds = {"int": int, "float": float, "str": str}
+        for name, key in by_name.items():
+            field = fields[key]
+            choices = field.metadata.get("choices")
+            text = f"{field.metadata['help']} [default: {field.default}]"
+            text += f" (one of: {', '.join(choices)})" if choices else ""
+            flag = typer.Option(f"--{field.name.replace('_', '-')}", help=text, show_default=False)
+            own.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[kinds[str(field.type)] | None, flag],
+                )
+            )
+        ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        wrapper.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in ordered}
+        return wrapper
+
+    return wrap
+
+
+def load(source: str, adapter: str | None, template: str | None, dtype: str) -> Any:
+    """The target that the flags describe."""
+    from ..target import load_target
+
+    return load_target(source, adapter=adapter, chat_template=template, dtype=dtype)
+
+
+def finish(as_json: bool, text: str, content: dict[str, Any]) -> None:
+    if as_json:
+        print_json(content)
+    else:
+        typer.echo(text)
+
+
+def print_json(content: Any) -> None:
+    typer.echo(json.dumps(content))

@@ -1,0 +1,140 @@
+"""The whole job, its report, and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import Resolved, parse_set, read_yaml, recipe_path, resolve
+from ..console import set_quiet
+from ..errors import UserError
+from .flags import (
+    AdapterFlag,
+    DraftFlag,
+    DtypeFlag,
+    JsonFlag,
+    LimitFlag,
+    PromptsFlag,
+    QuietFlag,
+    TargetFlag,
+    TemplateFlag,
+    load,
+    print_json,
+)
+
+
+def demo(
+    out: Annotated[str, typer.Option("--out", help="folder of the demo")] = "demo",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Build a small family in front of you, break its draft by a fine-tune, and repair it.
+
+    Example: redraft demo
+    """
+    set_quiet(quiet)
+    from ..bench.demo import print_demo, run_demo
+
+    result = run_demo(Path(out))
+    if as_json:
+        print_json(result)
+    else:
+        print_demo(result)
+
+
+def adapt(
+    target: TargetFlag,
+    draft: DraftFlag,
+    prompts: PromptsFlag,
+    out: Annotated[str, typer.Option("--out", help="run folder; run again to resume")],
+    method: Annotated[str | None, typer.Option("--method", help="private part")] = None,
+    select: Annotated[str | None, typer.Option("--select", help="selection score")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="samples kept: 500, 0.5 or 20000t")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="recipe name or YAML file of settings")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="one setting, e.g. train.lr=1e-3; repeatable")
+    ] = None,
+    off_domain: Annotated[
+        list[str] | None,
+        typer.Option("--off-domain", help="name=FILE of prompts measured but not trained on"),
+    ] = None,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    limit: LimitFlag = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """The whole job: regenerate, select, train, export, measure before and after, report.
+
+    Example: redraft adapt --target ./my-model --draft org/EAGLE3-base --prompts prompts.jsonl
+    --out run --method expert+fc --budget 2000
+    """
+    set_quiet(quiet)
+    flags = {"train.method": method, "select.select": select, "select.budget": budget}
+    resolved = _resolve(config, assignments, {k: v for k, v in flags.items() if v is not None})
+    elsewhere = _pairs(off_domain or [], "--off-domain")
+    from .. import flow
+
+    loaded = load(target, target_adapter, chat_template, dtype)
+    result = flow.adapt(
+        loaded, draft, prompts, out=out, config=resolved, limit=limit, off_domain=elsewhere
+    )
+    if as_json:
+        from ..records import to_json
+
+        print_json(to_json(result.report))
+    else:
+        from ..report.terminal import print_report
+
+        print_report(result.report)
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="run folder of `redraft adapt`")],
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show a finished run again, and write its HTML page anew.
+
+    Example: redraft report run
+    """
+    set_quiet(quiet)
+    from ..formats.folders import read_json
+    from ..records import AdaptReport, to_json
+    from ..report.page import write_page
+    from ..report.terminal import print_report
+
+    found = AdaptReport.from_json(read_json(Path(run) / "report.json"))
+    write_page(Path(run) / "report.html", found)
+    if as_json:
+        print_json(to_json(found))
+    else:
+        print_report(found)
+
+
+def _resolve(config: str | None, assignments: list[str] | None, flags: dict[str, Any]) -> Resolved:
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if config:
+        path = recipe_path(config)
+        layers.append((str(path), read_yaml(path)))
+    layers += [("--set", parse_set(assignments or [])), ("flag", flags)]
+    return resolve(layers)  # type: ignore[arg-type]
+
+
+def _pairs(texts: list[str], flag: str) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise UserError(
+                f"{flag} takes name=FILE, for example {flag} chat=chat.jsonl; got '{text}'"
+            )
+        pairs[name] = value
+    return pairs

@@ -1,0 +1,261 @@
+"""Each stage of the job as a command of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import resolve
+from ..console import say, set_quiet
+from ..errors import UserError
+from .flags import (
+    AdapterFlag,
+    DraftFlag,
+    DtypeFlag,
+    JsonFlag,
+    LimitFlag,
+    PromptsFlag,
+    QuietFlag,
+    TargetFlag,
+    TemplateFlag,
+    finish,
+    load,
+    print_json,
+    with_settings,
+)
+
+
+@with_settings("regenerate")
+def regenerate(
+    target: TargetFlag,
+    prompts: PromptsFlag,
+    out: Annotated[str, typer.Option("--out", help="answers file (JSONL); run again to resume")],
+    settings: Any,
+    overrun: Annotated[
+        int, typer.Option("--overrun", help="tokens kept past each answer's end, for replay at K")
+    ] = 0,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    limit: LimitFlag = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """The target answers the prompts through its own chat template.
+
+    Example: redraft regenerate --target ./my-model --prompts prompts.jsonl --out answers.jsonl
+    """
+    set_quiet(quiet)
+    c = resolve([("flag", settings)]).config.regenerate
+    from ..data.prompts import read_prompts
+    from ..data.regenerate import regenerate as run
+
+    loaded = load(target, target_adapter, chat_template, dtype)
+    found = read_prompts(prompts, loaded, limit)
+    say(found.summary())
+    answers = run(loaded, found.prompts, Path(out), c, overrun)
+    finish(
+        as_json,
+        f"{len(answers)} answers, {sum(a.length for a in answers):,} tokens in {out}",
+        {
+            "answers": len(answers),
+            "tokens": sum(a.length for a in answers),
+            "unfinished": sum(a.finish == "length" for a in answers),
+            "left_out": len(found.left_out),
+            "out": out,
+        },
+    )
+
+
+@with_settings("select")
+def select(
+    answers: Annotated[str, typer.Option("--answers", help="answers file of `regenerate`")],
+    out: Annotated[str, typer.Option("--out", help="selection file (JSONL) to write")],
+    settings: Any,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Choose the answers worth training on, within a budget.
+
+    Example: redraft select --answers answers.jsonl --out selection.jsonl --budget 0.5
+    """
+    set_quiet(quiet)
+    c = resolve([("flag", settings)]).config.select
+    from dataclasses import asdict
+
+    from ..data.regenerate import read_answers
+    from ..data.select import select as run
+    from ..formats.folders import write_text
+
+    scored = run(read_answers(Path(answers)), c)
+    write_text(Path(out), "".join(json.dumps(asdict(s)) + "\n" for s in scored))
+    kept = [s for s in scored if s.kept]
+    tokens = sum(s.tokens for s in kept)
+    finish(
+        as_json,
+        f"kept {len(kept)} of {len(scored)} answers, {tokens:,} tokens, in {out}",
+        {"kept": len(kept), "scored": len(scored), "tokens": tokens, "out": out},
+    )
+
+
+@with_settings("train")
+def train(
+    target: TargetFlag,
+    answers: Annotated[str, typer.Option("--answers", help="answers file to train on")],
+    out: Annotated[str, typer.Option("--out", help="folder of the private part (draft: scratch)")],
+    settings: Any,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="the shared draft (for scratch: only its shape)")
+    ] = None,
+    heldout: Annotated[
+        str | None,
+        typer.Option("--heldout", help="answers (with --overrun K) for early stopping"),
+    ] = None,
+    selection: Annotated[
+        str | None, typer.Option("--selection", help="selection file of `select`")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="draft tokens per step of held-out tau")] = 4,
+    taps: Annotated[
+        str | None, typer.Option("--taps", help="scratch without --draft: hs[] indices, e.g. 2,4,5")
+    ] = None,
+    draft_vocab: Annotated[
+        int | None,
+        typer.Option("--draft-vocab", help="scratch without --draft: size of the draft vocabulary"),
+    ] = None,
+    draft_width: Annotated[
+        int | None, typer.Option("--draft-width", help="scratch without --draft: FFN neurons")
+    ] = None,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Train a private part beside a shared draft, or a whole draft with --method scratch.
+
+    Example: redraft train --target ./my-model --draft org/EAGLE3-base --answers answers.jsonl
+    --out private --method expert --width 256
+    """
+    set_quiet(quiet)
+    c = resolve([("flag", settings)]).config.train
+    from ..steps import train_command
+
+    loaded = load(target, target_adapter, chat_template, dtype)
+    record = train_command(
+        loaded,
+        draft=draft,
+        answers=Path(answers),
+        heldout=Path(heldout) if heldout else None,
+        selection=Path(selection) if selection else None,
+        out=Path(out),
+        config=c,
+        k=k,
+        taps=_taps(taps),
+        draft_vocab=draft_vocab,
+        draft_width=draft_width,
+    )
+    best = max((tau for _, tau in record.heldout_tau), default=float("nan"))
+    from ..records import to_json
+
+    finish(
+        as_json,
+        f"held-out tau {best:.3f} at step {record.best_step}; {record.trained_parameters:,} "
+        f"parameters in {out}",
+        {**to_json(record), "out": out},
+    )
+
+
+def measure(
+    target: TargetFlag,
+    draft: DraftFlag,
+    prompts: PromptsFlag,
+    k: Annotated[int, typer.Option("--k", min=1, max=16, help="draft tokens per step")] = 4,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
+    ] = 128,
+    mode: Annotated[str, typer.Option("--mode", help="replay (exact, batched) or live")] = "replay",
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="of the target's answers (replay)")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="seed of sampled answers")] = 0,
+    save_ids: Annotated[
+        str | None,
+        typer.Option("--save-ids", help="write the rendered prompts as a JSON list of id lists"),
+    ] = None,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    limit: LimitFlag = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """How many tokens a target pass yields with this draft: tau with interval, per position.
+
+    Example: redraft measure --target ./my-model --draft ./draft --prompts prompts.jsonl --k 4
+    """
+    set_quiet(quiet)
+    if mode not in ("replay", "live"):
+        raise UserError(f"--mode must be replay or live; got '{mode}'")
+    from ..data.prompts import read_prompts
+    from ..formats.folders import write_text
+    from ..formats.load import load_draft
+    from ..measuring.measure import measure as run
+    from ..records import to_json
+    from ..report.terminal import print_acceptance
+
+    loaded = load(target, target_adapter, chat_template, dtype)
+    proposer = load_draft(draft, loaded)
+    found = read_prompts(prompts, loaded, limit)
+    say(found.summary())
+    if save_ids:
+        write_text(Path(save_ids), json.dumps([list(p.tokens) for p in found.prompts]) + "\n")
+    measured = run(
+        loaded,
+        proposer,
+        found.prompts,
+        k=k,
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        temperature=temperature,
+        seed=seed,
+    ).acceptance
+    if as_json:
+        print_json({**to_json(measured), "left_out": len(found.left_out)})
+    else:
+        print_acceptance(measured)
+
+
+def export(
+    draft: DraftFlag,
+    private: Annotated[str, typer.Option("--private", help="folder of the private part")],
+    out: Annotated[str, typer.Option("--out", help="folder of the stock draft to write")],
+    format: Annotated[str, typer.Option("--format", help="layout: eagle3")] = "eagle3",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Fuse a private part into its shared draft: a stock checkpoint for vLLM and SGLang.
+
+    Example: redraft export --draft org/EAGLE3-base --private run/private --out my-draft
+    """
+    set_quiet(quiet)
+    from ..formats.load import read_draft
+    from ..formats.private_part import load_private
+    from ..steps import fuse_draft
+
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise UserError(f"--out {out} is not empty; name a new folder")
+    fused = fuse_draft(read_draft(draft), load_private(Path(private)))
+    fused.save(out, format)
+    finish(as_json, f"draft written to {out}", {"out": out, "hash": fused.hash()})
+
+
+def _taps(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--taps takes layer numbers, for example 2,4,5; got '{text}'") from None
