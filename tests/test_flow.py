@@ -232,3 +232,28 @@ def test_the_target_computes_in_bf16_too(
         torch.bfloat16
     )
     assert result.fused.tensors["fc.weight"].dtype == torch.float32  # as the shared draft is stored
+
+
+def test_evaluation_prompts_of_their_own_are_never_trained_on(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 16)
+    own = write_prompts(tmp_path / "e.jsonl", 5, start=12)  # four of them are in the first file too
+    result = flow.adapt(
+        target,
+        str(draft_folder),
+        str(prompts),
+        out=tmp_path / "run",
+        config=settings(),
+        eval_prompts=str(own),
+    )
+    rows = {
+        name: [
+            tuple(json.loads(line)["prompt"])
+            for line in (tmp_path / "run" / "answers" / f"{name}.jsonl").read_text().splitlines()
+        ]
+        for name in ("adapt", "heldout", "eval")
+    }
+    assert result.after.prompts == len(rows["eval"]) == 5
+    assert len(rows["adapt"]) + len(rows["heldout"]) == 12
+    assert not set(rows["eval"]) & {*rows["adapt"], *rows["heldout"]}

@@ -66,12 +66,14 @@ def adapt(
     method: str | None = None,
     config: Resolved | None = None,
     limit: int | None = None,
+    eval_prompts: str | None = None,
     off_domain: dict[str, str] | None = None,
 ) -> AdaptResult:
     """Re-align a draft with `target` on `prompts`, in the run folder `out`.
 
-    `draft` is a folder, a Hub id, or what `load_draft` returned. `off_domain` names further prompt
-    files (label -> path) whose tau is measured before and after but never trained on. Running
+    `draft` is a folder, a Hub id, or what `load_draft` returned. Tau is measured before and after on
+    `eval_prompts`, a file of its own, or on prompts kept aside from `prompts`. `off_domain` names
+    further files (label -> path) that are measured but never trained on. Running
     again in the same folder does only what is missing. Raises UserError for bad input.
     """
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
@@ -83,9 +85,7 @@ def adapt(
     run.write_json("run.json", _describe(target, shared, everything, resolved))
 
     c = resolved.config
-    asked = split_prompts(
-        everything.prompts, c.measure.eval_limit, c.measure.heldout, c.regenerate.seed
-    )
+    asked = _ask(target, everything, eval_prompts, c)
     elsewhere = {
         k: read_prompts(v, target, c.measure.eval_limit) for k, v in (off_domain or {}).items()
     }
@@ -96,6 +96,22 @@ def adapt(
     _measure(run, key, target, shared, c)
     report = _report(run, target, shared, everything, resolved)
     return AdaptResult(report, read_draft(str(run.path / "draft")), run.path)
+
+
+def _ask(
+    target: Target, everything: PromptSet, eval_prompts: str | None, c: AdaptConfig
+) -> tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]]:
+    """Disjoint prompts to adapt on, to stop early by, and to measure on."""
+    seed, heldout = c.regenerate.seed, c.measure.heldout
+    if eval_prompts is None:
+        return split_prompts(everything.prompts, c.measure.eval_limit, heldout, seed)
+    own = read_prompts(eval_prompts, target, c.measure.eval_limit).prompts
+    measured_on = {prompt.tokens for prompt in own}
+    rest = [prompt for prompt in everything.prompts if prompt.tokens not in measured_on]
+    if len(rest) < len(everything.prompts):
+        say(f"{len(everything.prompts) - len(rest)} prompts are also in {eval_prompts}: left out")
+    adapt_on, stop_by, _ = split_prompts(rest, 0, heldout, seed)
+    return adapt_on, stop_by, own
 
 
 def _regenerate(

@@ -49,6 +49,7 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
     family = build_family(out / "family", size=size, data=data, members=[MEMBER])
     target = load_member(out / "family", MEMBER)
     prompts = out / "family" / "prompts"
+    evaluation = str(prompts / f"{family['tuned_domain']}-eval.jsonl")
     recipe = recipe_path(RECIPES[size])
     resolved = resolve([(f"recipe {recipe.stem}", read_yaml(recipe))])
     reference = dataclasses.replace(resolved.config.train, method="scratch")
@@ -59,6 +60,7 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
         str(prompts / f"{family['tuned_domain']}-adapt.jsonl"),
         out=out / "run",
         config=resolved,
+        eval_prompts=evaluation,
         off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
     )
     run = RunFolder(out / "reference")
@@ -72,7 +74,7 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
         "compare",
         {"dedicated": key, "after": to_json(result.after)},
         ["demo.json"],
-        lambda: run.write_json("demo.json", _compare(target, result, family, out)),
+        lambda: run.write_json("demo.json", _compare(target, result, family, evaluation, out)),
     )
     demo: dict[str, Any] = json.loads((out / "reference" / "demo.json").read_text())
     return demo
@@ -90,7 +92,7 @@ def _dedicated(target: Target, result: flow.AdaptResult, config: TrainConfig, fo
 
 
 def _compare(
-    target: Target, result: flow.AdaptResult, family: dict[str, Any], out: Path
+    target: Target, result: flow.AdaptResult, family: dict[str, Any], evaluation: str, out: Path
 ) -> dict[str, Any]:
     report = result.report
     folders = {
@@ -130,13 +132,17 @@ def _compare(
     return {
         "target": target.name,
         "base": family["base"],
-        "prompts": str(result.run / "answers" / "eval.jsonl"),
+        "prompts": evaluation,
         **{name: _row(folders[name], measured[name], *trained[name]) for name in folders},
         "off_domain": {
-            "reused": _tau(report.off_domain["chat-before"]),
-            "adapted": _tau(report.off_domain["chat-after"]),
+            "reused": report.off_domain["chat-before"].tau,
+            "adapted": report.off_domain["chat-after"].tau,
         },
-        "recovery": _recovery(measured),
+        "off_domain_ci": {
+            "reused": list(report.off_domain["chat-before"].ci),
+            "adapted": list(report.off_domain["chat-after"].ci),
+        },
+        **_recovery(measured),
         "identical": all(found.holds for found in lossless.values()),
         "lossless": {name: to_json(found) for name, found in lossless.items()},
         "speed": {name: found.tokens_per_second for name, found in speed.items()},
@@ -171,10 +177,6 @@ def _row(
     }
 
 
-def _tau(measured: Any) -> dict[str, Any]:
-    return {"tau": measured.tau, "ci": list(measured.ci), "prompts": measured.prompts}
-
-
 def _recovery(measured: dict[str, Measured]) -> dict[str, Any]:
     """The share of the gap that was closed; only the difference where the gap is too small."""
     r, a, d = (measured[n].acceptance.tau for n in ("reused", "adapted", "dedicated"))
@@ -182,8 +184,12 @@ def _recovery(measured: dict[str, Measured]) -> dict[str, Any]:
         measured["adapted"].traces, measured["reused"].traces, measured["dedicated"].traces
     )
     if interval is None:
-        return {"value": None, "ci": None, "difference_in_tau": a - r}
-    return {"value": (a - r) / (d - r), "ci": list(interval), "difference_in_tau": a - r}
+        return {"recovery": None, "recovery_ci": None, "difference_in_tau": a - r}
+    return {
+        "recovery": (a - r) / (d - r),
+        "recovery_ci": list(interval),
+        "difference_in_tau": a - r,
+    }
 
 
 def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
@@ -208,17 +214,19 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
             f"{row['seconds']:.0f}",
         )
     out.print(table)
-    recovery = demo["recovery"]
-    if recovery["value"] is None:
+    if demo["recovery"] is None:
         out.print(
-            f"difference in tau {recovery['difference_in_tau']:+.2f} (gap too small for recovery)"
+            f"difference in tau {demo['difference_in_tau']:+.2f}; the gap is too small for more"
         )
     else:
-        low, high = recovery["ci"]
+        low, high = demo["recovery_ci"]
         out.print(
-            f"recovery {recovery['value']:.2f} [{low:.2f}, {high:.2f}] of the way to dedicated"
+            f"recovery {demo['recovery']:.2f} [{low:.2f}, {high:.2f}] of the way to dedicated"
         )
-    off = demo["off_domain"]
+    off = {
+        name: {"tau": demo["off_domain"][name], "ci": demo["off_domain_ci"][name]}
+        for name in ("reused", "adapted")
+    }
     out.print(f"off domain (chat): {_interval(off['reused'])} -> {_interval(off['adapted'])}")
     detail = demo["speed_detail"]
     plain = demo["speed"]["plain"]

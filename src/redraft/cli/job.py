@@ -60,6 +60,10 @@ def adapt(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="one setting, e.g. train.lr=1e-3; repeatable")
     ] = None,
+    eval_prompts: Annotated[
+        str | None,
+        typer.Option("--eval-prompts", help="measure on this file, not on a part of --prompts"),
+    ] = None,
     off_domain: Annotated[
         list[str] | None,
         typer.Option("--off-domain", help="name=FILE of prompts measured but not trained on"),
@@ -84,7 +88,14 @@ def adapt(
 
     loaded = load(target, target_adapter, chat_template, dtype)
     result = flow.adapt(
-        loaded, draft, prompts, out=out, config=resolved, limit=limit, off_domain=elsewhere
+        loaded,
+        draft,
+        prompts,
+        out=out,
+        config=resolved,
+        limit=limit,
+        eval_prompts=eval_prompts,
+        off_domain=elsewhere,
     )
     if as_json:
         from ..records import to_json

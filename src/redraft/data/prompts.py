@@ -68,7 +68,7 @@ def read_prompts(source: str, target: Target, limit: int | None = None) -> Promp
 
 def split_prompts(
     prompts: Sequence[Prompt], evaluation: int, heldout: int, seed: int
-) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+) -> tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]]:
     """Disjoint prompts to adapt on, to stop early by, and to measure on.
 
     The last two take at most a quarter of the prompts each. Raises UserError with fewer than 8.

@@ -92,7 +92,7 @@ def train(
     )
     if state.step:
         say(f"continuing at step {state.step} of {len(plan)}")
-    every = max(len(plan) // config.evaluations, 1)
+    every = math.ceil(len(plan) / config.evaluations)
     with Progress("training", len(plan), "steps") as progress:
         progress.advance(state.step)
         while state.step < len(plan) and not _stalled(state, config.patience):
