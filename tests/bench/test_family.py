@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from redraft import flow
-from redraft.bench.family import MEMBERS, SIZES, build_family, describe_family, load_member
+from redraft.bench.corpus import MEMBERS, SIZES
+from redraft.bench.family import build_family, describe_family, load_member
 from redraft.config import resolve
 from redraft.errors import UserError
 from redraft.measuring.acceptance import pooled_tau

@@ -26,7 +26,7 @@ from ..measuring.acceptance import bootstrap_recovery
 from ..measuring.lossless import compare
 from ..measuring.measure import Measured, measure_answers
 from ..measuring.speed import race, runners
-from ..records import Prompt, to_json, versions
+from ..records import AdaptReport, Prompt, to_json, versions
 from ..run_folder import RunFolder
 from ..target import Target
 from ..training.train import train
@@ -114,21 +114,7 @@ def _compare(
         name: compare(target, prompts, outputs["plain"], outputs[name])
         for name in ("generate", "reused", "adapted")
     }
-    seconds = report.cost["seconds"]
-    reference = read_draft(folders["dedicated"]).provenance["train"]
-    trained = {
-        "reused": (0, 0, 0.0),
-        "adapted": (
-            report.train.trained_parameters,
-            report.cost["unique_generated_tokens"],
-            seconds["regenerate"] + seconds["select"] + seconds["train"],
-        ),
-        "dedicated": (
-            reference["trained_parameters"],
-            reference["unique_answer_tokens"],
-            seconds["regenerate"] + reference["seconds"],
-        ),
-    }
+    trained = _paid(report, read_draft(folders["dedicated"]).provenance["train"])
     return {
         "target": target.name,
         "base": family["base"],
@@ -159,6 +145,25 @@ def _compare(
         ],
         "report": str(result.run / "report.html"),
         "versions": versions(),
+    }
+
+
+def _paid(report: AdaptReport, reference: dict[str, Any]) -> dict[str, tuple[int, int, float]]:
+    """Trained parameters, unique target tokens and seconds of each draft; `reference` is the
+    training record of the dedicated one."""
+    seconds = report.cost["seconds"]
+    return {
+        "reused": (0, 0, 0.0),
+        "adapted": (
+            report.train.trained_parameters,
+            report.cost["unique_generated_tokens"],
+            seconds["regenerate"] + seconds["select"] + seconds["train"],
+        ),
+        "dedicated": (
+            reference["trained_parameters"],
+            reference["unique_answer_tokens"],
+            seconds["regenerate"] + reference["seconds"],
+        ),
     }
 
 
@@ -228,19 +233,7 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
         for name in ("reused", "adapted")
     }
     out.print(f"off domain (chat): {_interval(off['reused'])} -> {_interval(off['adapted'])}")
-    detail = demo["speed_detail"]
-    plain = demo["speed"]["plain"]
-    for name, shown in (
-        ("plain", "plain decoding, our loop"),
-        ("generate", "Transformers generate"),
-        ("reused", "with the reused draft"),
-        ("adapted", "with the adapted draft"),
-    ):
-        d = detail[name]
-        out.print(
-            f"{shown:26} {d['tokens_per_second']:6.0f} tokens/s [{d['low']:.0f}, {d['high']:.0f}]  "
-            f"{d['tokens_per_second'] / plain:.2f}x"
-        )
+    _print_speed(demo, out)
     compared = demo["lossless"]["adapted"]
     verdict = "yes" if demo["identical"] else "NO"
     excused = sum(found["excused"] for found in demo["lossless"].values())
@@ -258,6 +251,22 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
                 f"gate missed: {gate['gate']} is {gate['value']:.2f}, wanted {gate['wanted']}"
             )
     out.print(f"draft for vLLM  {demo['adapted']['draft']}\nreport          {demo['report']}")
+
+
+def _print_speed(demo: dict[str, Any], out: Console) -> None:
+    detail = demo["speed_detail"]
+    plain = demo["speed"]["plain"]
+    for name, shown in (
+        ("plain", "plain decoding, our loop"),
+        ("generate", "Transformers generate"),
+        ("reused", "with the reused draft"),
+        ("adapted", "with the adapted draft"),
+    ):
+        d = detail[name]
+        out.print(
+            f"{shown:26} {d['tokens_per_second']:6.0f} tokens/s [{d['low']:.0f}, {d['high']:.0f}]  "
+            f"{d['tokens_per_second'] / plain:.2f}x"
+        )
 
 
 def _interval(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,26 +106,33 @@ def train(
                     save_checkpoint(checkpoints, state, trainable, optimizer, key)
             progress.advance(1, _note(state))
     put(draft, state.best)
-    read = sum(lengths[i] for batch in plan[: state.step] for i in batch)
     record = TrainRecord(
         method=config.method,
         trained_parameters=sum(p.numel() for _, p in trainable),
         draft_parameters=draft.parameter_count(),
-        steps=state.step,
-        planned_steps=len(plan),
-        supervised_tokens=state.supervised_tokens,
         unique_answer_tokens=sum(a.length for a in answers),
-        final_loss=state.last_loss,
-        heldout_tau=tuple(state.heldout_tau),
-        best_step=state.best_step,
         seconds=time.monotonic() - started,
-        tokens_per_second=read / max(state.seconds, 1e-9),
         precision=precision,
         predicted_peak_mb=predicted,
         peak_mb=peak_memory(target.device),
-        stopped_early=state.step < len(plan),
+        **_progress_made(state, plan, lengths),
     )
     return Trained(state.best, record)
+
+
+def _progress_made(state: TrainState, plan: list[list[int]], lengths: list[int]) -> dict[str, Any]:
+    """The part of a run's record that its state holds."""
+    read = sum(lengths[i] for batch in plan[: state.step] for i in batch)
+    return {
+        "steps": state.step,
+        "planned_steps": len(plan),
+        "supervised_tokens": state.supervised_tokens,
+        "final_loss": state.last_loss,
+        "heldout_tau": tuple(state.heldout_tau),
+        "best_step": state.best_step,
+        "tokens_per_second": read / max(state.seconds, 1e-9),
+        "stopped_early": state.step < len(plan),
+    }
 
 
 def _step(
