@@ -2,7 +2,9 @@
 
 docs/cli.md      the command reference, from each command's own --help
 docs/config.md   every setting with its default, from the dataclasses in config.py
-README.md        the file tree, from the first line of each module's docstring
+README.md        the file tree, from the first line of each module's docstring; the demo's output and
+                 the measured table, from the records in docs/results/
+docs/results/repair.md    the same records in full
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+from repair_page import demo_output, measured_table, results_page
 
 from redraft.config import recipe_names, stage_fields
 
@@ -36,20 +40,32 @@ COMMANDS = [
     ["bench", "pipeline"],
     ["bench", "repair"],
 ]
-TREE_BEGIN, TREE_END = "<!-- tree -->", "<!-- /tree -->"
 
 
 def generated() -> dict[Path, str]:
     """Each generated file with the text it should have."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(TREE_BEGIN)
-    _, _, after = rest.partition(TREE_END)
+    for name, content in (
+        ("demo", f"```\n{demo_output()}```"),
+        ("measured", measured_table()),
+        ("tree", f"```\n{tree()}```"),
+    ):
+        text = between(text, name, content)
     return {
+        ROOT / "docs" / "results" / "repair.md": results_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "config.md": config_reference(),
-        readme: f"{before}{TREE_BEGIN}\n```\n{tree()}```\n{TREE_END}{after}",
+        readme: text,
     }
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with the part between two named marks replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def cli_reference() -> str:
