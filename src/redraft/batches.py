@@ -63,12 +63,20 @@ def collate(answers: Sequence[Answer], device: torch.device, *, overrun: bool = 
 def plan_once(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Cover every sample once: sorted by length, as many as fit `batch_tokens` with padding."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return _fill(order, lengths, batch_tokens)
+
+
+def _fill(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches of neighbours in `order`, each within `batch_tokens` when padded to its longest."""
     plan: list[list[int]] = []
+    longest = 0
     for index in order:
-        if plan and lengths[index] * (len(plan[-1]) + 1) <= batch_tokens:
+        longest = max(longest, lengths[index])
+        if plan and longest * (len(plan[-1]) + 1) <= batch_tokens:
             plan[-1].append(index)
         else:
             plan.append([index])
+            longest = lengths[index]
     return plan
 
 
@@ -85,8 +93,7 @@ def plan_epochs(
         draw = random.Random(f"{seed}/{epoch}")
         jitter = [length * draw.uniform(0.9, 1.1) for length in lengths]
         order = sorted(range(len(lengths)), key=lambda i: (jitter[i], i))
-        grouped = plan_once([lengths[i] for i in order], batch_tokens)
-        batches = [[order[i] for i in batch] for batch in grouped]
+        batches = _fill(order, lengths, batch_tokens)
         draw.shuffle(batches)
         share = min(epochs - epoch, 1.0)
         plan += batches[: max(1, round(len(batches) * share))]

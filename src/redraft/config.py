@@ -27,7 +27,7 @@ class RegenerateConfig:
 
     temperature: float = _opt(0.0, "sampling temperature of the answers; 0 is greedy", low=0.0)
     top_k: int = _opt(0, "keep the k likeliest tokens when sampling; 0 keeps all", low=0)
-    top_p: float = _opt(1.0, "nucleus mass when sampling; 1 keeps all", low=0.0, high=1.0)
+    top_p: float = _opt(1.0, "nucleus mass when sampling; 1 keeps all", low=1e-6, high=1.0)
     max_new_tokens: int = _opt(256, "longest answer, in tokens", low=2)
     batch_size: int = _opt(64, "prompts answered together", low=1)
     answers: str = _opt(
@@ -66,7 +66,7 @@ class TrainConfig:
         choices=("active", "random"),
     )
     lr: float = _opt(0.0, "peak learning rate; 0 takes 0.4 / hidden size (1e-4 at 4096)", low=0.0)
-    epochs: float = _opt(4.0, "passes over the chosen answers", low=0.0)
+    epochs: float = _opt(4.0, "passes over the chosen answers", low=0.01)
     batch_tokens: int = _opt(4096, "tokens in a batch, padding included", low=16)
     rollout: int = _opt(5, "draft steps trained through (positions beyond accept little)", low=1)
     step_decay: float = _opt(0.9, "weight of rollout step j is step_decay ** j", low=0.0, high=1.0)

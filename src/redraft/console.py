@@ -33,7 +33,7 @@ def set_quiet(quiet: bool) -> None:
 def say(text: str) -> None:
     """A line of progress for the person; nothing when quiet."""
     if not _quiet:
-        console.print(text)
+        console.print(text, markup=False)
 
 
 class Progress:

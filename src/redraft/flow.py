@@ -8,16 +8,17 @@ What is measured as "after" is the exported folder, read back as an engine would
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import AdaptConfig, Resolved, resolve
+from .config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from .console import say
 from .data.prompts import PromptSet, read_prompts, split_prompts
-from .data.regenerate import read_answers, regenerate
+from .data.regenerate import answer_inputs, read_answers, regenerate
 from .data.select import select
 from .drafts.base import Draft
 from .errors import UserError
@@ -76,42 +77,52 @@ def adapt(
     further files (label -> path) that are measured but never trained on. Running
     again in the same folder does only what is missing. Raises UserError for bad input.
     """
+    if config is not None and method is not None:
+        raise UserError(
+            "name the method in the configuration (train.method) or as method=, not both"
+        )
+    for name in off_domain or ():
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"off-domain name '{name}': use letters, digits, - and _")
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     shared = read_draft(_source_of(draft))
     shared.build(target)  # refuses a draft that does not fit, before anything is paid for
     run = RunFolder(out)
     everything = read_prompts(prompts, target, limit)
     say(everything.summary())
-    run.write_json("run.json", _describe(target, shared, everything, resolved))
-
     c = resolved.config
-    asked = _ask(target, everything, eval_prompts, c)
     elsewhere = {
-        k: read_prompts(v, target, c.measure.eval_limit) for k, v in (off_domain or {}).items()
+        name: read_prompts(file, target, c.measure.eval_limit)
+        for name, file in (off_domain or {}).items()
     }
-    key = _regenerate(run, target, asked, elsewhere, c)
-    key = _select(run, key, c)
-    key = _train(run, key, target, shared, c)
-    key = _export(run, key, target, shared, c)
-    _measure(run, key, target, shared, c)
+    asked = _ask(target, everything, eval_prompts, elsewhere, c)
+    run.write_json("run.json", _describe(target, shared, everything, resolved))
+    answered = _regenerate(run, target, asked, elsewhere, c)
+    selected = _select(run, answered["adapt"], c)
+    trained = _train(run, [selected, answered["heldout"]], target, shared, c)
+    exported = _export(run, trained, target, shared, c)
+    _measure(run, exported, answered, target, shared, c)
     report = _report(run, target, shared, everything, resolved)
     return AdaptResult(report, read_draft(str(run.path / "draft")), run.path)
 
 
 def _ask(
-    target: Target, everything: PromptSet, eval_prompts: str | None, c: AdaptConfig
+    target: Target,
+    everything: PromptSet,
+    eval_prompts: str | None,
+    elsewhere: dict[str, PromptSet],
+    c: AdaptConfig,
 ) -> tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]]:
     """Disjoint prompts to adapt on, to stop early by, and to measure on."""
-    seed, heldout = c.regenerate.seed, c.measure.heldout
-    if eval_prompts is None:
-        return split_prompts(everything.prompts, c.measure.eval_limit, heldout, seed)
-    own = read_prompts(eval_prompts, target, c.measure.eval_limit).prompts
-    measured_on = {prompt.tokens for prompt in own}
+    own = eval_prompts and read_prompts(eval_prompts, target, c.measure.eval_limit)
+    files = [*([own] if own else []), *elsewhere.values()]
+    measured_on = {prompt.tokens for file in files for prompt in file.prompts}
     rest = [prompt for prompt in everything.prompts if prompt.tokens not in measured_on]
     if len(rest) < len(everything.prompts):
-        say(f"{len(everything.prompts) - len(rest)} prompts are also in {eval_prompts}: left out")
-    adapt_on, stop_by, _ = split_prompts(rest, 0, heldout, seed)
-    return adapt_on, stop_by, own
+        say(f"{len(everything.prompts) - len(rest)} prompts are measured on, so not trained on")
+    evaluation = 0 if own else c.measure.eval_limit
+    parts = split_prompts(rest, evaluation, c.measure.heldout, c.regenerate.seed)
+    return (parts[0], parts[1], own.prompts if own else parts[2])
 
 
 def _regenerate(
@@ -120,30 +131,38 @@ def _regenerate(
     asked: Sequence[Sequence[Prompt]],
     elsewhere: dict[str, PromptSet],
     c: AdaptConfig,
-) -> str:
-    """The target answers every prompt. Evaluation answers are greedy and overrun their end by K."""
-    greedy = {"answers": "regenerate", "temperature": 0.0}
-    evaluated = {**asdict(c.regenerate), **greedy, "max_new_tokens": c.measure.eval_new_tokens}
+) -> dict[str, str]:
+    """The target answers every prompt; one stage per file, so that one more file costs only itself.
+
+    What is measured is answered greedily, with an overrun of K. Returns each file's stage key.
+    """
+    greedy = dataclasses.replace(
+        c.regenerate,
+        answers="regenerate",
+        temperature=0.0,
+        max_new_tokens=c.measure.eval_new_tokens,
+    )
     jobs = {
         "adapt": (asked[0], c.regenerate, 0),
-        "heldout": (asked[1], type(c.regenerate)(**evaluated), c.measure.k),
-        "eval": (asked[2], type(c.regenerate)(**evaluated), c.measure.k),
+        "heldout": (asked[1], greedy, c.measure.k),
+        "eval": (asked[2], greedy, c.measure.k),
+        **{f"off-{n}": (p.prompts, greedy, c.measure.k) for n, p in elsewhere.items()},
     }
-    for name, prompts in elsewhere.items():
-        jobs[f"off-{name}"] = (prompts.prompts, type(c.regenerate)(**evaluated), c.measure.k)
+    keys = {}
+    for name, (prompts, config, overrun) in jobs.items():
+        file = f"answers/{name}.jsonl"
+        inputs = answer_inputs(target, prompts, config, overrun)
 
-    def work() -> None:
-        for name, (prompts, config, overrun) in jobs.items():
-            regenerate(target, prompts, run.path / "answers" / f"{name}.jsonl", config, overrun)
+        def work(
+            file: str = file,
+            prompts: Sequence[Prompt] = prompts,
+            config: RegenerateConfig = config,
+            overrun: int = overrun,
+        ) -> None:
+            regenerate(target, prompts, run.path / file, config, overrun)
 
-    inputs = {
-        "target": target.fingerprint(),
-        "jobs": [
-            (name, [(p.id, p.tokens, p.reference) for p in prompts], asdict(config), overrun)
-            for name, (prompts, config, overrun) in jobs.items()
-        ],
-    }
-    return run.stage("regenerate", inputs, ["answers"], work)
+        keys[name] = run.stage(f"regenerate {name}", inputs, [file], work)
+    return keys
 
 
 def _select(run: RunFolder, answered: str, c: AdaptConfig) -> str:
@@ -160,20 +179,20 @@ def _select(run: RunFolder, answered: str, c: AdaptConfig) -> str:
 
 
 def _train(
-    run: RunFolder, selected: str, target: Target, shared: StoredDraft, c: AdaptConfig
+    run: RunFolder, chosen: list[str], target: Target, shared: StoredDraft, c: AdaptConfig
 ) -> str:
     def work() -> None:
-        chosen = chosen_answers(
+        samples = chosen_answers(
             read_answers(run.path / "answers" / "adapt.jsonl"), run.path / "selection.jsonl"
         )
         heldout = read_answers(run.path / "answers" / "heldout.jsonl")
         part = train_private(
-            target, shared, chosen, heldout, c.train, c.measure.k, run.path / "checkpoints"
+            target, shared, samples, heldout, c.train, c.measure.k, run.path / "checkpoints"
         )
         save_private(run.path / "private", part)
 
     inputs = {
-        "selected": selected,
+        "chosen": chosen,
         "shared": shared.hash(),
         "k": c.measure.k,
         **asdict(c.train),
@@ -192,19 +211,25 @@ def _export(
 
 
 def _measure(
-    run: RunFolder, exported: str, target: Target, shared: StoredDraft, c: AdaptConfig
-) -> str:
+    run: RunFolder,
+    exported: str,
+    answered: dict[str, str],
+    target: Target,
+    shared: StoredDraft,
+    c: AdaptConfig,
+) -> None:
+    measured = {n: k for n, k in answered.items() if n == "eval" or n.startswith("off-")}
+
     def work() -> None:
         for when, source in (("before", str(shared.folder)), ("after", str(run.path / "draft"))):
             draft = load_draft(source, target)
-            for file in sorted((run.path / "answers").glob("*.jsonl")):
-                if file.stem == "eval" or file.stem.startswith("off-"):
-                    answers = read_answers(file)
-                    measured = measure_answers(target, draft, answers, k=c.measure.k)
-                    run.write_json(f"measure/{file.stem}-{when}.json", to_json(measured.acceptance))
+            for name in measured:
+                answers = read_answers(run.path / "answers" / f"{name}.jsonl")
+                found = measure_answers(target, draft, answers, k=c.measure.k)
+                run.write_json(f"measure/{name}-{when}.json", to_json(found.acceptance))
 
-    inputs = {"exported": exported, "k": c.measure.k}
-    return run.stage("measure", inputs, ["measure"], work)
+    inputs = {"exported": exported, "answers": measured, "k": c.measure.k}
+    run.stage("measure", inputs, ["measure"], work)
 
 
 def _report(
@@ -213,6 +238,12 @@ def _report(
     part = load_private(run.path / "private")
     answers = read_answers(run.path / "answers" / "adapt.jsonl")
     trained = TrainRecord(**part.card["train"])
+    generated = sum(
+        answer.length
+        for name in ("adapt", "heldout")
+        for answer in read_answers(run.path / "answers" / f"{name}.jsonl")
+        if name == "heldout" or resolved.config.regenerate.answers == "regenerate"
+    )
     off = {
         path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
         for path in sorted((run.path / "measure").glob("off-*.json"))
@@ -234,7 +265,7 @@ def _report(
         off_domain=off,
         train=trained,
         cost={
-            "unique_generated_tokens": sum(a.length for a in answers),
+            "unique_generated_tokens": generated,
             "supervised_tokens": trained.supervised_tokens,
             "seconds": run.seconds(),
         },

@@ -59,10 +59,18 @@ class RunFolder:
         if known.get("inputs") != key:
             for path in paths:
                 _remove(path)
-        self._mark(name, {"inputs": key, "done": False, "seconds": known.get("seconds", 0.0)})
+                _remove(path.with_suffix(".about.json"))
+        spent = known.get("seconds", 0.0) if known.get("inputs") == key else 0.0
+        self._mark(name, {"inputs": key, "done": False, "seconds": spent})
         started = time.monotonic()
-        work()
-        self._mark(name, {"inputs": key, "done": True, "seconds": time.monotonic() - started})
+        try:
+            work()
+        except BaseException:
+            spent += time.monotonic() - started
+            self._mark(name, {"inputs": key, "done": False, "seconds": spent})
+            raise
+        spent += time.monotonic() - started
+        self._mark(name, {"inputs": key, "done": True, "seconds": spent})
         return key
 
     def seconds(self) -> dict[str, float]:

@@ -43,6 +43,8 @@ class Target:
         self.tokenizer = tokenizer
         self.sources = tuple(sources)
         self.name = "+".join(sources)
+        # The commit of a Hub snapshot; local folders have none.
+        self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self.template = template
         config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
@@ -64,11 +66,6 @@ class Target:
     def embedding_VH(self) -> Tensor:
         """The input embedding matrix, which engines share with a draft that carries none."""
         weight: Tensor = self.model.get_input_embeddings().weight
-        return weight
-
-    @property
-    def head_VH(self) -> Tensor:
-        weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
     @property
@@ -102,7 +99,7 @@ class Target:
         """Token ids of a conversation under the target's chat template.
 
         With `answered` the last (assistant) message is included and no generation prompt follows.
-        Raises UserError when there is no chat template, or when the template refuses the roles.
+        Raises UserError when there is no chat template, ValueError when it refuses the roles.
         """
         if self.template is None and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
@@ -119,12 +116,13 @@ class Target:
             )
         except Exception as problem:
             # Templates are user code in Jinja and raise what they like; name the source.
-            raise UserError(f"the chat template of {self.name} failed: {problem}") from problem
+            raise ValueError(f"the chat template refused the row: {problem}") from problem
         return list(rendered["input_ids"])
 
     def fingerprint(self) -> str:
         """Changes when the weights, the adapter or the chat template change."""
-        parts = [*(fingerprint(source) for source in self.sources), self.template_hash()]
+        parts = [fingerprint(source) for source in self.sources]
+        parts += [self.template_hash(), str(self.dtype), str(self.revision)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def template_hash(self) -> str:
@@ -195,7 +193,7 @@ def load_target(
             f"{'found none in it' if where.exists() else 'no such folder'}"
         )
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype, None)
-    if torch_dtype is None:
+    if torch_dtype != "auto" and not isinstance(torch_dtype, torch.dtype):
         raise UserError(
             f"unknown dtype '{dtype}'; known: auto, float32, bfloat16, float16, float64"
         )
@@ -220,8 +218,8 @@ def load_target(
 def fingerprint(source: str) -> str:
     """A short hash that changes when a local model changes, without reading its weights.
 
-    From each safetensors file's header, size and modification time, and the JSON files' bytes; a
-    Hub id stands for itself.
+    From each safetensors file's header, size and modification time, other weight files' size and
+    time, and the JSON files' bytes; a Hub id stands for itself (see `Target.revision`).
     """
     folder = Path(source)
     digest = hashlib.sha256()
@@ -229,7 +227,9 @@ def fingerprint(source: str) -> str:
         digest.update(source.encode())
         return digest.hexdigest()[:16]
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
+        if path.suffix in (".bin", ".model", ".pt"):
+            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+        elif path.suffix == ".safetensors":
             with path.open("rb") as stream:
                 header = stream.read(8)
                 digest.update(header + stream.read(int.from_bytes(header, "little")))

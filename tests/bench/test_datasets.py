@@ -11,6 +11,7 @@ import pytest
 
 from redraft.bench import datasets
 from redraft.bench.world import SPLITS
+from redraft.errors import UserError
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
@@ -40,10 +41,10 @@ def test_folder_comes_from_argument_then_environment(
 
 
 def test_folder_that_is_none_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"the given path .* not a folder"):
+    with pytest.raises(UserError, match=r"the given path .* not a folder"):
         datasets.data_folder(str(tmp_path / "absent"))
     monkeypatch.setenv("REDRAFT_DATA", str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match=r"REDRAFT_DATA .* not a folder"):
+    with pytest.raises(UserError, match=r"REDRAFT_DATA .* not a folder"):
         datasets.data_folder()
 
 
@@ -103,13 +104,13 @@ def test_texts_are_read_in_order(tmp_path: Path) -> None:
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"dialogue_sgd.* is missing: .*REDRAFT_DATA"):
+    with pytest.raises(UserError, match=r"dialogue_sgd.* is missing: .*REDRAFT_DATA"):
         datasets.chats(tmp_path, "dialogue", split="base")
-    with pytest.raises(FileNotFoundError, match=r"tinystories.* is missing"):
+    with pytest.raises(UserError, match=r"tinystories.* is missing"):
         datasets.texts(tmp_path, "stories")
-    with pytest.raises(ValueError, match=r"unknown domain 'poems'.*math, dialogue"):
+    with pytest.raises(UserError, match=r"unknown domain 'poems'.*math, dialogue"):
         datasets.chats(tmp_path, "poems", split="base")
-    with pytest.raises(ValueError, match=r"unknown domain 'math'.*stories, novels"):
+    with pytest.raises(UserError, match=r"unknown domain 'math'.*stories, novels"):
         datasets.texts(tmp_path, "math")
     with pytest.raises(ValueError, match=r"unknown split 'test'.*heldout"):
         datasets.chats(tmp_path, "math", split="test")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,7 @@ def test_gzip_limit_references_and_repeated_ids(target: Target, tmp_path: Path) 
     path = tmp_path / "p.jsonl.gz"
     rows = [{"id": "a", "question": "2+2", "answer": "4"}, {"id": "a", "question": "3+3"}]
     with gzip.open(path, "wt") as stream:
-        stream.write("".join(json.dumps(r) + "\n" for r in rows * 3))
+        stream.write("".join(json.dumps(r) + "\n" for r in [*rows, {"id": "a", "prompt": "z"}]))
     found = read_prompts(str(path), target, limit=3)
     assert [p.id for p in found.prompts] == ["a", "a@2", "a@3"]
     reference = found.prompts[0].reference
@@ -95,6 +97,36 @@ def test_gzip_limit_references_and_repeated_ids(target: Target, tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match="could not be read to the end"):
         read_prompts(str(path), target)
+
+
+def test_repeats_and_refused_templates_are_rows_left_out(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}, {"id": "c", "prompt": "y"}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = read_prompts(str(path), target)
+    assert [p.id for p in found.prompts] == ["a", "c"]
+    assert found.left_out == ((2, "the same prompt as a"),)
+    picky = "{% if messages[0]['content'] == 'y' %}{{ raise_exception('no y') }}{% endif %}x"
+    monkeypatch.setattr(target, "template", picky)
+    found = read_prompts(str(path), target)
+    assert "refused the row: no y" in dict(found.left_out)[3]
+
+
+def test_answers_to_something_else_are_not_continued(target: Target, tmp_path: Path) -> None:
+    prompts = read_prompts(str(write_prompts(tmp_path / "p.jsonl", 4)), target).prompts
+    others = read_prompts(str(write_prompts(tmp_path / "o.jsonl", 4, start=9)), target).prompts
+    config, out = RegenerateConfig(max_new_tokens=6), tmp_path / "a.jsonl"
+    regenerate(target, prompts, out, config)
+    kept = out.read_bytes()
+    with pytest.raises(UserError, match="made with other prompts"):
+        regenerate(target, others, out, config)
+    with pytest.raises(UserError, match="made with other overrun, temperature"):
+        regenerate(target, prompts, out, replace(config, temperature=0.5), overrun=3)
+    assert out.read_bytes() == kept
+    regenerate(target, prompts, out, replace(config, batch_size=2))
+    assert out.read_bytes() == kept
 
 
 def test_splits_are_disjoint_and_keyed_by_the_seed() -> None:
@@ -116,6 +148,7 @@ def test_regeneration_resumes_without_asking_twice(target: Target, tmp_path: Pat
     assert all(a.temperature == 0.7 for a in whole)
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
+    shutil.copy(tmp_path / "whole.about.json", tmp_path / "cut.about.json")
     cut.write_text("".join(lines[:4]) + lines[4][:30])  # killed in the middle of a line
     resumed = regenerate(target, prompts, cut, config, overrun=2)
     assert {a.id: a for a in resumed} == {a.id: a for a in whole}

@@ -110,6 +110,29 @@ def test_rollout_equals_step_by_step_decoding(target64: Target, vocab: int | Non
                 state = draft.advance(cache, token, state)
 
 
+def test_a_bf16_draft_keeps_exact_rotary_angles(target: Target) -> None:
+    """Engines compute the angles in float32 whatever the draft's dtype."""
+    draft = fresh_draft(target)
+    exact = draft.rotary(600, torch.zeros(1, dtype=torch.float64))
+    cast = draft.to(torch.bfloat16).rotary(600, torch.zeros(1, dtype=torch.bfloat16))
+    for a, b in zip(exact, cast, strict=True):
+        assert torch.equal(a.to(torch.bfloat16), b)
+    rounded = draft.rotary.inv_freq.to(torch.bfloat16).double()
+    angles = torch.outer(torch.arange(600), rounded)
+    wrong = torch.cat([angles, angles], dim=-1).cos().to(torch.bfloat16)
+    assert not torch.equal(cast[0], wrong)
+
+
+def test_a_table_made_while_measuring_can_be_trained_with(target: Target) -> None:
+    draft = fresh_draft(target).requires_grad_(True)
+    tokens, features = read(target, draft)
+    with torch.inference_mode():
+        draft.rotary(4000, torch.zeros(1))
+    loss = sum(draft.logits(s).sum() for s in draft.rollout(tokens, features, 1, 3))
+    loss.backward()  # type: ignore[union-attr]
+    assert draft.get_parameter("fc.weight").grad is not None
+
+
 def test_absorbing_forgets_the_drafted_chain(target64: Target) -> None:
     draft = fresh_draft(target64)
     tokens, features = read(target64, draft)

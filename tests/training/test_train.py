@@ -127,7 +127,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     def dies(*args: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 3:
             raise KeyboardInterrupt
         evaluate(*args)  # type: ignore[arg-type]
 
@@ -140,7 +140,12 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert {n: tensor_hash(t) for n, t in resumed.tensors.items()} == {
         n: tensor_hash(t) for n, t in whole.tensors.items()
     }
-    # A checkpoint of other settings is not continued.
+    # A checkpoint of other settings, or of another draft, is not continued.
+    draft = load_draft(str(draft_folder), target, torch.float32)
+    with torch.no_grad():
+        draft.get_parameter("lm_head.weight").mul_(1.5)
+    moved = train(target, draft, answers, answers[:4], CONFIG, k=3, checkpoints=tmp_path)
+    assert moved.record.heldout_tau != whole.record.heldout_tau
     other, _ = run(target, draft_folder, answers, replace(CONFIG, seed=4), checkpoints=tmp_path)
     assert len(other.record.heldout_tau) == len(whole.record.heldout_tau)
 
@@ -161,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_it_stops_early_and_keeps_the_best(
     target: Target, draft_folder: Path, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taus = iter([2.0, 3.0, 2.5, 2.6, 2.7, 2.8, 2.9])
+    taus = iter([1.5, 2.0, 3.0, 2.5, 2.6, 2.7, 2.8, 2.9])
     snapshots = []
 
     def evaluate(target, draft, heldout, config, k, state):  # type: ignore[no-untyped-def]
@@ -175,8 +180,8 @@ def test_it_stops_early_and_keeps_the_best(
     config = replace(CONFIG, evaluations=8, patience=2, epochs=8)
     trained, _ = run(target, draft_folder, answers, config)
     assert trained.record.stopped_early
-    assert len(trained.record.heldout_tau) == 4
-    best = snapshots[1]
+    assert len(trained.record.heldout_tau) == 5
+    best = snapshots[2]
     assert all(torch.equal(trained.tensors[n], best[n]) for n in best)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.bench.world import Message, Sample, check_split, split_of
+from redraft.errors import UserError
 
 VARIABLE = "REDRAFT_DATA"
 CHAT_FILES = {
@@ -45,7 +46,7 @@ def data_folder(path: str | None = None) -> Path | None:
     folder = Path(named).expanduser()
     if not folder.is_dir():
         source = "the given path" if path is not None else VARIABLE
-        raise ValueError(f"{source} names {named!r}, which is not a folder: create or correct it")
+        raise UserError(f"{source} names {named!r}, which is not a folder: create or correct it")
     return folder
 
 
@@ -77,7 +78,7 @@ def texts(folder: Path, domain: str) -> list[str]:
 
 def _check_domain(domain: str, known: tuple[str, ...]) -> None:
     if domain not in known:
-        raise ValueError(f"unknown domain {domain!r}: choose one of {', '.join(known)}")
+        raise UserError(f"unknown domain {domain!r}: choose one of {', '.join(known)}")
 
 
 def _question(sample: Sample) -> str:
@@ -89,7 +90,7 @@ def _rows(folder: Path, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     for name in names:
         file = folder / name
         if not file.is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"{file} is missing: put it there, or point {VARIABLE} to the folder that has it"
             )
         with gzip.open(file, "rt", encoding="utf-8") as lines:

@@ -21,6 +21,7 @@ from .. import flow
 from ..config import TrainConfig, read_yaml, recipe_path, resolve
 from ..console import say
 from ..data.regenerate import read_answers
+from ..errors import UserError, nearest
 from ..formats.load import load_draft, read_draft, stored
 from ..measuring.acceptance import bootstrap_recovery
 from ..measuring.lossless import compare
@@ -46,6 +47,8 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
 
     `data` is the folder of real data that size `micro` reads (default $REDRAFT_DATA).
     """
+    if size not in RECIPES:
+        raise UserError(f"size {size} has no recipe to adapt it; {nearest(size, RECIPES)}")
     family = build_family(out / "family", size=size, data=data, members=[MEMBER])
     target = load_member(out / "family", MEMBER)
     prompts = out / "family" / "prompts"
@@ -152,17 +155,18 @@ def _paid(report: AdaptReport, reference: dict[str, Any]) -> dict[str, tuple[int
     """Trained parameters, unique target tokens and seconds of each draft; `reference` is the
     training record of the dedicated one."""
     seconds = report.cost["seconds"]
+    answering = seconds["regenerate adapt"] + seconds["regenerate heldout"]
     return {
         "reused": (0, 0, 0.0),
         "adapted": (
             report.train.trained_parameters,
             report.cost["unique_generated_tokens"],
-            seconds["regenerate"] + seconds["select"] + seconds["train"],
+            answering + seconds["select"] + seconds["train"],
         ),
         "dedicated": (
             reference["trained_parameters"],
             reference["unique_answer_tokens"],
-            seconds["regenerate"] + reference["seconds"],
+            answering + reference["seconds"],
         ),
     }
 

@@ -224,7 +224,7 @@ def _base_draft(out: Path, corpus: Corpus) -> None:
 
 
 def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[str, Any]:
-    """Measure the gates of FIELD on every member: the draft reused on the tuned domain."""
+    """Measure what a family must be like to show anything: reused and native tau, loops."""
     s, tokenizer = corpus.size, _load_tokenizer(out)
     base = load_target(str(out / "base"))
     native = _reused(out, base, corpus.general, s.answer_tokens)

@@ -56,9 +56,10 @@ def main() -> None:
         if os.environ.get("REDRAFT_TRACEBACK"):
             raise
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("redraft: interrupted; run the same command again to continue")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # Ctrl-C, which Typer turns into this code
+            console.print("redraft: interrupted; run the same command again to continue")
+        raise
 
 
 def _calm_libraries() -> None:

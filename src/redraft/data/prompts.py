@@ -17,7 +17,7 @@ from ..formats.chat import Message, messages_of, split_answer
 from ..records import Prompt
 from ..target import Target
 
-SHORTEST_ROOM = 16
+SHORTEST_ROOM = 32
 """A prompt must leave this many positions of the context for its answer."""
 
 
@@ -38,10 +38,15 @@ class PromptSet:
 
 
 def read_prompts(source: str, target: Target, limit: int | None = None) -> PromptSet:
-    """Read and render a JSONL file (optionally gzip). Raises UserError when no prompt is left."""
+    """Read and render a JSONL file (optionally gzip).
+
+    Rows that cannot be used, and repeats of a prompt, are left out and counted. Raises UserError
+    when no prompt is left.
+    """
     prompts: list[Prompt] = []
     left_out: list[tuple[int, str]] = []
     seen: set[str] = set()
+    rendered: dict[tuple[int, ...], str] = {}
     for number, line in _lines(source):
         if limit is not None and len(prompts) >= limit:
             break
@@ -51,8 +56,12 @@ def read_prompts(source: str, target: Target, limit: int | None = None) -> Promp
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
             name = str(row.get("id", f"line-{number}"))
             name = name if name not in seen else f"{name}@{number}"
-            prompts.append(_render(name, messages_of(row), target))
+            prompt = _render(name, messages_of(row), target)
+            if prompt.tokens in rendered:
+                raise ValueError(f"the same prompt as {rendered[prompt.tokens]}")
+            prompts.append(prompt)
             seen.add(name)
+            rendered[prompt.tokens] = name
         except json.JSONDecodeError as problem:
             reason = "the line is empty" if not line.strip() else f"not valid JSON: {problem.msg}"
             left_out.append((number, reason))

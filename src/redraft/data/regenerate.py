@@ -6,15 +6,19 @@ are planned from the prompts alone, so a resumed run redoes only what is missing
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..config import RegenerateConfig
 from ..console import Progress, say
 from ..decode.batched import generate_answers, plan_generation
 from ..decode.sampling import Sampling
 from ..errors import UserError
+from ..formats.folders import read_json, write_text
 from ..records import Answer, Prompt
 from ..target import Target
 
@@ -23,6 +27,7 @@ def regenerate(
     target: Target, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, overrun: int = 0
 ) -> list[Answer]:
     """Answer every prompt into the file `out`, continuing what is there; answers in file order."""
+    _claim(out, answer_inputs(target, prompts, config, overrun))
     if config.answers == "original":
         return _write_originals(prompts, out, config.max_new_tokens, target)
     done = {answer.id for answer in read_answers(out)} if out.exists() else set()
@@ -51,6 +56,38 @@ def regenerate(
                 tokens += sum(answer.length for answer in answers)
                 progress.advance(len(answers), f"{tokens:,} tokens")
     return read_answers(out)
+
+
+def answer_inputs(
+    target: Target, prompts: Sequence[Prompt], config: RegenerateConfig, overrun: int
+) -> dict[str, Any]:
+    """All that an answer depends on (the batch size is not among it)."""
+    settings = {k: v for k, v in asdict(config).items() if k != "batch_size"}
+    rows = json.dumps([(p.id, p.tokens, p.reference) for p in prompts])
+    return {
+        "target": target.fingerprint(),
+        "prompts": hashlib.sha256(rows.encode()).hexdigest()[:16],
+        "overrun": overrun,
+        **settings,
+    }
+
+
+def _claim(out: Path, inputs: dict[str, Any]) -> None:
+    """Refuse to continue a file that holds answers to something else."""
+    about = out.with_suffix(".about.json")
+    if out.exists() and about.exists():
+        known = read_json(about)
+        changed = sorted(key for key in inputs if known.get(key) != inputs[key])
+        if changed:
+            raise UserError(
+                f"{out} holds answers made with other {', '.join(changed)}; name another file, or "
+                "remove it to answer anew"
+            )
+    elif out.exists():
+        raise UserError(
+            f"{out} exists and was not written by `redraft regenerate`; name another file"
+        )
+    write_text(about, json.dumps(inputs, indent=2) + "\n")
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -83,6 +120,8 @@ def _write_originals(
     answers = []
     for prompt in kept:
         tokens = (prompt.reference or ())[:longest]
+        end = next((i for i, t in enumerate(tokens) if t in target.stop_ids), len(tokens) - 1)
+        tokens = tokens[: end + 1]  # templates may write more after the stop token
         finish = "stop" if tokens[-1] in target.stop_ids else "length"
         answers.append(Answer(prompt.id, prompt.tokens, tokens, len(tokens), finish))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,14 @@ def generate_answers(
         batch = [prompts[i] for i in indices]
         rows = _decode(target, batch, sampling, max_new_tokens, overrun, seed)
         yield [
-            _answer(prompt, row, target.stop_ids, max_new_tokens, overrun, sampling.temperature)
+            _answer(
+                prompt,
+                row,
+                target.stop_ids,
+                _room(target, prompt, max_new_tokens, overrun),
+                overrun,
+                sampling.temperature,
+            )
             for prompt, row in zip(batch, rows, strict=True)
         ]
 
@@ -63,7 +70,8 @@ def _decode(
     """Token ids of each row, up to `overrun` past its stop."""
     device = target.device
     longest = max(len(p.tokens) for p in batch)
-    steps = min(max_new_tokens + overrun, max(target.max_positions - longest, 1))
+    room = [_room(target, p, max_new_tokens, overrun) + overrun for p in batch]
+    steps = max(room)
     padding = [longest - len(p.tokens) for p in batch]
     window = torch.tensor(
         [[0] * pad + list(p.tokens) for pad, p in zip(padding, batch, strict=True)], device=device
@@ -75,7 +83,7 @@ def _decode(
     stop_ids = torch.tensor(target.stop_ids, device=device)
     cache = new_cache(target)
     output_BT = torch.zeros(len(batch), steps, dtype=torch.long, device=device)
-    left_B = torch.full_like(pad_B, steps)  # tokens still to come; shrinks at a row's stop
+    left_B = torch.tensor(room, device=device)  # tokens still to come; shrinks at a row's stop
     rows_B = torch.arange(len(batch), device=device)
     for step in range(steps):
         logits_BV = _forward(target, window, pad_B, longest + step, cache)
@@ -93,7 +101,12 @@ def _decode(
             keep_rows(cache, keep)
             pad_B, left_B, rows_B, token_B = (x[keep] for x in (pad_B, left_B, rows_B, token_B))
         window = token_B[:, None]
-    return [row[:steps] for row in output_BT.tolist()]
+    return [row[:most] for row, most in zip(output_BT.tolist(), room, strict=True)]
+
+
+def _room(target: Target, prompt: Prompt, max_new_tokens: int, overrun: int) -> int:
+    """The longest answer to a prompt that leaves its overrun inside the context."""
+    return min(max_new_tokens, max(target.max_positions - len(prompt.tokens) - overrun, 1))
 
 
 def _forward(target: Target, window_BT: Tensor, pad_B: Tensor, total: int, cache: object) -> Tensor:

@@ -67,14 +67,15 @@ class Rotary(nn.Module):
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         rotary = LlamaRotaryEmbedding(config)
-        self.register_buffer("inv_freq", rotary.inv_freq.double(), persistent=False)
+        # Not a buffer: a draft cast to bf16 keeps exact frequencies, as engines do.
+        self.inv_freq: Tensor = rotary.inv_freq.double().cpu()
         self.scaling = float(rotary.attention_scaling)
         self.table: tuple[Tensor, Tensor] | None = None
 
     def forward(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [length, C] of positions 0..length-1 in the dtype and device of `like`.
 
-        Under autocast `like` may be bf16; the angles are always computed in float64 first.
+        The angles are computed in float64 whatever dtype the draft computes in.
         """
         table = self.table
         if (
@@ -84,13 +85,14 @@ class Rotary(nn.Module):
             or table[0].device != like.device
         ):
             size = 1 << max(length - 1, 255).bit_length()
-            inv_freq: Tensor = self.inv_freq  # type: ignore[assignment]
-            angles = torch.outer(torch.arange(size, device=inv_freq.device), inv_freq.double())
-            angles = torch.cat([angles, angles], dim=-1)
-            table = (
-                (angles.cos() * self.scaling).to(like),
-                (angles.sin() * self.scaling).to(like),
-            )
+            # The table outlives this call, so it must not be an inference tensor.
+            with torch.inference_mode(False), torch.no_grad():
+                angles = torch.outer(torch.arange(size), self.inv_freq)
+                angles = torch.cat([angles, angles], dim=-1)
+                table = (
+                    (angles.cos() * self.scaling).to(device=like.device, dtype=like.dtype),
+                    (angles.sin() * self.scaling).to(device=like.device, dtype=like.dtype),
+                )
             self.table = table
         return table[0][:length], table[1][:length]
 

@@ -61,8 +61,11 @@ def read(folder: Path) -> tuple[Eagle3Config, dict[str, Tensor]]:
     Raises UserError naming what is missing, extra, or of another function.
     """
     raw = read_json(folder / "config.json")
+    nested = raw.get("eagle_config") or {}
+    if nested.get("use_aux_hidden_state") is False:
+        raise UserError(f"{folder}: the draft reads one hidden state (use_aux_hidden_state false)")
     for key, meaning in REFUSED.items():
-        if raw.get(key):
+        if raw.get(key) or nested.get(key):
             raise UserError(f"{folder}: the draft uses {meaning} ('{key}'), which is not supported")
     if raw.get("num_hidden_layers", 1) != 1:
         raise UserError(
@@ -211,6 +214,9 @@ def _config_json(c: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    target_hidden = c.feature_size // len(c.taps or (0, 0, 0))
+    if target_hidden != c.hidden_size:
+        config["target_hidden_size"] = target_hidden
     if c.rope_parameters["rope_type"] != "default":
         config["rope_scaling"] = c.rope_parameters
     if c.taps is not None:

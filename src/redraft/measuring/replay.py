@@ -32,25 +32,13 @@ def replay(
     k: int,
     *,
     batch_tokens: int = BATCH_TOKENS,
-    draft_token: str = "deterministic",
 ) -> list[StepTrace]:
     """The verification steps that live decoding with this draft would take, in `answers`' order.
 
-    Each answer needs K-1 tokens past its end (see `Answer`), so that the last step is not cut;
-    raises UserError otherwise, and for drafts that sample their tokens, whose replay needs their
-    probabilities.
+    For drafts that pick their likeliest token; one that samples would need its probabilities here.
+    Raises UserError when an answer lacks the overrun (see `check_overrun`).
     """
-    if draft_token != "deterministic":
-        raise UserError(
-            f"replay of drafts with '{draft_token}' tokens is not built yet; "
-            "measure with deterministic draft tokens"
-        )
-    for answer in answers:
-        if len(answer.tokens) < answer.length + k - 1:
-            raise UserError(
-                f"answer {answer.id} holds {len(answer.tokens) - answer.length} tokens past its "
-                f"end, replay at K={k} needs {k - 1}; regenerate it with a larger overrun"
-            )
+    check_overrun(answers, k)
     traces: dict[int, StepTrace] = {}
     lengths = [len(a.prompt) + a.length + k - 1 for a in answers]
     for indices in plan_once(lengths, batch_tokens):
@@ -59,6 +47,16 @@ def replay(
         for row, index in enumerate(indices):
             traces[index] = walk(answers[index], run_BS[row], batch.first)
     return [traces[i] for i in range(len(answers))]
+
+
+def check_overrun(answers: Sequence[Answer], k: int) -> None:
+    """Raise UserError unless each answer holds K-1 tokens past its end, so that no step is cut."""
+    for answer in answers:
+        if len(answer.tokens) < answer.length + k - 1:
+            raise UserError(
+                f"answer {answer.id} holds {len(answer.tokens) - answer.length} tokens past its "
+                f"end, replay at K={k} needs {k - 1}; regenerate it with --overrun {k}"
+            )
 
 
 def accepted_runs(target: Target, draft: Draft, batch: Batch, k: int) -> Tensor:

@@ -26,6 +26,7 @@ class TrainState:
     best: dict[str, Tensor]
     last_loss: float
     seconds: float
+    precision: str = ""
 
     def best_tau(self) -> float:
         return max((tau for _, tau in self.heldout_tau), default=float("-inf"))
@@ -53,6 +54,7 @@ def save_checkpoint(
         "best_step": state.best_step,
         "last_loss": state.last_loss,
         "seconds": state.seconds,
+        "precision": state.precision,
     }
     scratch = folder / f".{FILE}.tmp"
     contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}

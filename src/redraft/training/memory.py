@@ -36,7 +36,7 @@ def predict_peak(
     hidden = next(s[0] for n, s in shapes.items() if n.endswith("fc.weight"))
     vocab = next(s[0] for n, s in shapes.items() if n.endswith("lm_head.weight"))
     inner = sum(s[0] for n, s in shapes.items() if n.endswith("gate_proj.weight"))
-    heads = next(s[0] for n, s in shapes.items() if n.endswith("q_proj.weight")) // 32
+    heads: int = target.model.config.get_text_config().num_attention_heads
     optimizer = sum(p.numel() for _, p in trainable) * 4 * 3
     per_token = target.vocab_size * (element + 4) + draft.feature_size * element
     per_step = 3 * 4 * vocab + 4 * (24 * hidden + 4 * inner) + 3 * 4 * heads * longest

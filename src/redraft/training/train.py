@@ -28,8 +28,9 @@ from ..config import TrainConfig
 from ..console import Progress, say
 from ..drafts.base import Draft, select_columns
 from ..errors import UserError
+from ..formats.folders import state_hash
 from ..measuring.acceptance import pooled_tau
-from ..measuring.replay import replay
+from ..measuring.replay import check_overrun, replay
 from ..private.part import prepare, put, take
 from ..records import Answer, TrainRecord
 from ..target import Target
@@ -68,18 +69,27 @@ def train(
     `heldout` answers, with K-1 tokens of overrun, decide when to stop and which step is best.
     Raises UserError when the loss stops being finite; the last checkpoint is kept.
     """
+    answers = [answer for answer in answers if answer.length >= 2]
+    heldout = [answer for answer in heldout if answer.length >= 2]
     if not answers or not heldout:
         raise UserError(
             f"{len(answers)} answers to train on and {len(heldout)} held out: both are needed, with "
             "two tokens or more (the first comes from the prefill); does the target answer at all?"
         )
+    check_overrun(heldout, k)
     started = time.monotonic()
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, config.batch_tokens, config.epochs, config.seed)
-    key = _key(config, plan, answers)
+    key = _key(config, plan, target, draft, answers, heldout, k)
     trainable = _prepare(target, draft, answers, plan, config)
     optimizer = _optimizer(trainable, config, draft)
-    precision = _precision(target, draft, answers, plan, config, optimizer)
+    state = (checkpoints and load_checkpoint(checkpoints, trainable, optimizer, key)) or TrainState(
+        0, 0, [], 0, take(draft, config.method), math.nan, 0.0
+    )
+    # Decided once: a resumed run computes as it began.
+    state.precision = precision = state.precision or _precision(
+        target, draft, answers, plan, config, optimizer
+    )
     restart_peak(target.device)
     predicted = predict_peak(
         target, draft, trainable, config.batch_tokens, max(lengths), config.rollout
@@ -88,11 +98,10 @@ def train(
         f"training {sum(p.numel() for _, p in trainable):,} parameters ({config.method}), "
         f"{len(plan)} steps, {precision}, about {predicted:,.0f} MB at the peak"
     )
-    state = (checkpoints and load_checkpoint(checkpoints, trainable, optimizer, key)) or TrainState(
-        0, 0, [], 0, take(draft, config.method), math.nan, 0.0
-    )
     if state.step:
         say(f"continuing at step {state.step} of {len(plan)}")
+    if not state.heldout_tau:
+        _evaluate(target, draft, heldout, config, k, state)  # what training has to beat
     every = math.ceil(len(plan) / config.evaluations)
     with Progress("training", len(plan), "steps") as progress:
         progress.advance(state.step)
@@ -177,7 +186,9 @@ def rollout_loss(
     """
     row_N, label_N, offset_N = batch.labels()
     with torch.no_grad():
-        reading = target.read(batch.tokens_BT, draft.taps)
+        # The target computes as it will be served, also where the draft trains under autocast.
+        with torch.autocast(target.device.type, enabled=False):
+            reading = target.read(batch.tokens_BT, draft.taps)
         # The target predicts a label from the position before it.
         logits_NV = reading.logits_BTV[row_N, label_N - 1]
         teacher = Teacher.from_logits(select_columns(logits_NV, draft.draft_vocab))
@@ -306,6 +317,24 @@ def _stalled(state: TrainState, patience: int) -> bool:
     return max(taus[-patience:]) < max(taus[:-patience]) + RISE
 
 
-def _key(config: TrainConfig, plan: list[list[int]], answers: Sequence[Answer]) -> str:
-    about = [asdict(config), plan, [[a.id, a.tokens] for a in answers]]
+def _key(
+    config: TrainConfig,
+    plan: list[list[int]],
+    target: Target,
+    draft: Draft,
+    answers: Sequence[Answer],
+    heldout: Sequence[Answer],
+    k: int,
+) -> str:
+    """Identifies everything that a run's tensors depend on; a checkpoint of another is not continued."""
+    about = [
+        asdict(config),
+        plan,
+        target.fingerprint(),
+        draft.taps,
+        state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
+        [[a.id, a.tokens] for a in answers],
+        [[a.id, a.tokens] for a in heldout],
+        k,
+    ]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
