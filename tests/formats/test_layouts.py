@@ -113,6 +113,13 @@ def test_speculators_leave_a_norm_flag_out_and_mean_true(target: Target, tmp_pat
     assert read_draft(str(folder)).config.norm_before_residual  # type: ignore[attr-defined]
 
 
+def test_a_rotary_buffer_of_old_files_is_skipped(target: Target, tmp_path: Path) -> None:
+    folder = LAYOUTS["safeai_eagle"](tmp_path / "d", fresh_draft(target, kind="eagle"))
+    expected = read_draft(str(folder)).hash()
+    retensor(folder, layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    assert read_draft(str(folder)).hash() == expected
+
+
 def test_a_shard_outside_the_folder_is_refused(target: Target, tmp_path: Path) -> None:
     folder = LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
     as_shards(folder)

@@ -165,7 +165,7 @@ def _paid(report: AdaptReport, reference: dict[str, Any]) -> dict[str, tuple[int
         ),
         "dedicated": (
             reference["trained_parameters"],
-            reference["unique_answer_tokens"],
+            report.cost["unique_generated_tokens"],  # the same answers
             answering + reference["seconds"],
         ),
     }
