@@ -1,6 +1,7 @@
 """Docs that can drift are generated: `python docs/generate.py` writes them, `--check` compares.
 
 docs/cli.md      the command reference, from each command's own --help
+docs/engines.md  which engine serves what, from docs/results/engines.json and the rules of `inspect`
 docs/config.md   every setting with its default, from the dataclasses in config.py
 README.md        the file tree, from the first line of each module's docstring; the demo's output and
                  the measured table, from the records in docs/results/
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from engines_page import engines_page
 from repair_page import demo_output, measured_table, results_page
 
 from redraft.config import recipe_names, stage_fields
@@ -31,6 +33,7 @@ COMMANDS = [
             "select",
             "train",
             "measure",
+            "inspect",
             "export",
             "report",
             "recipes",
@@ -55,6 +58,7 @@ def generated() -> dict[Path, str]:
     return {
         ROOT / "docs" / "results" / "repair.md": results_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),
         readme: text,
     }
