@@ -32,6 +32,7 @@ COMMANDS = [
             "train",
             "measure",
             "export",
+            "verify",
             "report",
             "recipes",
         )

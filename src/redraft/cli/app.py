@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
-from . import bench, job, recipes, stages
+from . import bench, engine, job, recipes, stages
 
 app = typer.Typer(
     name="redraft",
@@ -29,6 +29,7 @@ for command in (
     stages.train,
     stages.measure,
     stages.export,
+    engine.verify,
     job.report,
 ):
     app.command()(command)
