@@ -78,7 +78,7 @@ def verify(
     ] = "1,4,16",
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="timed passes at each concurrency")
-    ] = 2,
+    ] = 3,
     port: Annotated[
         int | None, typer.Option("--port", min=1, max=65535, help="port [default: a free one]")
     ] = None,

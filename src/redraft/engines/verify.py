@@ -41,7 +41,7 @@ class Request:
     k: int = 4
     max_new_tokens: int = 128
     concurrencies: tuple[int, ...] = (1, 4, 16)
-    repeats: int = 2
+    repeats: int = 3
     eager: bool | None = None
     port: int | None = None
     patience: float = 900.0

@@ -57,7 +57,7 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
         title=f"{found.engine} {found.engine_version}, {found.method}, {found.dtype}: "
         f"{found.prompts} prompts, K={found.k}"
     )
-    for heading in ("requests at a time", "without: tokens/s", "with the draft", "", "outputs"):
+    for heading in ("at a time", "tokens/s without", "with the draft", "ratio", "outputs"):
         table.add_column(heading, justify="right")
     for at in found.speed:
         table.add_row(
@@ -87,7 +87,7 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
 
 def compared(outputs: Lossless) -> str:
     """How many outputs are the same, in words."""
-    text = f"{outputs.identical}/{outputs.prompts} identical"
+    text = f"{outputs.identical}/{outputs.prompts} same"
     text += f", {outputs.excused} near-ties" if outputs.excused else ""
     return text + (f", {outputs.different} DIFFERENT" if outputs.different else "")
 
