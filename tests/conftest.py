@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -121,30 +123,64 @@ def answers(target: Target, prompts: list[Prompt]) -> list[Answer]:
 
 
 @pytest.fixture(scope="session")
-def trained_draft(target: Target, answers: list[Answer]) -> Eagle3Draft:
-    """A draft that is right some of the time, so that every accepted length occurs."""
-    draft = new_draft(target, answers)
-    config = TrainConfig(
-        method="scratch", lr=1e-2, epochs=12, batch_tokens=512, rollout=4, evaluations=1
-    )
-    train(target, draft, answers, answers[:4], config, k=4)
-    return draft.eval().requires_grad_(False)
+def trained_kind(target: Target, answers: list[Answer]) -> Callable[[str], Any]:
+    """A draft of a kind that is right some of the time, so that every accepted length occurs."""
+
+    @functools.cache
+    def made(kind: str) -> Any:
+        draft = new_draft(target, answers, kind=kind)
+        config = TrainConfig(
+            method="scratch", lr=1e-2, epochs=12, batch_tokens=512, rollout=4, evaluations=1
+        )
+        train(target, draft, answers, answers[:4], config, k=4)
+        return draft.eval().requires_grad_(False)
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def draft_folder(
-    target: Target, trained_draft: Eagle3Draft, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("draft")
-    stored(trained_draft, target).save(folder)
-    return folder
+def trained_draft(trained_kind: Callable[[str], Any]) -> Eagle3Draft:
+    draft: Eagle3Draft = trained_kind("eagle3")
+    return draft
 
 
-def fresh_draft(target: Target, *, vocab: int | None = None, width: int = 24) -> Eagle3Draft:
-    """An untrained draft with lively weights, in the target's dtype."""
+@pytest.fixture(scope="session")
+def kind_folder(
+    target: Target, trained_kind: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The trained draft of a kind as a checkpoint folder."""
+
+    @functools.cache
+    def made(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        stored(trained_kind(kind), target).save(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def draft_folder(kind_folder: Callable[[str], Path]) -> Path:
+    return kind_folder("eagle3")
+
+
+def fresh_draft(
+    target: Target, *, kind: str = "eagle3", vocab: int | None = None, width: int = 24, **variant: Any
+) -> Any:
+    """An untrained draft with lively weights, in the target's dtype; `variant` are config fields."""
     answer = Answer("a", (1,), tuple(range(5, 60)), 55, "length")
-    draft = new_draft(target, [answer], draft_vocab_size=vocab, width=width)
+    draft: Any = new_draft(target, [answer], kind=kind, draft_vocab_size=vocab, width=width)
+    if variant:
+        config = dataclasses.replace(draft.config, **variant)
+        vocabulary = [] if draft.draft_vocab is None else [draft.draft_vocab]
+        draft = type(draft)(config, *vocabulary)
+        draft.bind(target)
     draft.reinitialise(3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in draft.parameters():  # norms and biases that matter
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return draft.to(target.dtype).eval().requires_grad_(False)
 
 

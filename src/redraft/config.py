@@ -99,7 +99,11 @@ class MeasureConfig:
 class ExportConfig:
     """The stock checkpoint that is written."""
 
-    format: str = _opt("eagle3", "layout of the exported draft", choices=("eagle3",))
+    format: str = _opt(
+        "auto",
+        "layout of the exported draft; 'auto' is the kind's own layout for vLLM",
+        choices=("auto", "eagle3", "speculators", "vllm-eagle", "sglang-eagle"),
+    )
 
 
 @dataclass(frozen=True)

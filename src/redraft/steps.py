@@ -92,6 +92,7 @@ def train_command(
     taps: tuple[int, ...] | None = None,
     draft_vocab: int | None = None,
     draft_width: int | None = None,
+    kind: str = "eagle3",
 ) -> TrainRecord:
     """Train and save; a private part, or for a method that starts fresh a whole stock draft."""
     chosen = chosen_answers(read_answers(answers), selection)
@@ -111,6 +112,7 @@ def train_command(
     fresh = new_draft(
         target,
         chosen,
+        kind=kind,
         taps=taps,
         draft_vocab_size=draft_vocab,
         width=draft_width,

@@ -69,6 +69,11 @@ class Target:
         return weight
 
     @property
+    def head(self) -> Any:
+        """The module that turns the last hidden state into logits; some drafts share it."""
+        return self.model.get_output_embeddings()
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer: the generation config's, and the tokenizer's own."""
         ids = self.model.generation_config.eos_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from redraft.decode.plain import decode_plain
 from redraft.decode.sampling import Sampling, draw, probabilities
 from redraft.decode.speculative import decode_speculative
 from redraft.decode.verify import accept_greedy
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
+from redraft.drafts.table import KINDS
+from redraft.formats.load import load_draft
 from redraft.records import Prompt
 from redraft.target import Target, load_target
 from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, save_target
@@ -25,13 +28,12 @@ from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, sav
 LONGEST = 40
 
 
-@pytest.fixture(scope="module")
-def pair64(target_folder: Path, trained_draft: Eagle3Draft) -> tuple[Target, Eagle3Draft]:
+@pytest.fixture(scope="module", params=list(KINDS))
+def pair64(
+    request: pytest.FixtureRequest, target_folder: Path, kind_folder: Callable[[str], Path]
+) -> tuple[Target, Draft]:
     target = in_double(target_folder)
-    draft = fresh_draft(target, width=trained_draft.config.intermediate_size)
-    draft.load_state_dict({n: t.double() for n, t in trained_draft.state_dict().items()})
-    draft.bind(target)
-    return target, draft
+    return target, load_draft(str(kind_folder(request.param)), target)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.data())
@@ -46,7 +48,7 @@ def test_acceptance_is_the_common_prefix(drafted: list[int], data: st.DataObject
 
 @pytest.mark.parametrize("k", range(1, 8))
 def test_speculative_equals_plain(
-    pair64: tuple[Target, Eagle3Draft], prompts: list[Prompt], k: int
+    pair64: tuple[Target, Draft], prompts: list[Prompt], k: int
 ) -> None:
     target, draft = pair64
     lengths = set()
@@ -73,7 +75,7 @@ def test_speculative_equals_plain_on_other_architectures(
 
 @pytest.mark.parametrize("mutant", ["cache not rolled back", "one too many", "bonus before last"])
 def test_wrong_rules_are_caught(
-    pair64: tuple[Target, Eagle3Draft],
+    pair64: tuple[Target, Draft],
     prompts: list[Prompt],
     mutant: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +96,7 @@ def test_wrong_rules_are_caught(
 
 
 def test_batched_answers_equal_plain_ones(
-    pair64: tuple[Target, Eagle3Draft], prompts: list[Prompt]
+    pair64: tuple[Target, Draft], prompts: list[Prompt]
 ) -> None:
     target, _ = pair64
     plan = plan_generation(prompts, 8)
@@ -108,7 +110,7 @@ def test_batched_answers_equal_plain_ones(
 
 
 def test_stopped_rows_overrun_with_the_targets_own_tokens(
-    pair64: tuple[Target, Eagle3Draft], prompts: list[Prompt]
+    pair64: tuple[Target, Draft], prompts: list[Prompt]
 ) -> None:
     """Pretend that a frequent token stops: answers end there, the overrun goes on beyond it."""
     target, _ = pair64
@@ -149,7 +151,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(target: Target, prompts: lis
     assert run(9, 1) != run(9, 2)
 
 
-def test_rolling_back_restores_the_cache(pair64: tuple[Target, Eagle3Draft]) -> None:
+def test_rolling_back_restores_the_cache(pair64: tuple[Target, Draft]) -> None:
     target, _ = pair64
     tokens = torch.randint(5, 200, (1, 30), generator=torch.Generator().manual_seed(0))
     cache = new_cache(target)

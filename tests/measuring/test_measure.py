@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
 from redraft.measuring import replay as replay_module
@@ -82,7 +83,7 @@ def test_loops() -> None:
 
 @pytest.mark.parametrize("k", range(1, 8))
 def test_replay_is_the_live_loop_step_for_step(
-    pair64: tuple[Target, Eagle3Draft],  # noqa: F811
+    pair64: tuple[Target, Draft],  # noqa: F811
     prompts: list[Prompt],
     k: int,
 ) -> None:
@@ -96,7 +97,7 @@ def test_replay_is_the_live_loop_step_for_step(
 
 @pytest.mark.parametrize("mutant", ["shifted start", "no walk past a miss", "one step short"])
 def test_wrong_replays_are_caught(
-    pair64: tuple[Target, Eagle3Draft],  # noqa: F811
+    pair64: tuple[Target, Draft],  # noqa: F811
     prompts: list[Prompt],
     mutant: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.base import Draft
+from redraft.drafts.table import KINDS
 from redraft.errors import UserError
 from redraft.formats.folders import tensor_hash
 from redraft.private.expert import measure_activity, widenable
@@ -22,22 +24,24 @@ WARM = [name for name, row in METHODS.items() if not row.fresh]
 SHARED_WIDTH, WIDTH = 24, 10
 
 
-def attached(target: Target, method: str, init: str = "active") -> Eagle3Draft:
-    draft = fresh_draft(target)
+def attached(target: Target, method: str, init: str = "active", kind: str = "eagle3") -> Any:
+    draft = fresh_draft(target, kind=kind)
     prepare(draft, method, width=WIDTH, init=init, seed=5)
     return draft
 
 
-def outputs(draft: Eagle3Draft, dtype: torch.dtype) -> list[torch.Tensor]:
+def outputs(draft: Draft, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 200, (2, 12), generator=generator)
     features = torch.randn(2, 12, draft.feature_size, generator=generator).to(dtype)
     draft = draft.to(dtype)
     with torch.no_grad():
-        return [draft.logits(s) for s in draft.rollout(tokens, features, 1, 4)]
+        states = list(draft.rollout(tokens, features, 1, 4))
+        # The head of an eagle draft is the target's, in the target's dtype.
+        return states if draft.kind == "eagle" else [draft.logits(s) for s in states]
 
 
-def stir(draft: Eagle3Draft, method: str) -> None:
+def stir(draft: Draft, method: str) -> None:
     """Give every private tensor some trained-looking values."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -45,23 +49,25 @@ def stir(draft: Eagle3Draft, method: str) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def fused_draft(draft: Eagle3Draft, method: str) -> tuple[Eagle3Draft, dict[str, torch.Tensor]]:
+def fused_draft(draft: Draft, method: str) -> tuple[Draft, dict[str, torch.Tensor]]:
     """A stock draft of the fused tensors, in the dtype they are held in."""
     shared = {n: t for n, t in draft.state_dict().items() if ".private." not in n}
     state = fuse(shared, take(draft, method))
-    width = state["midlayer.mlp.gate_proj.weight"].shape[0]
-    fused = Eagle3Draft(dataclasses.replace(draft.config, intermediate_size=width))
+    width = next(t.shape[0] for n, t in state.items() if n.endswith("mlp.gate_proj.weight"))
+    fused = KINDS[draft.kind](dataclasses.replace(draft.config, intermediate_size=width))
     fused.load_state_dict(state)
     fused.shared_embedding = draft.shared_embedding
     return fused.eval(), state
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("method", WARM)
 def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
-    target: Target, method: str
+    target: Target, method: str, kind: str
 ) -> None:
-    reused = outputs(fresh_draft(target), torch.float32)
-    for a, b in zip(reused, outputs(attached(target, method), torch.float32), strict=True):
+    reused = outputs(fresh_draft(target, kind=kind), torch.float32)
+    private = outputs(attached(target, method, kind=kind), torch.float32)
+    for a, b in zip(reused, private, strict=True):
         assert torch.equal(a, b)
 
 
@@ -72,12 +78,13 @@ def test_a_random_start_is_not_the_reused_draft(target: Target) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("method", WARM)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.1)])
 def test_fused_equals_unfused(
-    target: Target, method: str, dtype: torch.dtype, tolerance: float
+    target: Target, method: str, dtype: torch.dtype, tolerance: float, kind: str
 ) -> None:
-    draft = attached(target, method)
+    draft = attached(target, method, kind=kind)
     stir(draft, method)
     fused, _ = fused_draft(draft, method)
     scale = max(float(x.abs().max()) for x in outputs(fused, torch.float64))
@@ -96,18 +103,20 @@ def test_a_wrong_fuse_is_caught(target: Target) -> None:
     assert float(difference.abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("method", ["expert", "expert+fc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shared_slices_and_unfuse_are_bit_exact(
-    target: Target, method: str, dtype: torch.dtype
+    target: Target, method: str, dtype: torch.dtype, kind: str
 ) -> None:
-    draft = attached(target, method)
-    shared = {n: t.to(dtype) for n, t in fresh_draft(target).state_dict().items()}
+    draft = attached(target, method, kind=kind)
+    (ffn,) = widenable(draft)
+    shared = {n: t.to(dtype) for n, t in fresh_draft(target, kind=kind).state_dict().items()}
     stir(draft, method)
     private = take(draft, method, dtype)
     fused = fuse(shared, private)
     for name, tensor in shared.items():
-        suffix = name.removeprefix("midlayer.mlp.")
+        suffix = name.removeprefix(f"{ffn}.")
         part = (
             fused[name].narrow(CONCATENATED[suffix], 0, SHARED_WIDTH)
             if suffix in CONCATENATED
@@ -116,7 +125,7 @@ def test_shared_slices_and_unfuse_are_bit_exact(
         if not METHODS[method].owns(name):
             assert tensor_hash(part) == tensor_hash(tensor), name
     replaced = [n for n in private if ".private." not in n]
-    back = unfuse(fused, {"midlayer.mlp": SHARED_WIDTH}, replaced)
+    back = unfuse(fused, {ffn: SHARED_WIDTH}, replaced)
     assert set(back) == set(private)
     assert all(tensor_hash(back[n]) == tensor_hash(private[n]) for n in private)
 
@@ -135,15 +144,17 @@ def test_put_restores_what_take_took(target: Target) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("method", list(METHODS))
-def test_ownership_is_declared_for_every_tensor(target: Target, method: str) -> None:
-    draft = attached(target, method)
+def test_ownership_is_declared_for_every_tensor(target: Target, method: str, kind: str) -> None:
+    draft = attached(target, method, kind=kind)
     owned = {name for name, _ in declare(draft, method)}
     for name, parameter in draft.named_parameters():
         assert parameter.requires_grad == (name in owned)
     assert any(".private." in n for n in owned) == METHODS[method].expert
     assert ("fc.weight" in owned) == (method != "expert")
-    assert ("lm_head.weight" in owned) == (method in ("full", "scratch"))
+    last = "lm_head.weight" if kind == "eagle3" else "layers.0.self_attn.o_proj.weight"
+    assert (last in owned) == (method in ("full", "scratch"))
 
 
 def test_the_expert_copies_the_most_active_neurons(target: Target) -> None:

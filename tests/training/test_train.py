@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import torch
 
 from redraft.batches import collate, plan_epochs, plan_once
 from redraft.config import TrainConfig
+from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.table import KINDS
 from redraft.errors import UserError
 from redraft.formats.folders import tensor_hash
-from redraft.formats.load import load_draft
+from redraft.formats.load import load_draft, stored
+from redraft.formats.twin import Twin
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.replay import replay
 from redraft.private.table import METHODS
@@ -24,8 +28,6 @@ from redraft.training import train as train_module
 from redraft.training.precision import choose_precision
 from redraft.training.train import Trained, rollout_loss, schedule, train
 from tests.conftest import fresh_draft, in_double
-from tests.drafts.test_eagle3 import oracle
-from tests.oracles.eagle3_plain import chain_logits
 
 CONFIG = TrainConfig(
     method="expert+fc",
@@ -45,17 +47,19 @@ def run(
     answers: list[Answer],
     config: TrainConfig = CONFIG,
     checkpoints: Path | None = None,
-) -> tuple[Trained, Eagle3Draft]:
+) -> tuple[Trained, Draft]:
     draft = load_draft(str(folder), target, torch.float32)
-    assert isinstance(draft, Eagle3Draft)
     return train(target, draft, answers, answers[:4], config, k=3, checkpoints=checkpoints), draft
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.5])
-def test_the_loss_is_kl_per_supervised_token(target_folder: Path, decay: float) -> None:
+@pytest.mark.parametrize(("kind", "decay"), [("eagle3", 1.0), ("eagle3", 0.5), ("eagle", 0.5)])
+def test_the_loss_is_kl_per_supervised_token(
+    target_folder: Path, kind: str, decay: float, tmp_path: Path
+) -> None:
     """Against chains written out one by one: which tokens count, which position teaches them."""
     target = in_double(target_folder)
-    draft = fresh_draft(target)
+    draft = fresh_draft(target, kind=kind)
+    stored(draft, target).save(tmp_path / "draft")
     config = replace(CONFIG, step_decay=decay)
     rows = [
         Answer("a", (5, 6, 7), (20, 21, 22, 23, 1), 5, "stop"),
@@ -63,15 +67,14 @@ def test_the_loss_is_kl_per_supervised_token(target_folder: Path, decay: float) 
     ]
     loss, count = rollout_loss(target, draft, collate(rows, target.device), config)
     total = weight = 0.0
-    plain = oracle(draft)
+    plain = Twin(tmp_path / "draft", target.embedding_VH, target.head.weight)
     for row in rows:
         tokens = [*row.prompt, *row.tokens]
         reading = target.read(torch.tensor([tokens]), draft.taps)
         begin = len(row.prompt)
         for start in range(begin - 1, len(tokens) - 2):
-            chain = chain_logits(
-                plain, tokens, reading.features_BTF[0], start, min(3, len(tokens) - 2 - start)
-            )
+            steps = min(3, len(tokens) - 2 - start)
+            chain = plain.chain_logits(tokens, reading.features_BTF[0], start, steps)
             for step, logits in enumerate(chain):
                 log_p = reading.logits_BTV[0, start + step + 1].log_softmax(-1)
                 kl = (log_p.exp() * (log_p - logits.log_softmax(-1))).sum()
@@ -81,10 +84,16 @@ def test_the_loss_is_kl_per_supervised_token(target_folder: Path, decay: float) 
     assert float(loss) == pytest.approx(total / weight, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("method", list(METHODS))
 def test_shared_tensors_stay_bitwise_and_private_ones_move(
-    target: Target, draft_folder: Path, answers: list[Answer], method: str
+    target: Target,
+    kind_folder: Callable[[str], Path],
+    answers: list[Answer],
+    method: str,
+    kind: str,
 ) -> None:
+    draft_folder = kind_folder(kind)
     before = load_draft(str(draft_folder), target, torch.float32).state_dict()
     before = {n: tensor_hash(t) for n, t in before.items()}
     config = replace(CONFIG, method=method, epochs=1, lr=1e-3)

@@ -118,6 +118,9 @@ def train(
         str | None, typer.Option("--selection", help="selection file of `select`")
     ] = None,
     k: Annotated[int, typer.Option("--k", help="draft tokens per step of held-out tau")] = 4,
+    kind: Annotated[
+        str, typer.Option("--kind", help="scratch without --draft: eagle3 or eagle")
+    ] = "eagle3",
     taps: Annotated[
         str | None, typer.Option("--taps", help="scratch without --draft: hs[] indices, e.g. 2,4,5")
     ] = None,
@@ -153,6 +156,7 @@ def train(
         out=Path(out),
         config=c,
         k=k,
+        kind=kind,
         taps=_taps(taps),
         draft_vocab=draft_vocab,
         draft_width=draft_width,

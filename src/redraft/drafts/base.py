@@ -27,6 +27,8 @@ class Draft(nn.Module, ABC):
     """A proposer of tokens for one target."""
 
     kind: ClassVar[str]
+    config: Any
+    """Its shape, which `formats/` knows how to store."""
     taps: tuple[int, ...]
     """hs[] indices of the target whose concatenation this draft reads."""
     feature_size: int

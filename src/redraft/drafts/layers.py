@@ -104,14 +104,22 @@ def rotate(x_BNTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     return x_BNTC * cos_TC + turned * sin_TC
 
 
-def causal_attention(q_BNTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
-    """Plain causal attention where queries are the last positions of the keys."""
+def causal_attention(
+    q_BNTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, window: int | None = None
+) -> Tensor:
+    """Causal attention where queries are the last positions of the keys.
+
+    With a `window` each query sees that many positions, its own included.
+    """
     queries, keys = q_BNTC.shape[2], k_BGTC.shape[2]
-    if queries == keys or queries == 1:
+    windowed = window is not None and window < keys
+    if not windowed and (queries == keys or queries == 1):
         return F.scaled_dot_product_attention(
             q_BNTC, k_BGTC, v_BGTC, is_causal=queries > 1, enable_gqa=True
         )
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BNTC.device).tril(keys - queries)
+    if windowed:
+        mask = mask.triu(keys - queries - (window or 0) + 1)
     return F.scaled_dot_product_attention(q_BNTC, k_BGTC, v_BGTC, attn_mask=mask, enable_gqa=True)
 
 
@@ -122,20 +130,26 @@ def chain_attention(
     own_k: list[Tensor],
     own_v: list[Tensor],
     first: int,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of chain starts first..first+S-1 at one rollout step.
 
     Start i sees the true pairs 0..i (`base_k`, `base_v`) and then only its own chain's keys, one
     per step so far including the present one (`own_k[m]` [B, G, >=S, C], aligned by start): a
-    diagonal. Equal to decoding each chain alone.
+    diagonal. Equal to decoding each chain alone. A `window` counts from the present step's
+    position, so it leaves out pairs on the far side, and in the end the chain's own.
     """
-    starts = q_BNSC.shape[2]
+    starts, step = q_BNSC.shape[2], len(own_k)
+    if window is not None:
+        own_k, own_v = own_k[-window:], own_v[-window:]
     groups = q_BNSC.shape[1] // base_k_BGTC.shape[1]
     keys = base_k_BGTC[:, :, : first + starts].repeat_interleave(groups, 1)
     values = base_v_BGTC[:, :, : first + starts].repeat_interleave(groups, 1)
     q = q_BNSC / math.sqrt(q_BNSC.shape[-1])
-    future = torch.ones(starts, first + starts, dtype=torch.bool, device=q.device).triu(first + 1)
-    scores = [(q @ keys.transpose(-1, -2)).masked_fill(future, float("-inf"))]
+    hidden = torch.ones(starts, first + starts, dtype=torch.bool, device=q.device).triu(first + 1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(first + step - window)
+    scores = [(q @ keys.transpose(-1, -2)).masked_fill(hidden, float("-inf"))]
     own_k = [k[:, :, :starts].repeat_interleave(groups, 1) for k in own_k]
     own_v = [v[:, :, :starts].repeat_interleave(groups, 1) for v in own_v]
     scores += [(q * k).sum(-1, keepdim=True) for k in own_k]

@@ -7,33 +7,37 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..records import Answer
 from ..target import Target
-from .eagle3 import Eagle3Draft, shape_for
+from .base import Draft
+from .table import KINDS
 
 
 def new_draft(
     target: Target,
     answers: Sequence[Answer],
     *,
+    kind: str = "eagle3",
     taps: tuple[int, ...] | None = None,
     draft_vocab_size: int | None = None,
     width: int | None = None,
-) -> Eagle3Draft:
+) -> Draft:
     """An untrained draft of the usual shape for `target`, in float32 and bound to it.
 
     A reduced vocabulary takes the tokens that the answers use most (ties by id), padded with the
-    lowest ids if they use fewer. Raises UserError for a vocabulary larger than the target's.
+    lowest ids if they use fewer. Raises UserError for an unknown kind, for a vocabulary larger
+    than the target's, and for what a kind does not have.
     """
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of draft '{kind}'; {nearest(kind, KINDS)}")
     size = draft_vocab_size or target.vocab_size
     if size > target.vocab_size:
         raise UserError(
             f"a draft vocabulary of {size} is larger than the target's {target.vocab_size} tokens"
         )
-    shape = shape_for(target, width=width, draft_vocab_size=size, taps=taps)
     vocabulary = None if size == target.vocab_size else frequent_tokens(answers, size)
-    draft = Eagle3Draft(shape, vocabulary)
+    draft: Draft = KINDS[kind].for_target(target, width=width, draft_vocab=vocabulary, taps=taps)
     draft.bind(target)
     return draft
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor
 from ..errors import UserError
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
 
 
-def find_folder(source: str) -> Path:
+def find_folder(source: str, *, unpickle: bool = False) -> Path:
     """A local folder, or the local snapshot of a Hub id (downloaded if it is not cached)."""
     folder = Path(source)
     if folder.is_dir():
@@ -32,8 +33,9 @@ def find_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", *(["*.bin"] if unpickle else [])]
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
         raise UserError(f"draft {source} is no local folder, and the Hub said: {problem}") from None
 
@@ -51,24 +53,55 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, single-file or sharded, on the CPU in its stored dtype."""
-    if (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    elif (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    else:
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        found = (
-            f"found only the pickle {pickles[0]}, which redraft does not open"
-            if pickles
-            else ("found " + (", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"))
+def read_tensors(folder: Path, *, unpickle: bool = False) -> dict[str, Tensor]:
+    """Every tensor of a folder, single-file or sharded, on the CPU in its stored dtype.
+
+    A pickle (`.bin`) is opened only with `unpickle`, and then by a loader that accepts nothing but
+    tensors. Raises UserError for a missing, damaged or refused file.
+    """
+    kinds = [(WEIGHTS, read_file), *([(PICKLE, _read_pickle)] if unpickle else [])]
+    for single, read in kinds:
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        elif (folder / single).is_file():
+            files = [single]
+        else:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for name in files:
+            if Path(name).name != name:
+                raise UserError(f"{index}: '{name}' is no file name; shards lie beside the index")
+            tensors.update(read(folder / name))
+        return tensors
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    if pickles:
+        raise UserError(
+            f"{folder}: found only the pickle {pickles[0]}. Opening a pickle can run code of "
+            "whoever made it; if you trust it, convert it once with redraft export --allow-pickle "
+            f"--draft {folder} --out NEW"
         )
-        raise UserError(f"{folder}: expected {WEIGHTS} or {INDEX}; {found}")
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        tensors.update(read_file(folder / name))
-    return tensors
+    found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+    raise UserError(f"{folder}: expected {WEIGHTS} or {WEIGHTS}.index.json; found {found}")
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.bin` file, through the loader that refuses everything else."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: listed in the index but missing; download it again") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as problem:
+        reason = str(problem).strip().splitlines()[0][:200]
+        raise UserError(
+            f"{path}: refused, or not a whole file: a pickle may hold tensors and nothing else "
+            f"({reason})"
+        ) from None
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
+        raise UserError(f"{path}: expected a mapping of names to tensors, found other objects")
+    return loaded
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -82,22 +115,6 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is not a whole safetensors file ({problem}); copy it again"
         ) from None
-
-
-def check_names(
-    found: Iterable[str], required: Iterable[str], optional: Iterable[str], where: str
-) -> None:
-    """Raise UserError naming every missing and every unknown tensor.
-
-    Engines load a draft with a missing tensor without complaint and serve it at low acceptance.
-    """
-    found, required = set(found), set(required)
-    missing = sorted(required - found)
-    extra = sorted(found - required - set(optional))
-    problems = [f"missing {', '.join(missing)}"] if missing else []
-    problems += [f"unknown {', '.join(extra)}"] if extra else []
-    if problems:
-        raise UserError(f"{where}: tensors do not match the layout: {'; '.join(problems)}")
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str, str]) -> None:

@@ -1,10 +1,11 @@
-"""`load_draft`: from a folder or Hub id to a draft, whatever kind is stored there."""
+"""`load_draft`: from a folder or Hub id to a draft, whatever kind and layout is stored there."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor
 
 from ..drafts.base import Draft
-from ..drafts.eagle3 import Eagle3Config, Eagle3Draft
+from ..drafts.one_layer import LayerShape
 from ..errors import UserError
 from ..records import versions
 from ..target import Target
-from . import eagle3
-from .folders import find_folder, read_json, state_hash
+from . import eagle, eagle3, speculators
+from .card import model_card
+from .exports import default_format, lay_out
+from .folders import find_folder, read_json, read_tensors, state_hash, write_folder
+from .padding import pad_ffn
 
 PROVENANCE = "redraft.json"
+BUILDERS: dict[str, Any] = {"eagle3": eagle3.build, "eagle": eagle.build}
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,11 @@ class StoredDraft:
     """A draft as it lies on disk: shape, tensors in their stored dtype, and where it came from."""
 
     folder: Path
-    config: Eagle3Config
+    kind: str
+    config: LayerShape
     tensors: dict[str, Tensor]
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    layout: str = "memory"
 
     def hash(self) -> str:
         return state_hash(self.tensors)
@@ -38,7 +45,7 @@ class StoredDraft:
         """A network computing in `dtype` (default: the target's, else as stored), bound to `target`."""
         if dtype is None:
             dtype = target.dtype if target is not None else self.tensors["fc.weight"].dtype
-        draft = eagle3.build(self.config, self.tensors, dtype)
+        draft: Draft = BUILDERS[self.kind](self.config, self.tensors, dtype)
         draft.source = str(self.folder)
         if target is not None:
             check_tokenizer(self, target)
@@ -47,23 +54,38 @@ class StoredDraft:
 
     def with_tensors(self, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> StoredDraft:
         """This draft with other tensors, whose FFN may be wider."""
-        width = tensors["midlayer.mlp.gate_proj.weight"].shape[0]
-        config = dataclasses.replace(self.config, intermediate_size=width)
-        return StoredDraft(self.folder, config, tensors, provenance)
+        gate = next(t for name, t in tensors.items() if name.endswith("mlp.gate_proj.weight"))
+        config = dataclasses.replace(self.config, intermediate_size=gate.shape[0])
+        return dataclasses.replace(self, config=config, tensors=tensors, provenance=provenance)
 
-    def save(self, folder: str | Path, format: str = "eagle3") -> None:
-        """Write a stock checkpoint folder. Raises UserError for a format that is not known."""
-        if format != eagle3.FORMAT:
-            raise UserError(f"unknown export format '{format}'; known: {eagle3.FORMAT}")
-        record = json.dumps(self.provenance, indent=2) + "\n"
-        eagle3.write(Path(folder), self.config, self.tensors, {PROVENANCE: record})
+    def save(self, folder: str | Path, format: str = "auto", tp: Sequence[int] = (1,)) -> None:
+        """Write a stock checkpoint folder; `auto` is the kind's own layout for vLLM.
+
+        `tp` are tensor-parallel sizes to be served with: the FFN is padded with exact zeros to a
+        width that all of them divide. Raises UserError, before anything is written, for a format
+        that the draft does not fit.
+        """
+        shape, padded = pad_ffn(self.config, self.tensors, tp)
+        name = default_format(self.kind) if format == "auto" else format
+        made_for = str(self.provenance.get("target", "not recorded"))
+        config, tensors = lay_out(name, self.kind, shape, padded, made_for)
+        config["torch_dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
+        record = {**self.provenance, "format": name, "tensors_hash": state_hash(padded)}
+        neurons = shape.intermediate_size - self.config.intermediate_size
+        if neurons:
+            record["zero_neurons"] = neurons
+        files = {
+            "README.md": model_card(self.kind, name, shape, record),
+            PROVENANCE: json.dumps(record, indent=2) + "\n",
+            "config.json": json.dumps(config, indent=2) + "\n",
+        }
+        write_folder(Path(folder), tensors, files)
 
 
 def stored(draft: Draft, target: Target) -> StoredDraft:
     """A draft made in memory, as it would be read back from a folder."""
-    assert isinstance(draft, Eagle3Draft), "the only kind there is"
     tensors = {name: t.cpu() for name, t in draft.stored_state().items()}
-    return StoredDraft(Path("(memory)"), draft.config, tensors, made_for(target))
+    return StoredDraft(Path("(memory)"), draft.kind, draft.config, tensors, made_for(target))
 
 
 def made_for(target: Target) -> dict[str, Any]:
@@ -77,18 +99,52 @@ def made_for(target: Target) -> dict[str, Any]:
     }
 
 
-def read_draft(source: str) -> StoredDraft:
-    """A stored draft from a folder or Hub id. Raises UserError when it is none that redraft knows."""
-    folder = find_folder(source)
+def read_draft(source: str, *, unpickle: bool = False) -> StoredDraft:
+    """A stored draft from a folder or Hub id.
+
+    Raises UserError when it is none that redraft knows, computes a function that redraft does
+    not, or is no longer what redraft once wrote. `unpickle` allows published `.bin` files.
+    """
+    folder = find_folder(source, unpickle=unpickle)
     raw = read_json(folder / "config.json")
-    if not eagle3.recognises(raw):
-        raise UserError(
-            f"{folder}: architectures {raw.get('architectures')} is no draft layout that redraft "
-            f"reads; expected {eagle3.ARCHITECTURE}"
-        )
-    config, tensors = eagle3.read(folder)
+    tensors = read_tensors(folder, unpickle=unpickle)
+    kind, layout, parse = recognise(raw, tensors, folder)
+    config, tensors = parse(raw, tensors, folder)
     record = folder / PROVENANCE
-    return StoredDraft(folder, config, tensors, read_json(record) if record.is_file() else {})
+    provenance = read_json(record) if record.is_file() else {}
+    found = StoredDraft(folder, kind, config, tensors, provenance, layout)
+    recorded = provenance.get("tensors_hash")
+    if recorded is not None and recorded != found.hash():
+        raise UserError(
+            f"{folder}: the weights hash to {found.hash()}, but {PROVENANCE} records {recorded}: a "
+            f"damaged copy, or edited since redraft wrote it. Copy it again, or remove {PROVENANCE} "
+            "to take it as it is"
+        )
+    return found
+
+
+def recognise(
+    raw: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[str, str, Any]:
+    """Kind, layout and parser of a checkpoint. Raises UserError naming what it is instead."""
+    names = set(tensors)
+    if speculators.recognises(raw):
+        return "eagle3", "speculators", speculators.parse
+    if any("block_sparse_moe" in name for name in names):
+        raise UserError(
+            f"{folder}: a draft of routed shared and private experts (block_sparse_moe), as EDA's "
+            "reference code writes it; redraft reads plain EAGLE drafts and does not run its routers"
+        )
+    if eagle3.recognises(raw, names):
+        return "eagle3", "eagle3", eagle3.parse
+    if eagle.recognises(names):
+        return "eagle", "eagle", eagle.parse
+    what = "a whole language model" if "model.embed_tokens.weight" in names else "no draft"
+    raise UserError(
+        f"{folder}: architectures {raw.get('architectures')} with {len(names)} tensors is {what}; "
+        "redraft reads EAGLE-1/2 and EAGLE-3 drafts as SafeAILab, SpecForge, speculators, vLLM and "
+        "SGLang store them"
+    )
 
 
 def load_draft(

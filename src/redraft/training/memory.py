@@ -34,7 +34,7 @@ def predict_peak(
     element = target.dtype.itemsize
     shapes = {name: p.shape for name, p in draft.named_parameters()}
     hidden = next(s[0] for n, s in shapes.items() if n.endswith("fc.weight"))
-    vocab = next(s[0] for n, s in shapes.items() if n.endswith("lm_head.weight"))
+    vocab = target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
     inner = sum(s[0] for n, s in shapes.items() if n.endswith("gate_proj.weight"))
     heads: int = target.model.config.get_text_config().num_attention_heads
     optimizer = sum(p.numel() for _, p in trainable) * 4 * 3

@@ -1,0 +1,271 @@
+"""Drafts of one decoder layer: what `eagle` and `eagle3` have in common.
+
+A chain's state enters the layer together with the embedding of the next token, and what leaves it
+is the chain's next state. A kind says how the target's features become the first state, what the
+layer does with state and embedding, and how a state becomes logits; everything about positions,
+attention, caches and the target's embedding is here.
+
+The rotary position of pair i is i. Shapes: B batch, T tokens, S chain starts, H hidden,
+N query heads, G key/value heads, C head_dim.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..rng import seeded
+from ..target import Target
+from .base import Draft
+from .layers import RMSNorm, Rotary, causal_attention, chain_attention, rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Sizes and variants of the decoder layer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    qkv_bias: bool = False
+    o_bias: bool = False
+    head_norms: bool = False  # q_norm and k_norm over head_dim, as Qwen3 has them
+    sliding_window: int | None = None  # a query sees this many positions, its own included
+
+
+def shape_of(target: Target, width: int | None) -> dict[str, Any]:
+    """The usual sizes of a draft for `target`: its hidden and head sizes, FFN twice the hidden."""
+    config = target.model.config.get_text_config()
+    heads = config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {
+        "hidden_size": target.hidden_size,
+        "intermediate_size": width or 2 * target.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or target.hidden_size // heads,
+        "vocab_size": target.vocab_size,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+        "max_position_embeddings": target.max_positions,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(rope.get("rope_theta", 10000.0)),
+        },
+    }
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over inputs `wide`; how keys are attended to is the caller's."""
+
+    def __init__(self, shape: LayerShape, wide: int):
+        super().__init__()
+        self.head_dim = C = shape.head_dim
+        heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+        self.q_proj = nn.Linear(wide, heads * C, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(wide, groups * C, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(wide, groups * C, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(heads * C, shape.hidden_size, bias=shape.o_bias)
+        self.q_norm = RMSNorm(C, shape.rms_norm_eps) if shape.head_norms else None
+        self.k_norm = RMSNorm(C, shape.rms_norm_eps) if shape.head_norms else None
+
+    def forward(self, x: Tensor, cos_TC: Tensor, sin_TC: Tensor, attend: Attend) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        attended = attend(rotate(q, cos_TC, sin_TC), rotate(k, cos_TC, sin_TC), v)
+        out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(B, T, -1))
+        return out
+
+
+class Cache:
+    """Keys and values of the true pairs, followed by those of the chain being drafted."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.true_length = 0
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, G, T, C] and return all keys and values so far; grows by doubling."""
+        end = self.length + k.shape[2]
+        if self.keys is None or self.values is None or self.keys.shape[2] < end:
+            self.keys, self.values = (
+                self._grown(self.keys, k, end),
+                self._grown(self.values, v, end),
+            )
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
+        B, G, _, C = like.shape
+        new = like.new_empty(B, G, 1 << max(need - 1, 127).bit_length(), C)
+        if old is not None:
+            new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+
+class OneLayerDraft(Draft):
+    """Rollout, decoding and ownership of a draft with one decoder layer."""
+
+    def __init__(self, config: LayerShape):
+        super().__init__()
+        self.window = config.sliding_window
+        self.vocab_size = config.vocab_size
+        self.rotary = Rotary(_rope_config(config))
+        self.embed_tokens: nn.Embedding | None = None
+        self.shared_embedding: Tensor | None = None
+
+    @abstractmethod
+    def first_state(self, features_BTF: Tensor) -> Tensor:
+        """The state [B, T, H] in which a chain starts, from the target's features."""
+
+    @abstractmethod
+    def layer(
+        self, embedded: Tensor, state: Tensor, cos_TC: Tensor, sin_TC: Tensor, attend: Attend
+    ) -> Tensor:
+        """Next states [B, T, H] from the next tokens' embeddings and the present states."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_parameter("fc.weight").dtype
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        table = self.shared_embedding if self.embed_tokens is None else self.embed_tokens.weight
+        if table is None:
+            raise UserError(
+                "this draft stores no embedding and shares the target's: load it with its target, "
+                "load_draft(path, target=target)"
+            )
+        return nn.functional.embedding(tokens, table).to(self.dtype)
+
+    def rollout(
+        self, tokens_BT: Tensor, features_BTF: Tensor, first: int, steps: int
+    ) -> Iterator[Tensor]:
+        T = tokens_BT.shape[1]
+        if T - 2 - first <= 0:
+            return
+        embedded = self._embed(tokens_BT[:, 1 : T - 1])
+        cos, sin = self.rotary(T - 2, embedded)
+        kept: list[Tensor] = []
+
+        def attend_base(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            kept.extend((k, v))
+            return causal_attention(q, k, v, self.window)
+
+        begun = self.first_state(features_BTF[:, : T - 2].to(self.dtype))
+        state = self.layer(embedded, begun, cos, sin, attend_base)[:, first:]
+        yield state
+        own_k: list[Tensor] = []
+        own_v: list[Tensor] = []
+
+        def attend_chain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            own_k.append(k)
+            own_v.append(v)
+            return chain_attention(q, kept[0], kept[1], own_k, own_v, first, self.window)
+
+        for step in range(1, steps):
+            starts = T - 2 - step - first
+            if starts <= 0:
+                return
+            here = slice(first + step, first + step + starts)
+            state = self.layer(
+                embedded[:, here], state[:, :starts], cos[here], sin[here], attend_chain
+            )
+            yield state
+
+    def new_cache(self) -> Cache:
+        return Cache()
+
+    def absorb(self, cache: Cache, tokens_1T: Tensor, features_1TF: Tensor) -> Tensor:
+        cache.length = cache.true_length
+        out = self._decode(cache, tokens_1T, self.first_state(features_1TF.to(self.dtype)))
+        cache.true_length = cache.length
+        return out[:, -1:]
+
+    def advance(self, cache: Cache, token_11: Tensor, state_11H: Tensor) -> Tensor:
+        return self._decode(cache, token_11, state_11H)
+
+    def _decode(self, cache: Cache, tokens_1T: Tensor, state_1TH: Tensor) -> Tensor:
+        embedded = self._embed(tokens_1T)
+        begin, end = cache.length, cache.length + tokens_1T.shape[1]
+        cos, sin = self.rotary(end, embedded)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return causal_attention(q, *cache.append(k, v), self.window)
+
+        return self.layer(embedded, state_1TH, cos[begin:end], sin[begin:end], attend)
+
+    # -- ownership ------------------------------------------------------------------------------
+
+    def bind(self, target: Target) -> None:
+        if target.vocab_size != self.vocab_size:
+            raise UserError(
+                f"vocabularies differ: target {target.name} has {target.vocab_size} tokens, the "
+                f"draft was made for {self.vocab_size}; a draft needs the target's own tokenizer"
+            )
+        if self.embed_tokens is None:
+            hidden = self.get_parameter("fc.weight").shape[0]
+            if target.hidden_size != hidden:
+                raise UserError(
+                    f"this draft has no embed_tokens.weight and cannot share the target's: hidden "
+                    f"sizes differ ({hidden} here, {target.hidden_size} there)"
+                )
+            self.shared_embedding = target.embedding_VH.detach()
+        self.to(target.device)
+
+    def trainable_names(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if not name.startswith("embed_tokens")]
+
+    def reinitialise(self, seed: int) -> None:
+        parameters = dict(self.named_parameters())
+        for name in self.trainable_names():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    parameters[name].zero_()
+                elif parameters[name].dim() == 1:
+                    parameters[name].fill_(1.0)
+                else:
+                    shape = parameters[name].shape
+                    noise = torch.randn(shape, generator=seeded(seed, "init", name))
+                    parameters[name].copy_(noise * shape[1] ** -0.5)
+
+    def stored_state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+
+def _rope_config(shape: LayerShape) -> Any:
+    """The part of a Llama config that Transformers' rotary embedding reads."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_parameters=dict(shape.rope_parameters),
+    )

@@ -1,0 +1,118 @@
+"""EAGLE-1/EAGLE-2 checkpoint folders: SafeAILab's files, and what vLLM and SGLang want of them.
+
+Root-level names, layer 0 without `input_layernorm`, no head and no final norm (both are the
+target's). `fc.bias` divides the engines: SafeAILab's files have it unless config.json says
+`bias: false`, vLLM drops it without a word, SGLang always has one and leaves it at random values
+when the file has none. So one set of weights becomes two folders: `vllm-eagle` without it,
+`sglang-eagle` with (zeros where the draft has none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..drafts.eagle import EagleConfig, EagleDraft
+from ..errors import UserError
+from .layer import check_tensors, layer_shapes, read_layer, write_layer
+
+LAYER = "layers.0."
+VLLM_ARCHITECTURE = "LlamaForCausalLM"
+SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle"
+SGLANG_QWEN2 = "Qwen2ForCausalLMEagle"
+
+
+def recognises(names: set[str]) -> bool:
+    """Whether these tensor names are an EAGLE-1/2 draft's."""
+    return "fc.weight" in names and any(name.startswith(LAYER) for name in names)
+
+
+def parse(
+    raw: Mapping[str, Any], stored: Mapping[str, Tensor], where: Path
+) -> tuple[EagleConfig, dict[str, Tensor]]:
+    """The shape of a stored draft and its tensors under redraft's names.
+
+    A bias of zeros is dropped: it changes nothing, and exports write what each engine wants.
+    Raises UserError naming what is missing, extra, or of another function.
+    """
+    tensors = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+    for name, what in (
+        (f"{LAYER}input_layernorm.weight", "a norm before the first layer's attention"),
+        ("norm.weight", "a final norm"),
+        ("lm_head.weight", "a head of its own"),
+    ):
+        if name in tensors:
+            raise UserError(
+                f"{where}: an EAGLE-1/2 draft has no {name} ({what} is another function, and vLLM "
+                "refuses the file)"
+            )
+    relative = {n.removeprefix(LAYER): t for n, t in tensors.items() if n.startswith(LAYER)}
+    # `bias` is fc's here; engines read the same key as attention biases.
+    layer = read_layer(raw, relative, where)
+    if "fc.bias" in tensors and not bool(tensors["fc.bias"].any()):
+        del tensors["fc.bias"]
+    elif raw.get("bias") and "fc.bias" not in tensors:
+        raise UserError(
+            f"{where}: config.json says bias: true, but there is no fc.bias; a tensor is missing, "
+            "or the key should be false (engines read it as attention biases)"
+        )
+    config = EagleConfig(**layer, fc_bias="fc.bias" in tensors)
+    check_tensors(tensors, *expected_shapes(config), str(where))
+    return config, tensors
+
+
+def build(config: EagleConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> EagleDraft:
+    """A draft computing in `dtype` from tensors as stored."""
+    draft = EagleDraft(config)
+    if "embed_tokens.weight" in tensors:
+        draft.embed_tokens = torch.nn.Embedding(*tensors["embed_tokens.weight"].shape)
+    draft.to(dtype).load_state_dict({n: t.to(dtype) for n, t in tensors.items()})
+    return draft.eval().requires_grad_(False)
+
+
+def expected_shapes(
+    c: EagleConfig,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Required and optional tensors of a draft of shape `c`: name -> shape."""
+    H = c.hidden_size
+    required = {
+        "fc.weight": (H, 2 * H),
+        **{LAYER + name: shape for name, shape in layer_shapes(c, H).items()},
+    }
+    if c.fc_bias:
+        required["fc.bias"] = (H,)
+    return required, {"embed_tokens.weight": (c.vocab_size, H)}
+
+
+def for_vllm(
+    c: EagleConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors for vLLM's `method: eagle`. Raises UserError for a draft with fc.bias."""
+    if c.fc_bias:
+        raise UserError(
+            "this draft has an fc.bias that is not zero, and vLLM would drop it without a word and "
+            "serve at low acceptance; export it with --format sglang-eagle, or train a draft "
+            "without one (redraft train --method scratch --kind eagle)"
+        )
+    return _config_json(c, VLLM_ARCHITECTURE), dict(tensors)
+
+
+def for_sglang(
+    c: EagleConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors for SGLang's EAGLE: fc.bias is always written."""
+    weight = tensors["fc.weight"]
+    bias = tensors.get("fc.bias", torch.zeros(weight.shape[0], dtype=weight.dtype))
+    return _config_json(c, SGLANG_ARCHITECTURE), {**tensors, "fc.bias": bias}
+
+
+def _config_json(c: EagleConfig, architecture: str) -> dict[str, Any]:
+    if architecture == SGLANG_ARCHITECTURE and c.qkv_bias:
+        architecture = SGLANG_QWEN2  # its q, k and v always have a bias
+    if c.head_norms:
+        raise UserError("no engine serves an EAGLE-1/2 draft with q_norm and k_norm")
+    return {"architectures": [architecture], **write_layer(c), "bias": False}

@@ -1,0 +1,141 @@
+"""`redraft inspect`: what a draft folder is, what it computes, and what each engine does with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..drafts.eagle3 import Eagle3Config
+from ..drafts.one_layer import LayerShape
+from ..errors import UserError
+from ..target import Target
+from .engine_rules import RULES, Finding, judge
+from .folders import find_folder, read_json, read_tensors
+from .load import StoredDraft, read_draft, recognise
+
+EQUATIONS = {
+    "eagle3": "g = fc([hs[a]; hs[b]; hs[c]]); layer on [norm(E[t+1]); norm(g or own state)]; "
+    "logits = lm_head(norm(state))",
+    "eagle": "x = fc([E[t+1]; hs[n] or own state]); one decoder layer; logits = target's "
+    "lm_head(state)",
+}
+VARIANTS = {
+    "norm_before_residual": "the residual starts from the normed state",
+    "norm_before_fc": "a norm before fc",
+    "fc_norm": "a norm on each tap",
+    "norm_output": "the normed state is fed back",
+    "fc_bias": "fc has a bias",
+    "qkv_bias": "q, k and v have biases",
+    "o_bias": "o_proj has a bias",
+    "head_norms": "q and k are normed per head",
+    "sliding_window": "attention sees a sliding window",
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a draft folder. `unreadable` is redraft's own reason to refuse it."""
+
+    folder: str
+    kind: str
+    layout: str
+    unreadable: str | None
+    function: str
+    variants: list[str]
+    shape: dict[str, Any]
+    taps: str
+    vocabulary: str
+    tensors: dict[str, list[Any]]
+    engines: list[Finding]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def serves(self, engine: str) -> str:
+        """In a word: what the engine does with this folder."""
+        levels = {finding.level for finding in self.engines if finding.engine == engine}
+        if "refused" in levels:
+            return "does not load it"
+        return "serves another function" if "wrong" in levels else "serves it as it is"
+
+
+def inspect_draft(
+    source: str, target: Target | None = None, *, unpickle: bool = False
+) -> Inspection:
+    """Look at a draft folder or Hub id, also at one that redraft itself refuses to run.
+
+    With a `target` its fit is checked too. Raises UserError when the files cannot be read at all,
+    or hold no draft.
+    """
+    folder = find_folder(source, unpickle=unpickle)
+    raw = read_json(folder / "config.json")
+    tensors = read_tensors(folder, unpickle=unpickle)
+    kind, layout, _ = recognise(raw, tensors, folder)
+    stored: StoredDraft | None = None
+    unreadable = None
+    try:
+        stored = read_draft(source, unpickle=unpickle)
+        if target is not None:
+            stored.build(target)
+    except UserError as refusal:
+        unreadable = str(refusal)
+    return Inspection(
+        folder=str(folder),
+        kind=kind,
+        layout=layout,
+        unreadable=unreadable,
+        function=EQUATIONS[kind],
+        variants=_variants(stored.config) if stored else [],
+        shape=_shape(stored.config) if stored else {},
+        taps=_taps(kind, stored, target),
+        vocabulary=_vocabulary(kind, raw, stored),
+        tensors={n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in tensors.items()},
+        engines=judge(kind, raw, tensors),
+        provenance=stored.provenance if stored else {},
+    )
+
+
+def engines(kind: str) -> list[str]:
+    """The engines that are judged for a kind."""
+    return list(RULES[kind])
+
+
+def _variants(config: LayerShape) -> list[str]:
+    return [
+        f"{says} ({name})" for name, says in VARIANTS.items() if getattr(config, name, None)
+    ]
+
+
+def _shape(config: LayerShape) -> dict[str, Any]:
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rope_parameters",
+    )
+    return {name: getattr(config, name) for name in names}
+
+
+def _taps(kind: str, stored: StoredDraft | None, target: Target | None) -> str:
+    if kind == "eagle":
+        return "hs[n], the state after the target's final norm"
+    taps = stored.config.taps if stored and isinstance(stored.config, Eagle3Config) else None
+    if taps:
+        return f"hs{list(taps)} (vLLM's ids; SGLang's are {[t - 1 for t in taps]})"
+    n = target.num_layers if target else None
+    default = f": hs[2], hs[{n // 2}], hs[{n - 3}] of this target" if n else ""
+    return f"the engines' default, hs[2], hs[n//2], hs[n-3]{default}"
+
+
+def _vocabulary(kind: str, raw: dict[str, Any], stored: StoredDraft | None) -> str:
+    if kind == "eagle" or stored is None or not isinstance(stored.config, Eagle3Config):
+        return "the target's whole vocabulary" if kind == "eagle" else "not readable"
+    c = stored.config
+    d2t: Tensor | None = stored.tensors.get("d2t")
+    if d2t is None:
+        return f"the target's whole vocabulary, {c.vocab_size:,} tokens"
+    return f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens, d2t as offsets"
