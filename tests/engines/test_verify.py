@@ -15,7 +15,7 @@ from redraft.engines.diagnosis import diagnose
 from redraft.engines.verdict import judge, notes_on
 from redraft.engines.verify import Request, fitting, serving_of, verify
 from redraft.errors import UserError
-from redraft.formats.load import StoredDraft, read_draft
+from redraft.formats.load import read_draft
 from redraft.records import Acceptance, Answer, Lossless, Prompt, Verification, to_json
 from redraft.target import Target, load_target
 from tests.conftest import write_prompts
@@ -146,7 +146,7 @@ def test_a_changed_target_is_named(
 
     def causes(**changed: Any) -> list[str]:
         provenance = {**stored.provenance, **changed}
-        draft = StoredDraft(stored.folder, stored.config, stored.tensors, provenance)
+        draft = dataclasses.replace(stored, provenance=provenance)
         return diagnose(draft, target, short_answers, low_tau(good))
 
     assert "these prompts are harder" in causes()[0]
@@ -155,7 +155,7 @@ def test_a_changed_target_is_named(
         f"{target.fingerprint()} now)"
     ]
     assert "the chat template is not the one" in causes(template_hash="4567")[0]
-    nothing = StoredDraft(stored.folder, stored.config, stored.tensors, {})
+    nothing = dataclasses.replace(stored, provenance={})
     (cause,) = diagnose(nothing, target, short_answers, low_tau(good))
     assert "does not say which target it was made for" in cause
 

@@ -134,8 +134,15 @@ def verify(
         port=port,
         patience=start_timeout,
     )
-    recorded = finished.after if finished else None
-    found = work(environment, loaded, read_draft(draft), asked, request, recorded=recorded)
+    found = work(
+        environment,
+        loaded,
+        read_draft(draft),
+        asked,
+        request,
+        recorded=finished.after if finished else None,
+        findings=_fatal(draft, engine),
+    )
     if as_json:
         print_json(to_json(found))
     else:
@@ -152,6 +159,17 @@ def _check_engine(engine: str) -> None:
         )
     if engine != "vllm":
         raise UserError(f"unknown --engine '{engine}'; {nearest(engine, ['vllm', 'sglang'])}")
+
+
+def _fatal(draft: str, engine: str) -> list[str]:
+    """What the draft's files already say against serving them."""
+    from ..formats.inspection import inspect_draft
+
+    return [
+        finding.says
+        for finding in inspect_draft(draft).engines
+        if finding.engine == engine and finding.level in ("refused", "wrong")
+    ]
 
 
 def _levels(text: str) -> tuple[int, ...]:
