@@ -106,7 +106,6 @@ def verify(
         target, draft = target or finished.target, draft or finished.draft
     if target is None or draft is None or not (prompts or finished):
         raise UserError("name --target, --draft and --prompts, or a finished run with --run")
-    from ..data.prompts import read_prompts
     from ..engines.environment import find_environment
     from ..engines.verify import Request
     from ..engines.verify import verify as work
@@ -118,13 +117,6 @@ def verify(
     loaded = load_target(
         target, adapter=target_adapter, chat_template=chat_template, dtype=dtype, device="cpu"
     )
-    asked: Sequence[Prompt] = []
-    if prompts:
-        read = read_prompts(prompts, loaded, limit)
-        say(read.summary())
-        asked = read.prompts
-    elif finished:
-        asked = finished.prompts(limit)
     request = Request(
         logs=Path(run) / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
         k=k or (finished.k if finished else 4),
@@ -138,7 +130,7 @@ def verify(
         environment,
         loaded,
         read_draft(draft),
-        asked,
+        _prompts(prompts, finished, loaded, limit),
         request,
         recorded=finished.after if finished else None,
         findings=_fatal(draft, engine),
@@ -159,6 +151,17 @@ def _check_engine(engine: str) -> None:
         )
     if engine != "vllm":
         raise UserError(f"unknown --engine '{engine}'; {nearest(engine, ['vllm', 'sglang'])}")
+
+
+def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequence[Prompt]:
+    """The prompts of a file, else those that the run's record was measured on."""
+    from ..data.prompts import read_prompts
+
+    if file:
+        found = read_prompts(file, target, limit)
+        say(found.summary())
+        return found.prompts
+    return run.prompts(limit) if run else ()
 
 
 def _fatal(draft: str, engine: str) -> list[str]:
