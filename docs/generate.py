@@ -35,6 +35,7 @@ COMMANDS = [
             "measure",
             "inspect",
             "export",
+            "verify",
             "report",
             "recipes",
         )

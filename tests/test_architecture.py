@@ -18,6 +18,7 @@ LAYERS = [
     {"measuring"},
     {"data", "training"},
     {"report", "run_folder"},
+    {"engines"},
     {"steps"},
     {"flow"},
     {"bench"},

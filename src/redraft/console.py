@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.status import Status
 
 LOG_EVERY_SECONDS = 10.0
 
@@ -94,3 +95,37 @@ class Progress:
         line = f"{self.label}: {self.done}/{self.total}, {self._rate()}, {elapsed:.0f} s"
         line += f", eta {left:.0f} s" if self.done < self.total else ""
         print(f"{line}  {self.note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+
+
+class Waiting:
+    """Waiting for something whose length is not known: a spinner, or a line every ten seconds."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self._started = self._logged = time.monotonic()
+        self._status: Status | None = None
+
+    def __enter__(self) -> Waiting:
+        if not _quiet and console.is_terminal:
+            self._status = console.status(self.label)
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def tick(self) -> None:
+        """Still waiting: call this now and then."""
+        now = time.monotonic()
+        text = f"{self.label}: {now - self._started:.0f} s"
+        if self._status is not None:
+            self._status.update(text)
+        elif not _quiet and now - self._logged > LOG_EVERY_SECONDS:
+            self._logged = now
+            print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -135,6 +135,104 @@ class Throughput:
 
 
 @dataclass(frozen=True)
+class Lossless:
+    """Prompts compared, how many gave identical tokens, and how many differ at an excused tie."""
+
+    prompts: int
+    identical: int
+    excused: int
+
+    @property
+    def different(self) -> int:
+        return self.prompts - self.identical - self.excused
+
+    @property
+    def holds(self) -> bool:
+        return self.different == 0
+
+
+@dataclass(frozen=True)
+class EngineAcceptance:
+    """What a serving engine's own counters say of a draft.
+
+    tau = 1 + accepted / drafts. `drafted` counts proposed tokens. `per_position` is conditional,
+    as in `Acceptance`.
+    """
+
+    tau: float
+    drafts: int
+    drafted: int
+    accepted: int
+    per_position: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EngineSpeed:
+    """An engine's throughput under `concurrency` requests at a time, without and with the draft.
+
+    `ratio` is with over without. `outputs` compares the answers given at this concurrency.
+    """
+
+    concurrency: int
+    plain: Throughput
+    drafted: Throughput
+    ratio: float
+    outputs: Lossless
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A draft tried in a real engine, as `redraft verify --json` prints it.
+
+    `outputs` compares the engine with the draft to the engine without it, one request at a time;
+    `against_redraft` compares the engine without a draft to redraft's own decoding. `tau` is the
+    engine's count, `own` that of redraft's live loop on the same token ids; they may differ by
+    `tolerance`, a share of `own`. `recorded` is the run's measurement after adapting, where a run
+    was named. `findings` are fatal findings in the draft's files, `causes` what explains a bad
+    result, `notes` what is worth knowing about a good one.
+    """
+
+    engine: str
+    engine_version: str
+    target: str
+    draft: str
+    method: str
+    dtype: str
+    k: int
+    max_new_tokens: int
+    prompts: int
+    outputs: Lossless
+    against_redraft: Lossless
+    tau: EngineAcceptance
+    own: Acceptance
+    tolerance: float
+    speed: tuple[EngineSpeed, ...]
+    recorded: Acceptance | None = None
+    findings: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    good: bool = False
+    verdict: str = "open"
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> Verification:
+        row = dict(row)
+        for name in ("outputs", "against_redraft"):
+            row[name] = Lossless(**row[name])
+        row["tau"] = EngineAcceptance(
+            **{**row["tau"], "per_position": tuple(row["tau"]["per_position"])}
+        )
+        row["own"] = acceptance(row["own"])
+        row["recorded"] = row["recorded"] and acceptance(row["recorded"])
+        row["speed"] = tuple(_engine_speed(entry) for entry in row["speed"])
+        for name in ("findings", "causes", "notes"):
+            row[name] = tuple(row[name])
+        return Verification(**row)
+
+
+@dataclass(frozen=True)
 class AdaptReport:
     """One adaptation, as report.json holds it and the terminal and HTML report show it.
 
@@ -169,6 +267,16 @@ def acceptance(row: dict[str, Any]) -> Acceptance:
     """An `Acceptance` from its JSON form."""
     low, high = row["ci"]
     return Acceptance(**{**row, "ci": (low, high), "per_position": tuple(row["per_position"])})
+
+
+def _engine_speed(row: dict[str, Any]) -> EngineSpeed:
+    return EngineSpeed(
+        row["concurrency"],
+        Throughput(**row["plain"]),
+        Throughput(**row["drafted"]),
+        row["ratio"],
+        Lossless(**row["outputs"]),
+    )
 
 
 def versions() -> dict[str, str]:

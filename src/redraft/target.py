@@ -124,10 +124,13 @@ class Target:
             raise ValueError(f"the chat template refused the row: {problem}") from problem
         return list(rendered["input_ids"])
 
-    def fingerprint(self) -> str:
-        """Changes when the weights, the adapter or the chat template change."""
+    def fingerprint(self, dtype: torch.dtype | None = None) -> str:
+        """Changes when the weights, the adapter, the chat template or the dtype change.
+
+        `dtype` asks for the fingerprint the same target would have in another dtype.
+        """
         parts = [fingerprint(source) for source in self.sources]
-        parts += [self.template_hash(), str(self.dtype), str(self.revision)]
+        parts += [self.template_hash(), str(dtype or self.dtype), str(self.revision)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def template_hash(self) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,49 @@ RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
 """The recipe that adapts each size of family."""
 
 
+@dataclass(frozen=True)
+class Repaired:
+    """A family whose fine-tune has its draft adapted, and the dedicated draft as the reference.
+
+    `key` changes with the dedicated draft.
+    """
+
+    family: dict[str, Any]
+    target: Target
+    result: flow.AdaptResult
+    dedicated: Path
+    evaluation: str
+    key: str
+
+
 def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str, Any]:
     """Build, adapt, compare; returns the result as plain JSON types (see `print_demo`).
 
     `data` is the folder of real data that size `micro` reads (default $REDRAFT_DATA).
     """
+    repaired = repair(out, size, data)
+    run = RunFolder(out / "reference")
+    run.stage(
+        "compare",
+        {"dedicated": repaired.key, "after": to_json(repaired.result.after)},
+        ["demo.json"],
+        lambda: run.write_json("demo.json", _compare(repaired)),
+    )
+    demo: dict[str, Any] = json.loads((out / "reference" / "demo.json").read_text())
+    return demo
+
+
+def repair(
+    out: Path, size: str = "nano", data: str | None = None, members: Sequence[str] = (MEMBER,)
+) -> Repaired:
+    """Build a family in `out`, adapt the draft of its fine-tune, train a dedicated one.
+
+    `members` are the fine-tunes to build; the one called sft is among them. Everything is cached
+    in `out`. Raises UserError for a size that no recipe adapts.
+    """
     if size not in RECIPES:
         raise UserError(f"size {size} has no recipe to adapt it; {nearest(size, RECIPES)}")
-    family = build_family(out / "family", size=size, data=data, members=[MEMBER])
+    family = build_family(out / "family", size=size, data=data, members=members)
     target = load_member(out / "family", MEMBER)
     prompts = out / "family" / "prompts"
     evaluation = str(prompts / f"{family['tuned_domain']}-eval.jsonl")
@@ -66,21 +103,14 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
         eval_prompts=evaluation,
         off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
     )
-    run = RunFolder(out / "reference")
-    key = run.stage(
+    folder = out / "reference" / "dedicated"
+    key = RunFolder(out / "reference").stage(
         "dedicated",
         {"report": to_json(result.report.train), **dataclasses.asdict(reference)},
         ["dedicated"],
-        lambda: _dedicated(target, result, reference, out / "reference" / "dedicated"),
+        lambda: _dedicated(target, result, reference, folder),
     )
-    run.stage(
-        "compare",
-        {"dedicated": key, "after": to_json(result.after)},
-        ["demo.json"],
-        lambda: run.write_json("demo.json", _compare(target, result, family, evaluation, out)),
-    )
-    demo: dict[str, Any] = json.loads((out / "reference" / "demo.json").read_text())
-    return demo
+    return Repaired(family, target, result, folder, evaluation, key)
 
 
 def _dedicated(target: Target, result: flow.AdaptResult, config: TrainConfig, folder: Path) -> None:
@@ -94,14 +124,12 @@ def _dedicated(target: Target, result: flow.AdaptResult, config: TrainConfig, fo
     made.save(folder)
 
 
-def _compare(
-    target: Target, result: flow.AdaptResult, family: dict[str, Any], evaluation: str, out: Path
-) -> dict[str, Any]:
-    report = result.report
+def _compare(repaired: Repaired) -> dict[str, Any]:
+    target, result, report = repaired.target, repaired.result, repaired.result.report
     folders = {
         "reused": report.shared,
         "adapted": report.draft,
-        "dedicated": str(out / "reference" / "dedicated"),
+        "dedicated": str(repaired.dedicated),
     }
     answers = read_answers(result.run / "answers" / "eval.jsonl")
     drafts = {name: load_draft(folder, target) for name, folder in folders.items()}
@@ -120,8 +148,8 @@ def _compare(
     trained = _paid(report, read_draft(folders["dedicated"]).provenance["train"])
     return {
         "target": target.name,
-        "base": family["base"],
-        "prompts": evaluation,
+        "base": repaired.family["base"],
+        "prompts": repaired.evaluation,
         **{name: _row(folders[name], measured[name], *trained[name]) for name in folders},
         "off_domain": {
             "reused": report.off_domain["chat-before"].tau,
@@ -138,7 +166,7 @@ def _compare(
         "speed_detail": {name: to_json(found) for name, found in speed.items()},
         "loop_rate": measured["adapted"].acceptance.loop_rate,
         "gates": [
-            *family["gates"],
+            *repaired.family["gates"],
             {
                 "gate": "tau of the dedicated draft",
                 "value": measured["dedicated"].acceptance.tau,

@@ -1,7 +1,7 @@
 """The command line: thin commands over `flow` and the rooms it names.
 
-Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 our fault. Machine-readable
-output (`--json`) goes to stdout, progress to stderr.
+Exit codes: 0 done, 2 the user's mistake (one sentence, no traceback), 1 our fault, 3 (`verify` only)
+tried in the engine and not fit to serve. Machine-readable output (`--json`) goes to stdout, progress to stderr.
 """
 
 from .app import app, main

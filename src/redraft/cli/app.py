@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
-from . import bench, drafts, job, recipes, stages
+from . import bench, drafts, engine, job, recipes, stages
 
 app = typer.Typer(
     name="redraft",
@@ -28,8 +28,9 @@ for command in (
     stages.select,
     stages.train,
     stages.measure,
-    drafts.export,
     drafts.inspect,
+    drafts.export,
+    engine.verify,
     job.report,
 ):
     app.command()(command)

@@ -8,27 +8,13 @@ not the draft. Excused prompts are counted, never hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from ..records import Prompt
+from ..records import Lossless, Prompt
 from ..target import Target
 
 ULPS = 8
-
-
-@dataclass(frozen=True)
-class Lossless:
-    """Prompts compared, how many gave identical tokens, and how many differ at an excused tie."""
-
-    prompts: int
-    identical: int
-    excused: int
-
-    @property
-    def holds(self) -> bool:
-        return self.identical + self.excused == self.prompts
 
 
 def compare(

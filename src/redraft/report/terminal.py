@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..formats.inspection import Inspection, engines
-from ..records import Acceptance, AdaptReport
+from ..records import Acceptance, AdaptReport, Lossless, Verification
 
 
 def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
@@ -17,7 +17,7 @@ def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
         f"{measured.mode}, {measured.prompts} prompts ({measured.excluded} excluded), "
         f"{measured.accepted:,} accepted in {measured.steps:,} steps"
     )
-    rates = "  ".join(f"{rate:.2f}" for rate in measured.per_position)
+    rates = _rates(measured.per_position)
     out.print(f"accepted at position 1..{measured.k}, of the steps that got there: {rates}")
     out.print(f"loop rate {measured.loop_rate:.1%}, {measured.seconds:.1f} s")
 
@@ -76,6 +76,52 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
             if finding.engine == engine:
                 out.print(f"              {finding.level}: {finding.says}", markup=False)
     out.print("  vLLM's loader was run; SGLang's and llama.cpp's were read, the engines not run")
+
+
+def print_verification(found: Verification, out: Console | None = None) -> None:
+    """What the engine did, against what it should have done, and the verdict."""
+    out = out or Console(highlight=False)
+    table = Table(
+        title=f"{found.engine} {found.engine_version}, {found.method}, {found.dtype}: "
+        f"{found.prompts} prompts, K={found.k}"
+    )
+    for heading in ("at a time", "tokens/s without", "with the draft", "ratio", "outputs"):
+        table.add_column(heading, justify="right")
+    for at in found.speed:
+        table.add_row(
+            str(at.concurrency),
+            f"{at.plain.tokens_per_second:.0f} [{at.plain.low:.0f}, {at.plain.high:.0f}]",
+            f"{at.drafted.tokens_per_second:.0f} [{at.drafted.low:.0f}, {at.drafted.high:.0f}]",
+            f"{at.ratio:.2f}x",
+            compared(at.outputs),
+        )
+    out.print(table)
+    out.print(
+        f"tau in the engine {found.tau.tau:.3f} ({found.tau.accepted:,} accepted in "
+        f"{found.tau.drafts:,} steps), redraft's own count {found.own.tau:.3f} "
+        f"({found.own.accepted:,} in {found.own.steps:,})"
+    )
+    for name, rates in (("engine", found.tau.per_position), ("redraft", found.own.per_position)):
+        out.print(f"accepted at position 1..{found.k}, {name:7}: " + _rates(rates))
+    if found.recorded is not None:
+        out.print(f"recorded by the run: {tau(found.recorded)} at K={found.recorded.k}")
+    out.print(f"without a draft, engine against redraft: {compared(found.against_redraft)}")
+    for cause in found.causes:
+        out.print(f"cause: {cause}", markup=False)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False)
+    out.print(found.verdict, markup=False, style="green" if found.good else "red")
+
+
+def compared(outputs: Lossless) -> str:
+    """How many outputs are the same, in words."""
+    text = f"{outputs.identical}/{outputs.prompts} same"
+    text += f", {outputs.excused} near-ties" if outputs.excused else ""
+    return text + (f", {outputs.different} DIFFERENT" if outputs.different else "")
+
+
+def _rates(rates: tuple[float, ...]) -> str:
+    return "  ".join(f"{rate:.2f}" for rate in rates)
 
 
 def tau(measured: Acceptance) -> str:

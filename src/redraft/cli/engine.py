@@ -1,0 +1,206 @@
+"""A draft tried in a real serving engine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..console import say, set_quiet
+from ..errors import UserError, nearest
+from ..records import Acceptance, AdaptReport, Prompt, to_json
+from .flags import AdapterFlag, DtypeFlag, JsonFlag, QuietFlag, TemplateFlag, print_json
+
+NOT_GOOD = 3
+"""Exit code of a verification that went through and found the draft not fit to serve."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder of `redraft adapt` says about its draft."""
+
+    folder: Path
+    target: str
+    adapter: str | None
+    draft: str
+    after: Acceptance
+    k: int
+    max_new_tokens: int
+
+    def prompts(self, limit: int) -> list[Prompt]:
+        """The prompts its record was measured on."""
+        from ..data.regenerate import read_answers
+
+        answers = read_answers(self.folder / "answers" / "eval.jsonl")
+        return [Prompt(a.id, a.prompt) for a in answers[:limit]]
+
+
+def verify(
+    target: Annotated[
+        str | None, typer.Option("--target", help="target model: folder or Hub id")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="draft model: folder or Hub id")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="JSONL file of prompts (.gz is fine)")
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="the serving engine: vllm")] = "vllm",
+    python: Annotated[
+        str | None,
+        typer.Option(
+            "--python", help="Python of the engine's environment (default: $REDRAFT_VLLM_PYTHON)"
+        ),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run",
+            help="run folder of `redraft adapt`: its record is compared, and its target, draft, "
+            "prompts and K are the defaults",
+        ),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option("--k", min=1, max=16, help="draft tokens per step [default: the run's, or 4]"),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="use only the first N prompts")] = 32,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=2, help="longest answer [default: the run's, or 128]"),
+    ] = None,
+    concurrency: Annotated[
+        str, typer.Option("--concurrency", help="requests at a time whose speed is measured")
+    ] = "1,4,16",
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="timed passes at each concurrency")
+    ] = 3,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help="port [default: a free one]")
+    ] = None,
+    start_timeout: Annotated[
+        float, typer.Option("--start-timeout", min=1, help="seconds the engine may take to start")
+    ] = 900.0,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Try a draft in a real engine: same outputs, same tau as redraft counts, how fast.
+
+    Exit codes: 0 serve it, 3 tried and not fit to serve, 2 a mistake in the command, 1 our fault.
+
+    Example: redraft verify --run run --python .venv-vllm/bin/python
+    """
+    set_quiet(quiet)
+    _check_engine(engine)
+    levels = _levels(concurrency)
+    finished = _read_run(run) if run else None
+    if finished:
+        target_adapter = target_adapter or (None if target else finished.adapter)
+        target, draft = target or finished.target, draft or finished.draft
+    if target is None or draft is None or not (prompts or finished):
+        raise UserError("name --target, --draft and --prompts, or a finished run with --run")
+    from ..engines.environment import find_environment
+    from ..engines.verify import Request
+    from ..engines.verify import verify as work
+    from ..formats.load import read_draft
+    from ..report.terminal import print_verification
+    from ..target import load_target
+
+    environment = find_environment(python)
+    loaded = load_target(
+        target, adapter=target_adapter, chat_template=chat_template, dtype=dtype, device="cpu"
+    )
+    request = Request(
+        logs=Path(run) / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
+        k=k or (finished.k if finished else 4),
+        max_new_tokens=max_new_tokens or (finished.max_new_tokens if finished else 128),
+        concurrencies=levels,
+        repeats=repeats,
+        port=port,
+        patience=start_timeout,
+    )
+    found = work(
+        environment,
+        loaded,
+        read_draft(draft),
+        _prompts(prompts, finished, loaded, limit),
+        request,
+        recorded=finished.after if finished else None,
+        findings=_fatal(draft, engine),
+    )
+    if as_json:
+        print_json(to_json(found))
+    else:
+        print_verification(found)
+    if not found.good:
+        raise typer.Exit(NOT_GOOD)
+
+
+def _check_engine(engine: str) -> None:
+    if engine == "sglang":
+        raise UserError(
+            "--engine sglang: redraft does not run SGLang; exports are checked against its loaders' "
+            "names and shapes only, which `redraft inspect DRAFT` shows"
+        )
+    if engine != "vllm":
+        raise UserError(f"unknown --engine '{engine}'; {nearest(engine, ['vllm', 'sglang'])}")
+
+
+def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequence[Prompt]:
+    """The prompts of a file, else those that the run's record was measured on."""
+    from ..data.prompts import read_prompts
+
+    if file:
+        found = read_prompts(file, target, limit)
+        say(found.summary())
+        return found.prompts
+    return run.prompts(limit) if run else ()
+
+
+def _fatal(draft: str, engine: str) -> list[str]:
+    """What the draft's files already say against serving them."""
+    from ..formats.inspection import inspect_draft
+
+    return [
+        finding.says
+        for finding in inspect_draft(draft).engines
+        if finding.engine == engine and finding.level in ("refused", "wrong")
+    ]
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        levels = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        levels = ()
+    if not levels or min(levels) < 1:
+        raise UserError(
+            f"--concurrency takes counts of at least 1, for example 1,4,16; got '{text}'"
+        )
+    return levels
+
+
+def _read_run(run: str) -> Run:
+    from ..formats.folders import read_json
+
+    report = AdaptReport.from_json(read_json(Path(run) / "report.json"))
+    measured: dict[str, Any] = report.config["measure"]
+    source, _, adapter = report.target.partition("+")
+    if Path(report.target).exists():
+        source, adapter = report.target, ""
+    return Run(
+        folder=Path(run),
+        target=source,
+        adapter=adapter or None,
+        draft=str(Path(run) / "draft"),
+        after=report.after,
+        k=int(measured["k"]),
+        max_new_tokens=int(measured["eval_new_tokens"]),
+    )

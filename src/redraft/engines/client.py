@@ -1,0 +1,127 @@
+"""Asking an engine's OpenAI server: token ids in, greedy token ids out, and its counters."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from ..console import Progress
+from ..errors import UserError
+from ..records import Prompt
+from .counters import Counters, read_counters
+from .server import HOST, Server
+
+REQUEST_SECONDS = 1800.0
+SETTLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Client:
+    """Asks `server` for the model named `model`. Safe to use from several threads."""
+
+    server: Server
+    model: str
+
+    def complete(
+        self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[int]:
+        """The greedy answer to `prompt`, stop token included. Raises UserError when the engine
+        refuses the request or is gone."""
+        body = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "temperature": 0,
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": list(stop_ids),
+            "return_token_ids": True,
+        }
+        answer = json.loads(self._request("POST", "/v1/completions", json.dumps(body)))
+        tokens: list[int] | None = answer["choices"][0].get("token_ids")
+        if tokens is None:
+            raise UserError(
+                f"{self.server.name} answers without token ids; expected `token_ids` because of "
+                "`return_token_ids`: a newer version is needed"
+            )
+        return tokens
+
+    def complete_all(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        *,
+        concurrency: int = 1,
+        label: str = "answering",
+    ) -> list[list[int]]:
+        """The answers to all prompts in their order, `concurrency` requests at a time."""
+        pool = ThreadPoolExecutor(concurrency)
+        try:
+            jobs = {
+                pool.submit(self.complete, prompt.tokens, max_new_tokens, stop_ids): at
+                for at, prompt in enumerate(prompts)
+            }
+            answers: dict[int, list[int]] = {}
+            with Progress(label, len(prompts), "prompts") as progress:
+                for job in as_completed(jobs):
+                    answers[jobs[job]] = job.result()
+                    progress.advance()
+        finally:
+            # Not waiting: after Ctrl-C the server goes down and with it the requests under way.
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [answers[at] for at in range(len(prompts))]
+
+    def counters(self) -> Counters:
+        """The speculation counters, once they have come to rest: they lag behind the answers."""
+        last = read_counters(self._request("GET", "/metrics"))
+        while True:
+            time.sleep(SETTLE_SECONDS)
+            now = read_counters(self._request("GET", "/metrics"))
+            if now == last:
+                return now
+            last = now
+
+    def _request(self, verb: str, path: str, body: str | None = None) -> str:
+        connection = http.client.HTTPConnection(HOST, self.server.port, timeout=REQUEST_SECONDS)
+        try:
+            connection.request(verb, path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read().decode("utf-8")
+        except (OSError, http.client.HTTPException) as problem:
+            _let_it_end(self.server)
+            self.server.check_alive()
+            raise UserError(
+                f"{self.server.name} did not answer {path}: {problem!r}; its log: {self.server.log}"
+            ) from None
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise UserError(
+                f"{self.server.name} refused {path} (HTTP {response.status}): {_message(text)}; "
+                f"its log: {self.server.log}"
+            )
+        return text
+
+
+def _let_it_end(server: Server) -> None:
+    """A dying server closes its connections a little before its process ends."""
+    deadline = time.monotonic() + 2.0
+    while server.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _message(text: str) -> str:
+    """The sentence inside an OpenAI-style error, else the beginning of the text."""
+    try:
+        answer: Any = json.loads(text)
+    except ValueError:
+        return text.strip()[:300] or "no reason given"
+    if isinstance(answer, dict):
+        error = answer.get("error", answer)
+        if isinstance(error, dict) and "message" in error:
+            return str(error["message"])
+    return text.strip()[:300]

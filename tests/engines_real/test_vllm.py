@@ -1,0 +1,136 @@
+"""The exports in a running vLLM: the same words as without a draft, the same steps as redraft's.
+
+At concurrency 1 in fp32 both loops are deterministic, so the counts must be equal. Batching and
+half precision change the order of sums inside the engine; a draft's likeliest token then changes
+now and then, and only there a tolerance is given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from redraft.bench.demo import Repaired
+from redraft.bench.family import load_member
+from redraft.measuring.lossless import compare
+from redraft.target import load_target
+from tests.engines_real.cells import Cell, K, Table, own_plain
+from tests.engines_real.conftest import BUILD
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+
+def check_words(cell: Cell) -> None:
+    assert cell.outputs.holds, f"{cell.different} of {cell.prompts} outputs differ"
+
+
+def check_same_steps(cell: Cell) -> None:
+    """Step for step; where an answer parts at an excused tie the loops read other tokens after it."""
+    if cell.excused == 0:
+        assert (cell.drafts, cell.accepted) == (cell.own_drafts, cell.own_accepted)
+    check_steps(cell, 0.01)
+
+
+def check_steps(cell: Cell, tolerance: float) -> None:
+    assert cell.drafts > cell.prompts
+    assert cell.tau == pytest.approx(cell.own_tau, rel=tolerance)
+
+
+def eagle_folder(family: Path, name: str) -> str:
+    """An EAGLE-1/2 draft of the family; skips where the family has none."""
+    folder = family / name
+    if not folder.is_dir():
+        pytest.skip(f"the family builds no {name}")
+    return str(folder)
+
+
+def test_the_engine_without_a_draft_decodes_as_redraft_does(
+    repaired: Repaired, table: Table
+) -> None:
+    own = own_plain(repaired.target, table.prompts)
+    assert compare(repaired.target, table.prompts, own, table.plain(repaired.target)).holds
+
+
+@pytest.mark.parametrize("draft", ["reused", "adapted", "dedicated"])
+def test_eagle3(repaired: Repaired, drafts: dict[str, str], table: Table, draft: str) -> None:
+    cell = table.cell(f"eagle3 {draft}", repaired.target, drafts[draft])
+    check_words(cell)
+    check_same_steps(cell)
+
+
+def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
+    repaired: Repaired, drafts: dict[str, str], table: Table
+) -> None:
+    reused, adapted = (
+        table.cell(f"eagle3 {name}", repaired.target, drafts[name])
+        for name in ("reused", "adapted")
+    )
+    assert adapted.tau > 1.5 * reused.tau
+
+
+def test_eagle_adapted(repaired: Repaired, eagle_adapted: str, table: Table) -> None:
+    cell = table.cell("eagle adapted", repaired.target, eagle_adapted)
+    assert cell.method == "eagle"
+    check_words(cell)
+    check_same_steps(cell)
+
+
+def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
+    """The adapter stays unmerged in both: PEFT here, vLLM's own LoRA layers there."""
+    target = load_member(BUILD / "family", "lora4")
+    own = own_plain(target, table.prompts)
+    base = own_plain(load_target(str(BUILD / "family" / "base")), table.prompts)
+    assert own != base, "the adapter changes nothing, so this cell could not fail"
+    cell = table.cell("lora4, eagle3 reused", target, drafts["reused"], reference=own)
+    check_words(cell)
+    check_same_steps(cell)
+
+
+# -- the rest: only with `make test-engines-full` -----------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("draft", ["family/draft-eagle", "reference/dedicated-eagle"])
+def test_eagle(repaired: Repaired, table: Table, draft: str) -> None:
+    cell = table.cell(f"eagle {Path(draft).name}", repaired.target, eagle_folder(BUILD, draft))
+    check_words(cell)
+    check_same_steps(cell)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("k", [2, 3, 5, 6, 7])
+def test_other_k(repaired: Repaired, drafts: dict[str, str], table: Table, k: int) -> None:
+    cell = table.cell(f"eagle3 adapted K={k}", repaired.target, drafts["adapted"], k=k)
+    check_words(cell)
+    check_same_steps(cell)
+
+
+@pytest.mark.full
+def test_the_speculators_layout_serves_the_same_draft(
+    repaired: Repaired, drafts: dict[str, str], table: Table, tmp_path: Path
+) -> None:
+    from redraft.formats.load import read_draft
+
+    read_draft(drafts["adapted"]).save(tmp_path / "draft", "speculators")
+    stock = table.cell("eagle3 adapted", repaired.target, drafts["adapted"])
+    cell = table.cell("speculators adapted", repaired.target, str(tmp_path / "draft"))
+    check_words(cell)
+    assert (cell.drafts, cell.accepted) == (stock.drafts, stock.accepted)
+
+
+@pytest.mark.full
+def test_batched(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
+    """Sixteen requests at a time: other shapes of the same products, so rounding may differ."""
+    cell = table.cell("eagle3 adapted x16", repaired.target, drafts["adapted"], concurrency=16)
+    check_words(cell)
+    check_steps(cell, 0.01)
+
+
+@pytest.mark.full
+def test_bfloat16(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
+    """Another rounding in every product: tau keeps to 3 %, and differences are near-ties."""
+    target = load_target(repaired.target.sources[0], dtype="bfloat16")
+    cell = table.cell(f"eagle3 adapted bf16 K={K}", target, drafts["adapted"])
+    check_words(cell)
+    check_steps(cell, 0.03)
