@@ -27,11 +27,12 @@ from ..console import say
 from ..decode.sampling import Sampling
 from ..drafts.new import new_draft
 from ..errors import UserError, nearest
-from ..formats.folders import write_text
-from ..formats.load import load_draft, stored
+from ..files import write_text, writing
+from ..formats.load import load_draft
 from ..measuring.measure import Measured, answer_all, measure_answers
 from ..records import Answer, Prompt, to_json
 from ..run_folder import RunFolder
+from ..steps import save_fresh
 from ..target import Target, load_target
 from ..training.train import train
 from .corpus import BASE_BATCH, DRAFT, DRAFT_LR, MEMBERS, SIZES, TUNE_BATCH, TUNED, Corpus, Member
@@ -74,28 +75,40 @@ def build_family(
         )
     corpus = Corpus(s, folder, seed)
     chosen = [name for name in MEMBERS if members is None or name in members]
-    run = RunFolder(out)
-    about = {"size": asdict(s), "seed": seed, "real": bool(folder)}
+    with RunFolder.open(out) as run:
+        _build(run, corpus, size, chosen)
+    manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def _build(run: RunFolder, corpus: Corpus, size: str, chosen: list[str]) -> None:
+    """Every part of a family, as stages of its folder."""
+    out = run.path
+    about = {
+        "size": asdict(corpus.size),
+        "seed": corpus.seed,
+        "real": bool(corpus.folder),
+    }
     key = run.stage("prompts", about, ["prompts"], lambda: _write_prompts(out, corpus))
     key = run.stage("tokenizer", {"prompts": key}, ["tokenizer"], lambda: _tokenizer(out, corpus))
     key = run.stage("base", {"tokenizer": key}, ["base"], lambda: _base(out, corpus))
+    tuned = []
     for name in chosen:
         row = MEMBERS[name]
-        run.stage(
+        version = run.stage(
             name,
             {"base": key, **asdict(row)},
             [f"members/{name}"],
             lambda name=name, row=row: _member(out, corpus, name, row),  # type: ignore[misc]
         )
+        tuned.append(version)
     drafted = run.stage("draft", {"base": key}, ["draft"], lambda: _base_draft(out, corpus))
     run.stage(
         "gates",
-        {"draft": drafted, "members": [run.state[name]["inputs"] for name in chosen]},
+        {"draft": drafted, "members": tuned},
         ["family.json"],
         lambda: run.write_json("family.json", _manifest(out, corpus, size, chosen)),
     )
-    manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
-    return manifest
 
 
 def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
@@ -218,9 +231,7 @@ def _base_draft(out: Path, corpus: Corpus) -> None:
     draft = new_draft(target, answers, width=s.draft_width)
     config = dataclasses.replace(DRAFT, lr=DRAFT_LR / s.shape.hidden)
     trained = train(target, draft, answers, heldout, config, k=4)
-    made = stored(draft, target)
-    made.provenance["train"] = to_json(trained.record)
-    made.save(out / "draft")
+    save_fresh(out / "draft", draft, target, trained.record)
 
 
 def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[str, Any]:
@@ -329,8 +340,9 @@ def _load_tokenizer(out: Path) -> Any:
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _device() -> torch.device:
