@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def job(target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPa
 def whole(job: Job, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    job.run(target, out)
+    train = job.run(target, out).report.train
+    assert train.best_step > train.steps // 3, "what is trained has to matter to what is exported"
     return out
 
 
@@ -91,7 +93,10 @@ def other(job: Job, target: Target, tmp_path_factory: pytest.TempPathFactory) ->
 def processes() -> ForkServerContext:
     """Children that start with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.crashes"])
+    context.set_forkserver_preload(["pytest", "tests.crashes"])
+    with pytest.MonkeyPatch.context() as patch:  # the server imports by its environment
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
     return context
 
 
@@ -216,7 +221,7 @@ def test_a_checkpoint_that_forgets_the_optimizer_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def in_training() -> Iterator[Bomb]:
-        yield Bomb(after=4, counts=lambda name: name.startswith("training"))
+        yield Bomb(after=2, counts=lambda name: name.startswith("training"))
         yield Bomb(after=10**9)
 
     assert not problem_of(job, target, expected, tmp_path / "right", in_training())
@@ -291,15 +296,15 @@ def test_a_kill_between_steps_is_survived_and_a_forgetful_checkpoint_seen(
     forgetful: bool,
 ) -> None:
     out = tmp_path / "run"
-    for after in (4, 10**9):
+    for after in (3, 10**9):
         pause = Pause("training: after a step", after, forgetful)
         child, pipe = start(processes, child_adapt, job, out, PIPE, pause)
         assert pipe.recv() == "begins"
-        if after == 4:
+        if after == 3:
             assert pipe.recv() == pause.name
             child.kill()
         child.join()
-        assert child.exitcode == (-9 if after == 4 else 0)
+        assert child.exitcode == (-9 if after == 3 else 0)
     assert bool(differences(out, expected)) == forgetful
 
 
@@ -477,7 +482,7 @@ def test_a_damaged_output_is_noticed_and_made_again(
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "run"))
     harm(out / name)
-    assert differences(out, expected) == [name] if harm is not cut or name[-4:] != "json" else True
+    assert set(differences(out, expected)) - {"report.json"} == {name}  # which names the copied run
     set_quiet(False)
     try:
         assert job.run(target, out).worked
@@ -499,7 +504,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     harm: Callable[[Path], None],
 ) -> None:
     out = tmp_path / "run"
-    with armed(Bomb(4, counts=lambda name: name.startswith("training"))), pytest.raises(Crash):
+    with armed(Bomb(2, counts=lambda name: name.startswith("training"))), pytest.raises(Crash):
         job.run(target, out)
     harm(out / "checkpoints" / "checkpoint.safetensors")
     set_quiet(False)
