@@ -59,7 +59,9 @@ def _rows(cells: list[dict[str, Any]]) -> list[str]:
     rows = []
     for kind, engines in RULES.items():
         for engine in engines:
-            formats = [n for n, row in EXPORTS.items() if row.kind == kind and engine in row.engines]
+            formats = [
+                n for n, row in EXPORTS.items() if row.kind == kind and engine in row.engines
+            ]
             ran = [c for c in cells if engine == "vllm" and c["method"] == kind]
             if ran:
                 how = f"ran here: {ran[0]['engine']}, {ran[-1]['date']}, {len(ran)} settings below"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "redraft"
 LAYERS = [
-    {"errors", "rng"},
-    {"records", "config", "console"},
+    {"errors", "rng", "faults"},
+    {"files"},
+    {"records", "config", "console", "lock"},
     {"target", "batches"},
     {"drafts"},
     {"private", "decode"},

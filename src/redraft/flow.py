@@ -22,7 +22,7 @@ from .data.regenerate import answer_inputs, read_answers, regenerate
 from .data.select import select
 from .drafts.base import Draft
 from .errors import UserError
-from .formats.folders import write_text
+from .files import write_text
 from .formats.load import StoredDraft, load_draft, read_draft
 from .formats.private_part import load_private, save_private
 from .measuring.measure import measure_answers
@@ -48,6 +48,7 @@ class AdaptResult:
     report: AdaptReport
     fused: StoredDraft
     run: Path
+    worked: bool  # False when every stage was done already
 
     @property
     def before(self) -> Acceptance:
@@ -75,7 +76,8 @@ def adapt(
     `draft` is a folder, a Hub id, or what `load_draft` returned. Tau is measured before and after on
     `eval_prompts`, a file of its own, or on prompts kept aside from `prompts`. `off_domain` names
     further files (label -> path) that are measured but never trained on. Running
-    again in the same folder does only what is missing. Raises UserError for bad input.
+    again in the same folder does only what is missing. Raises UserError for bad input, for a folder
+    that another process works in, and when the disk refuses a write.
     """
     if config is not None and method is not None:
         raise UserError(
@@ -87,7 +89,6 @@ def adapt(
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     shared = read_draft(_source_of(draft))
     shared.build(target)  # refuses a draft that does not fit, before anything is paid for
-    run = RunFolder(out)
     everything = read_prompts(prompts, target, limit)
     say(everything.summary())
     c = resolved.config
@@ -96,14 +97,15 @@ def adapt(
         for name, file in (off_domain or {}).items()
     }
     asked = _ask(target, everything, eval_prompts, elsewhere, c)
-    run.write_json("run.json", _describe(target, shared, everything, resolved))
-    answered = _regenerate(run, target, asked, elsewhere, c)
-    selected = _select(run, answered["adapt"], c)
-    trained = _train(run, [selected, answered["heldout"]], target, shared, c)
-    exported = _export(run, trained, target, shared, c)
-    _measure(run, exported, answered, target, shared, c)
-    report = _report(run, target, shared, everything, resolved)
-    return AdaptResult(report, read_draft(str(run.path / "draft")), run.path)
+    with RunFolder.open(out) as run:
+        run.write_json("run.json", _describe(target, shared, everything, resolved))
+        answered = _regenerate(run, target, asked, elsewhere, c)
+        selected = _select(run, answered["adapt"], c)
+        trained = _train(run, [selected, answered["heldout"]], target, shared, c)
+        exported = _export(run, trained, target, shared, c)
+        _measure(run, exported, answered, target, shared, c)
+        report = _report(run, target, shared, everything, resolved)
+        return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
 
 
 def _ask(
@@ -161,7 +163,8 @@ def _regenerate(
         ) -> None:
             regenerate(target, prompts, run.path / file, config, overrun)
 
-        keys[name] = run.stage(f"regenerate {name}", inputs, [file], work)
+        continues = [file, f"answers/{name}.about.json"]
+        keys[name] = run.stage(f"regenerate {name}", inputs, [file], work, continues)
     return keys
 
 
@@ -197,7 +200,9 @@ def _train(
         "k": c.measure.k,
         **asdict(c.train),
     }
-    return run.stage("train", inputs, ["private", "checkpoints"], work)
+    # Not training.json, which holds seconds: the same tensors trained anew are the same part.
+    outputs = ["private/model.safetensors", "private/private.json"]
+    return run.stage("train", inputs, outputs, work, ["checkpoints"])
 
 
 def _export(

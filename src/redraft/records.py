@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+CLOCKED = ("seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
+"""The fields of a `TrainRecord` that differ when the same work is done again."""
+
 
 def to_json(record: Any) -> dict[str, Any]:
     """A dataclass record as plain JSON types."""
@@ -119,6 +122,10 @@ class TrainRecord:
     predicted_peak_mb: float
     peak_mb: float
     stopped_early: bool
+
+    def lasting(self) -> dict[str, Any]:
+        """As plain JSON types without what clock and memory say: the same for the same work."""
+        return {key: value for key, value in to_json(self).items() if key not in CLOCKED}
 
 
 @dataclass(frozen=True)

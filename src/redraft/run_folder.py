@@ -1,77 +1,85 @@
-"""The run folder: which stages are done, by the hash of their inputs.
+"""The run folder: which stages are done, by the hash of their inputs and of what they wrote.
 
     run.json     resolved configuration with the origin of each value, versions
-    state.json   stage -> {inputs: hash, done, seconds}
+    state.json   stage -> {inputs: hash, done, seconds, outputs: {file: hash}}
+    .lock        held by the process that works here
 
-A stage whose inputs have not changed and whose outputs are there is skipped, and says so; one
-whose inputs changed starts afresh; one that was interrupted continues what it left.
+A stage whose inputs have not changed and whose outputs are as it left them is skipped, and says so;
+one whose inputs changed starts afresh; one that was interrupted continues what it left; one whose
+outputs were changed or damaged afterwards is done again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .console import say
 from .errors import UserError
-from .formats.folders import read_json, write_text
+from .faults import point
+from .files import remove, set_aside, write_text
+from .formats.folders import read_json
+from .lock import held
+
+STATE = "state.json"
+FIELDS = {"inputs", "done", "seconds", "outputs"}
 
 
 class RunFolder:
-    """A folder that one adaptation lives in."""
+    """A folder that one adaptation lives in. `worked` says whether any stage had work to do."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file; name a folder for the run")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UserError(f"--out {self.path} cannot be created: {problem.strerror}") from None
-        others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
-        if others and not (self.path / "state.json").is_file():
-            raise UserError(
-                f"--out {self.path} holds other files ({', '.join(sorted(others)[:3])}) and no run; "
-                "name an empty folder"
-            )
-        has_state = (self.path / "state.json").is_file()
-        self.state: dict[str, Any] = read_json(self.path / "state.json") if has_state else {}
+    def __init__(self, path: Path):
+        self.path = path
+        self.worked = False
+        self.state = self._read_state()
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: str | Path) -> Iterator[RunFolder]:
+        """The run folder `path`, made if need be, for this process alone until the block ends.
+
+        Raises UserError for a file, a folder of other files, and a folder that is in use.
+        """
+        folder = Path(path)
+        _make(folder)
+        with held(folder):
+            yield cls(folder)
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], outputs: list[str], work: Callable[[], None]
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str],
+        work: Callable[[], None],
+        continues: Sequence[str] = (),
     ) -> str:
-        """Run `work` unless its outputs are there for these inputs; returns the inputs' hash.
+        """Run `work` unless its `outputs` (files or folders) are there for these inputs.
 
-        Later stages name that hash among their own inputs, so a change travels down the run.
+        `continues` are paths that the work takes up again and that name their own inputs, so they
+        outlive a lost state.json. Returns a hash of inputs and outputs: later stages name it among
+        their inputs, so a change travels down the run.
         """
         text = json.dumps(inputs, sort_keys=True, default=str)
-        key = hashlib.sha256(f"{name} {text}".encode()).hexdigest()[:16]
-        known = self.state.get(name, {})
-        paths = [self.path / output for output in outputs]
-        if known.get("inputs") == key and known.get("done") and all(p.exists() for p in paths):
-            say(f"{name}: nothing to do, already done in {known['seconds']:.0f} s")
-            return key
-        if known.get("inputs") != key:
-            for path in paths:
-                _remove(path)
-                _remove(path.with_suffix(".about.json"))
-        spent = known.get("seconds", 0.0) if known.get("inputs") == key else 0.0
-        self._mark(name, {"inputs": key, "done": False, "seconds": spent})
-        started = time.monotonic()
-        try:
-            work()
-        except BaseException:
-            spent += time.monotonic() - started
-            self._mark(name, {"inputs": key, "done": False, "seconds": spent})
-            raise
-        spent += time.monotonic() - started
-        self._mark(name, {"inputs": key, "done": True, "seconds": spent})
-        return key
+        key = _short(f"{name} {text}".encode())
+        known = self.state.get(name)
+        same = known is not None and known["inputs"] == key
+        if known and same and known["done"]:
+            changed = [output for output in outputs if self._changed(output, known["outputs"])]
+            if not changed:
+                say(f"{name}: nothing to do, already done in {known['seconds']:.0f} s")
+                return self._version(name)
+            say(f"{name}: {', '.join(changed)} is not as this stage left it; doing it again")
+            self._remove(changed)
+        elif not same:
+            self._remove([o for o in outputs if known or o not in continues])
+            self._remove(continues if known else ())
+        self._work(name, key, known["seconds"] if known and same else 0.0, work, outputs)
+        return self._version(name)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each finished stage."""
@@ -80,13 +88,94 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
+    def _work(
+        self, name: str, key: str, spent: float, work: Callable[[], None], outputs: Sequence[str]
+    ) -> None:
+        """Do a stage's work and note what came of it; `spent` are its seconds in earlier tries."""
+        self.worked = True
+        entry = {"inputs": key, "done": False, "seconds": spent, "outputs": {}}
+        self._mark(name, entry)
+        started = time.monotonic()
+        try:
+            point("stage: before work")
+            work()
+        except BaseException:
+            entry["seconds"] = spent + time.monotonic() - started
+            with contextlib.suppress(UserError):  # a disk that is full is told by the first error
+                self._mark(name, entry)
+            raise
+        point("stage: worked")
+        entry["seconds"] = spent + time.monotonic() - started
+        self._mark(name, {**entry, "done": True, "outputs": self._hashes(outputs)})
+        point("stage: marked done")
+
     def _mark(self, name: str, entry: dict[str, Any]) -> None:
         self.state[name] = entry
-        self.write_json("state.json", self.state)
+        self.write_json(STATE, self.state)
+
+    def _version(self, name: str) -> str:
+        entry = self.state[name]
+        return _short(json.dumps([entry["inputs"], entry["outputs"]], sort_keys=True).encode())
+
+    def _hashes(self, outputs: Sequence[str]) -> dict[str, str]:
+        """Hash of each output file, by its path in the folder; hidden files are nobody's."""
+        files = [
+            file
+            for path in (self.path / output for output in outputs)
+            for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+            if file.is_file() and not file.name.startswith(".")
+        ]
+        return {file.relative_to(self.path).as_posix(): _hash_file(file) for file in files}
+
+    def _changed(self, output: str, known: Mapping[str, str]) -> bool:
+        """Whether a recorded file of an output is missing or another; new files do not matter."""
+        own = {f: h for f, h in known.items() if f == output or f.startswith(f"{output}/")}
+        return not own or not own.items() <= self._hashes([output]).items()
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            remove(self.path / name)
+
+    def _read_state(self) -> dict[str, dict[str, Any]]:
+        """The stages so far; of a damaged file nothing, so that every stage is looked at again."""
+        path = self.path / STATE
+        if path.exists():
+            try:
+                state = read_json(path)
+                if all(set(entry) >= FIELDS for entry in state.values()):
+                    return state
+                problem = "not a record of stages"
+            except (UserError, AttributeError, TypeError) as found:
+                problem = str(found)
+            aside = set_aside(path)
+            say(f"{path} is damaged ({problem}); set aside as {aside.name}, every stage is redone")
+        write_text(path, "{}\n")  # from now on this is a run folder
+        return {}
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
+def _make(folder: Path) -> None:
+    """Make the folder; refuse a file, and a folder that holds other things than a run."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder for the run")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+    except OSError as problem:
+        raise UserError(f"--out {folder} cannot be created: {problem.strerror}") from None
+    if others and not any(name.startswith(STATE) for name in others):
+        raise UserError(
+            f"--out {folder} holds other files ({', '.join(sorted(others)[:3])}) and no run; "
+            "name an empty folder"
+        )
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

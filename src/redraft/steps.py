@@ -11,11 +11,13 @@ import torch
 
 from .config import TrainConfig
 from .data.regenerate import read_answers
+from .drafts.base import Draft
 from .drafts.new import new_draft
 from .errors import UserError
+from .files import write_text
 from .formats.folders import state_hash
 from .formats.load import StoredDraft, made_for, read_draft, stored
-from .formats.private_part import check_belongs, save_private
+from .formats.private_part import TRAINING, check_belongs, save_private
 from .private.expert import widenable
 from .private.fuse import fuse
 from .private.part import PrivatePart
@@ -65,17 +67,31 @@ def fuse_draft(shared: StoredDraft, part: PrivatePart, target: Target | None = N
             f"this private part was trained for tokenizer {part.card['tokenizer_hash']}, target "
             f"{target.name} has {target.tokenizer_hash()}"
         )
-    return shared.with_tensors(
-        fuse(shared.tensors, part.tensors), {"method": part.method, **part.card}
-    )
+    provenance = {"method": part.method, **part.card}
+    if "train" in provenance:
+        provenance["train"] = TrainRecord(**provenance["train"]).lasting()
+    return shared.with_tensors(fuse(shared.tensors, part.tensors), provenance)
+
+
+def save_fresh(folder: Path, draft: Draft, target: Target, record: TrainRecord) -> None:
+    """Save a whole draft that was trained from nothing, and the record of its training."""
+    made = stored(draft, target)
+    made.provenance["train"] = record.lasting()
+    write_text(folder / TRAINING, json.dumps(to_json(record), indent=2) + "\n")
+    made.save(folder)
 
 
 def chosen_answers(answers: Sequence[Answer], selection: Path | None) -> list[Answer]:
     """The answers that a selection file keeps; all of them without one."""
     if selection is None:
         return list(answers)
-    rows = [json.loads(line) for line in selection.read_text(encoding="utf-8").splitlines()]
-    kept = {row["id"] for row in rows if row["kept"]}
+    try:
+        rows = [json.loads(line) for line in selection.read_text(encoding="utf-8").splitlines()]
+        kept = {row["id"] for row in rows if row["kept"]}
+    except (ValueError, KeyError, TypeError) as problem:
+        raise UserError(
+            f"{selection} is damaged ({problem}); write it again with redraft select"
+        ) from None
     return [answer for answer in answers if answer.id in kept and answer.length >= 2]
 
 
@@ -118,7 +134,5 @@ def train_command(
         width=draft_width,
     )
     trained = train(target, fresh, chosen, held, config, k=k, checkpoints=out / "checkpoints")
-    made = stored(fresh, target)
-    made.provenance["train"] = to_json(trained.record)
-    made.save(out)
+    save_fresh(out, fresh, target, trained.record)
     return trained.record

@@ -159,17 +159,31 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert len(other.record.heldout_tau) == len(whole.record.heldout_tau)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    target: Target, draft_folder: Path, answers: list[Answer], tmp_path: Path
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(
+    target: Target,
+    draft_folder: Path,
+    answers: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run(target, draft_folder, answers, replace(CONFIG, epochs=1), tmp_path)
-    kept = (tmp_path / "checkpoint.safetensors").read_bytes()
-    draft = load_draft(str(draft_folder), target, torch.float32)
-    with torch.no_grad():
-        draft.get_parameter("fc.weight").fill_(float("nan"))
-    with pytest.raises(UserError, match=r"loss became nan at step 0 .* lower --lr"):
-        train(target, draft, answers, answers[:4], CONFIG, k=3, checkpoints=tmp_path)
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == kept
+    whole, _ = run(target, draft_folder, answers, checkpoints=tmp_path / "whole")
+    calls = 0
+
+    def breaks(*arguments: object) -> tuple[torch.Tensor, int]:
+        nonlocal calls
+        calls += 1
+        loss, count = rollout_loss(*arguments)  # type: ignore[arg-type]
+        return loss * (float("nan") if calls == 6 else 1.0), count
+
+    monkeypatch.setattr(train_module, "rollout_loss", breaks)
+    with pytest.raises(UserError, match=r"loss became nan at step 5 .* lower --lr"):
+        run(target, draft_folder, answers, checkpoints=tmp_path / "broken")
+    # What is left is whole, and leads where the unbroken run ended.
+    resumed, _ = run(target, draft_folder, answers, checkpoints=tmp_path / "broken")
+    assert calls < 6 + whole.record.steps, "the run did not continue from a checkpoint"
+    assert {n: tensor_hash(t) for n, t in resumed.tensors.items()} == {
+        n: tensor_hash(t) for n, t in whole.tensors.items()
+    }
 
 
 def test_it_stops_early_and_keeps_the_best(

@@ -24,13 +24,15 @@ from ..config import TrainConfig, read_yaml, recipe_path, resolve
 from ..console import say
 from ..data.regenerate import read_answers
 from ..errors import UserError, nearest
-from ..formats.load import load_draft, read_draft, stored
+from ..formats.load import load_draft, read_draft
+from ..formats.private_part import read_training
 from ..measuring.acceptance import bootstrap_recovery
 from ..measuring.lossless import compare
 from ..measuring.measure import Measured, measure_answers
 from ..measuring.speed import race, runners
 from ..records import AdaptReport, Prompt, to_json, versions
 from ..run_folder import RunFolder
+from ..steps import save_fresh
 from ..target import Target
 from ..training.train import train
 from .family import build_family, load_member
@@ -65,13 +67,13 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
     `data` is the folder of real data that size `micro` reads (default $REDRAFT_DATA).
     """
     repaired = repair(out, size, data)
-    run = RunFolder(out / "reference")
-    run.stage(
-        "compare",
-        {"dedicated": repaired.key, "after": to_json(repaired.result.after)},
-        ["demo.json"],
-        lambda: run.write_json("demo.json", _compare(repaired)),
-    )
+    with RunFolder.open(out / "reference") as run:
+        run.stage(
+            "compare",
+            {"dedicated": repaired.key, "after": to_json(repaired.result.after)},
+            ["demo.json"],
+            lambda: run.write_json("demo.json", _compare(repaired)),
+        )
     demo: dict[str, Any] = json.loads((out / "reference" / "demo.json").read_text())
     return demo
 
@@ -104,12 +106,13 @@ def repair(
         off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
     )
     folder = out / "reference" / "dedicated"
-    key = RunFolder(out / "reference").stage(
-        "dedicated",
-        {"report": to_json(result.report.train), **dataclasses.asdict(reference)},
-        ["dedicated"],
-        lambda: _dedicated(target, result, reference, folder),
-    )
+    with RunFolder.open(out / "reference") as run:
+        key = run.stage(
+            "dedicated",
+            {"report": result.report.train.lasting(), **dataclasses.asdict(reference)},
+            ["dedicated"],
+            lambda: _dedicated(target, result, reference, folder),
+        )
     return Repaired(family, target, result, folder, evaluation, key)
 
 
@@ -119,9 +122,7 @@ def _dedicated(target: Target, result: flow.AdaptResult, config: TrainConfig, fo
     heldout = read_answers(result.run / "answers" / "heldout.jsonl")
     draft = read_draft(result.report.shared).build(target, torch.float32)
     trained = train(target, draft, answers, heldout, config, k=K)
-    made = stored(draft, target)
-    made.provenance["train"] = to_json(trained.record)
-    made.save(folder)
+    save_fresh(folder, draft, target, trained.record)
 
 
 def _compare(repaired: Repaired) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
         name: compare(target, prompts, outputs["plain"], outputs[name])
         for name in ("generate", "reused", "adapted")
     }
-    trained = _paid(report, read_draft(folders["dedicated"]).provenance["train"])
+    trained = _paid(report, read_training(Path(folders["dedicated"])))
     return {
         "target": target.name,
         "base": repaired.family["base"],

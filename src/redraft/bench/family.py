@@ -28,11 +28,12 @@ from ..decode.sampling import Sampling
 from ..drafts.new import new_draft
 from ..drafts.table import KINDS
 from ..errors import UserError, nearest
-from ..formats.folders import write_text
-from ..formats.load import load_draft, stored
+from ..files import write_text, writing
+from ..formats.load import load_draft
 from ..measuring.measure import Measured, answer_all, measure_answers
 from ..records import Answer, Prompt, to_json
 from ..run_folder import RunFolder
+from ..steps import save_fresh
 from ..target import Target, load_target
 from ..training.train import train
 from .corpus import BASE_BATCH, DRAFT, DRAFT_LR, MEMBERS, SIZES, TUNE_BATCH, TUNED, Corpus, Member
@@ -79,19 +80,35 @@ def build_family(
             raise UserError(f"unknown kind of draft '{kind}'; {nearest(kind, KINDS)}")
     corpus = Corpus(s, folder, seed)
     chosen = [name for name in MEMBERS if members is None or name in members]
-    run = RunFolder(out)
-    about = {"size": asdict(s), "seed": seed, "real": bool(folder)}
+    with RunFolder.open(out) as run:
+        _build(run, corpus, size, chosen, kinds)
+    manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def _build(
+    run: RunFolder, corpus: Corpus, size: str, chosen: list[str], kinds: Sequence[str]
+) -> None:
+    """Every part of a family, as stages of its folder."""
+    out = run.path
+    about = {
+        "size": asdict(corpus.size),
+        "seed": corpus.seed,
+        "real": bool(corpus.folder),
+    }
     key = run.stage("prompts", about, ["prompts"], lambda: _write_prompts(out, corpus))
     key = run.stage("tokenizer", {"prompts": key}, ["tokenizer"], lambda: _tokenizer(out, corpus))
     key = run.stage("base", {"tokenizer": key}, ["base"], lambda: _base(out, corpus))
+    tuned = []
     for name in chosen:
         row = MEMBERS[name]
-        run.stage(
+        version = run.stage(
             name,
             {"base": key, **asdict(row)},
             [f"members/{name}"],
             lambda name=name, row=row: _member(out, corpus, name, row),  # type: ignore[misc]
         )
+        tuned.append(version)
     drafted = {
         kind: run.stage(
             draft_folder(kind),
@@ -103,12 +120,10 @@ def build_family(
     }
     run.stage(
         "gates",
-        {"draft": drafted["eagle3"], "members": [run.state[name]["inputs"] for name in chosen]},
+        {"draft": drafted["eagle3"], "members": tuned},
         ["family.json"],
         lambda: run.write_json("family.json", _manifest(out, corpus, size, chosen)),
     )
-    manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
-    return manifest
 
 
 def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
@@ -236,9 +251,7 @@ def _base_draft(out: Path, corpus: Corpus, kind: str) -> None:
     draft = new_draft(target, answers, kind=kind, width=s.draft_width)
     config = dataclasses.replace(DRAFT, lr=DRAFT_LR / s.shape.hidden)
     trained = train(target, draft, answers, heldout, config, k=4)
-    made = stored(draft, target)
-    made.provenance["train"] = to_json(trained.record)
-    made.save(out / draft_folder(kind))
+    save_fresh(out / draft_folder(kind), draft, target, trained.record)
 
 
 def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[str, Any]:
@@ -347,8 +360,9 @@ def _load_tokenizer(out: Path) -> Any:
 
 
 def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _device() -> torch.device:

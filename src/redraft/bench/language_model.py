@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..console import Progress
+from ..files import writing
 from ..rng import seeded
 from ..training.precision import WORTH, WORTH_FIXED, autocast, choose_precision
 from ..training.train import schedule
@@ -64,7 +65,8 @@ def train_tokenizer(
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
     fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    with writing(folder):
+        fast.save_pretrained(folder)
     return fast
 
 

@@ -92,7 +92,7 @@ def bench_repair(
     """
     set_quiet(quiet)
     from ..bench.demo import print_demo, run_demo
-    from ..formats.folders import write_text
+    from ..files import write_text
 
     result = run_demo(Path(out), size, data)
     if record:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import Resolved, parse_set, read_yaml, recipe_path, resolve
-from ..console import set_quiet
+from ..console import say, set_quiet
 from ..errors import UserError
 from .flags import (
     AdapterFlag,
@@ -105,6 +105,8 @@ def adapt(
         from ..report.terminal import print_report
 
         print_report(result.report)
+        if not result.worked:
+            say(f"nothing to do: every stage was done already; report {result.run / 'report.html'}")
 
 
 def report(
@@ -122,7 +124,13 @@ def report(
     from ..report.page import write_page
     from ..report.terminal import print_report
 
-    found = AdaptReport.from_json(read_json(Path(run) / "report.json"))
+    path = Path(run) / "report.json"
+    try:
+        found = AdaptReport.from_json(read_json(path))
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise UserError(
+            f"{path} is no report of redraft ({problem!r}); redraft adapt in that folder writes it"
+        ) from None
     write_page(Path(run) / "report.html", found)
     if as_json:
         print_json(to_json(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ..config import read_yaml, recipe_names, recipe_path
 from ..errors import UserError
+from ..files import write_text
 from .flags import JsonFlag, print_json
 
 app = typer.Typer(invoke_without_command=True, help="List the named recipes, or copy one.")
@@ -39,5 +39,5 @@ def recipes_copy(
     destination = Path(to or f"{name}.yaml")
     if destination.exists():
         raise UserError(f"{destination} exists already; name another file")
-    shutil.copyfile(recipe_path(name), destination)
+    write_text(destination, recipe_path(name).read_text(encoding="utf-8"))
     typer.echo(f"wrote {destination}; use it with: redraft adapt --config {destination} ...")

@@ -88,7 +88,7 @@ def select(
 
     from ..data.regenerate import read_answers
     from ..data.select import select as run
-    from ..formats.folders import write_text
+    from ..files import write_text
 
     scored = run(read_answers(Path(answers)), c)
     write_text(Path(out), "".join(json.dumps(asdict(s)) + "\n" for s in scored))
@@ -204,7 +204,7 @@ def measure(
     if mode not in ("replay", "live"):
         raise UserError(f"--mode must be replay or live; got '{mode}'")
     from ..data.prompts import read_prompts
-    from ..formats.folders import write_text
+    from ..files import write_text
     from ..formats.load import load_draft
     from ..measuring.measure import measure as run
     from ..records import to_json

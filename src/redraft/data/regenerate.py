@@ -18,7 +18,8 @@ from ..console import Progress, say
 from ..decode.batched import generate_answers, plan_generation
 from ..decode.sampling import Sampling
 from ..errors import UserError
-from ..formats.folders import read_json, write_text
+from ..files import append_lines, write_text
+from ..formats.folders import read_json
 from ..records import Answer, Prompt
 from ..target import Target
 
@@ -35,7 +36,6 @@ def regenerate(
     left = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
     if done:
         say(f"{out.name}: {len(done)} of {len(prompts)} answers are there already")
-    out.parent.mkdir(parents=True, exist_ok=True)
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     batches = generate_answers(
         target,
@@ -47,14 +47,11 @@ def regenerate(
         seed=config.seed,
     )
     tokens = 0
-    with out.open("a", encoding="utf-8") as stream:
-        with Progress(f"answers ({out.stem})", sum(map(len, left)), "answers") as progress:
-            for answers in batches:
-                fresh = [answer for answer in answers if answer.id not in done]
-                stream.writelines(answer.to_line() + "\n" for answer in fresh)
-                stream.flush()
-                tokens += sum(answer.length for answer in answers)
-                progress.advance(len(answers), f"{tokens:,} tokens")
+    with Progress(f"answers ({out.stem})", sum(map(len, left)), "answers") as progress:
+        for answers in batches:
+            append_lines(out, [answer.to_line() for answer in answers if answer.id not in done])
+            tokens += sum(answer.length for answer in answers)
+            progress.advance(len(answers), f"{tokens:,} tokens")
     return read_answers(out)
 
 
@@ -76,7 +73,10 @@ def _claim(out: Path, inputs: dict[str, Any]) -> None:
     """Refuse to continue a file that holds answers to something else."""
     about = out.with_suffix(".about.json")
     if out.exists() and about.exists():
-        known = read_json(about)
+        try:
+            known = read_json(about)
+        except UserError as problem:
+            raise UserError(f"{problem}; remove {out} and {about.name} to answer anew") from None
         changed = sorted(key for key in inputs if known.get(key) != inputs[key])
         if changed:
             raise UserError(
@@ -94,16 +94,22 @@ def read_answers(path: Path) -> list[Answer]:
     """The answers of a file. A last line cut short by an interruption is dropped from the file."""
     if not path.is_file():
         raise UserError(f"answers {path}: no such file; `redraft regenerate` writes one")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise UserError(f"{path} is damaged ({problem}); remove it to answer anew") from None
     whole, _, rest = text.rpartition("\n")
     if rest:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        write_text(path, whole + "\n" if whole else "")
     answers = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             answers.append(Answer.from_line(line))
         except (json.JSONDecodeError, KeyError, TypeError) as problem:
-            raise UserError(f"{path}, line {number}: not an answer record ({problem})") from None
+            raise UserError(
+                f"{path}, line {number}: not an answer record ({problem}); remove the file to "
+                "answer anew"
+            ) from None
     return answers
 
 
@@ -124,6 +130,5 @@ def _write_originals(
         tokens = tokens[: end + 1]  # templates may write more after the stop token
         finish = "stop" if tokens[-1] in target.stop_ids else "length"
         answers.append(Answer(prompt.id, prompt.tokens, tokens, len(tokens), finish))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(a.to_line() + "\n" for a in answers), encoding="utf-8")
+    write_text(out, "".join(a.to_line() + "\n" for a in answers))
     return answers

@@ -1,4 +1,4 @@
-"""Model folders of safetensors: read them whole with errors that name the file, write them safely."""
+"""Model folders of safetensors: read whole with errors that name the file; written manifest last."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import remove, write_tensors, write_text
 
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -48,8 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as problem:
+    except ValueError as problem:  # not JSON, or not even text
         raise UserError(f"{path} is not valid JSON: {problem}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(loaded).__name__}")
     return loaded
 
 
@@ -118,21 +120,15 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str, str]) -> None:
-    """Write tensors and text files; each file appears whole or not at all, `files` last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{WEIGHTS}.tmp"
-    save_file({n: t.contiguous() for n, t in tensors.items()}, scratch, metadata={"format": "pt"})
-    scratch.replace(folder / WEIGHTS)
+    """Write tensors and text files; each file appears whole or not at all.
+
+    The last of `files` is the manifest, without which the folder is not read: an old one goes first,
+    so that it never lies beside the new tensors, and the new one comes last.
+    """
+    remove(folder / list(files)[-1])
+    write_tensors(folder / WEIGHTS, tensors)
     for name, text in files.items():
         write_text(folder / name, text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary neighbour, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def tensor_hash(tensor: Tensor) -> str:

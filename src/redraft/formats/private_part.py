@@ -1,26 +1,57 @@
-"""A private part on disk: its tensors, and a card saying what it belongs to."""
+"""A private part on disk: its tensors, the record of its training, and a card, the manifest.
+
+The record (training.json) says what clock and memory said; the card holds nothing of it, so the
+same training writes the same card.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..private.part import PrivatePart
-from .folders import WEIGHTS, read_file, read_json, write_folder
+from ..records import TrainRecord
+from .folders import WEIGHTS, read_file, read_json, state_hash, write_folder
 from .load import StoredDraft
 
 CARD = "private.json"
+TRAINING = "training.json"
 
 
 def save_private(folder: Path, part: PrivatePart) -> None:
-    card = json.dumps({"method": part.method, **part.card}, indent=2) + "\n"
-    write_folder(folder, part.tensors, {CARD: card})
+    card = {"method": part.method, **part.card}
+    files = {TRAINING: card.pop("train")} if "train" in card else {}
+    texts = {n: json.dumps(v, indent=2) + "\n" for n, v in {**files, CARD: card}.items()}
+    write_folder(folder, part.tensors, texts)
 
 
 def load_private(folder: Path) -> PrivatePart:
+    """A private part as it was saved. Raises UserError for a missing, damaged or mixed folder."""
     card = read_json(folder / CARD)
-    return PrivatePart(card.pop("method"), read_file(folder / WEIGHTS), card)
+    tensors = read_file(folder / WEIGHTS)
+    if "method" not in card or card.get("private_hash") not in (None, state_hash(tensors)):
+        raise UserError(
+            f"{folder / WEIGHTS} is not what its card {CARD} describes; remove {folder} and train "
+            "again"
+        )
+    if (folder / TRAINING).is_file():
+        card["train"] = read_training(folder)
+    return PrivatePart(card.pop("method"), tensors, card)
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """The training record of a folder, as JSON types with every field of `TrainRecord`."""
+    record = read_json(folder / TRAINING)
+    missing = {field.name for field in dataclasses.fields(TrainRecord)} - set(record)
+    if missing:
+        raise UserError(
+            f"{folder / TRAINING}: expected {', '.join(sorted(missing))}; remove {folder} and train "
+            "again"
+        )
+    return record
 
 
 def check_belongs(part: PrivatePart, shared: StoredDraft) -> None:

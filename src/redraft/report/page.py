@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..formats.folders import write_text
+from ..files import write_text
 from ..records import AdaptReport
 from .terminal import tau
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from ..console import say
+from ..files import set_aside, write_tensors
+from ..formats.folders import state_hash
 
 FILE = "checkpoint.safetensors"
 
@@ -40,7 +44,6 @@ def save_checkpoint(
     key: str,
 ) -> None:
     """Write the run's state; `key` names the inputs that the checkpoint belongs to."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {f"best/{n}": t for n, t in state.best.items()}
     for name, parameter in trainable:
         tensors[f"now/{name}"] = parameter.detach()
@@ -56,10 +59,9 @@ def save_checkpoint(
         "seconds": state.seconds,
         "precision": state.precision,
     }
-    scratch = folder / f".{FILE}.tmp"
-    contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    save_file(contiguous, scratch, metadata={"about": json.dumps(about)})
-    scratch.replace(folder / FILE)
+    text = json.dumps(about)
+    metadata = {"about": text, "sum": _sum(text, tensors)}
+    write_tensors(folder / FILE, tensors, metadata)
 
 
 def load_checkpoint(
@@ -68,15 +70,21 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     key: str,
 ) -> TrainState | None:
-    """Restore parameters and optimizer in place; None when there is no checkpoint for `key`."""
+    """Restore parameters and optimizer in place; None when there is no checkpoint for `key`.
+
+    A damaged checkpoint is set aside, which is said, and counts as none.
+    """
     path = folder / FILE
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as stream:
-        about: dict[str, Any] = json.loads(stream.metadata()["about"])
-        if about.pop("key") != key:
-            return None
-        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    try:
+        about, tensors = _read(path)
+    except (SafetensorError, ValueError, KeyError, TypeError) as problem:
+        aside = set_aside(path)
+        say(f"{path} is damaged ({problem}); set aside as {aside.name}, training starts over")
+        return None
+    if about.pop("key") != key:
+        return None
     for name, parameter in trainable:
         with torch.no_grad():
             parameter.copy_(tensors[f"now/{name}"])
@@ -93,3 +101,19 @@ def load_checkpoint(
     best = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
     about["heldout_tau"] = [(int(step), float(tau)) for step, tau in about["heldout_tau"]]
     return TrainState(best=best, **about)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint says and holds. Raises one of several errors when it is damaged."""
+    with safe_open(path, framework="pt") as stream:
+        metadata = stream.metadata()
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    if metadata["sum"] != _sum(metadata["about"], tensors):
+        raise ValueError("its bytes are not those that were written")
+    about: dict[str, Any] = json.loads(metadata["about"])
+    return about, tensors
+
+
+def _sum(about: str, tensors: dict[str, Tensor]) -> str:
+    """A hash of everything in a checkpoint."""
+    return hashlib.sha256(f"{about} {state_hash(tensors)}".encode()).hexdigest()[:16]

@@ -28,6 +28,7 @@ from ..config import TrainConfig
 from ..console import Progress, say
 from ..drafts.base import Draft, select_columns
 from ..errors import UserError
+from ..faults import point
 from ..formats.folders import state_hash
 from ..measuring.acceptance import pooled_tau
 from ..measuring.replay import check_overrun, replay
@@ -100,8 +101,14 @@ def train(
     )
     if state.step:
         say(f"continuing at step {state.step} of {len(plan)}")
+
+    def evaluate() -> None:
+        _evaluate(target, draft, heldout, config, k, state)
+        if checkpoints:
+            save_checkpoint(checkpoints, state, trainable, optimizer, key)
+
     if not state.heldout_tau:
-        _evaluate(target, draft, heldout, config, k, state)  # what training has to beat
+        evaluate()  # what training has to beat
     every = math.ceil(len(plan) / config.evaluations)
     with Progress("training", len(plan), "steps") as progress:
         progress.advance(state.step)
@@ -110,9 +117,8 @@ def train(
             rate = schedule(state.step, len(plan), config.warmup)
             _step(target, draft, batch, config, trainable, optimizer, rate, precision, state)
             if state.step % every == 0 or state.step == len(plan):
-                _evaluate(target, draft, heldout, config, k, state)
-                if checkpoints:
-                    save_checkpoint(checkpoints, state, trainable, optimizer, key)
+                evaluate()
+            point("training: after a step")
             progress.advance(1, _note(state))
     put(draft, state.best)
     record = TrainRecord(

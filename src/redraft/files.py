@@ -1,0 +1,135 @@
+"""The one door to the disk: whatever redraft writes or removes, it does here.
+
+A whole file is written to a temporary neighbour, flushed to the device, and takes its name in one
+step: a reader sees the old file or the new one. Lines are appended in batches, each flushed; a kill
+can cut the last line short, which readers of such files drop.
+
+An error of the system becomes a UserError of one sentence. Reading needs no door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from safetensors import SafetensorError
+
+from .errors import UserError
+from .faults import point
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room in the disk quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make the folder writable",
+    errno.EACCES: "make the folder writable",
+    errno.EPERM: "make the folder writable",
+}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, in UTF-8; its folder is made if need be."""
+    _write_whole(path, text.encode("utf-8"), "text")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole. Takes as much memory again as the tensors do."""
+    from safetensors.torch import save  # here, because torch is slow to import
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write_whole(path, save(whole, dict(metadata or {"format": "pt"})), "tensors")
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines (without their line ends) to a file; on the device when this returns."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        point("lines: before")
+        with path.open("ab") as stream:
+            _put(stream, "".join(f"{line}\n" for line in lines).encode("utf-8"), "lines")
+        point("lines: written")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there; a folder loses its name before its files."""
+    gone = path.with_name(f".{path.name}.gone")
+    with writing(path, "removed"):
+        point("remove: before")
+        _delete(gone)  # of a removal that was interrupted
+        if path.exists():
+            path.replace(gone)
+            point("remove: half")
+            _delete(gone)
+        point("remove: done")
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged file another name, which is returned, so that a new one can be written."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with writing(path, "renamed"):
+        path.replace(aside)
+    return aside
+
+
+@contextlib.contextmanager
+def writing(path: Path, verb: str = "written") -> Iterator[None]:
+    """Turn what the system says about a failed write of `path` into a UserError."""
+    try:
+        yield
+    except OSError as problem:
+        remedy = REMEDIES.get(problem.errno or 0, "mend that")
+        raise _refused(path, verb, problem.strerror or str(problem), remedy) from None
+    except SafetensorError as problem:
+        raise _refused(path, verb, str(problem), "make room on the disk") from None
+
+
+def _refused(path: Path, verb: str, said: str, remedy: str) -> UserError:
+    return UserError(
+        f"{path} cannot be {verb}: {said}; everything finished so far is kept, so {remedy} and run "
+        "the same command again"
+    )
+
+
+def _write_whole(path: Path, content: bytes, kind: str) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        point(f"{kind}: before")
+        try:
+            with scratch.open("wb") as stream:
+                _put(stream, content, kind)
+            point(f"{kind}: before rename")
+            scratch.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                scratch.unlink()  # a full disk needs the room
+            raise
+        point(f"{kind}: renamed")
+
+
+def _put(stream: BinaryIO, content: bytes, kind: str) -> None:
+    """Write and flush to the device, with a fault point at the half."""
+    view, half = memoryview(content), len(content) // 2
+    stream.write(view[:half])
+    stream.flush()
+    point(f"{kind}: half")
+    stream.write(view[half:])
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

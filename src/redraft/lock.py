@@ -1,0 +1,45 @@
+"""One process per folder: a lock that the system gives back when its holder dies, however it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+from .files import writing
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder` for the block. Raises UserError at once if another process (or thread) does."""
+    path = folder / LOCK
+    lock = FileLock(path)
+    with writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{folder}: another redraft process{_holder(path)} works in this folder; wait for "
+                "it, or name another folder"
+            ) from None
+    try:
+        with writing(path):
+            # In place: a new file under this name would be another lock.
+            path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    """The holder's process id as part of the message; nothing where it cannot be read."""
+    try:
+        return f" (pid {int(path.read_text(encoding='utf-8'))})"
+    except (OSError, ValueError):
+        return ""

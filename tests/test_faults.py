@@ -1,0 +1,603 @@
+"""Run folders survive: whatever breaks, running again ends with the bytes of an unbroken run.
+
+With REDRAFT_RECORD_FAULTS=FILE the table of injected faults is written there.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redraft import cli, files
+from redraft.console import set_quiet
+from redraft.errors import UserError
+from redraft.lock import held
+from redraft.run_folder import RunFolder
+from redraft.target import Target
+from redraft.training import train as train_module
+from tests.conftest import write_prompts
+from tests.crashes import (
+    PROMPTS,
+    SETTINGS,
+    WRITES,
+    Bomb,
+    Crash,
+    Job,
+    Pause,
+    armed,
+    artefacts,
+    careless_write,
+    child_adapt,
+    child_command,
+    differences,
+    forgetful_load,
+    until_done,
+)
+
+FAULTS, DISK_FAULTS, KILLS = 200, 40, 20
+OTHER = {"regenerate.max_new_tokens": 4, "train.width": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums of floats depend on the number of threads, and child processes use one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def job(target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    prompts = write_prompts(tmp_path_factory.mktemp("job") / "p.jsonl", PROMPTS)
+    return Job(target_folder, draft_folder, prompts)
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train = job.run(target, out).report.train
+    assert train.best_step > train.steps // 3, "what is trained has to matter to what is exported"
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(whole: Path) -> dict[str, Any]:
+    return artefacts(whole)
+
+
+@pytest.fixture(scope="module")
+def other(job: Job, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with other settings, from which much has to be removed."""
+    out = tmp_path_factory.mktemp("other") / "run"
+    replace(job, settings={**SETTINGS, **OTHER}).run(target, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Children that start with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "tests.crashes"])
+    with pytest.MonkeyPatch.context() as patch:  # the server imports by its environment
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
+    return context
+
+
+def bombs(seed: int, **kind: Any) -> Iterator[Bomb]:
+    """Bombs at random upcoming points, near ones and far ones, reproducible from the seed.
+
+    A stage passes up to 30 points before it is marked done, so near ones alone would never let it.
+    """
+    draw = random.Random(seed)
+    while True:
+        yield Bomb(draw.randrange(draw.choice([12, 60])), **kind)
+
+
+# -- injected faults ----------------------------------------------------------------------------
+
+
+def test_a_second_run_of_the_same_job_writes_the_same_bytes(
+    job: Job, target: Target, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    job.run(target, tmp_path / "run")
+    assert differences(tmp_path / "run", expected) == []
+    assert {"draft/redraft.json", "private/private.json", "checkpoints/checkpoint.safetensors"} < (
+        set(expected)
+    )
+
+
+def test_crashes_everywhere_resume_to_the_same_bytes(
+    job: Job, target: Target, expected: dict[str, Any], other: Path, tmp_path: Path
+) -> None:
+    names: set[str] = set()
+    with armed(names.add):
+        job.run(target, Path(shutil.copytree(other, tmp_path / "names")))
+    hits: Counter[str] = Counter()
+    chains = 0
+    while hits.total() < FAULTS or set(hits) < names:
+        out = tmp_path / str(chains)
+        if chains % 2:
+            shutil.copytree(other, out)
+        hits.update(until_done(lambda out=out: job.run(target, out), bombs(chains), Crash))  # type: ignore[misc]
+        assert differences(out, expected) == [], f"chain {chains}"
+        chains += 1
+        assert chains < 200, f"never hit: {sorted(names - set(hits))}"
+    assert set(hits) == names
+    assert len(names) > 15
+    record(hits, chains)
+
+
+def test_a_full_disk_is_one_sentence_and_resumes_to_the_same_bytes(
+    job: Job, target: Target, expected: dict[str, Any], other: Path, tmp_path: Path
+) -> None:
+    def full() -> OSError:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    count = chain = 0
+    while count < DISK_FAULTS:
+        out = tmp_path / str(chain)
+        if chain % 2:
+            shutil.copytree(other, out)
+        said: list[str] = []
+
+        def run(out: Path = out, said: list[str] = said) -> None:
+            try:
+                job.run(target, out)
+            except UserError as problem:
+                said.append(str(problem))
+                raise
+
+        tries = bombs(1000 + chain, error=full, counts=lambda name: name.startswith(WRITES))
+        count += len(until_done(run, tries, UserError))
+        for sentence in said:
+            assert "No space left on device; everything finished so far is kept" in sentence
+            assert "make room on the disk and run the same command again" in sentence
+            assert str(out) in sentence
+        assert differences(out, expected) == []
+        chain += 1
+
+
+def test_a_crash_leaves_no_temporary_of_a_full_disk(tmp_path: Path) -> None:
+    def full(name: str) -> None:
+        if name == "text: half":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with armed(full), pytest.raises(UserError, match="cannot be written: No space left"):
+        files.write_text(tmp_path / "a.txt", "words")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the comparison can fail ---------------------------------------------------------------------
+
+
+def problem_of(
+    job: Job, target: Target, expected: dict[str, Any], out: Path, tries: Iterator[Bomb]
+) -> str:
+    """What a chain of crashes ends in; nothing when it ends in the same bytes."""
+    try:
+        until_done(lambda: job.run(target, out), tries, Crash)
+    except (Exception, AssertionError) as error:  # noqa: BLE001
+        return repr(error)
+    return ", ".join(differences(out, expected))
+
+
+def test_a_writer_that_names_files_too_early_is_caught(
+    job: Job,
+    target: Target,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def half(seed: int) -> Iterator[Bomb]:
+        yield from bombs(seed, counts=lambda name: name.endswith("half"))
+
+    assert not problem_of(job, target, expected, tmp_path / "right", half(3))
+    monkeypatch.setattr(files, "_write_whole", careless_write)
+    assert problem_of(job, target, expected, tmp_path / "wrong", half(3))
+
+
+def test_a_checkpoint_that_forgets_the_optimizer_is_caught(
+    job: Job,
+    target: Target,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def in_training() -> Iterator[Bomb]:
+        yield Bomb(after=2, counts=lambda name: name.startswith("training"))
+        yield Bomb(after=10**9)
+
+    assert not problem_of(job, target, expected, tmp_path / "right", in_training())
+    monkeypatch.setattr(train_module, "load_checkpoint", forgetful_load)
+    found = problem_of(job, target, expected, tmp_path / "wrong", in_training())
+    assert "draft/model.safetensors" in found
+
+
+def test_an_error_that_is_swallowed_is_caught(
+    job: Job, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallows(path: Path, lines: list[str]) -> None:
+        try:
+            append(path, lines)
+        except UserError:
+            return
+
+    append = files.append_lines
+    monkeypatch.setattr("redraft.data.regenerate.append_lines", swallows)
+    tries = iter([Bomb(0, lambda: OSError(errno.ENOSPC, "full"), lambda n: n == "lines: half")])
+    with pytest.raises((AssertionError, UserError)):
+        until_done(lambda: job.run(target, tmp_path / "run"), tries, Crash)
+
+
+# -- real kills ---------------------------------------------------------------------------------
+
+
+def start(
+    processes: ForkServerContext, body: Callable[..., None], *arguments: Any
+) -> tuple[Any, Any]:
+    """A child process that has begun, and the pipe on which it says more."""
+    ours, theirs = processes.Pipe(duplex=False)
+    child = processes.Process(
+        target=body, args=[theirs if a is PIPE else a for a in arguments], daemon=True
+    )
+    child.start()
+    theirs.close()
+    return child, ours
+
+
+PIPE = object()
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    job: Job, expected: dict[str, Any], tmp_path: Path, processes: ForkServerContext
+) -> None:
+    draw = random.Random(7)
+    kills = chain = 0
+    while kills < KILLS:
+        out = tmp_path / str(chain)
+        while True:
+            child, pipe = start(processes, child_adapt, job, out, PIPE)
+            assert pipe.recv() == "begins"
+            child.join(draw.uniform(0, 0.25))
+            child.kill()
+            child.join()
+            assert child.exitcode in (0, -9)
+            if child.exitcode == 0:
+                break
+            kills += 1
+        assert differences(out, expected) == []
+        chain += 1
+    print(f"{kills} kills in {chain} chains")
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_a_kill_between_steps_is_survived_and_a_forgetful_checkpoint_seen(
+    job: Job,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    processes: ForkServerContext,
+    forgetful: bool,
+) -> None:
+    out = tmp_path / "run"
+    for after in (3, 10**9):
+        pause = Pause("training: after a step", after, forgetful)
+        child, pipe = start(processes, child_adapt, job, out, PIPE, pause)
+        assert pipe.recv() == "begins"
+        if after == 3:
+            assert pipe.recv() == pause.name
+            child.kill()
+        child.join()
+        assert child.exitcode == (-9 if after == 3 else 0)
+    assert bool(differences(out, expected)) == forgetful
+
+
+# -- one process per folder ---------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(
+    job: Job,
+    target: Target,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    processes: ForkServerContext,
+) -> None:
+    out = tmp_path / "run"
+    pause = Pause("stage: before work", 2, False)
+    child, pipe = start(processes, child_adapt, job, out, PIPE, pause)
+    assert [pipe.recv(), pipe.recv()] == ["begins", pause.name]
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(
+        UserError, match=rf"run: another redraft process \(pid {child.pid}\) works in this folder"
+    ):
+        job.run(target, out)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    child.kill()
+    child.join()
+    job.run(target, out)
+    assert differences(out, expected) == []
+
+
+def test_one_process_may_open_a_folder_in_sequence_but_not_twice_at_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        with RunFolder.open(tmp_path / "run") as run:
+            run.stage("a", {}, ["a.txt"], lambda: files.write_text(tmp_path / "run/a.txt", "a"))
+            with pytest.raises(UserError, match="another redraft process"), held(run.path):
+                raise AssertionError("two holders")
+    assert not run.worked
+    with pytest.raises(RuntimeError), RunFolder.open(tmp_path / "run"):
+        raise RuntimeError  # released on the way out, as the next line shows
+    with RunFolder.open(tmp_path / "run") as again:
+        assert again.state["a"]["done"]
+
+
+# -- what the system refuses ---------------------------------------------------------------------
+
+
+def command(
+    processes: ForkServerContext, argv: list[str], limit: int = 0, interrupt: str = ""
+) -> tuple[int, str]:
+    """Exit code and stderr of a command in a child process."""
+    child, pipe = start(processes, child_command, argv, limit, PIPE, interrupt)
+    code, printed = pipe.recv()
+    child.join()
+    return code, " ".join(printed.split())
+
+
+def test_files_that_may_not_grow_end_in_one_sentence(
+    job: Job, expected: dict[str, Any], tmp_path: Path, processes: ForkServerContext
+) -> None:
+    out = tmp_path / "run"
+    code, printed = command(processes, job.argv(out), limit=30_000)
+    assert code == 2
+    assert "Traceback" not in printed
+    last = printed[printed.rindex("redraft: ") :]
+    assert last.startswith(f"redraft: {out}/checkpoints/checkpoint.safetensors cannot be written:")
+    assert "File too large; everything finished so far is kept, so raise the limit" in last
+    assert not list(out.rglob("*.tmp"))
+    assert (out / "selection.jsonl").is_file()
+    code, printed = command(processes, job.argv(out))
+    assert code == 0, printed
+    assert "select: nothing to do, already done" in printed
+    assert set(differences(out, expected)) <= {"run.json", "report.json"}  # origin: --set
+    code, printed = command(processes, job.argv(out))
+    assert code == 0
+    assert printed.endswith(
+        f"nothing to do: every stage was done already; report {out}/report.html"
+    )
+
+
+def test_ctrl_c_amid_a_write_is_code_130(
+    job: Job, expected: dict[str, Any], tmp_path: Path, processes: ForkServerContext
+) -> None:
+    out = tmp_path / "run"
+    for point in ("lines: half", "tensors: half", "training: after a step"):
+        code, printed = command(processes, job.argv(out), interrupt=point)
+        assert code == 130, printed
+        assert printed.endswith("redraft: interrupted; run the same command again to continue")
+        assert "Traceback" not in printed
+    assert command(processes, job.argv(out))[0] == 0
+    assert set(differences(out, expected)) <= {"run.json", "report.json"}
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = job.prompts / "run"  # below a file, where not even root can make a folder
+    monkeypatch.setattr(sys, "argv", job.argv(out))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert f"--out {out} cannot be created: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write in read-only folders"
+)
+def test_a_read_only_folder_is_one_sentence(
+    job: Job, target: Target, whole: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / ".lock").unlink()
+    out.chmod(0o555)
+    try:
+        with pytest.raises(UserError, match="Permission denied; .* make the folder writable"):
+            job.run(target, out)
+    finally:
+        out.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EROFS, "make the folder writable"),
+        (errno.EDQUOT, "make room in the disk quota"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EIO, "mend that"),
+    ],
+)
+def test_each_refusal_has_its_remedy(tmp_path: Path, number: int, remedy: str) -> None:
+    with pytest.raises(UserError) as caught, files.writing(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == (
+        f"{tmp_path}/a cannot be written: {os.strerror(number)}; everything finished so far is "
+        f"kept, so {remedy} and run the same command again"
+    )
+
+
+# -- damage ---------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """One bit near the end, where tensors and the last line lie."""
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("answers/adapt.jsonl", "regenerate adapt"),
+        ("answers/eval.jsonl", "regenerate eval"),
+        ("selection.jsonl", "select"),
+        ("private/model.safetensors", "train"),
+        ("private/private.json", "train"),
+        ("draft/model.safetensors", "export"),
+        ("draft/config.json", "export"),
+        ("measure/eval-after.json", "measure"),
+    ],
+)
+def test_a_damaged_output_is_noticed_and_made_again(
+    job: Job,
+    target: Target,
+    whole: Path,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path], None],
+    name: str,
+    stage: str,
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    harm(out / name)
+    assert set(differences(out, expected)) - {"report.json"} == {name}  # which names the copied run
+    set_quiet(False)
+    try:
+        assert job.run(target, out).worked
+    finally:
+        set_quiet(True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{stage}: {name.split('/')[0]}" in said
+    assert "is not as this stage left it; doing it again" in said
+    assert differences(out, expected) == []
+
+
+@pytest.mark.parametrize("harm", [cut, flip])
+def test_a_damaged_checkpoint_is_set_aside(
+    job: Job,
+    target: Target,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path], None],
+) -> None:
+    out = tmp_path / "run"
+    with armed(Bomb(2, counts=lambda name: name.startswith("training"))), pytest.raises(Crash):
+        job.run(target, out)
+    harm(out / "checkpoints" / "checkpoint.safetensors")
+    set_quiet(False)
+    try:
+        job.run(target, out)
+    finally:
+        set_quiet(True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "set aside as checkpoint.safetensors.damaged, training starts over" in said
+    assert differences(out, expected) == ["checkpoints/checkpoint.safetensors.damaged"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"train": {"done"', "[]", '{"select": 3}', "\x00\xff"])
+def test_a_damaged_state_loses_no_answer(
+    job: Job,
+    target: Target,
+    whole: Path,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / "state.json").write_text(text, encoding="latin-1")
+    kept = [out / "answers/adapt.jsonl", out / "checkpoints/checkpoint.safetensors"]
+    times = [path.stat().st_mtime_ns for path in kept]
+    # A crash right after the damage was found must not lose them either.
+    with armed(Bomb(9)), pytest.raises(Crash):
+        job.run(target, out)
+    job.run(target, out)
+    assert [path.stat().st_mtime_ns for path in kept] == times
+    assert differences(out, expected) == ["state.json.damaged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("private/training.json", b"{", "training.json is not valid JSON"),
+        ("private/training.json", b'{"method": 1}', "expected .*seconds.*; remove .* train again"),
+        ("private/training.json", b"[1]", "expected a JSON object, found a list"),
+    ],
+)
+def test_damage_that_is_not_healed_is_named(
+    job: Job, target: Target, whole: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        job.run(target, out)
+
+
+def test_a_mixed_private_folder_is_refused(
+    job: Job, whole: Path, other: Path, tmp_path: Path
+) -> None:
+    from redraft.formats.private_part import load_private
+
+    mixed = Path(shutil.copytree(whole / "private", tmp_path / "private"))
+    shutil.copy(other / "private" / "model.safetensors", mixed)
+    with pytest.raises(UserError, match="is not what its card private.json describes"):
+        load_private(mixed)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"before": 3}'])
+def test_a_damaged_report_is_named(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    (tmp_path / "report.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["redraft", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "report.json" in capsys.readouterr().err
+
+
+# -- the record ------------------------------------------------------------------------------------
+
+
+def record(hits: Counter[str], chains: int) -> None:
+    """Print the faults by place; write them as a page where REDRAFT_RECORD_FAULTS names a file."""
+    rows = "".join(f"| `{name}` | {count} | {count} |\n" for name, count in sorted(hits.items()))
+    page = (
+        "# Injected faults\n\n"
+        f"{hits.total()} crashes at random points of a tiny `redraft adapt`, in {chains} run folders; "
+        "each folder was run again until it was done, and then every file in it equalled that of an "
+        "uninterrupted run (but for the fields that hold seconds and memory). Written by "
+        "`REDRAFT_RECORD_FAULTS=docs/results/faults.md pytest tests/test_faults.py`; beside these, "
+        f"the same tests fill the disk {DISK_FAULTS} times and kill the process {KILLS} times.\n\n"
+        "| place | crashes there | ended with the same bytes |\n|---|---|---|\n" + rows
+    )
+    print(page)
+    if destination := os.environ.get("REDRAFT_RECORD_FAULTS"):
+        Path(destination).write_text(page, encoding="utf-8")
