@@ -15,11 +15,12 @@ from redraft.engines.diagnosis import diagnose
 from redraft.engines.verdict import judge, notes_on
 from redraft.engines.verify import Request, fitting, serving_of, verify
 from redraft.errors import UserError
-from redraft.formats.load import read_draft
-from redraft.records import Acceptance, Answer, Lossless, Prompt, Verification, to_json
+from redraft.formats.load import read_draft, stored
+from redraft.records import Acceptance, Lossless, Prompt, Verification, to_json
 from redraft.target import Target, load_target
-from tests.conftest import write_prompts
+from tests.conftest import fresh_draft, write_prompts
 from tests.engines.conftest import PROMPTS, FakeEngine, K, install_fake
+from tests.formats.crafted import retensor
 from tests.test_cli import run
 
 TOKENS = 12
@@ -126,28 +127,26 @@ def test_slower_than_plain_is_said(good: Verification) -> None:
 
 
 def test_a_misread_draft_is_named_with_what_the_files_show(
-    good: Verification, target: Target, draft_folder: Path, short_answers: list[Answer]
+    good: Verification, target: Target, draft_folder: Path
 ) -> None:
     tau = dataclasses.replace(good.tau, tau=1.0)
     stored = read_draft(str(draft_folder))
     found = dataclasses.replace(good, tau=tau)
-    (cause,) = diagnose(stored, target, short_answers, found)
+    (cause,) = diagnose(stored, target, found)
     assert cause.startswith("the engine computes another function from these files")
     assert cause.endswith("nothing in the files says why")
     found = dataclasses.replace(found, findings=("d2t holds absolute ids",))
-    (cause,) = diagnose(stored, target, short_answers, found)
+    (cause,) = diagnose(stored, target, found)
     assert cause.endswith("in the files: d2t holds absolute ids")
 
 
-def test_a_changed_target_is_named(
-    good: Verification, target: Target, draft_folder: Path, short_answers: list[Answer]
-) -> None:
+def test_a_changed_target_is_named(good: Verification, target: Target, draft_folder: Path) -> None:
     stored = read_draft(str(draft_folder))
 
     def causes(**changed: Any) -> list[str]:
         provenance = {**stored.provenance, **changed}
         draft = dataclasses.replace(stored, provenance=provenance)
-        return diagnose(draft, target, short_answers, low_tau(good))
+        return diagnose(draft, target, low_tau(good))
 
     assert "these prompts are harder" in causes()[0]
     assert causes(target_fingerprint="0123") == [
@@ -156,7 +155,7 @@ def test_a_changed_target_is_named(
     ]
     assert "the chat template is not the one" in causes(template_hash="4567")[0]
     nothing = dataclasses.replace(stored, provenance={})
-    (cause,) = diagnose(nothing, target, short_answers, low_tau(good))
+    (cause,) = diagnose(nothing, target, low_tau(good))
     assert "does not say which target it was made for" in cause
 
 
@@ -164,7 +163,7 @@ def test_another_dtype_is_not_called_another_target(
     good: Verification, target_folder: Path, draft_folder: Path
 ) -> None:
     half = load_target(str(target_folder), dtype="bfloat16")
-    (cause,) = diagnose(read_draft(str(draft_folder)), half, [], low_tau(good))
+    (cause,) = diagnose(read_draft(str(draft_folder)), half, low_tau(good))
     assert (
         cause == "this draft was adapted to the target in float32, here the target runs in bfloat16"
     )
@@ -267,6 +266,48 @@ def test_a_draft_not_fit_to_serve_exits_with_3(
     assert "the engine counts tau 1.000" in said
     assert "cause: the engine computes another function" in said
     assert "3/4 same, 1 DIFFERENT" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "planted", "named"),
+    [
+        ({}, {"midlayer__mlp__up_proj__weight": None}, "missing midlayer.mlp.up_proj.weight"),
+        ({"vocab": 40}, {"d2t": "absolute"}, "these look like absolute ids"),
+    ],
+)
+def test_files_wrong_as_they_lie_there_need_no_engine(
+    redraft: Any,
+    fake: FakeEngine,
+    target: Target,
+    target_folder: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    planted: dict[str, Any],
+    named: str,
+) -> None:
+    draft = fresh_draft(target, **options)
+    stored(draft, target).save(tmp_path / "d")
+    ids = {name: draft.draft_vocab for name, value in planted.items() if value == "absolute"}
+    retensor(tmp_path / "d", **{**planted, **ids})
+    prompts = write_prompts(tmp_path / "p.jsonl", 3)
+    arguments = ("verify", "--target", target_folder, "--draft", tmp_path / "d")
+    arguments += ("--prompts", prompts, "--python", fake.python)
+    code, out, _ = redraft(*arguments)
+    assert code == 3
+    assert named in out
+    assert not (fake.folder / "started.json").exists()
+    code, out, _ = redraft(*arguments, "--json")
+    assert code == 3
+    assert named in json.loads(out)["verdict"]
+    assert json.loads(out)["findings"]
+
+
+def test_another_reading_that_accepts_more_is_a_reason_and_a_cause(
+    good: Verification, target: Target, draft_folder: Path
+) -> None:
+    found = dataclasses.replace(low_tau(good), findings=("the taps are wrong: hs[1, 2, 3]",))
+    assert "the taps are wrong: hs[1, 2, 3]" in judge(found)
+    assert diagnose(read_draft(str(draft_folder)), target, found) == []  # the finding says it
 
 
 @pytest.mark.parametrize(

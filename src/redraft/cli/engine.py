@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -109,11 +109,16 @@ def verify(
     from ..engines.environment import find_environment
     from ..engines.verify import Request
     from ..engines.verify import verify as work
+    from ..formats.inspection import inspect_draft
     from ..formats.load import read_draft
     from ..report.terminal import print_verification
     from ..target import load_target
 
     environment = find_environment(python)
+    files = inspect_draft(draft)
+    findings = [f.says for f in files.engines if f.engine == engine and f.level != "note"]
+    if files.unreadable is not None:
+        _refuse(files.unreadable, findings, as_json)
     loaded = load_target(
         target, adapter=target_adapter, chat_template=chat_template, dtype=dtype, device="cpu"
     )
@@ -133,7 +138,7 @@ def verify(
         _prompts(prompts, finished, loaded, limit),
         request,
         recorded=finished.after if finished else None,
-        findings=_fatal(draft, engine),
+        findings=findings,
     )
     if as_json:
         print_json(to_json(found))
@@ -164,15 +169,16 @@ def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequ
     return run.prompts(limit) if run else ()
 
 
-def _fatal(draft: str, engine: str) -> list[str]:
-    """What the draft's files already say against serving them."""
-    from ..formats.inspection import inspect_draft
-
-    return [
-        finding.says
-        for finding in inspect_draft(draft).engines
-        if finding.engine == engine and finding.level in ("refused", "wrong")
-    ]
+def _refuse(why: str, findings: list[str], as_json: bool) -> NoReturn:
+    """The verdict on files that are wrong as they lie there: the engine is not even started."""
+    verdict = f"do not serve it: {why}"
+    if as_json:
+        print_json({"good": False, "verdict": verdict, "findings": findings})
+    else:
+        for finding in findings:
+            typer.echo(f"the engine would not say so: {finding}")
+        typer.echo(verdict)
+    raise typer.Exit(NOT_GOOD)
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ..formats.load import StoredDraft
-from ..records import Answer, Verification
+from ..records import Verification
 from ..target import Target
 from .verdict import below_record, engine_disagrees
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def diagnose(
-    stored: StoredDraft, target: Target, answers: Sequence[Answer], found: Verification
-) -> list[str]:
-    """The causes of what `found` shows, likeliest first.
-
-    `answers` are the target's own to the same prompts, each with an overrun of K-1 tokens, so that
-    another reading of the draft's files can be scored on them.
-    """
+def diagnose(stored: StoredDraft, target: Target, found: Verification) -> list[str]:
+    """The causes of what `found` shows, likeliest first."""
     causes = []
     if engine_disagrees(found):
         causes.append(_other_function(found))
-    if below_record(found) and not engine_disagrees(found):
+    elif below_record(found) and not found.findings:
         causes += _other_parts(stored, target)
     return causes
 

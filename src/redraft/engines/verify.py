@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from ..console import say
+from ..decode.sampling import Sampling
 from ..errors import UserError, nearest
 from ..formats.load import StoredDraft
 from ..measuring.lossless import compare
-from ..measuring.measure import Measured, measure
+from ..measuring.measure import Measured, answer_all, measure
+from ..measuring.suspects import suspects
 from ..records import Acceptance, EngineSpeed, Prompt, Verification, versions
 from ..target import Target
 from .diagnosis import diagnose
@@ -60,7 +62,8 @@ def verify(
     """Try a draft in vLLM on `prompts` and compare with redraft's own counts.
 
     `target` may sit on the CPU: it moves to a GPU once the servers are gone. `recorded` is what the
-    run that made the draft measured; `findings` are fatal findings in its files. Raises UserError
+    run that made the draft measured; `findings` are fatal findings in its files, to which readings of
+    them that accept clearly more are added. Raises UserError
     when draft and target do not fit or the engine cannot be run.
     """
     began = time.monotonic()
@@ -79,14 +82,15 @@ def verify(
         max_new_tokens=request.max_new_tokens,
         mode="live",
     )
+    answers = answer_all(target, prompts, request.max_new_tokens, request.k, Sampling())
     found = dataclasses.replace(
         _compared(environment, target, stored, prompts, plain, drafted, own, request),
         recorded=recorded,
-        findings=tuple(findings),
+        findings=(*findings, *suspects(target, stored, answers, request.k)),
         seconds=time.monotonic() - began,
     )
     reasons = judge(found)
-    causes = diagnose(stored, target, own.answers, found) if reasons else []
+    causes = diagnose(stored, target, found) if reasons else []
     return dataclasses.replace(
         found,
         good=not reasons,

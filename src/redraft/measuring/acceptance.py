@@ -68,6 +68,15 @@ def bootstrap_tau(traces: Sequence[StepTrace], seed: int = 0) -> tuple[float, fl
     return float(low), float(high)
 
 
+def bootstrap_difference(
+    one: Sequence[StepTrace], other: Sequence[StepTrace], seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of tau(one) - tau(other) over the same resampled prompts."""
+    differences = _resampled_ratio(one, seed) - _resampled_ratio(other, seed)
+    low, high = np.percentile(differences, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def bootstrap_recovery(
     adapted: Sequence[StepTrace],
     reused: Sequence[StepTrace],

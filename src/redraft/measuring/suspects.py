@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from ..formats.load import StoredDraft
 from ..formats.misreadings import misreadings
-from ..records import Answer
+from ..records import Answer, StepTrace
 from ..target import Target
-from .acceptance import pooled_tau
+from .acceptance import bootstrap_difference, pooled_tau
 from .replay import replay
 
 CLEARLY = 0.15
-"""A reading must raise tau by this much to be named."""
+"""A reading must raise tau by this much to be named, and its interval must exclude 0."""
 
 
 def suspects(target: Target, stored: StoredDraft, answers: Sequence[Answer], k: int) -> list[str]:
@@ -25,14 +25,17 @@ def suspects(target: Target, stored: StoredDraft, answers: Sequence[Answer], k: 
     `answers` are the target's own, with K-1 tokens of overrun.
     """
 
-    def tau(draft: StoredDraft) -> float:
-        traces = replay(target, draft.build(target), answers, k)
-        return pooled_tau([trace for trace in traces if trace.accepted])
+    def traces(draft: StoredDraft) -> list[StepTrace]:
+        return [t for t in replay(target, draft.build(target), answers, k) if t.accepted]
 
-    written = tau(stored)
-    scored = [(tau(other.draft), other.cause) for other in misreadings(stored, target)]
-    return [
-        f"{cause} (tau {found:.2f} that way, {written:.2f} as written, {len(answers)} prompts)"
-        for found, cause in sorted(scored, reverse=True)
-        if found > written + CLEARLY
-    ]
+    written = traces(stored)
+    if not written:
+        return []  # answers of one token each: nothing was drafted
+    named = []
+    for other in misreadings(stored, target):
+        found = traces(other.draft)
+        tau, base = pooled_tau(found), pooled_tau(written)
+        if tau > base + CLEARLY and bootstrap_difference(found, written)[0] > 0:
+            figures = f"tau {tau:.2f} that way, {base:.2f} as written, {len(written)} prompts"
+            named.append((tau, f"{other.cause} ({figures})"))
+    return [cause for _, cause in sorted(named, reverse=True)]
