@@ -7,13 +7,14 @@ import io
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, SIGXFSZ, default_int_handler
+from signal import signal as handle
 from typing import Any
 
 import torch
@@ -200,31 +201,31 @@ def forgetful_load(
 
 
 @dataclass(frozen=True)
-class Pause:
-    """Stops a child at the `after`-th point of this name, to be killed there."""
+class Signal:
+    """Has a child say so at the `after`-th point of this name (any, without one), and wait or not."""
 
     name: str
     after: int
-    say: Connection
+    waits: bool = True
     forgetful: bool = False
 
 
-def child_adapt(job: Job, out: Path, say: Connection, pause: Pause | None = None) -> None:
-    """The job in a process of its own; says when it begins, and when it waits to be killed."""
+def child_adapt(job: Job, out: Path, say: Connection, signal: Signal) -> None:
+    """The job in a process of its own; says when it begins, and when its signal is due."""
     _calm()
-    if pause:
-        left = pause.after
+    left = signal.after
 
-        def wait(name: str) -> None:
-            nonlocal left
-            left -= name == pause.name
-            if left == 0:
-                say.send(name)
-                time.sleep(600)
+    def tell(name: str) -> None:
+        nonlocal left
+        due = left == 1
+        left -= signal.name in ("", name)
+        if due and left == 0:
+            say.send(name)
+            time.sleep(600 if signal.waits else 0)
 
-        faults.armed = wait
-        if pause.forgetful:
-            train_module.load_checkpoint = forgetful_load
+    faults.armed = tell
+    if signal.forgetful:
+        train_module.load_checkpoint = forgetful_load
     target = load_target(str(job.target_folder))
     say.send("begins")
     job.run(target, out)
@@ -238,13 +239,11 @@ def child_command(argv: list[str], limit: int, say: Connection, interrupt: str) 
     """
     _calm()
     if limit:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        handle(SIGXFSZ, SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if interrupt:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        faults.armed = lambda name: (
-            os.kill(os.getpid(), signal.SIGINT) if name == interrupt else None
-        )
+        handle(SIGINT, default_int_handler)
+        faults.armed = lambda name: os.kill(os.getpid(), SIGINT) if name == interrupt else None
     sys.argv = argv
     code, printed = 0, io.StringIO()
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):

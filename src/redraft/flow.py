@@ -24,7 +24,7 @@ from .drafts.base import Draft
 from .errors import UserError
 from .files import write_text
 from .formats.load import StoredDraft, load_draft, read_draft
-from .formats.private_part import load_private, save_private
+from .formats.private_part import load_private, read_training, save_private
 from .measuring.measure import measure_answers
 from .records import (
     Acceptance,
@@ -242,7 +242,7 @@ def _report(
 ) -> AdaptReport:
     part = load_private(run.path / "private")
     answers = read_answers(run.path / "answers" / "adapt.jsonl")
-    trained = TrainRecord(**part.card["train"])
+    trained = TrainRecord(**read_training(run.path / "private"))
     generated = sum(
         answer.length
         for name in ("adapt", "heldout")

@@ -43,14 +43,14 @@ def load_private(folder: Path) -> PrivatePart:
 
 
 def read_training(folder: Path) -> dict[str, Any]:
-    """The training record of a folder, as JSON types with every field of `TrainRecord`."""
-    record = read_json(folder / TRAINING)
-    missing = {field.name for field in dataclasses.fields(TrainRecord)} - set(record)
-    if missing:
-        raise UserError(
-            f"{folder / TRAINING}: expected {', '.join(sorted(missing))}; remove {folder} and train "
-            "again"
-        )
+    """The training record of a folder, as JSON types with the fields of `TrainRecord`."""
+    try:
+        record = read_json(folder / TRAINING)
+        missing = {field.name for field in dataclasses.fields(TrainRecord)} ^ set(record)
+        if missing:
+            raise UserError(f"{folder / TRAINING}: missing or unknown {', '.join(sorted(missing))}")
+    except UserError as problem:
+        raise UserError(f"{problem}; remove {folder} and train again") from None
     return record
 
 
