@@ -165,7 +165,12 @@ def draft_folder(kind_folder: Callable[[str], Path]) -> Path:
 
 
 def fresh_draft(
-    target: Target, *, kind: str = "eagle3", vocab: int | None = None, width: int = 24, **variant: Any
+    target: Target,
+    *,
+    kind: str = "eagle3",
+    vocab: int | None = None,
+    width: int = 24,
+    **variant: Any,
 ) -> Any:
     """An untrained draft with lively weights, in the target's dtype; `variant` are config fields."""
     answer = Answer("a", (1,), tuple(range(5, 60)), 55, "length")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from redraft import cli
+from redraft.drafts.table import KINDS
 from tests.conftest import write_prompts
+from tests.formats.crafted import as_pickle, retensor
 
 CONTRACT = {
     "tau",
@@ -71,9 +75,11 @@ def test_measure_prints_one_object(
     assert all(isinstance(token, int) for row in rows for token in row)
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_the_stages_are_commands_that_fit_together(
-    redraft: Any, target_folder: Path, draft_folder: Path, tmp_path: Path
+    redraft: Any, target_folder: Path, kind_folder: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
+    draft_folder = kind_folder(kind)
     prompts = write_prompts(tmp_path / "p.jsonl", 12)
     held = write_prompts(tmp_path / "h.jsonl", 4, start=50)
     answers, heldout = tmp_path / "a.jsonl", tmp_path / "h-answers.jsonl"
@@ -99,17 +105,53 @@ def test_the_stages_are_commands_that_fit_together(
     assert json.loads(text)["trained_parameters"] == 3 * 8 * 32
     code, text, err = redraft(
         *("export", "--draft", draft_folder, "--private", tmp_path / "private"),
-        *("--out", tmp_path / "fused", "--json"),
+        *("--out", tmp_path / "fused", "--tp", "1,2", "--verify", "--json"),
     )
     assert code == 0, err
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
     assert config["intermediate_size"] == 64 + 8
+    assert json.loads(text)["worst_difference"] < 1e-6
+    code, text, err = redraft("inspect", tmp_path / "fused", "--target", target_folder, "--json")
+    assert code == 0, err
+    assert json.loads(text)["kind"] == kind
     code, _, err = redraft(
         *("export", "--draft", draft_folder, "--private", tmp_path / "private"),
         *("--out", tmp_path / "fused"),
     )
     assert code == 2
-    assert "is not empty" in err
+    assert "is not an empty folder" in err
+
+
+def test_a_pickled_draft_is_converted_once(
+    redraft: Any, draft_folder: Path, tmp_path: Path
+) -> None:
+    old = Path(shutil.copytree(draft_folder, tmp_path / "old"))
+    as_pickle(old)
+    code, _, err = redraft("inspect", old)
+    assert code == 2
+    assert "if you trust it, convert it once with redraft export --allow-pickle" in err
+    export = ("export", "--draft", old, "--out", tmp_path / "new", "--format", "speculators")
+    code, out, err = redraft(*export, "--allow-pickle", "--verify")
+    assert code == 0, err
+    assert "verified by a second reading" in out
+    code, out, _ = redraft("inspect", tmp_path / "new")
+    assert code == 0
+    assert "speculators layout" in out
+    assert "the speculators layout; export with --format eagle3" in out  # SGLang's verdict
+
+
+def test_inspect_fails_on_a_draft_that_redraft_refuses(
+    redraft: Any, draft_folder: Path, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(draft_folder, tmp_path / "broken"))
+    retensor(broken, midlayer__mlp__up_proj__weight=None)
+    code, out, _ = redraft("inspect", broken)
+    assert code == 2
+    assert "missing midlayer.mlp.up_proj.weight" in out
+    assert "loads without midlayer.mlp.up_proj.weight" in out
+    code, _, err = redraft("export", "--draft", draft_folder, "--out", tmp_path / "x", "--tp", "a")
+    assert code == 2
+    assert "--tp takes sizes like 1,2,4; got 'a'" in err
 
 
 def test_scratch_makes_a_draft_from_nothing(

@@ -10,8 +10,9 @@ import pytest
 
 from redraft import flow
 from redraft.bench.corpus import MEMBERS, SIZES
-from redraft.bench.family import build_family, describe_family, load_member
+from redraft.bench.family import build_family, describe_family, draft_folder, load_member
 from redraft.config import resolve
+from redraft.drafts.table import KINDS
 from redraft.errors import UserError
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.live import live
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("family")
-    return out, build_family(out, size="tiny")
+    return out, build_family(out, size="tiny", kinds=["eagle"])
 
 
 def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]]) -> None:
@@ -48,10 +49,11 @@ def test_prompt_files_are_disjoint(family: tuple[Path, dict[str, Any]]) -> None:
             assert seen.setdefault(first, path.name) == path.name, first
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_adapting_repairs_the_draft_and_changes_no_output(
-    family: tuple[Path, dict[str, Any]], tmp_path: Path
+    family: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
 ) -> None:
-    out, manifest = family
+    out = family[0]
     target = load_member(out, "sft")
     settings = {
         "regenerate.max_new_tokens": 48,
@@ -64,7 +66,7 @@ def test_adapting_repairs_the_draft_and_changes_no_output(
     }
     result = flow.adapt(
         target,
-        manifest["draft"],
+        str(out / draft_folder(kind)),
         str(out / "prompts" / "math-adapt.jsonl"),
         out=tmp_path / "run",
         config=resolve([("test", settings)]),
@@ -89,6 +91,8 @@ def test_adapting_repairs_the_draft_and_changes_no_output(
 def test_unknown_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="unknown size 'nana'; did you mean 'nano'"):
         build_family(tmp_path, size="nana")
+    with pytest.raises(UserError, match="unknown kind of draft 'eagle2'; did you mean 'eagle'"):
+        build_family(tmp_path, size="tiny", kinds=["eagle2"])
     with pytest.raises(UserError, match="unknown member 'sftt'; did you mean 'sft'"):
         build_family(tmp_path, size="tiny", members=["sftt"])
     monkeypatch.delenv("REDRAFT_DATA", raising=False)

@@ -161,10 +161,10 @@ def test_a_changed_target_is_named(
 
 
 def test_another_dtype_is_not_called_another_target(
-    good: Verification, target_folder: Path, draft_folder: Path
+    good: Verification, target_folder: Path, draft_folder: Path, short_answers: list[Answer]
 ) -> None:
     half = load_target(str(target_folder), dtype="bfloat16")
-    (cause,) = diagnose(read_draft(str(draft_folder)), half, [], low_tau(good))
+    (cause,) = diagnose(read_draft(str(draft_folder)), half, short_answers, low_tau(good))
     assert (
         cause == "this draft was adapted to the target in float32, here the target runs in bfloat16"
     )

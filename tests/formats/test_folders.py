@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from redraft.errors import UserError
-from redraft.formats.folders import INDEX, WEIGHTS, state_hash
+from redraft.formats.folders import WEIGHTS, state_hash
 from redraft.formats.load import load_draft, read_draft, stored
 from redraft.formats.private_part import check_belongs, load_private, save_private
 from redraft.private.part import PrivatePart
 from redraft.target import Target
 from tests.conftest import fresh_draft
+from tests.formats.crafted import as_pickle, edit, retensor
 
 
 @pytest.fixture
 def folder(draft_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(draft_folder, tmp_path / "draft"))
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-
-
-def retensor(folder: Path, **changes: torch.Tensor | None) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    for name, tensor in changes.items():
-        tensors.pop(name.replace("__", "."), None)
-        if tensor is not None:
-            tensors[name.replace("__", ".")] = tensor
-    save_file(tensors, folder / WEIGHTS)
 
 
 def test_round_trip(target: Target, folder: Path, tmp_path: Path) -> None:
@@ -77,23 +64,6 @@ def test_other_taps_are_written_in_both_numberings(target: Target, tmp_path: Pat
     assert load_draft(str(tmp_path / "d"), target).taps == (1, 3, 6)
 
 
-def test_layers_0_and_shards_are_read(folder: Path, tmp_path: Path) -> None:
-    expected = read_draft(str(folder)).hash()
-    tensors = load_file(folder / WEIGHTS)
-    renamed = {n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}
-    names = sorted(renamed)
-    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, members in parts.items():
-        save_file({n: renamed[n] for n in members}, folder / file)
-    (folder / WEIGHTS).unlink()
-    index = {"weight_map": {n: f for f, members in parts.items() for n in members}}
-    (folder / INDEX).write_text(json.dumps(index))
-    assert read_draft(str(folder)).hash() == expected
-    (folder / "b.safetensors").unlink()
-    with pytest.raises(UserError, match=r"b.safetensors: listed in the index but missing"):
-        read_draft(str(folder))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -101,6 +71,12 @@ def test_layers_0_and_shards_are_read(folder: Path, tmp_path: Path) -> None:
         ({"midlayer__mlp__up_proj__weight": None}, "missing midlayer.mlp.up_proj.weight"),
         ({"fc__bias": torch.zeros(32)}, "unknown fc.bias"),
         ({"norm__weight": torch.zeros(7)}, r"norm.weight should be \[32\] .* found \[7\]"),
+        ({"norm__weight": torch.zeros(32).int()}, "norm.weight is stored as torch.int32, expected"),
+        (
+            {"norm__weight": torch.full((32,), float("nan"))},
+            "norm.weight holds values that are not",
+        ),
+        ({"d2t": torch.zeros(261).long()}, "d2t maps a vocabulary that is not reduced"),
     ],
 )
 def test_wrong_tensors_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -112,13 +88,13 @@ def test_wrong_tensors_are_named(folder: Path, changes: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_before_residual": True}, "norm before residual"),
-        ({"norm_before_fc": True}, "norm before fc"),
-        ({"norm_output": True}, "a normed state fed back"),
-        ({"attention_bias": True}, "attention biases"),
-        ({"bias": True}, "biases"),
-        ({"num_hidden_layers": 2}, "one decoder layer, this one has 2"),
-        ({"architectures": ["LlamaForCausalLM"]}, "no draft layout that redraft"),
+        ({"norm_before_fc": True}, "missing input_norm.weight"),
+        ({"fc_norm": True}, "missing fc_norm.0.weight, fc_norm.1.weight, fc_norm.2.weight"),
+        ({"norm_output": True}, "'norm before lm_head' to SpecForge"),
+        ({"attention_bias": True}, "missing midlayer.self_attn.k_proj.bias"),
+        ({"bias": True}, "bias: true, which engines read as attention biases"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "reads one hidden state"),
+        ({"num_hidden_layers": 2}, "one decoder layer, this draft has 2"),
         ({"hidden_act": "swish9"}, "hidden_act 'swish9'"),
         ({"vocab_size": ...}, "expected a key 'vocab_size'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' rotary"),
@@ -132,32 +108,84 @@ def test_another_function_is_refused_by_name(
         read_draft(str(folder))
 
 
-def test_absolute_ids_in_d2t_are_noticed(target: Target, tmp_path: Path) -> None:
-    draft = fresh_draft(target, vocab=40)
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("size", [40, 120])
+def test_absolute_ids_in_d2t_are_noticed(
+    target: Target, tmp_path: Path, mask: bool, size: int
+) -> None:
+    draft = fresh_draft(target, vocab=size)
     stored(draft, target).save(tmp_path / "d")
-    assert draft.draft_vocab is not None
-    retensor(tmp_path / "d", d2t=draft.draft_vocab + 200)
-    with pytest.raises(UserError, match="perhaps these are absolute ids"):
+    ids = draft.draft_vocab if size > 40 else draft.draft_vocab + 200
+    retensor(tmp_path / "d", d2t=ids, **({} if mask else {"t2d": None}))
+    with pytest.raises(UserError, match="these look like absolute ids"):
         load_draft(str(tmp_path / "d"), target)
+
+
+def test_a_map_that_disagrees_with_its_mask_is_noticed(target: Target, tmp_path: Path) -> None:
+    stored(fresh_draft(target, vocab=40), target).save(tmp_path / "d")
+    mask = load_file(tmp_path / "d" / WEIGHTS)["t2d"]
+    retensor(tmp_path / "d", t2d=mask.roll(1))
+    with pytest.raises(UserError, match="d2t and t2d disagree: d2t names 40 target ids"):
+        read_draft(str(tmp_path / "d"))
 
 
 def test_damaged_and_absent_files(folder: Path, tmp_path: Path) -> None:
     whole = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(whole[:200])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        read_draft(str(folder))
-    (folder / WEIGHTS).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="found only the pickle pytorch_model.bin"):
+    for broken in (whole[:200], b"\xff" + whole[1:], b""):
+        (folder / WEIGHTS).write_bytes(broken)
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            read_draft(str(folder))
+    flipped = bytearray(whole)
+    flipped[-7] ^= 0x10
+    (folder / WEIGHTS).write_bytes(bytes(flipped))
+    with pytest.raises(UserError, match="a damaged copy, or edited since redraft wrote it"):
         read_draft(str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_draft(str(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"expected a file config.json, found pytorch_model.bin"):
+    with pytest.raises(UserError, match=r"expected a file config.json, found README.md"):
         read_draft(str(folder))
     with pytest.raises(UserError, match="no such folder"):
         read_draft(str(tmp_path / "nowhere"))
+
+
+def test_a_pickle_is_opened_only_where_it_is_allowed(folder: Path) -> None:
+    expected = read_draft(str(folder)).hash()
+    as_pickle(folder)
+    with pytest.raises(UserError, match="found only the pickle pytorch_model.bin.*--allow-pickle"):
+        read_draft(str(folder))
+    assert read_draft(str(folder), unpickle=True).hash() == expected
+
+
+class Evil:
+    """What a hostile pickle does when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path("/nonexistent/ran").write_text, ("x",))
+
+
+@pytest.mark.parametrize("content", ["object", "list", "truncated"])
+def test_a_pickle_of_anything_but_tensors_is_refused(folder: Path, content: str) -> None:
+    as_pickle(folder)
+    path = folder / "pytorch_model.bin"
+    if content == "object":
+        path.write_bytes(pickle.dumps({"fc.weight": Evil()}))
+    elif content == "list":
+        torch.save([torch.zeros(2)], path)
+    else:
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError, match="pytorch_model.bin: (refused|expected a mapping)"):
+        read_draft(str(folder), unpickle=True)
+
+
+def test_what_is_no_draft_is_called_by_its_name(target_folder: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match="is a whole language model; redraft reads EAGLE-1/2"):
+        read_draft(str(target_folder))
+    gate = torch.zeros(1, 32)
+    retensor(folder, layers__0__block_sparse_moe__shared_gate__weight=gate)
+    with pytest.raises(UserError, match="routed shared and private experts"):
+        read_draft(str(folder))
 
 
 def test_a_draft_for_another_tokenizer_is_refused(target: Target, folder: Path) -> None:
@@ -165,12 +193,6 @@ def test_a_draft_for_another_tokenizer_is_refused(target: Target, folder: Path) 
     (folder / "redraft.json").write_text(json.dumps({**record, "tokenizer_hash": "0123"}))
     with pytest.raises(UserError, match="tokenizers differ: .* tokenizer 0123"):
         load_draft(str(folder), target)
-
-
-def test_export_refuses_other_formats(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown export format 'gguf'; known: eagle3"):
-        read_draft(str(folder)).save(tmp_path / "x", "gguf")
-    assert not (tmp_path / "x").exists()
 
 
 def test_private_parts_round_trip_and_refuse_another_draft(

@@ -26,6 +26,7 @@ from rich.table import Table
 from ..console import say
 from ..decode.sampling import Sampling
 from ..drafts.new import new_draft
+from ..drafts.table import KINDS
 from ..errors import UserError, nearest
 from ..formats.folders import write_text
 from ..formats.load import load_draft, stored
@@ -54,11 +55,12 @@ def build_family(
     size: str,
     data: str | None = None,
     members: Sequence[str] | None = None,
+    kinds: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """Build what is missing of a family in `out` and return its manifest.
 
-    `data` is a folder of real data for sizes that read it (default $REDRAFT_DATA). Raises
+    `kinds` are the kinds of draft that the base gets beside eagle3. `data` is a folder of real data for sizes that read it (default $REDRAFT_DATA). Raises
     UserError for unknown sizes or members, and for a size that needs data where there is none.
     """
     if size not in SIZES:
@@ -72,6 +74,9 @@ def build_family(
         raise UserError(
             f"size {size} reads real data: name its folder with --data or in REDRAFT_DATA"
         )
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"unknown kind of draft '{kind}'; {nearest(kind, KINDS)}")
     corpus = Corpus(s, folder, seed)
     chosen = [name for name in MEMBERS if members is None or name in members]
     run = RunFolder(out)
@@ -87,10 +92,18 @@ def build_family(
             [f"members/{name}"],
             lambda name=name, row=row: _member(out, corpus, name, row),  # type: ignore[misc]
         )
-    drafted = run.stage("draft", {"base": key}, ["draft"], lambda: _base_draft(out, corpus))
+    drafted = {
+        kind: run.stage(
+            draft_folder(kind),
+            {"base": key},
+            [draft_folder(kind)],
+            lambda kind=kind: _base_draft(out, corpus, kind),  # type: ignore[misc]
+        )
+        for kind in dict.fromkeys(("eagle3", *kinds))
+    }
     run.stage(
         "gates",
-        {"draft": drafted, "members": [run.state[name]["inputs"] for name in chosen]},
+        {"draft": drafted["eagle3"], "members": [run.state[name]["inputs"] for name in chosen]},
         ["family.json"],
         lambda: run.write_json("family.json", _manifest(out, corpus, size, chosen)),
     )
@@ -203,7 +216,12 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
     _save(out / "members" / name, model, tokenizer)
 
 
-def _base_draft(out: Path, corpus: Corpus) -> None:
+def draft_folder(kind: str) -> str:
+    """Where in a family the base's draft of a kind lies."""
+    return "draft" if kind == "eagle3" else f"draft-{kind}"
+
+
+def _base_draft(out: Path, corpus: Corpus, kind: str) -> None:
     s = corpus.size
     target = load_target(str(out / "base"))
     # Like a published draft's data: general talk, and a little of the domain tuned later.
@@ -215,12 +233,12 @@ def _base_draft(out: Path, corpus: Corpus) -> None:
         )
     ]
     heldout = _answers(out, target, corpus.general, "heldout", 12, s.answer_tokens, 4)
-    draft = new_draft(target, answers, width=s.draft_width)
+    draft = new_draft(target, answers, kind=kind, width=s.draft_width)
     config = dataclasses.replace(DRAFT, lr=DRAFT_LR / s.shape.hidden)
     trained = train(target, draft, answers, heldout, config, k=4)
     made = stored(draft, target)
     made.provenance["train"] = to_json(trained.record)
-    made.save(out / "draft")
+    made.save(out / draft_folder(kind))
 
 
 def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[str, Any]:

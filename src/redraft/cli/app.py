@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
-from . import bench, engine, job, recipes, stages
+from . import bench, drafts, engine, job, recipes, stages
 
 app = typer.Typer(
     name="redraft",
@@ -28,7 +28,8 @@ for command in (
     stages.select,
     stages.train,
     stages.measure,
-    stages.export,
+    drafts.export,
+    drafts.inspect,
     engine.verify,
     job.report,
 ):

@@ -24,6 +24,9 @@ def bench_family(
     members: Annotated[
         str | None, typer.Option("--members", help="fine-tunes to build, comma-separated")
     ] = None,
+    kinds: Annotated[
+        str | None, typer.Option("--kinds", help="kinds of draft beside eagle3, comma-separated")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="seed of everything")] = 0,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -40,6 +43,7 @@ def bench_family(
         size=size,
         data=data,
         members=members.split(",") if members else None,
+        kinds=kinds.split(",") if kinds else (),
         seed=seed,
     )
     if as_json:

@@ -232,30 +232,6 @@ def measure(
         print_acceptance(measured)
 
 
-def export(
-    draft: DraftFlag,
-    private: Annotated[str, typer.Option("--private", help="folder of the private part")],
-    out: Annotated[str, typer.Option("--out", help="folder of the stock draft to write")],
-    format: Annotated[str, typer.Option("--format", help="layout: eagle3")] = "eagle3",
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
-) -> None:
-    """Fuse a private part into its shared draft: a stock checkpoint for vLLM and SGLang.
-
-    Example: redraft export --draft org/EAGLE3-base --private run/private --out my-draft
-    """
-    set_quiet(quiet)
-    from ..formats.load import read_draft
-    from ..formats.private_part import load_private
-    from ..steps import fuse_draft
-
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise UserError(f"--out {out} is not empty; name a new folder")
-    fused = fuse_draft(read_draft(draft), load_private(Path(private)))
-    fused.save(out, format)
-    finish(as_json, f"draft written to {out}", {"out": out, "hash": fused.hash()})
-
-
 def _taps(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from ..console import say
+from ..decode.sampling import Sampling
 from ..errors import UserError, nearest
 from ..formats.load import StoredDraft
 from ..measuring.lossless import compare
-from ..measuring.measure import Measured, measure
+from ..measuring.measure import Measured, answer_all, measure
 from ..records import Acceptance, EngineSpeed, Prompt, Verification, versions
 from ..target import Target
 from .diagnosis import diagnose
@@ -86,7 +87,10 @@ def verify(
         seconds=time.monotonic() - began,
     )
     reasons = judge(found)
-    causes = diagnose(stored, target, own.answers, found) if reasons else []
+    causes: list[str] = []
+    if reasons:
+        answers = answer_all(target, prompts, request.max_new_tokens, request.k, Sampling())
+        causes = diagnose(stored, target, answers, found)
     return dataclasses.replace(
         found,
         good=not reasons,

@@ -38,9 +38,7 @@ def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
 def canonical(stored: str) -> str:
     """A tensor's name as redraft uses it: no prefix, the layer called `midlayer`."""
     stored = stored.removeprefix("model.")
-    return (
-        LAYER + stored.removeprefix("layers.0.") if stored.startswith("layers.0.") else stored
-    )
+    return LAYER + stored.removeprefix("layers.0.") if stored.startswith("layers.0.") else stored
 
 
 def parse(
@@ -117,7 +115,7 @@ def draft_vocabulary(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> Ten
     d2t = tensors["d2t"].long()
     ids = d2t + torch.arange(len(d2t))
     absolute = "expected offsets (target id = row + d2t), these look like absolute ids"
-    inside = 0 <= int(ids.min()) and int(ids.max()) < config.vocab_size
+    inside = int(ids.min()) >= 0 and int(ids.max()) < config.vocab_size
     if not inside or not bool((ids[1:] > ids[:-1]).all()):
         raise UserError(
             f"d2t does not lead to ascending target ids inside the vocabulary: {absolute}"

@@ -31,10 +31,7 @@ REQUIRED = {
     "eagle3": [
         "fc.weight",
         "norm.weight",
-        *(
-            f"midlayer.{name}"
-            for name in (*_LAYER, "input_layernorm.weight", "hidden_norm.weight")
-        ),
+        *(f"midlayer.{name}" for name in (*_LAYER, "input_layernorm.weight", "hidden_norm.weight")),
     ],
 }
 
@@ -143,19 +140,25 @@ def _vllm_taps(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
         )
 
 
-def _vllm_biases(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
-    plain = _flat(raw)
-    if plain.get("bias"):
-        yield "wrong", "bias: true is read as attention biases, which nothing fills"
-    has = plain.get("attention_bias") or plain.get("bias") or plain.get("qkv_bias")
-    for name in sorted(tensors):
-        if name.endswith(".bias") and not (has and "self_attn" in name):
-            if bool(tensors[name].any()):
+def _vllm_biases(layer: str) -> Rule:
+    def rule(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
+        plain = _flat(raw)
+        if plain.get("bias"):
+            yield "wrong", "bias: true is read as attention biases, which nothing fills"
+        expected = any(plain.get(key) for key in ("attention_bias", "bias", "qkv_bias"))
+        for name in sorted(tensors):
+            read = expected and name.startswith(layer)
+            if name.endswith(".bias") and not read and bool(tensors[name].any()):
                 yield "wrong", f"{name} is dropped without a word"
-    wanted = [f"midlayer.self_attn.{n}.bias" for n in (*QKV, "o_proj")]
-    absent = [name for name in wanted if name not in tensors]
-    if plain.get("attention_bias") and absent:
-        yield "wrong", f"attention_bias without {', '.join(absent)}: uninitialised values"
+        absent = [
+            name
+            for name in (f"{layer}self_attn.{n}.bias" for n in (*QKV, "o_proj"))
+            if name not in tensors
+        ]
+        if plain.get("attention_bias") and absent:
+            yield "wrong", f"attention_bias without {', '.join(absent)}: uninitialised values"
+
+    return rule
 
 
 def _vllm_norms(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
@@ -262,7 +265,7 @@ RULES: dict[str, dict[str, list[Rule]]] = {
             _vllm_vocabulary,
             _map_values,
             _vllm_taps,
-            _vllm_biases,
+            _vllm_biases("midlayer."),
             _vllm_norms,
             _silu,
         ],
@@ -271,7 +274,7 @@ RULES: dict[str, dict[str, list[Rule]]] = {
         "transformers": [_through_redraft],
     },
     "eagle": {
-        "vllm": [_vllm_eagle, _missing("eagle"), _vllm_biases, _silu],
+        "vllm": [_vllm_eagle, _missing("eagle"), _vllm_biases("layers.0."), _silu],
         "sglang": [_sglang_eagle, _missing("eagle")],
         "llama.cpp": [_no_eagle],
         "transformers": [_through_redraft],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -102,9 +101,7 @@ def engines(kind: str) -> list[str]:
 
 
 def _variants(config: LayerShape) -> list[str]:
-    return [
-        f"{says} ({name})" for name, says in VARIANTS.items() if getattr(config, name, None)
-    ]
+    return [f"{says} ({name})" for name, says in VARIANTS.items() if getattr(config, name, None)]
 
 
 def _shape(config: LayerShape) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def write_layer(c: LayerShape) -> dict[str, Any]:
 
 def layer_shapes(c: LayerShape, wide: int) -> dict[str, tuple[int, ...]]:
     """Required tensors of the layer by relative name; `wide` is what q, k and v read."""
-    H, I, C = c.hidden_size, c.intermediate_size, c.head_dim
+    H, C = c.hidden_size, c.head_dim
+    width = c.intermediate_size
     rows = {
         "q_proj": c.num_attention_heads * C,
         "k_proj": c.num_key_value_heads * C,
@@ -111,8 +112,8 @@ def layer_shapes(c: LayerShape, wide: int) -> dict[str, tuple[int, ...]]:
         shapes["self_attn.o_proj.bias"] = (H,)
     if c.head_norms:
         shapes.update({f"self_attn.{name}_norm.weight": (C,) for name in "qk"})
-    shapes.update({f"mlp.{name}_proj.weight": (I, H) for name in ("gate", "up")})
-    shapes["mlp.down_proj.weight"] = (H, I)
+    shapes.update({f"mlp.{name}_proj.weight": (width, H) for name in ("gate", "up")})
+    shapes["mlp.down_proj.weight"] = (H, width)
     shapes["post_attention_layernorm.weight"] = (H,)
     return shapes
 

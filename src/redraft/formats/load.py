@@ -107,7 +107,11 @@ def read_draft(source: str, *, unpickle: bool = False) -> StoredDraft:
     """
     folder = find_folder(source, unpickle=unpickle)
     raw = read_json(folder / "config.json")
-    tensors = read_tensors(folder, unpickle=unpickle)
+    tensors = {
+        name: tensor
+        for name, tensor in read_tensors(folder, unpickle=unpickle).items()
+        if not name.endswith("rotary_emb.inv_freq")  # a buffer of old files; engines skip it too
+    }
     kind, layout, parse = recognise(raw, tensors, folder)
     config, tensors = parse(raw, tensors, folder)
     record = folder / PROVENANCE

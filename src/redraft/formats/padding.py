@@ -1,7 +1,7 @@
 """Padding for tensor parallelism: FFN neurons of zeros, so that every rank gets as many.
 
-A neuron whose gate, up and down weights are zero adds exactly zero to the sum, so the padded draft
-computes bit for bit what the draft computed.
+A neuron whose gate, up and down weights are zero adds exactly zero to the sum. No stored weight
+changes; only the order in which a matrix product adds may, as it does with any other width.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ class Twin:
         self.groups = int(self.c.get("num_key_value_heads") or self.heads)
         self.size = int(self.c.get("head_dim") or self.c["hidden_size"] // self.heads)
         self.eps = float(self.c.get("rms_norm_eps", 1e-6))
-        types = self.c.get("layer_types")
-        slides = bool(types) and types[0] == "sliding_attention"
+        slides = (self.c.get("layer_types") or [None])[0] == "sliding_attention"
         self.window = int(self.c["sliding_window"]) if slides else 1 << 60
         self.angles = rotary_frequencies(self.c, self.size)
         self.seen: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -74,7 +73,7 @@ class Twin:
             features = self.rms(features, "input_norm")
         norms = sorted(n for n in self.w if n.startswith("fc_norm."))
         if norms:
-            parts = features.split(len(features) // len(norms))
+            parts = features.chunk(len(norms))
             normed = [self.rms(p, f"fc_norm.{k}") for k, p in enumerate(parts)]
             features = torch.cat(normed)
         return self.w["fc.weight"] @ features
@@ -98,7 +97,8 @@ class Twin:
 
     def attention(self, x: Tensor, position: int) -> Tensor:
         q, k, v = (
-            list(self.linear(x, f"layers.0.self_attn.{n}_proj").split(self.size)) for n in "qkv"
+            list(self.linear(x, f"layers.0.self_attn.{n}_proj").view(-1, self.size).unbind())
+            for n in "qkv"
         )
         if "layers.0.self_attn.q_norm.weight" in self.w:
             q = [self.rms(part, "layers.0.self_attn.q_norm") for part in q]
@@ -113,8 +113,9 @@ class Twin:
             shares = torch.exp(scores / math.sqrt(self.size))
             shares = shares / shares.sum()
             mixed.append(
-                torch.stack([s * vs[group] for s, (_, vs) in zip(shares, visible, strict=True)])
-                .sum(0)
+                torch.stack(
+                    [s * vs[group] for s, (_, vs) in zip(shares, visible, strict=True)]
+                ).sum(0)
             )
         return self.linear(torch.cat(mixed), "layers.0.self_attn.o_proj")
 

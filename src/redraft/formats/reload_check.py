@@ -1,0 +1,60 @@
+"""`redraft export --verify`: the written folder, read by the twin, computes what was exported.
+
+Both sides get the same tokens, features, and where the draft shares the target's embedding or
+head, the same random ones, so no target is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..drafts.eagle import EagleDraft
+from ..drafts.one_layer import OneLayerDraft
+from ..errors import UserError
+from ..rng import seeded
+from .load import StoredDraft
+from .twin import Twin
+
+TOKENS, STEPS, IDS = 8, 3, 32
+TOLERANCE = 1e-5
+"""Largest relative difference of a logit; rotary frequencies are float32 on one side."""
+
+
+@torch.no_grad()
+def check_export(stored: StoredDraft, folder: Path) -> float:
+    """Compare logits of chains; returns the worst relative difference.
+
+    Raises UserError when the folder computes another function than `stored`.
+    """
+    hidden = stored.config.hidden_size
+    embedding, head = _random((IDS, hidden), "embedding"), _random((IDS, hidden), "head")
+    draft = stored.build(dtype=torch.float64)
+    assert isinstance(draft, OneLayerDraft), "the kinds that are stored have one layer"
+    draft.shared_embedding = embedding
+    if isinstance(draft, EagleDraft):
+        draft.head = nn.Linear(hidden, IDS, bias=False, dtype=torch.float64)
+        draft.head.weight.copy_(head)
+    tokens = torch.randint(IDS, (1, TOKENS), generator=seeded(0, "verify", "tokens"))
+    features = _random((1, TOKENS, draft.feature_size), "features")
+    twin = Twin(folder, embedding, head)
+    rolled = [draft.logits(states)[0] for states in draft.rollout(tokens, features, 0, STEPS)]
+    worst = 0.0
+    for start in range(TOKENS - 1 - STEPS):
+        chain = twin.chain_logits(tokens[0].tolist(), features[0], start, STEPS)
+        for step, expected in enumerate(chain):
+            difference = (rolled[step][start] - expected).abs().max() / expected.abs().max()
+            worst = max(worst, float(difference))
+    if not worst < TOLERANCE:
+        raise UserError(
+            f"{folder}: read back apart, the folder computes another function than what was "
+            f"exported (logits differ by {worst:.2g} of their size); do not serve it, and please "
+            "report this"
+        )
+    return worst
+
+
+def _random(shape: tuple[int, ...], name: str) -> Tensor:
+    return torch.randn(shape, generator=seeded(0, "verify", name)).double()

@@ -1,0 +1,133 @@
+"""Published layouts in: each is read, runs exactly, and is checked against the second reading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redraft.errors import UserError
+from redraft.formats.load import load_draft, read_draft
+from redraft.target import Target
+from tests.conftest import fresh_draft, in_double
+from tests.drafts.test_drafts import worst_difference
+from tests.formats.crafted import LAYOUTS, as_pickle, as_shards, edit, retensor
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "EAGLE-3 by its authors": ("safeai_eagle3", {"vocab": 40}),
+    "EAGLE-3, whole vocabulary": ("safeai_eagle3", {}),
+    "SpecForge": ("specforge", {"vocab": 40}),
+    "SpecForge, other taps": ("specforge", {"taps": (1, 3, 6)}),
+    "speculators": ("speculators", {"vocab": 40}),
+    "speculators as it trains": (
+        "speculators",
+        {"vocab": 40, "norm_before_residual": True, "norm_before_fc": True, "norm_output": True},
+    ),
+    "EAGLE-1/2": ("safeai_eagle", {"kind": "eagle"}),
+    "EAGLE-1/2 with fc.bias": ("safeai_eagle", {"kind": "eagle", "fc_bias": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def target64(target_folder: Path) -> Target:
+    return in_double(target_folder)
+
+
+@pytest.mark.parametrize("shards", ["single", "sharded", "pickle"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_published_layout_is_read_and_runs_exactly(
+    target64: Target, tmp_path: Path, case: str, shards: str
+) -> None:
+    layout, options = CASES[case]
+    made = fresh_draft(target64, **options)
+    folder = LAYOUTS[layout](tmp_path / "published", made)
+    if shards == "sharded":
+        as_shards(folder)
+    if shards != "pickle":
+        draft = load_draft(str(folder), target64)
+        assert draft.taps == made.taps
+        assert worst_difference(target64, draft, 1, folder) < 1e-7
+    else:
+        as_pickle(folder)
+        read_draft(str(folder), unpickle=True).save(tmp_path / "converted", _written(made))
+        draft = load_draft(str(tmp_path / "converted"), target64)
+        assert worst_difference(target64, draft, 1, tmp_path / "converted") < 1e-7
+    for name, tensor in made.stored_state().items():
+        if name not in ("d2t", "t2d"):
+            assert torch.equal(draft.state_dict()[name], tensor), name
+
+
+def _written(draft: Any) -> str:
+    """A format whose engine serves the draft's own function."""
+    if draft.kind == "eagle":
+        return "sglang-eagle"
+    return "speculators" if draft.config.norm_output else "auto"
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "changes", "message"),
+    [
+        ("speculators", {}, {"speculators_model_type": "dflash"}, "type 'dflash'; redraft reads"),
+        (
+            "speculators",
+            {},
+            {"transformer_layer_config": ...},
+            "a mapping transformer_layer_config",
+        ),
+        ("safeai_eagle", {"kind": "eagle"}, {"bias": True}, "bias: true, but there is no fc.bias"),
+        ("safeai_eagle", {"kind": "eagle"}, {"num_hidden_layers": 2}, "drafts of several layers"),
+        ("safeai_eagle3", {}, {"num_hidden_layers": 2}, "expected one decoder layer, this draft"),
+    ],
+)
+def test_what_a_layout_cannot_say_is_refused(
+    target: Target,
+    tmp_path: Path,
+    layout: str,
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    folder = LAYOUTS[layout](tmp_path / "d", fresh_draft(target, **options))
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        read_draft(str(folder))
+
+
+@pytest.mark.parametrize("name", ["layers.0.input_layernorm", "norm", "lm_head"])
+def test_an_eagle_draft_with_a_foreign_tensor_is_refused(
+    target: Target, tmp_path: Path, name: str
+) -> None:
+    folder = LAYOUTS["safeai_eagle"](tmp_path / "d", fresh_draft(target, kind="eagle"))
+    retensor(folder, **{f"{name.replace('.', '__')}__weight": torch.ones(32)})
+    with pytest.raises(UserError, match=f"an EAGLE-1/2 draft has no {name}.weight"):
+        read_draft(str(folder))
+
+
+def test_speculators_leave_a_norm_flag_out_and_mean_true(target: Target, tmp_path: Path) -> None:
+    folder = LAYOUTS["speculators"](tmp_path / "d", fresh_draft(target))
+    assert not read_draft(str(folder)).config.norm_before_residual  # type: ignore[attr-defined]
+    edit(folder, norm_before_residual=...)
+    assert read_draft(str(folder)).config.norm_before_residual  # type: ignore[attr-defined]
+
+
+def test_a_rotary_buffer_of_old_files_is_skipped(target: Target, tmp_path: Path) -> None:
+    folder = LAYOUTS["safeai_eagle"](tmp_path / "d", fresh_draft(target, kind="eagle"))
+    expected = read_draft(str(folder)).hash()
+    retensor(folder, layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    assert read_draft(str(folder)).hash() == expected
+
+
+def test_a_shard_outside_the_folder_is_refused(target: Target, tmp_path: Path) -> None:
+    folder = LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
+    as_shards(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"fc.weight": "../a.safetensors"}}))
+    with pytest.raises(UserError, match="'../a.safetensors' is no file name"):
+        read_draft(str(folder))
+    (folder / "a.safetensors").unlink()
+    index.write_text(json.dumps({"weight_map": {"fc.weight": "a.safetensors"}}))
+    with pytest.raises(UserError, match=r"a.safetensors: listed in the index but missing"):
+        read_draft(str(folder))

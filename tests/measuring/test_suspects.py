@@ -1,0 +1,83 @@
+"""Which mistakes in a draft's files are tried, and when one is named.
+
+On targets this small neighbouring layers are nearly interchangeable, so acceptance is scripted
+here; planted mistakes are found by measurement in the engine tests, on a trained family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft.drafts.base import Draft
+from redraft.formats.load import read_draft, stored
+from redraft.formats.misreadings import misreadings
+from redraft.measuring import suspects as module
+from redraft.records import Answer, StepTrace
+from redraft.target import Target
+from tests.conftest import fresh_draft
+from tests.formats.crafted import edit
+
+TRUE_TAPS = (3, 5, 6)
+
+
+def scripted(accepted: int) -> Any:
+    """A replay in which only the true reading of a draft accepts `accepted` of 4 per step."""
+
+    def replay(target: Target, draft: Draft, answers: Sequence[Answer], k: int) -> list[StepTrace]:
+        right = draft.taps == TRUE_TAPS and not draft.config.norm_before_residual
+        return [StepTrace(a.id, (accepted if right else 0,) * 5, a.length) for a in answers]
+
+    return replay
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}, r"the taps .* but hs\[3, 5, 6\] accepts"),
+        ({"norm_before_residual": True}, "norm_before_residual should be false"),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("accepted", [2, 0])
+def test_the_reading_that_accepts_more_is_named(
+    target: Target,
+    answers: list[Answer],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    named: str | None,
+    accepted: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draft = fresh_draft(target, taps=TRUE_TAPS)
+    stored(draft, target).save(tmp_path / "d")
+    edit(tmp_path / "d", **changes)
+    monkeypatch.setattr(module, "replay", scripted(accepted))
+    found = module.suspects(target, read_draft(str(tmp_path / "d")), answers, 4)
+    if named is None or accepted == 0:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert re.match(named, found[0]), found
+        assert "tau 3.00 that way, 1.00 as written, 24 prompts" in found[0]
+
+
+def test_readings_that_cannot_be_are_not_tried(target: Target) -> None:
+    causes = {
+        name: [m.cause for m in misreadings(stored(fresh_draft(target, **options), target), target)]
+        for name, options in {
+            "default": {},
+            "last": {"taps": (1, 3, 7)},
+            "eagle": {"kind": "eagle"},
+            "bias": {"kind": "eagle", "fc_bias": True},
+        }.items()
+    }
+    assert [c.startswith("the taps") for c in causes["default"]] == [True, True, False]
+    assert not any("hs[2, 4, 8]" in cause for cause in causes["last"])  # beyond the last layer
+    assert any("trained on the default layers" in cause for cause in causes["last"])
+    assert causes["eagle"] == []
+    assert causes["bias"] == ["fc.bias should not be there"]
