@@ -82,7 +82,7 @@ def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table)
     own = own_plain(target, table.prompts)
     base = own_plain(load_target(str(BUILD / "family" / "base")), table.prompts)
     assert own != base, "the adapter changes nothing, so this cell could not fail"
-    cell = table.cell("lora4, eagle3 reused", target, drafts["reused"], reference=own)
+    cell = table.cell("lora4 eagle3 reused", target, drafts["reused"], reference=own)
     check_words(cell)
     check_same_steps(cell)
 

@@ -79,16 +79,20 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
 
 
 def repair(
-    out: Path, size: str = "nano", data: str | None = None, members: Sequence[str] = (MEMBER,)
+    out: Path,
+    size: str = "nano",
+    data: str | None = None,
+    members: Sequence[str] = (MEMBER,),
+    kinds: Sequence[str] = (),
 ) -> Repaired:
     """Build a family in `out`, adapt the draft of its fine-tune, train a dedicated one.
 
-    `members` are the fine-tunes to build; the one called sft is among them. Everything is cached
-    in `out`. Raises UserError for a size that no recipe adapts.
+    `members` are the fine-tunes to build; the one called sft is among them. `kinds` are the kinds
+    of draft that the base gets beside eagle3. Everything is cached in `out`. Raises UserError for a size that no recipe adapts.
     """
     if size not in RECIPES:
         raise UserError(f"size {size} has no recipe to adapt it; {nearest(size, RECIPES)}")
-    family = build_family(out / "family", size=size, data=data, members=members)
+    family = build_family(out / "family", size=size, data=data, members=members, kinds=kinds)
     target = load_member(out / "family", MEMBER)
     prompts = out / "family" / "prompts"
     evaluation = str(prompts / f"{family['tuned_domain']}-eval.jsonl")
