@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,19 +42,27 @@ def drafts(repaired: Repaired) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def eagle_adapted(repaired: Repaired) -> str:
-    """The base's EAGLE-1/2 draft adapted to the SFT target; cached in `build/engines`."""
-    recipe = recipe_path("demo")
-    adapt = Path(repaired.evaluation.replace("-eval.jsonl", "-adapt.jsonl"))
-    flow.adapt(
-        repaired.target,
-        str(BUILD / "family" / "draft-eagle"),
-        str(adapt),
-        out=BUILD / "run-eagle",
-        config=resolve([("recipe demo", read_yaml(recipe))]),
-        eval_prompts=repaired.evaluation,
-    )
-    return str(BUILD / "run-eagle" / "draft")
+def eagle(repaired: Repaired) -> Callable[[str], str]:
+    """Folders of the EAGLE-1/2 drafts of the SFT target: reused, adapted, dedicated; each cached."""
+    shared = str(BUILD / "family" / "draft-eagle")
+    prompts = repaired.evaluation.replace("-eval.jsonl", "-adapt.jsonl")
+
+    def folder(name: str) -> str:
+        if name == "reused":
+            return shared
+        scratch = {"train.method": "scratch"} if name == "dedicated" else {}
+        recipe = read_yaml(recipe_path("demo"))
+        flow.adapt(
+            repaired.target,
+            shared,
+            prompts,
+            out=BUILD / f"run-eagle-{name}",
+            config=resolve([("recipe demo", recipe), (name, scratch)]),
+            eval_prompts=repaired.evaluation,
+        )
+        return str(BUILD / f"run-eagle-{name}" / "draft")
+
+    return folder
 
 
 @pytest.fixture(scope="session")

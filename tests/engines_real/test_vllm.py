@@ -7,15 +7,23 @@ now and then, and only there a tolerance is given.
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from redraft.bench.demo import Repaired
 from redraft.bench.family import load_member
+from redraft.decode.sampling import Sampling
+from redraft.formats.load import read_draft
 from redraft.measuring.lossless import compare
+from redraft.measuring.measure import answer_all
+from redraft.measuring.suspects import suspects
 from redraft.target import load_target
-from tests.engines_real.cells import Cell, K, Table, own_plain
+from tests.engines_real.cells import TOKENS, Cell, K, Table, own_plain
 from tests.engines_real.conftest import BUILD
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -35,14 +43,6 @@ def check_same_steps(cell: Cell) -> None:
 def check_steps(cell: Cell, tolerance: float) -> None:
     assert cell.drafts > cell.prompts
     assert cell.tau == pytest.approx(cell.own_tau, rel=tolerance)
-
-
-def eagle_folder(family: Path, name: str) -> str:
-    """An EAGLE-1/2 draft of the family; skips where the family has none."""
-    folder = family / name
-    if not folder.is_dir():
-        pytest.skip(f"the family builds no {name}")
-    return str(folder)
 
 
 def test_the_engine_without_a_draft_decodes_as_redraft_does(
@@ -69,11 +69,44 @@ def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
     assert adapted.tau > 1.5 * reused.tau
 
 
-def test_eagle_adapted(repaired: Repaired, eagle_adapted: str, table: Table) -> None:
-    cell = table.cell("eagle adapted", repaired.target, eagle_adapted)
+def test_eagle_adapted(repaired: Repaired, eagle: Callable[[str], str], table: Table) -> None:
+    cell = table.cell("eagle adapted", repaired.target, eagle("adapted"))
     assert cell.method == "eagle"
     check_words(cell)
     check_same_steps(cell)
+
+
+@pytest.mark.parametrize(
+    ("planted", "named"),
+    [
+        (
+            {"taps": (1, 3, 4)},
+            r"the taps are wrong: config.json says hs\[1, 3, 4\], but hs\[2, 4, 5\]",
+        ),
+        (
+            {"taps": (3, 5, 6)},
+            r"the taps are wrong: config.json says hs\[3, 5, 6\], but hs\[2, 4, 5\]",
+        ),
+        ({"norm_before_residual": True}, "norm_before_residual should be false"),
+        ({}, None),
+    ],
+)
+def test_a_planted_mistake_is_found_by_measurement(
+    repaired: Repaired,
+    drafts: dict[str, str],
+    table: Table,
+    planted: dict[str, Any],
+    named: str | None,
+) -> None:
+    """What `redraft verify` tries beside the engine, on a draft for which it matters."""
+    good = read_draft(drafts["adapted"])
+    config = dataclasses.replace(good.config, **planted)
+    answers = answer_all(repaired.target, table.prompts, TOKENS, K, Sampling())
+    found = suspects(repaired.target, dataclasses.replace(good, config=config), answers, K)
+    if named is None:
+        assert found == []
+    else:
+        assert re.match(named, found[0]), found
 
 
 def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
@@ -91,9 +124,9 @@ def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("draft", ["family/draft-eagle", "reference/dedicated-eagle"])
-def test_eagle(repaired: Repaired, table: Table, draft: str) -> None:
-    cell = table.cell(f"eagle {Path(draft).name}", repaired.target, eagle_folder(BUILD, draft))
+@pytest.mark.parametrize("draft", ["reused", "dedicated"])
+def test_eagle(repaired: Repaired, eagle: Callable[[str], str], table: Table, draft: str) -> None:
+    cell = table.cell(f"eagle {draft}", repaired.target, eagle(draft))
     check_words(cell)
     check_same_steps(cell)
 
@@ -110,8 +143,6 @@ def test_other_k(repaired: Repaired, drafts: dict[str, str], table: Table, k: in
 def test_the_speculators_layout_serves_the_same_draft(
     repaired: Repaired, drafts: dict[str, str], table: Table, tmp_path: Path
 ) -> None:
-    from redraft.formats.load import read_draft
-
     read_draft(drafts["adapted"]).save(tmp_path / "draft", "speculators")
     stock = table.cell("eagle3 adapted", repaired.target, drafts["adapted"])
     cell = table.cell("speculators adapted", repaired.target, str(tmp_path / "draft"))

@@ -88,7 +88,8 @@ def repair(
     """Build a family in `out`, adapt the draft of its fine-tune, train a dedicated one.
 
     `members` are the fine-tunes to build; the one called sft is among them. `kinds` are the kinds
-    of draft that the base gets beside eagle3. Everything is cached in `out`. Raises UserError for a size that no recipe adapts.
+    of draft that the base gets beside eagle3. Everything is cached in `out`. Raises UserError for a
+    size that no recipe adapts.
     """
     if size not in RECIPES:
         raise UserError(f"size {size} has no recipe to adapt it; {nearest(size, RECIPES)}")
