@@ -158,6 +158,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     finally:
         _signal_group(process, signal.SIGKILL)
         process.wait()
+        _wait_for_group(process)
+
+
+def _wait_for_group(process: subprocess.Popen[bytes]) -> None:
+    """Killed children take a moment to give back memory and ports that the next server needs."""
+    deadline = time.monotonic() + GRACE_SECONDS / 2
+    with contextlib.suppress(ProcessLookupError):  # the group is gone
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
