@@ -37,6 +37,8 @@ from redraft.target import Target, load_target
 from redraft.training.train import train
 
 console.set_quiet(True)
+# Tests run in two processes, and models this small gain nothing from a second thread.
+torch.set_num_threads(1)
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
