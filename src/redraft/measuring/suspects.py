@@ -15,6 +15,8 @@ from ..target import Target
 from .acceptance import bootstrap_difference, pooled_tau
 from .replay import replay
 
+FEWEST = 8
+"""Below this many prompts chance makes suspects."""
 CLEARLY = 0.15
 """A reading must raise tau by this much to be named, and its interval must exclude 0."""
 
@@ -22,15 +24,15 @@ CLEARLY = 0.15
 def suspects(target: Target, stored: StoredDraft, answers: Sequence[Answer], k: int) -> list[str]:
     """Sentences naming what is wrong with the files, best supported first; none if all is well.
 
-    `answers` are the target's own, with K-1 tokens of overrun.
+    `answers` are the target's own, with K-1 tokens of overrun; fewer than FEWEST name nothing.
     """
 
     def traces(draft: StoredDraft) -> list[StepTrace]:
         return [t for t in replay(target, draft.build(target), answers, k) if t.accepted]
 
     written = traces(stored)
-    if not written:
-        return []  # answers of one token each: nothing was drafted
+    if len(written) < FEWEST:
+        return []
     named = []
     for other in misreadings(stored, target):
         found = traces(other.draft)
