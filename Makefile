@@ -25,10 +25,10 @@ test: install
 
 # The exports in a real vLLM, in an environment of its own ($REDRAFT_VLLM_PYTHON, else made here).
 test-engines: install engine
-	$(BIN)/python -m pytest tests/engines_real -m 'engine and not full'
+	$(BIN)/python -m pytest -n 0 tests/engines_real -m 'engine and not full'
 
 test-engines-full: install engine
-	$(BIN)/python -m pytest tests/engines_real -m engine
+	$(BIN)/python -m pytest -n 0 tests/engines_real -m engine
 
 engine:
 	@test -n "$$REDRAFT_VLLM_PYTHON" || $(MAKE) --no-print-directory $(ENGINE)/.installed

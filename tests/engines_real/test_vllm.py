@@ -113,8 +113,9 @@ def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table)
     """The adapter stays unmerged in both: PEFT here, vLLM's own LoRA layers there."""
     target = load_member(BUILD / "family", "lora4")
     own = own_plain(target, table.prompts)
-    base = own_plain(load_target(str(BUILD / "family" / "base")), table.prompts)
-    assert own != base, "the adapter changes nothing, so this cell could not fail"
+    few = table.prompts[:8]
+    base = own_plain(load_target(str(BUILD / "family" / "base")), few)
+    assert own[: len(few)] != base, "the adapter changes nothing, so this cell could not fail"
     cell = table.cell("lora4 eagle3 reused", target, drafts["reused"], reference=own)
     check_words(cell)
     check_same_steps(cell)
