@@ -20,7 +20,7 @@ from redraft.records import Acceptance, Lossless, Prompt, Verification, to_json
 from redraft.target import Target, load_target
 from tests.conftest import fresh_draft, write_prompts
 from tests.engines.conftest import PROMPTS, FakeEngine, K, install_fake
-from tests.formats.crafted import retensor
+from tests.formats.crafted import edit, retensor
 from tests.test_cli import run
 
 TOKENS = 12
@@ -273,6 +273,7 @@ def test_a_draft_not_fit_to_serve_exits_with_3(
     [
         ({}, {"midlayer__mlp__up_proj__weight": None}, "missing midlayer.mlp.up_proj.weight"),
         ({"vocab": 40}, {"d2t": "absolute"}, "these look like absolute ids"),
+        ({}, {"config": {"model_type": ...}}, "vllm does not load it"),
     ],
 )
 def test_files_wrong_as_they_lie_there_need_no_engine(
@@ -287,6 +288,8 @@ def test_files_wrong_as_they_lie_there_need_no_engine(
 ) -> None:
     draft = fresh_draft(target, **options)
     stored(draft, target).save(tmp_path / "d")
+    planted = dict(planted)
+    edit(tmp_path / "d", **planted.pop("config", {}))
     ids = {name: draft.draft_vocab for name, value in planted.items() if value == "absolute"}
     retensor(tmp_path / "d", **{**planted, **ids})
     prompts = write_prompts(tmp_path / "p.jsonl", 3)

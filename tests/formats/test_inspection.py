@@ -198,6 +198,18 @@ def test_every_trap_is_named(target: Target, tmp_path: Path, name: str) -> None:
             assert found.serves(engine) in verdict.values()
 
 
+@pytest.mark.parametrize(("taps", "harmless"), [((2, 4, 5), True), ((1, 3, 6), False)])
+def test_tap_ids_that_name_the_default_layers_are_harmless_for_a_known_target(
+    target: Target, tmp_path: Path, taps: tuple[int, ...], harmless: bool
+) -> None:
+    LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target, taps=taps))
+    assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "serves another function"
+    known = inspect_draft(str(tmp_path / "d"), target)
+    assert (known.serves("vllm") == "serves it as it is") == harmless
+    edit(tmp_path / "d", eagle_aux_hidden_state_layer_ids=[1, 3, 4])
+    assert inspect_draft(str(tmp_path / "d"), target).serves("vllm") == "serves another function"
+
+
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
 def test_a_good_export_has_no_finding_for_its_engine(
     target: Target, tmp_path: Path, kind: str

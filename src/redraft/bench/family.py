@@ -61,8 +61,9 @@ def build_family(
 ) -> dict[str, Any]:
     """Build what is missing of a family in `out` and return its manifest.
 
-    `kinds` are the kinds of draft that the base gets beside eagle3. `data` is a folder of real data for sizes that read it (default $REDRAFT_DATA). Raises
-    UserError for unknown sizes or members, and for a size that needs data where there is none.
+    `kinds` are the kinds of draft that the base gets beside eagle3. `data` is a folder of real data
+    for sizes that read it (default $REDRAFT_DATA). Raises UserError for unknown sizes, members or
+    kinds, and for a size that needs data where there is none.
     """
     if size not in SIZES:
         raise UserError(f"unknown size '{size}'; {nearest(size, SIZES)}")

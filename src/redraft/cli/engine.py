@@ -109,19 +109,19 @@ def verify(
     from ..engines.environment import find_environment
     from ..engines.verify import Request
     from ..engines.verify import verify as work
-    from ..formats.inspection import inspect_draft
+    from ..formats.inspection import REFUSED, inspect_draft
     from ..formats.load import read_draft
     from ..report.terminal import print_verification
     from ..target import load_target
 
     environment = find_environment(python)
-    files = inspect_draft(draft)
-    findings = [f.says for f in files.engines if f.engine == engine and f.level != "note"]
-    if files.unreadable is not None:
-        _refuse(files.unreadable, findings, as_json)
     loaded = load_target(
         target, adapter=target_adapter, chat_template=chat_template, dtype=dtype, device="cpu"
     )
+    files = inspect_draft(draft, loaded)
+    findings = [f.says for f in files.engines if f.engine == engine and f.level != "note"]
+    if files.unreadable is not None or files.serves(engine) == REFUSED:
+        _refuse(files.unreadable or f"{engine} {REFUSED}", findings, as_json)
     request = Request(
         logs=Path(run) / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
         k=k or (finished.k if finished else 4),
@@ -176,7 +176,7 @@ def _refuse(why: str, findings: list[str], as_json: bool) -> NoReturn:
         print_json({"good": False, "verdict": verdict, "findings": findings})
     else:
         for finding in findings:
-            typer.echo(f"the engine would not say so: {finding}")
+            typer.echo(f"in the engine: {finding}")
         typer.echo(verdict)
     raise typer.Exit(NOT_GOOD)
 

@@ -15,30 +15,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eagle3, speculators
+from ..errors import UserError
+from ..target import default_taps
+from . import eagle, eagle3, speculators
 from .layer import QKV
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
-LEVELS = ("note", "wrong", "refused")
-"""Harmless; loads and serves another function without a word; does not load."""
-
-_ATTENTION = [*(f"self_attn.{name}.weight" for name in (*QKV, "o_proj"))]
-_FFN = [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-_LAYER = [*_ATTENTION, *_FFN, "post_attention_layernorm.weight"]
+TOP = "eagle_aux_hidden_state_layer_ids"
+"""The key of the tap ids: hs[] indices at the top level, layers in `eagle_config`."""
+_PROJECTIONS = [*(f"self_attn.{name}" for name in (*QKV, "o_proj"))]
+_FFN = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+_LAYER = [f"{name}.weight" for name in (*_PROJECTIONS, *_FFN, "post_attention_layernorm")]
+_NORMS = ["input_layernorm.weight", "hidden_norm.weight"]
 REQUIRED = {
-    "eagle": ["fc.weight", *(f"layers.0.{name}" for name in _LAYER)],
+    "eagle": ["fc.weight", *(f"{eagle.LAYER}{name}" for name in _LAYER)],
     "eagle3": [
         "fc.weight",
         "norm.weight",
-        *(f"midlayer.{name}" for name in (*_LAYER, "input_layernorm.weight", "hidden_norm.weight")),
+        *(f"{eagle3.LAYER}{name}" for name in (*_LAYER, *_NORMS)),
     ],
 }
+"""What every engine needs of a kind. The readers derive theirs from config.json, which may itself
+be broken here."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing an engine does with a folder; `level` is one of LEVELS."""
+    """One thing an engine does with a folder.
+
+    `level`: a harmless "note"; "wrong" where it loads and serves another function without a word;
+    "refused" where it does not load.
+    """
 
     engine: str
     level: str
@@ -48,8 +56,13 @@ class Finding:
 Rule = Callable[[Config, Tensors], Iterator[tuple[str, str]]]
 
 
-def judge(kind: str, raw: Config, stored: Tensors) -> list[Finding]:
-    """What every engine does with a folder of this kind, engine by engine."""
+def judge(kind: str, raw: Config, stored: Tensors, num_layers: int | None = None) -> list[Finding]:
+    """What every engine does with a folder of this kind, engine by engine.
+
+    With the target's `num_layers`, tap ids that name the default layers are known to be harmless.
+    """
+    if num_layers is not None:
+        raw = _without_default_taps(raw, num_layers)
     named = {
         eagle3.canonical(name) if kind == "eagle3" else name.removeprefix("model."): tensor
         for name, tensor in stored.items()
@@ -119,8 +132,7 @@ def _map_values(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
 
 
 def _vllm_taps(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
-    top = raw.get("eagle_aux_hidden_state_layer_ids")
-    nested = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    top, nested = raw.get(TOP), (raw.get("eagle_config") or {}).get(TOP)
     if top:
         if list(top) != sorted(set(top)):
             yield "wrong", f"tap ids {top} are sorted and deduplicated before use"
@@ -136,7 +148,7 @@ def _vllm_taps(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
         yield (
             "wrong",
             "tap ids only in eagle_config: the present runner ignores them and taps the default "
-            "layers, the older one takes them one layer too early",
+            "layers (harmless only if these are the default ones)",
         )
 
 
@@ -198,8 +210,7 @@ def _sglang_eagle3(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
         yield "wrong", "q_norm and k_norm are skipped"
     if "embed_tokens.weight" in tensors and "target_hidden_size" not in raw:
         yield "note", "embed_tokens.weight is ignored: the target's embedding is used"
-    top = raw.get("eagle_aux_hidden_state_layer_ids")
-    nested = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    top, nested = raw.get(TOP), (raw.get("eagle_config") or {}).get(TOP)
     if top and not nested:
         yield "wrong", "tap ids only at the top level: the default layers are tapped"
 
@@ -250,6 +261,23 @@ def _no_eagle(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
 
 def _through_redraft(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
     yield "note", "has no EAGLE drafts of its own: redraft's decoding loop runs them"
+
+
+def _without_default_taps(raw: Config, num_layers: int) -> Config:
+    """The config without tap ids, where all that it has name the layers tapped anyway."""
+    nested = raw.get("eagle_config") or {}
+    named = [tuple(raw[TOP])] if raw.get(TOP) else []
+    named += [tuple(k + 1 for k in nested[TOP])] if nested.get(TOP) else []
+    try:
+        default = default_taps(num_layers)
+    except UserError:  # a target too shallow for them
+        return raw
+    if any(taps != default for taps in named):
+        return raw
+    kept = {key: value for key, value in raw.items() if key != TOP}
+    if nested:
+        kept["eagle_config"] = {key: value for key, value in nested.items() if key != TOP}
+    return kept
 
 
 def _flat(raw: Config) -> Config:

@@ -13,8 +13,9 @@ from ..errors import UserError
 from ..target import Target
 from .engine_rules import RULES, Finding, judge
 from .folders import find_folder, read_json, read_tensors
-from .load import StoredDraft, read_draft, recognise
+from .load import StoredDraft, interpret, recognise
 
+REFUSED, AS_IT_IS = "does not load it", "serves it as it is"
 EQUATIONS = {
     "eagle3": "g = fc([hs[a]; hs[b]; hs[c]]); layer on [norm(E[t+1]); norm(g or own state)]; "
     "logits = lm_head(norm(state))",
@@ -55,8 +56,8 @@ class Inspection:
         """In a word: what the engine does with this folder."""
         levels = {finding.level for finding in self.engines if finding.engine == engine}
         if "refused" in levels:
-            return "does not load it"
-        return "serves another function" if "wrong" in levels else "serves it as it is"
+            return REFUSED
+        return "serves another function" if "wrong" in levels else AS_IT_IS
 
 
 def inspect_draft(
@@ -74,7 +75,7 @@ def inspect_draft(
     stored: StoredDraft | None = None
     unreadable = None
     try:
-        stored = read_draft(source, unpickle=unpickle)
+        stored = interpret(folder, raw, tensors)
         if target is not None:
             stored.build(target)
     except UserError as refusal:
@@ -90,7 +91,7 @@ def inspect_draft(
         taps=_taps(kind, stored, target),
         vocabulary=_vocabulary(kind, raw, stored),
         tensors={n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in tensors.items()},
-        engines=judge(kind, raw, tensors),
+        engines=judge(kind, raw, tensors, target.num_layers if target else None),
         provenance=stored.provenance if stored else {},
     )
 

@@ -36,7 +36,6 @@ class StoredDraft:
     config: LayerShape
     tensors: dict[str, Tensor]
     provenance: dict[str, Any] = field(default_factory=dict)
-    layout: str = "memory"
 
     def hash(self) -> str:
         return state_hash(self.tensors)
@@ -107,16 +106,21 @@ def read_draft(source: str, *, unpickle: bool = False) -> StoredDraft:
     """
     folder = find_folder(source, unpickle=unpickle)
     raw = read_json(folder / "config.json")
-    tensors = {
+    return interpret(folder, raw, read_tensors(folder, unpickle=unpickle))
+
+
+def interpret(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredDraft:
+    """The draft that config.json and tensors of a folder describe; raises as `read_draft` does."""
+    stored = {
         name: tensor
-        for name, tensor in read_tensors(folder, unpickle=unpickle).items()
+        for name, tensor in tensors.items()
         if not name.endswith("rotary_emb.inv_freq")  # a buffer of old files; engines skip it too
     }
-    kind, layout, parse = recognise(raw, tensors, folder)
-    config, tensors = parse(raw, tensors, folder)
+    kind, _, parse = recognise(raw, stored, folder)
+    config, named = parse(raw, stored, folder)
     record = folder / PROVENANCE
     provenance = read_json(record) if record.is_file() else {}
-    found = StoredDraft(folder, kind, config, tensors, provenance, layout)
+    found = StoredDraft(folder, kind, config, named, provenance)
     recorded = provenance.get("tensors_hash")
     if recorded is not None and recorded != found.hash():
         raise UserError(

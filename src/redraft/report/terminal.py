@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ..formats.inspection import Inspection, engines
+from ..formats.inspection import AS_IT_IS, Inspection, engines
 from ..records import Acceptance, AdaptReport, Lossless, Verification
 
 
@@ -70,7 +70,7 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
         out.print(f"  redraft     refuses it: {found.unreadable}", style="red", markup=False)
     for engine in engines(found.kind):
         verdict = found.serves(engine)
-        style = "green" if verdict == "serves it as it is" else "red"
+        style = "green" if verdict == AS_IT_IS else "red"
         out.print(f"  {engine:11} {verdict}", style=style)
         for finding in found.engines:
             if finding.engine == engine:

@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from multiprocessing import forkserver
@@ -24,26 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from redraft import cli, files
-from redraft.console import set_quiet
 from redraft.errors import UserError
 from redraft.lock import held
 from redraft.run_folder import RunFolder
 from redraft.target import Target
 from redraft.training import train as train_module
-from tests.conftest import write_prompts
-from tests.crashes import (
-    PROMPTS,
-    SETTINGS,
+from tests.faults.crashes import (
     WRITES,
     Bomb,
     Crash,
     Job,
     Signal,
     armed,
-    artefacts,
     careless_write,
     child_adapt,
     child_command,
@@ -60,51 +53,13 @@ LAZY = (
 """What a run imports late, seconds of it: kills are to hit the run."""
 FAULTS, DISK_FAULTS, KILLS = 200, 40, 20
 REACH = (12, 60)
-OTHER = {"regenerate.max_new_tokens": 4, "train.width": 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums of floats depend on the number of threads, and child processes use one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def job(target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    prompts = write_prompts(tmp_path_factory.mktemp("job") / "p.jsonl", PROMPTS)
-    return Job(target_folder, draft_folder, prompts)
-
-
-@pytest.fixture(scope="module")
-def whole(job: Job, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train = job.run(target, out).report.train
-    assert train.best_step > train.steps // 3, "what is trained has to matter to what is exported"
-    return out
-
-
-@pytest.fixture(scope="module")
-def expected(whole: Path) -> dict[str, Any]:
-    return artefacts(whole)
-
-
-@pytest.fixture(scope="module")
-def other(job: Job, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run with other settings, from which much has to be removed."""
-    out = tmp_path_factory.mktemp("other") / "run"
-    replace(job, settings={**SETTINGS, **OTHER}).run(target, out)
-    return out
 
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
     """Children that start with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tests.crashes", *LAZY])
+    context.set_forkserver_preload(["pytest", "tests.faults.crashes", *LAZY])
     with pytest.MonkeyPatch.context() as patch:  # the server imports by its environment
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()
@@ -459,158 +414,6 @@ def test_each_refusal_has_its_remedy(tmp_path: Path, number: int, remedy: str) -
     )
 
 
-# -- damage ---------------------------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path: Path) -> None:
-    """One bit near the end, where tensors and the last line lie."""
-    content = bytearray(path.read_bytes())
-    content[-20] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
-@pytest.mark.parametrize(
-    ("name", "stage"),
-    [
-        ("answers/adapt.jsonl", "regenerate adapt"),
-        ("answers/eval.jsonl", "regenerate eval"),
-        ("selection.jsonl", "select"),
-        ("private/model.safetensors", "train"),
-        ("private/private.json", "train"),
-        ("draft/model.safetensors", "export"),
-        ("draft/config.json", "export"),
-        ("measure/eval-after.json", "measure"),
-    ],
-)
-def test_a_damaged_output_is_noticed_and_made_again(
-    job: Job,
-    target: Target,
-    whole: Path,
-    expected: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    harm: Callable[[Path], None],
-    name: str,
-    stage: str,
-) -> None:
-    out = Path(shutil.copytree(whole, tmp_path / "run"))
-    harm(out / name)
-    assert set(differences(out, expected)) - {"report.json"} == {name}  # which names the copied run
-    set_quiet(False)
-    try:
-        assert job.run(target, out).worked
-    finally:
-        set_quiet(True)
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"{stage}: {name.split('/')[0]}" in said
-    assert "is not as this stage left it; doing it again" in said
-    assert differences(out, expected) == []
-
-
-@pytest.mark.parametrize("harm", [cut, flip])
-def test_a_damaged_checkpoint_is_set_aside(
-    job: Job,
-    target: Target,
-    expected: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    harm: Callable[[Path], None],
-) -> None:
-    out = tmp_path / "run"
-    with armed(Bomb(2, counts=lambda name: name.startswith("training"))), pytest.raises(Crash):
-        job.run(target, out)
-    harm(out / "checkpoints" / "checkpoint.safetensors")
-    set_quiet(False)
-    try:
-        job.run(target, out)
-    finally:
-        set_quiet(True)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "set aside as checkpoint.safetensors.damaged, training starts over" in said
-    assert differences(out, expected) == ["checkpoints/checkpoint.safetensors.damaged"]
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"train": {"done"', "[]", '{"select": 3}', "\x00\xff"])
-def test_a_damaged_state_loses_no_answer(
-    job: Job,
-    target: Target,
-    whole: Path,
-    expected: dict[str, Any],
-    tmp_path: Path,
-    text: str,
-) -> None:
-    out = Path(shutil.copytree(whole, tmp_path / "run"))
-    (out / "state.json").write_text(text, encoding="latin-1")
-    kept = [out / "answers/adapt.jsonl", out / "checkpoints/checkpoint.safetensors"]
-    times = [path.stat().st_mtime_ns for path in kept]
-    # A crash right after the damage was found must not lose them either.
-    with armed(Bomb(9)), pytest.raises(Crash):
-        job.run(target, out)
-    job.run(target, out)
-    assert [path.stat().st_mtime_ns for path in kept] == times
-    assert differences(out, expected) == ["state.json.damaged"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "training.json is not valid JSON.*"),
-        ('{"method": 1}', "training.json: missing or unknown .*seconds.*"),
-        ("[1]", "training.json: expected a JSON object, found a list"),
-        (None, "expected a file training.json, found model.safetensors, private.json"),
-    ],
-)
-def test_a_damaged_training_record_is_named_and_the_remedy_helps(
-    job: Job,
-    target: Target,
-    whole: Path,
-    expected: dict[str, Any],
-    tmp_path: Path,
-    content: str | None,
-    message: str,
-) -> None:
-    out = Path(shutil.copytree(whole, tmp_path / "run"))
-    record = out / "private" / "training.json"
-    record.unlink() if content is None else record.write_text(content)
-    with pytest.raises(UserError, match=f"{message}; remove {out}/private and train again"):
-        job.run(target, out)
-    shutil.rmtree(out / "private")
-    job.run(target, out)
-    assert differences(out, expected) == []
-
-
-def test_a_mixed_private_folder_is_refused(
-    job: Job, whole: Path, other: Path, tmp_path: Path
-) -> None:
-    from redraft.formats.private_part import load_private
-
-    mixed = Path(shutil.copytree(whole / "private", tmp_path / "private"))
-    shutil.copy(other / "private" / "model.safetensors", mixed)
-    with pytest.raises(UserError, match="is not what its card private.json describes"):
-        load_private(mixed)
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"before": 3}'])
-def test_a_damaged_report_is_named(
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    content: str,
-) -> None:
-    (tmp_path / "report.json").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["redraft", "report", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert "report.json" in capsys.readouterr().err
-
-
 # -- the record ------------------------------------------------------------------------------------
 
 
@@ -622,7 +425,7 @@ def record(hits: Counter[str], chains: int) -> None:
         f"{hits.total()} crashes at random points of a tiny `redraft adapt`, in {chains} run folders; "
         "each folder was run again until it was done, and then every file in it equalled that of an "
         "uninterrupted run (but for the fields that hold seconds and memory). Written by "
-        "`REDRAFT_RECORD_FAULTS=docs/results/faults.md pytest tests/test_faults.py`; beside these, "
+        "`REDRAFT_RECORD_FAULTS=docs/results/faults.md pytest -n 0 tests/faults/test_crashes.py`; beside these, "
         f"the same tests fill the disk {DISK_FAULTS} times and kill the process {KILLS} times.\n\n"
         "| place | crashes there | ended with the same bytes |\n|---|---|---|\n" + rows
     )
