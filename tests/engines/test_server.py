@@ -58,8 +58,9 @@ def test_it_is_stopped_when_the_block_fails(
 def test_it_is_stopped_with_redraft(fake: FakeEngine, tmp_path: Path, number: int) -> None:
     """A process that serves and waits is interrupted: the engine must not outlive it."""
     code = f"""
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
 from redraft.engines.environment import Environment
 from redraft.engines.server import free_port, serving
 port = free_port()

@@ -6,6 +6,7 @@ here; planted mistakes are found by measurement in the engine tests, on a traine
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ from tests.formats.crafted import edit
 TRUE_TAPS = (3, 5, 6)
 
 
-def scripted(accepted: int) -> Any:
-    """A replay in which only the true reading of a draft accepts `accepted` of 4 per step."""
+def scripted(accepted: int, steps: int = 1) -> Any:
+    """A replay in which only the true reading accepts `accepted` tokens, in one of `steps` steps."""
 
     def replay(target: Target, draft: Draft, answers: Sequence[Answer], k: int) -> list[StepTrace]:
         right = draft.taps == TRUE_TAPS and not draft.config.norm_before_residual
-        return [StepTrace(a.id, (accepted if right else 0,) * 5, a.length) for a in answers]
+        taken = (accepted if right else 0, *([0] * (steps - 1)))
+        return [StepTrace(a.id, taken, a.length) for a in answers]
 
     return replay
 
@@ -64,6 +66,23 @@ def test_the_reading_that_accepts_more_is_named(
         assert len(found) == 1
         assert re.match(named, found[0]), found
         assert "tau 3.00 that way, 1.00 as written, 24 prompts" in found[0]
+
+
+@pytest.mark.parametrize(("steps", "count", "named"), [(5, 24, 1), (7, 24, 0), (5, 7, 0)])
+def test_little_is_no_evidence(
+    target: Target,
+    answers: list[Answer],
+    steps: int,
+    count: int,
+    named: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gain of 0.2 is named and one of 0.14 is not; nor is anything on few prompts."""
+    draft = stored(fresh_draft(target, taps=TRUE_TAPS), target)
+    wrong = dataclasses.replace(draft.config, norm_before_residual=True)  # type: ignore[call-arg]
+    monkeypatch.setattr(module, "replay", scripted(1, steps))
+    draft = dataclasses.replace(draft, config=wrong)
+    assert len(module.suspects(target, draft, answers[:count], 4)) == named
 
 
 def test_readings_that_cannot_be_are_not_tried(target: Target) -> None:
