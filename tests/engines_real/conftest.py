@@ -21,13 +21,20 @@ from redraft.data.prompts import read_prompts
 from redraft.engines.environment import VARIABLE, find_environment
 from tests.engines_real.cells import Table
 
-torch.set_num_threads(os.cpu_count() or 1)  # these tests have the machine to themselves
-
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "engines"
 RECORD = os.environ.get("REDRAFT_RECORD") == "1"
 PROMPTS = 40 if RECORD else 20
 """A record deserves more prompts than a check that the counts are still equal."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def all_threads() -> Iterator[None]:
+    """These tests have the machine to themselves. Not on import: collecting is not running them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from redraft.target import Target
 from tests.conftest import write_prompts
@@ -17,6 +18,7 @@ OTHER = {"regenerate.max_new_tokens": 4, "train.width": 2}
 
 @pytest.fixture(scope="module")
 def job(target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    assert torch.get_num_threads() == 1, "children compute in one thread; sums differ with two"
     prompts = write_prompts(tmp_path_factory.mktemp("job") / "p.jsonl", PROMPTS)
     return Job(target_folder, draft_folder, prompts)
 
