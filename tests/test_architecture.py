@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "rng", "faults"},
     {"files"},
     {"records", "config", "console", "lock"},
-    {"target", "batches"},
+    {"target", "batches", "slots"},
     {"drafts"},
     {"private", "decode"},
     {"formats"},

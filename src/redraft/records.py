@@ -42,7 +42,8 @@ class Answer:
 
     `length` counts the answer's tokens up to and including the stop token. Tokens after it are
     the target's own continuation, kept so that the last verification step of a replay is not cut
-    short; they are never trained on.
+    short; they are never trained on. `temperature` to `min_p` are how it was sampled; `seed` keys the
+    noise of a sampled one (see `decode/noise.py`), and is None where that is not known.
     """
 
     id: str
@@ -51,6 +52,10 @@ class Answer:
     length: int
     finish: str  # "stop" or "length"
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
 
     @property
     def answer(self) -> tuple[int, ...]:
@@ -74,6 +79,43 @@ class StepTrace:
     accepted: tuple[int, ...]
     answer_length: int
 
+    @property
+    def steps(self) -> float:
+        return len(self.accepted)
+
+    @property
+    def gained(self) -> float:
+        """Accepted tokens in all."""
+        return sum(self.accepted)
+
+    def counts(self, k: int) -> list[float]:
+        """How many steps accepted exactly 0, 1, ..., K tokens."""
+        return [float(self.accepted.count(n)) for n in range(k + 1)]
+
+
+@dataclass(frozen=True)
+class ExpectedSteps:
+    """The steps of one prompt in expectation over the draft's random tokens.
+
+    `by_accepted[n]` is the expected number of steps that accept exactly n tokens, n = 0..K.
+    """
+
+    id: str
+    by_accepted: tuple[float, ...]
+    answer_length: int
+
+    @property
+    def steps(self) -> float:
+        return sum(self.by_accepted)
+
+    @property
+    def gained(self) -> float:
+        """Accepted tokens in all."""
+        return sum(n * count for n, count in enumerate(self.by_accepted))
+
+    def counts(self, k: int) -> list[float]:
+        return list(self.by_accepted)
+
 
 @dataclass(frozen=True)
 class Acceptance:
@@ -82,13 +124,15 @@ class Acceptance:
     tau = 1 + accepted / steps, sum over sum (vLLM's "mean acceptance length"); the prefill's own
     token belongs to no step; prompts whose answer is that token alone are `excluded`.
     `per_position[j]` is conditional: of the steps that reached position j, the share that
-    accepted it. `ci` is the 95 % interval of tau under resampling of prompts.
+    accepted it. `ci` is the 95 % interval of tau under resampling of prompts. `mode` is how it was
+    measured (replay, expected, live), `acceptance` the acceptance mode; `steps` and `accepted` are
+    whole numbers unless `mode` is expected.
     """
 
     tau: float
     ci: tuple[float, float]
-    accepted: int
-    steps: int
+    accepted: float
+    steps: float
     prompts: int
     excluded: int
     k: int
@@ -99,6 +143,7 @@ class Acceptance:
     seconds: float
     tau_without_loops: float | None = None
     draft_token: str = "deterministic"  # how the draft picks a token; matters at temperature > 0
+    acceptance: str = "greedy"
     provenance: dict[str, Any] = field(default_factory=dict)
 
 

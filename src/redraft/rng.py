@@ -9,5 +9,10 @@ import torch
 
 def seeded(seed: int, *place: object) -> torch.Generator:
     """A CPU generator for one place in the work, independent of all others."""
+    return torch.Generator().manual_seed(derived_seed(seed, *place))
+
+
+def derived_seed(seed: int, *place: object) -> int:
+    """A seed for one place in the work, 56 bits, unrelated to those of all others."""
     key = hashlib.sha256(repr((seed, *place)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+    return int.from_bytes(key[:7], "little")

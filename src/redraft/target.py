@@ -82,18 +82,30 @@ class Target:
             listed.append(self.tokenizer.eos_token_id)
         return tuple(sorted(set(listed)))
 
-    def read(self, tokens_BT: Tensor, taps: Sequence[int], cache: Any = None) -> Reading:
+    def read(
+        self,
+        tokens_BT: Tensor,
+        taps: Sequence[int],
+        cache: Any = None,
+        *,
+        keep: Tensor | int = 0,
+        **placed: Any,
+    ) -> Reading:
         """Run the target once over `tokens_BT`, continuing `cache` if one is given.
 
         Rows are read without an attention mask: pad on the right only, where causality hides the
         padding from every real position. `taps` are hs[] indices; features are concatenated in
-        the order of `taps` (F = 0 without any).
+        the order of `taps` (F = 0 without any). `keep` limits the logits: the last so many (0:
+        all), or those of the token indices given. `placed` are `position_ids` and `attention_mask`
+        of rows that need them.
         """
         output = self.model(
             input_ids=tokens_BT,
             past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=list(taps) or None,
+            logits_to_keep=keep,
+            **placed,
         )
         if not taps:
             return Reading(output.logits[..., :0], output.logits)

@@ -105,9 +105,9 @@ def test_wrong_replays_are_caught(
     target, draft = pair64
     steps, answers = live(target, draft, prompts[:10], 4, LONGEST)
     answers = measure(target, draft, prompts[:10], k=4, max_new_tokens=LONGEST).answers
-    runs = replay_module.accepted_runs
+    chances = replay_module.chances
     if mutant == "shifted start":
-        monkeypatch.setattr(replay_module, "accepted_runs", lambda *a: runs(*a).roll(1, dims=1))
+        monkeypatch.setattr(replay_module, "chances", lambda *a: chances(*a).roll(1, dims=1))
     elif mutant == "no walk past a miss":
         monkeypatch.setattr(
             replay_module,
@@ -160,13 +160,3 @@ def test_lossless_audits_differences(
     found = compare(target, prompts[:3], plain, broken)
     assert (found.identical, found.excused, found.holds) == (2, 0, False)
     assert not is_near_tie(target, prompts[0], plain[0], plain[0][:-1])
-
-
-def test_live_at_a_temperature_says_what_to_use(
-    target: Target, trained_draft: Eagle3Draft, prompts: list[Prompt]
-) -> None:
-    with pytest.raises(UserError, match="use --mode replay"):
-        measure(target, trained_draft, prompts, mode="live", temperature=0.7)
-    found = measure(target, trained_draft, prompts[:6], k=3, max_new_tokens=16, temperature=0.7)
-    assert found.acceptance.temperature == 0.7
-    assert found.acceptance.draft_token == "deterministic"

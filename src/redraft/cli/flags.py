@@ -27,6 +27,29 @@ PromptsFlag = Annotated[str, typer.Option("--prompts", help="JSONL file of promp
 LimitFlag = Annotated[int | None, typer.Option("--limit", help="use only the first N prompts")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
+TemperatureFlag = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="sampling temperature; 0 is greedy")
+]
+TopKFlag = Annotated[
+    int, typer.Option("--top-k", min=0, help="keep the k likeliest tokens; 0 keeps all")
+]
+TopPFlag = Annotated[
+    float, typer.Option("--top-p", min=1e-6, max=1.0, help="nucleus mass; 1 keeps all")
+]
+MinPFlag = Annotated[
+    float,
+    typer.Option("--min-p", min=0.0, max=1.0, help="keep tokens this likely against the likeliest"),
+]
+AcceptanceFlag = Annotated[
+    str, typer.Option("--acceptance", help="acceptance mode: greedy, seeded or sampled")
+]
+DraftTokenFlag = Annotated[
+    str,
+    typer.Option(
+        "--draft-token",
+        help="how the draft picks a token: deterministic, coupled (seeded), sampled (sampled)",
+    ),
+]
 
 
 def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -72,6 +95,21 @@ def load(source: str, adapter: str | None, template: str | None, dtype: str) -> 
     from ..target import load_target
 
     return load_target(source, adapter=adapter, chat_template=template, dtype=dtype)
+
+
+def decoding_from(
+    acceptance: str,
+    draft_token: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> Any:
+    """The `Decoding` that the flags describe."""
+    from ..decode.modes import Decoding
+    from ..decode.sampling import Sampling
+
+    return Decoding(acceptance, Sampling(temperature, top_k, top_p, min_p), draft_token)
 
 
 def finish(as_json: bool, text: str, content: dict[str, Any]) -> None:

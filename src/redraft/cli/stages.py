@@ -12,15 +12,22 @@ from ..config import resolve
 from ..console import say, set_quiet
 from ..errors import UserError
 from .flags import (
+    AcceptanceFlag,
     AdapterFlag,
     DraftFlag,
+    DraftTokenFlag,
     DtypeFlag,
     JsonFlag,
     LimitFlag,
+    MinPFlag,
     PromptsFlag,
     QuietFlag,
     TargetFlag,
+    TemperatureFlag,
     TemplateFlag,
+    TopKFlag,
+    TopPFlag,
+    decoding_from,
     finish,
     load,
     print_json,
@@ -180,10 +187,18 @@ def measure(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
     ] = 128,
-    mode: Annotated[str, typer.Option("--mode", help="replay (exact, batched) or live")] = "replay",
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="of the target's answers (replay)")
-    ] = 0.0,
+    mode: Annotated[
+        str,
+        typer.Option(
+            "--mode", help="replay (exact, batched), expected (over sampled draft tokens), or live"
+        ),
+    ] = "replay",
+    temperature: TemperatureFlag = 0.0,
+    top_k: TopKFlag = 0,
+    top_p: TopPFlag = 1.0,
+    min_p: MinPFlag = 0.0,
+    acceptance: AcceptanceFlag = "",
+    draft_token: DraftTokenFlag = "",
     seed: Annotated[int, typer.Option("--seed", help="seed of sampled answers")] = 0,
     save_ids: Annotated[
         str | None,
@@ -198,18 +213,29 @@ def measure(
 ) -> None:
     """How many tokens a target pass yields with this draft: tau with interval, per position.
 
+    At a temperature the default is what engines do: sampled acceptance, deterministic draft tokens.
+
     Example: redraft measure --target ./my-model --draft ./draft --prompts prompts.jsonl --k 4
     """
     set_quiet(quiet)
-    if mode not in ("replay", "live"):
-        raise UserError(f"--mode must be replay or live; got '{mode}'")
     from ..data.prompts import read_prompts
     from ..files import write_text
     from ..formats.load import load_draft
+    from ..measuring.measure import WAYS
     from ..measuring.measure import measure as run
     from ..records import to_json
     from ..report.terminal import print_acceptance
 
+    if mode not in WAYS:
+        raise UserError(f"--mode must be one of {', '.join(WAYS)}; got '{mode}'")
+    decoding = decoding_from(
+        acceptance or ("sampled" if temperature else "greedy"),
+        draft_token or ("" if acceptance else "deterministic"),
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+    )
     loaded = load(target, target_adapter, chat_template, dtype)
     proposer = load_draft(draft, loaded)
     found = read_prompts(prompts, loaded, limit)
@@ -223,7 +249,7 @@ def measure(
         k=k,
         max_new_tokens=max_new_tokens,
         mode=mode,
-        temperature=temperature,
+        decoding=decoding,
         seed=seed,
     ).acceptance
     if as_json:

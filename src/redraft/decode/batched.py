@@ -1,8 +1,9 @@
 """Batched plain decoding: many prompts, stated sampling, one token per row and target pass.
 
-The noise of a row is keyed by the seed, the prompt's id and the position, so an answer does not
-depend on which prompts were answered beside it, nor on where an interrupted run resumed. Rows that
-are finished leave the batch.
+Sampled answers are those of acceptance mode `seeded`: the noise of a row is keyed by a seed of its
+own (from the run's seed and the prompt's id) and the position. So an answer does not depend on
+which prompts were answered beside it, nor on where an interrupted run resumed, and live decoding
+with its seed gives it again. Rows that are finished leave the batch.
 
 Shapes: B batch (rows still running), T tokens.
 """
@@ -10,15 +11,18 @@ Shapes: B batch (rows still running), T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from ..records import Answer, Prompt
-from ..rng import seeded
+from ..rng import derived_seed
 from ..target import Target
 from .cache import keep_rows, new_cache
-from .sampling import Sampling, draw, probabilities
+from .modes import MODES
+from .noise import seeds_tensor
+from .sampling import Sampling, scores
 
 
 def plan_generation(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
@@ -52,7 +56,8 @@ def generate_answers(
                 target.stop_ids,
                 _room(target, prompt, max_new_tokens, overrun),
                 overrun,
-                sampling.temperature,
+                sampling,
+                derived_seed(seed, "answer", prompt.id),
             )
             for prompt, row in zip(batch, rows, strict=True)
         ]
@@ -77,9 +82,8 @@ def _decode(
         [[0] * pad + list(p.tokens) for pad, p in zip(padding, batch, strict=True)], device=device
     )
     pad_B = torch.tensor(padding, device=device)
-    noise_BT = torch.stack(
-        [torch.rand(steps, generator=seeded(seed, "answer", p.id)) for p in batch]
-    ).to(device)
+    rules = MODES["seeded" if sampling.temperature else "greedy"]
+    seeds_B = seeds_tensor([derived_seed(seed, "answer", p.id) for p in batch], device)
     stop_ids = torch.tensor(target.stop_ids, device=device)
     cache = new_cache(target)
     output_BT = torch.zeros(len(batch), steps, dtype=torch.long, device=device)
@@ -87,7 +91,9 @@ def _decode(
     rows_B = torch.arange(len(batch), device=device)
     for step in range(steps):
         logits_BV = _forward(target, window, pad_B, longest + step, cache)
-        token_B = draw(probabilities(logits_BV, sampling), noise_BT[rows_B, step])
+        at_B1 = torch.full((len(rows_B), 1), step, device=device)
+        scores_B1V = scores(logits_BV, sampling)[:, None]
+        token_B = rules.choose(scores_B1V, at_B1, seeds_B[rows_B])[:, 0]
         output_BT[rows_B, step] = token_B
         left_B -= 1
         stopped = torch.isin(token_B, stop_ids)
@@ -133,10 +139,12 @@ def _answer(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     overrun: int,
-    temperature: float,
+    sampling: Sampling,
+    seed: int,
 ) -> Answer:
     at = next((i for i, token in enumerate(row[:max_new_tokens]) if token in stop_ids), None)
     length = min(len(row), max_new_tokens) if at is None else at + 1
     finish = "length" if at is None else "stop"
     kept = tuple(row[: length + overrun])
-    return Answer(prompt.id, prompt.tokens, kept, length, finish, temperature)
+    keyed = {**asdict(sampling), "seed": seed} if sampling.temperature else {}
+    return Answer(prompt.id, prompt.tokens, kept, length, finish, **keyed)

@@ -8,20 +8,37 @@ import torch
 
 from ..target import Target
 from .cache import new_cache
+from .door import Door
+from .modes import Decoding
+from .noise import seeds_tensor
 
 
 @torch.inference_mode()
-def decode_plain(target: Target, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    """The target's greedy answer to `prompt` (token ids), stop token included."""
+def decode_plain(
+    target: Target,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    decoding: Decoding | None = None,
+    seed: int = 0,
+    door: Door | None = None,
+) -> list[int]:
+    """The target's answer to `prompt` (token ids), stop token included; greedy unless told.
+
+    It ends at a stop token, after `max_new_tokens`, or where the context is full.
+    """
+    decoding = decoding or Decoding()
+    door = door or Door(decoding.sampling)
+    seeds_B = seeds_tensor([seed], target.device)
     stop = set(target.stop_ids)
     cache = new_cache(target)
     window = torch.tensor([list(prompt)], device=target.device)
     emitted: list[int] = []
-    while len(emitted) < max_new_tokens:
-        logits = target.read(window, (), cache).logits_BTV
-        token = logits[0, -1].argmax()
-        emitted.append(int(token))
+    while len(emitted) < min(max_new_tokens, target.max_positions - len(prompt)):
+        logits_11V = target.read(window, (), cache, keep=1).logits_BTV
+        scores_11V = door.scores(logits_11V, lambda row, position: [*prompt, *emitted])
+        at_11 = torch.tensor([[len(emitted)]], device=target.device)
+        window = decoding.rules.choose(scores_11V, at_11, seeds_B)
+        emitted.append(int(window))
         if emitted[-1] in stop:
             break
-        window = token.view(1, 1)
     return emitted

@@ -1,8 +1,8 @@
-"""The one door from logits to a token: temperature, top-k, top-p, then a draw.
+"""The one door from logits to a token: temperature, top-k, top-p, min-p, then a draw.
 
 Temperature 0 is a point mass here, not a branch elsewhere.
 
-Shapes: B batch, V vocabulary.
+Shapes: V vocabulary, last; any dimensions before it.
 """
 
 from __future__ import annotations
@@ -12,44 +12,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NEVER = float("-inf")
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: temperature 0 is greedy, top_k 0 and top_p 1 keep everything."""
+    """How tokens are drawn: temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep everything."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
 
-def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [B, V] that tokens are drawn from, in float32 (float64 stays).
+def scores(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """Logits over temperature, -inf for every token that is cut; float32 (float64 stays).
 
-    At temperature 0 all mass lies on the first largest logit. Top-k and top-p keep at least one
-    token; top-p keeps the smallest set of likeliest tokens whose mass reaches p.
+    At temperature 0 all but the first largest logit are cut. The cuts follow each other as in
+    Transformers: top-k (ties with the k-th stay), top-p (the smallest set of likeliest tokens whose
+    mass reaches p), min-p (at least min_p times the likeliest). Each keeps at least one token.
     """
-    wide = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    wide = logits_V if logits_V.dtype == torch.float64 else logits_V.float()
     if sampling.temperature == 0:
-        return torch.zeros_like(wide).scatter_(-1, wide.argmax(-1, keepdim=True), 1.0)
+        best = wide.argmax(-1, keepdim=True)
+        return torch.full_like(wide, NEVER).scatter_(-1, best, 0.0)
     scaled = wide / sampling.temperature
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = scaled.topk(sampling.top_k).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < least, float("-inf"))
-    p_BV = scaled.softmax(-1)
+        scaled = scaled.masked_fill(scaled < least, NEVER)
     if sampling.top_p < 1:
-        ranked, order = p_BV.sort(descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked
-        ranked = ranked.masked_fill(before >= sampling.top_p, 0.0)
-        p_BV = torch.zeros_like(p_BV).scatter_(-1, order, ranked)
-        p_BV = p_BV / p_BV.sum(-1, keepdim=True)
-    return p_BV
+        ranked, order = scaled.softmax(-1).sort(descending=True, stable=True)
+        cut = ranked.cumsum(-1) - ranked >= sampling.top_p
+        scaled = scaled.masked_fill(torch.zeros_like(cut).scatter_(-1, order, cut), NEVER)
+    if sampling.min_p > 0:
+        p_V = scaled.softmax(-1)
+        weak = p_V < sampling.min_p * p_V.amax(-1, keepdim=True)
+        scaled = scaled.masked_fill(weak, NEVER)
+    return scaled
 
 
-def draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token per row by inverting the cumulative distribution at uniform numbers in [0, 1)."""
-    cumulative = p_BV.cumsum(-1)
-    aim = uniform_B.to(cumulative)[:, None] * cumulative[:, -1:]
+def probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that tokens are drawn from, in float32 (float64 stays)."""
+    return scores(logits_V, sampling).softmax(-1)
+
+
+def draw(p_V: Tensor, uniform: Tensor) -> Tensor:
+    """One token per distribution by inverting its cumulative sum at uniform numbers in [0, 1)."""
+    cumulative = p_V.cumsum(-1)
+    aim = uniform.to(cumulative)[..., None] * cumulative[..., -1:]
     # The first token whose cumulative mass exceeds the aim; its own mass is never zero.
-    return (
-        torch.searchsorted(cumulative, aim, right=True).squeeze(-1).clamp_(max=p_BV.shape[-1] - 1)
-    )
+    found = torch.searchsorted(cumulative, aim, right=True).squeeze(-1)
+    last = p_V.shape[-1] - 1 - (p_V > 0).flip(-1).int().argmax(-1)  # rounding may aim past the end
+    return torch.minimum(found, last)

@@ -1,22 +1,34 @@
-"""Speculative decoding with a chain of K drafted tokens, one prompt at a time, greedy.
+"""Speculative decoding with a chain of K drafted tokens, for a batch of prompts.
 
-One step: the draft proposes K tokens, the target reads them in one pass and makes its own choice
-at K+1 positions, `verify` says how many are accepted, both caches forget the rest, and the draft
-reads the accepted tokens again from the target's true features.
+One step: the draft proposes K tokens, the target reads them in one pass, the acceptance mode says
+how many are accepted and which token follows, both caches forget the rest, and the draft reads the
+accepted tokens again from the target's true features. Every row accepts its own number of tokens,
+keeps its own length, and leaves the batch when it is done.
+
+Shapes: B rows, T tokens, K drafted tokens, J = K + 1 verified positions, V vocabulary, H draft hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..console import say
 from ..drafts.base import Draft
+from ..errors import UserError
 from ..target import Target
-from .cache import new_cache, roll_back
-from .verify import accept_greedy
+from .cache import RowCache, why_alone
+from .door import Door
+from .modes import Decoding
+from .noise import seeds_tensor
+from .sampling import NEVER
+
+Stop = Callable[[int, list[int], int], int | None]
+"""(request, tokens so far, how many of them are new) -> the answer's length once it has ended."""
 
 
 @dataclass(frozen=True)
@@ -32,45 +44,281 @@ class Decoded:
     overrun: list[int]
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Step:
+    """What one target pass brought to the rows in the batch.
+
+    `requests` are the rows' indices among the prompts; `tokens` are emitted, the first `accepted`
+    of them drafted. The prefill's own step has `drafted` 0. `logits_BJV` are the target's, `scores_BJV` the
+    same behind the door; the tokens were chosen at the first len(tokens) positions.
+    """
+
+    requests: list[int]
+    accepted: list[int]
+    tokens: list[list[int]]
+    drafted: int
+    logits_BJV: Tensor
+    scores_BJV: Tensor
+
+
 def decode_speculative(
-    target: Target, draft: Draft, prompt: Sequence[int], k: int, max_new_tokens: int
-) -> Decoded:
-    """Greedy decoding with a draft: the same tokens as `decode_plain`, in fewer target passes."""
-    stop = set(target.stop_ids)
-    cache, draft_cache = new_cache(target), draft.new_cache()
-    reading = target.read(_row(prompt, target), draft.taps, cache)
-    emitted = [int(reading.logits_BTV[0, -1].argmax())]
-    state = draft.absorb(draft_cache, _row([*prompt[1:], emitted[0]], target), reading.features_BTF)
-    accepted: list[int] = []
-    while not _finished(emitted, stop, max_new_tokens):
-        drafted = draft.propose(draft_cache, state, k)
-        reading = target.read(_row([emitted[-1], *drafted], target), draft.taps, cache)
-        chosen: list[int] = reading.logits_BTV[0].argmax(-1).tolist()
-        n = accept_greedy(drafted, chosen)
-        roll_back(cache, k - n)
-        emitted += [*drafted[:n], chosen[n]]
-        accepted.append(n)
-        state = draft.absorb(
-            draft_cache, _row(emitted[-n - 1 :], target), reading.features_BTF[:, : n + 1]
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    max_new_tokens: int,
+    decoding: Decoding | None = None,
+    seeds: Sequence[int] | None = None,
+    reserve: int = 0,
+) -> list[Decoded]:
+    """Decode prompts (token ids) together: what `decode_plain` gives, in fewer target passes.
+
+    In mode sampled the distribution is what is equal, in the others the tokens. `seeds` are one per
+    prompt (0 each). Answers end at a stop token, after `max_new_tokens`, or `reserve` tokens before
+    the context does (K of them: then no step is cut short).
+    """
+    stop = stop_at(target, prompts, max_new_tokens, reserve)
+    found = [Decoded([], [], []) for _ in prompts]
+    decoding = decoding or Decoding()
+    for step in speculate(target, draft, prompts, k, decoding, stop, seeds=seeds):
+        for request, n, tokens in zip(step.requests, step.accepted, step.tokens, strict=True):
+            found[request].tokens.extend(tokens)
+            if step.drafted:
+                found[request].accepted.append(n)
+    return [_ended(request, row, stop) for request, row in enumerate(found)]
+
+
+def stop_at(
+    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, reserve: int = 0
+) -> Stop:
+    """Answers end as `decode_speculative` says, with one token at least."""
+    stop_ids = set(target.stop_ids)
+    context = target.max_positions - reserve
+    room = [min(max_new_tokens, max(context - len(prompt), 1)) for prompt in prompts]
+
+    def stop(request: int, tokens: list[int], new: int) -> int | None:
+        begin = len(tokens) - new
+        for position in range(begin, min(len(tokens), room[request])):
+            if tokens[position] in stop_ids:
+                return position + 1
+        return room[request] if len(tokens) >= room[request] else None
+
+    return stop
+
+
+def speculate(
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    decoding: Decoding,
+    stop: Stop,
+    *,
+    door: Door | None = None,
+    draft_door: Door | None = None,
+    seeds: Sequence[int] | None = None,
+    padding: Sequence[Sequence[int]] | None = None,
+) -> Iterator[Step]:
+    """The steps of speculative decoding, as they come; rows end where `stop` says.
+
+    `door` holds logits processors (see `door.py`), `draft_door` those that the draft's logits go
+    through. `padding` are tokens before each prompt that processors see and the target does not.
+    A target that cannot read rows of different lengths together decodes them one by one, and that
+    is said. Raises UserError for an empty prompt, one that fills the context, and a draft that is
+    not where the target is.
+    """
+    check_prompts(target, prompts)
+    _check_devices(target, draft)
+    door = door or Door(decoding.sampling)
+    draft_door = draft_door or door.of_draft(False, decoding.deterministic)
+    context = _Context(target, draft, decoding, door, draft_door, k)
+    seeds, padding = seeds or [0] * len(prompts), padding or [[]] * len(prompts)
+    rows = [
+        _Row(i, list(prompt), seed, list(before))
+        for i, (prompt, seed, before) in enumerate(zip(prompts, seeds, padding, strict=True))
+    ]
+    batches = [rows]
+    if len(rows) > 1 and (reason := why_alone(target)):
+        say(f"{target.name}: {reason}; decoding one prompt at a time")
+        batches = [[row] for row in rows]
+    for batch in batches:
+        yield from _decode(context, batch, stop)
+
+
+def check_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise UserError for prompts that leave nothing to decode."""
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(
+                f"prompt {i + 1} of {len(prompts)} is empty: there is nothing to continue; leave it "
+                "out, or begin it with the tokenizer's first token"
+            )
+        if len(prompt) >= target.max_positions:
+            raise UserError(
+                f"prompt {i + 1} of {len(prompts)} has {len(prompt)} tokens and fills the context "
+                f"of {target.max_positions}; shorten it"
+            )
+
+
+@dataclass
+class _Row:
+    """A prompt being answered."""
+
+    request: int
+    prompt: list[int]
+    seed: int
+    padding: list[int]
+    emitted: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.emitted)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What stays the same through all steps."""
+
+    target: Target
+    draft: Draft
+    decoding: Decoding
+    door: Door
+    draft_door: Door
+    k: int
+
+
+@torch.inference_mode()
+def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
+    device = c.target.device
+    cache, draft_cache = RowCache(c.target, len(rows)), c.draft.new_cache(len(rows))
+    step, state_B1H = _prefill(c, rows, cache, draft_cache)
+    while True:
+        yield step
+        new = map(len, step.tokens)
+        live = [b for b, n in enumerate(new) if stop(rows[b].request, rows[b].emitted, n) is None]
+        if not live:
+            return
+        if len(live) < len(rows):
+            cache.keep_rows(live)
+            c.draft.keep_rows(draft_cache, live)
+            rows, state_B1H = [rows[b] for b in live], state_B1H[live]
+        # No step may run past the context: the last ones draft fewer tokens.
+        k = min(c.k, *(c.target.max_positions - row.length for row in rows))
+        seeds_B = seeds_tensor([row.seed for row in rows], device)
+        at_B = torch.tensor([len(row.emitted) for row in rows], device=device)
+        drafted_BK, q_BKV = _propose(c, rows, draft_cache, state_B1H, k, at_B, seeds_B)
+        last_B1 = torch.tensor([row.emitted[-1:] for row in rows], device=device)
+        reading = cache.read(torch.cat([last_B1, drafted_BK], 1), c.draft.taps)
+        drafted = drafted_BK.tolist()
+        scores_BJV = c.door.scores(reading.logits_BTV, _prefixes(rows, drafted))
+        n_B, next_B = c.decoding.rules.settle(scores_BJV, drafted_BK, q_BKV, at_B, seeds_B)
+        accepted = n_B.tolist()
+        emitted = [[*d[:n], t] for d, n, t in zip(drafted, accepted, next_B.tolist(), strict=True)]
+        cache.roll_back([k - n for n in accepted])
+        most = max(accepted) + 1
+        state_B1H = c.draft.absorb(
+            draft_cache,
+            torch.tensor([_padded(tokens, most) for tokens in emitted], device=device),
+            reading.features_BTF[:, :most],
+            [len(tokens) for tokens in emitted],
         )
-    length = _answer_length(emitted, stop, max_new_tokens)
-    return Decoded(emitted[:length], accepted, emitted[length:])
+        for row, tokens in zip(rows, emitted, strict=True):
+            row.emitted += tokens
+        requests = [row.request for row in rows]
+        step = Step(requests, accepted, emitted, k, reading.logits_BTV, scores_BJV)
 
 
-def _row(tokens: Sequence[int], target: Target) -> Tensor:
-    return torch.tensor([list(tokens)], device=target.device)
-
-
-def _finished(emitted: list[int], stop: set[int], max_new_tokens: int) -> bool:
-    return _answer_length(emitted, stop, max_new_tokens) < len(emitted) or (
-        emitted[-1] in stop or len(emitted) >= max_new_tokens
+def _prefill(
+    c: _Context, rows: list[_Row], cache: RowCache, draft_cache: Any
+) -> tuple[Step, Tensor]:
+    """Read the prompts and choose the first token of each answer, which no draft can propose."""
+    device = c.target.device
+    counts = [len(row.prompt) for row in rows]
+    longest = max(counts)
+    tokens_BT = torch.tensor([_padded(row.prompt, longest) for row in rows], device=device)
+    ends, which_B = torch.unique(torch.tensor(counts, device=device) - 1, return_inverse=True)
+    reading = cache.read(tokens_BT, c.draft.taps, counts, ends)
+    logits_B1V = reading.logits_BTV[torch.arange(len(rows), device=device), which_B][:, None]
+    scores_B1V = c.door.scores(logits_B1V, _prefixes(rows, [[]] * len(rows)))
+    seeds_B = seeds_tensor([row.seed for row in rows], device)
+    first = c.decoding.rules.choose(scores_B1V, torch.zeros_like(seeds_B)[:, None], seeds_B)
+    for row, token in zip(rows, first[:, 0].tolist(), strict=True):
+        row.emitted.append(token)
+    following = [_padded([*row.prompt[1:], row.emitted[0]], longest) for row in rows]
+    state = c.draft.absorb(
+        draft_cache, torch.tensor(following, device=device), reading.features_BTF, counts
     )
+    requests, emitted = [row.request for row in rows], [list(row.emitted) for row in rows]
+    return Step(requests, [0] * len(rows), emitted, 0, logits_B1V, scores_B1V), state
 
 
-def _answer_length(emitted: list[int], stop: set[int], max_new_tokens: int) -> int:
-    """Tokens up to and including the first stop token, at most `max_new_tokens`."""
-    for position, token in enumerate(emitted[:max_new_tokens]):
-        if token in stop:
-            return position + 1
-    return min(len(emitted), max_new_tokens)
+def _propose(
+    c: _Context,
+    rows: list[_Row],
+    draft_cache: Any,
+    state_B1H: Tensor,
+    k: int,
+    at_B: Tensor,
+    seeds_B: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """K drafted tokens per row [B, K], and what they were drawn from [B, K, V] (None: likeliest)."""
+    drafted: list[Tensor] = []
+    drawn_from: list[Tensor] = []
+    plainly = c.decoding.deterministic and not c.draft_door.processors
+    for step in range(k):
+        logits_BD = c.draft.logits(state_B1H)[:, 0]
+        if plainly:
+            token_B = c.draft.to_target_ids(logits_BD.argmax(-1))
+        else:
+            before = torch.stack(drafted, 1).tolist() if drafted else [[]] * len(rows)
+            prefixes = _prefixes(rows, before, step)
+            wide_B1V = widened(c.draft, logits_BD)[:, None]
+            scores_BV = c.draft_door.scores(wide_B1V, prefixes)[:, 0]
+            if c.decoding.deterministic:
+                token_B = scores_BV.argmax(-1)
+            else:
+                token_B = c.decoding.rules.propose(scores_BV, at_B + step, seeds_B)
+                drawn_from.append(scores_BV.softmax(-1))
+        drafted.append(token_B)
+        if step + 1 < k:
+            state_B1H = c.draft.advance(draft_cache, token_B[:, None], state_B1H)
+    return torch.stack(drafted, 1), torch.stack(drawn_from, 1) if drawn_from else None
+
+
+def widened(draft: Draft, logits_D: Tensor) -> Tensor:
+    """The draft's logits [..., D] over the target's vocabulary: what it cannot say is impossible."""
+    if draft.draft_vocab is None:
+        return logits_D
+    wide_V = logits_D.new_full((*logits_D.shape[:-1], draft.vocab_size), NEVER)
+    return wide_V.index_copy_(-1, draft.draft_vocab, logits_D)
+
+
+def _ended(request: int, row: Decoded, stop: Stop) -> Decoded:
+    length = stop(request, row.tokens, len(row.tokens))
+    assert length is not None, "a row left the batch unfinished"
+    return Decoded(row.tokens[:length], row.accepted, row.tokens[length:])
+
+
+def _prefixes(
+    rows: list[_Row], drafted: Sequence[Sequence[int]], shift: int = 0
+) -> Callable[[int, int], list[int]]:
+    """The token ids before a row's position: `shift` + position of its drafted tokens included."""
+
+    def prefix(b: int, position: int) -> list[int]:
+        row = rows[b]
+        return [*row.padding, *row.prompt, *row.emitted, *drafted[b][: shift + position]]
+
+    return prefix
+
+
+def _padded(tokens: Sequence[int], length: int) -> list[int]:
+    return [*tokens, *[0] * (length - len(tokens))]
+
+
+def _check_devices(target: Target, draft: Draft) -> None:
+    device = next(draft.parameters()).device
+    if device != target.device:
+        raise UserError(
+            f"the draft is on {device} and the target on {target.device}; move the draft with "
+            f"draft.to('{target.device}')"
+        )

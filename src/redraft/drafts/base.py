@@ -15,7 +15,7 @@ S chain starts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -57,17 +57,30 @@ class Draft(nn.Module, ABC):
         """Logits over the draft vocabulary [..., D] of states [..., H]."""
 
     @abstractmethod
-    def new_cache(self) -> Any:
-        """An empty decoding state for one sequence."""
+    def new_cache(self, rows: int = 1) -> Any:
+        """An empty decoding state for `rows` sequences, each of its own length."""
 
     @abstractmethod
-    def absorb(self, cache: Any, tokens_1T: Tensor, features_1TF: Tensor) -> Tensor:
-        """Consume true pairs, first dropping whatever the last chain drafted; the state [1, 1, H]
-        after the last pair starts the next chain."""
+    def absorb(
+        self,
+        cache: Any,
+        tokens_BT: Tensor,
+        features_BTF: Tensor,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Consume true pairs, first dropping whatever the last chain drafted.
+
+        `counts` says how many of the T pairs are real in each row, the rest being padding on the
+        right. Returns the state [B, 1, H] after each row's last pair, which starts the next chain.
+        """
 
     @abstractmethod
-    def advance(self, cache: Any, token_11: Tensor, state_11H: Tensor) -> Tensor:
-        """One chain step on the draft's own state; returns the next state [1, 1, H]."""
+    def advance(self, cache: Any, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
+        """One chain step on the draft's own states; returns the next ones [B, 1, H]."""
+
+    @abstractmethod
+    def keep_rows(self, cache: Any, rows: Sequence[int]) -> None:
+        """Forget all other rows of a decoding state."""
 
     @abstractmethod
     def bind(self, target: Target) -> None:
@@ -91,16 +104,6 @@ class Draft(nn.Module, ABC):
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft-vocabulary ids as the target's."""
         return draft_ids if self.draft_vocab is None else self.draft_vocab[draft_ids]
-
-    def propose(self, cache: Any, state_11H: Tensor, k: int) -> list[int]:
-        """The K most likely tokens of a chain, greedily, as target ids."""
-        drafted: list[int] = []
-        for step in range(k):
-            token = self.to_target_ids(self.logits(state_11H).argmax(-1))
-            drafted.append(int(token))
-            if step + 1 < k:
-                state_11H = self.advance(cache, token, state_11H)
-        return drafted
 
     def parameter_count(self) -> int:
         """Parameters stored in a checkpoint (an engine-shared embedding is not one)."""

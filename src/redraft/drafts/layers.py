@@ -120,7 +120,12 @@ def causal_attention(
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BNTC.device).tril(keys - queries)
     if windowed:
         mask = mask.triu(keys - queries - (window or 0) + 1)
-    return F.scaled_dot_product_attention(q_BNTC, k_BGTC, v_BGTC, attn_mask=mask, enable_gqa=True)
+    return masked_attention(q_BNTC, k_BGTC, v_BGTC, mask)
+
+
+def masked_attention(q_BNTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, seen: Tensor) -> Tensor:
+    """Attention to the keys that `seen` (bool, [B, 1, T, keys] or fewer dimensions) marks."""
+    return F.scaled_dot_product_attention(q_BNTC, k_BGTC, v_BGTC, attn_mask=seen, enable_gqa=True)
 
 
 def chain_attention(

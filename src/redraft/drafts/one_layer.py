@@ -12,7 +12,7 @@ N query heads, G key/value heads, C head_dim.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..rng import seeded
+from ..slots import Slots, positions, visible
 from ..target import Target
 from .base import Draft
-from .layers import RMSNorm, Rotary, causal_attention, chain_attention, rotate
+from .layers import RMSNorm, Rotary, causal_attention, chain_attention, masked_attention, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -100,33 +101,12 @@ class Attention(nn.Module):
 
 
 class Cache:
-    """Keys and values of the true pairs, followed by those of the chain being drafted."""
+    """Keys and values of each row's true pairs, followed by those of the chain being drafted."""
 
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.true_length = 0
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, G, T, C] and return all keys and values so far; grows by doubling."""
-        end = self.length + k.shape[2]
-        if self.keys is None or self.values is None or self.keys.shape[2] < end:
-            self.keys, self.values = (
-                self._grown(self.keys, k, end),
-                self._grown(self.values, v, end),
-            )
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _grown(self, old: Tensor | None, like: Tensor, need: int) -> Tensor:
-        B, G, _, C = like.shape
-        new = like.new_empty(B, G, 1 << max(need - 1, 127).bit_length(), C)
-        if old is not None:
-            new[:, :, : self.length] = old[:, :, : self.length]
-        return new
+    def __init__(self, rows: int) -> None:
+        self.slots = Slots()
+        self.true_lengths = [0] * rows
+        self.drafted = 0
 
 
 class OneLayerDraft(Draft):
@@ -198,27 +178,56 @@ class OneLayerDraft(Draft):
             )
             yield state
 
-    def new_cache(self) -> Cache:
-        return Cache()
+    def new_cache(self, rows: int = 1) -> Cache:
+        return Cache(rows)
 
-    def absorb(self, cache: Cache, tokens_1T: Tensor, features_1TF: Tensor) -> Tensor:
-        cache.length = cache.true_length
-        out = self._decode(cache, tokens_1T, self.first_state(features_1TF.to(self.dtype)))
-        cache.true_length = cache.length
-        return out[:, -1:]
+    def absorb(
+        self,
+        cache: Cache,
+        tokens_BT: Tensor,
+        features_BTF: Tensor,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        cache.drafted = 0
+        counts = counts or [tokens_BT.shape[1]] * tokens_BT.shape[0]
+        out = self._decode(cache, tokens_BT, self.first_state(features_BTF.to(self.dtype)))
+        cache.true_lengths = [n + c for n, c in zip(cache.true_lengths, counts, strict=True)]
+        if min(counts) == max(counts):
+            return out[:, counts[0] - 1 : counts[0]]
+        last_B = torch.tensor(list(counts), device=out.device) - 1
+        return out[torch.arange(len(last_B), device=out.device), last_B][:, None]
 
-    def advance(self, cache: Cache, token_11: Tensor, state_11H: Tensor) -> Tensor:
-        return self._decode(cache, token_11, state_11H)
+    def advance(self, cache: Cache, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
+        out = self._decode(cache, token_B1, state_B1H)
+        cache.drafted += 1
+        return out
 
-    def _decode(self, cache: Cache, tokens_1T: Tensor, state_1TH: Tensor) -> Tensor:
-        embedded = self._embed(tokens_1T)
-        begin, end = cache.length, cache.length + tokens_1T.shape[1]
-        cos, sin = self.rotary(end, embedded)
+    def keep_rows(self, cache: Cache, rows: Sequence[int]) -> None:
+        cache.slots.keep_rows(
+            torch.tensor(list(rows), device=self.get_parameter("fc.weight").device)
+        )
+        cache.true_lengths = [cache.true_lengths[row] for row in rows]
+
+    def _decode(self, cache: Cache, tokens_BT: Tensor, state_BTH: Tensor) -> Tensor:
+        embedded = self._embed(tokens_BT)
+        count, device = tokens_BT.shape[1], tokens_BT.device
+        begins = [length + cache.drafted for length in cache.true_lengths]
+        cos, sin = self.rotary(max(begins) + count, embedded)
+        if min(begins) == max(begins):
+            cos, sin = cos[begins[0] :], sin[begins[0] :]
+            seen = None
+        else:
+            at_BT = positions(begins, count, device)
+            cos, sin = cos[at_BT][:, None], sin[at_BT][:, None]  # over heads [B, 1, T, C]
+            seen = visible(begins, count, self.window, device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return causal_attention(q, *cache.append(k, v), self.window)
+            k, v = cache.slots.write(k, v, begins)
+            if seen is None:
+                return causal_attention(q, k, v, self.window)
+            return masked_attention(q, k, v, seen)
 
-        return self.layer(embedded, state_1TH, cos[begin:end], sin[begin:end], attend)
+        return self.layer(embedded, state_BTH, cos, sin, attend)
 
     # -- ownership ------------------------------------------------------------------------------
 

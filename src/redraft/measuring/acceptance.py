@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..decode.modes import Decoding
 from ..errors import UserError
-from ..records import Acceptance, Answer, StepTrace
+from ..records import Acceptance, Answer, ExpectedSteps, StepTrace
+
+Steps = StepTrace | ExpectedSteps
 
 RESAMPLES = 2000
 LOOP_WINDOW = 48
@@ -20,17 +23,18 @@ LONGEST_PERIOD = 12
 
 
 def summarise(
-    traces: Sequence[StepTrace],
+    traces: Sequence[Steps],
     answers: Sequence[Answer],
     *,
     k: int,
     mode: str,
     seconds: float,
-    temperature: float = 0.0,
+    decoding: Decoding | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Acceptance:
     """Pool the steps of all prompts. Raises UserError when no prompt has a step."""
-    used = [trace for trace in traces if trace.accepted]
+    decoding = decoding or Decoding()
+    used = [trace for trace in traces if trace.steps]
     if not used:
         raise UserError(
             f"none of the {len(traces)} prompts has a verification step: every answer is a single "
@@ -38,8 +42,8 @@ def summarise(
         )
     looping = {a.id for a in answers if is_loop(a.answer)}
     straight = [trace for trace in used if trace.id not in looping]
-    accepted = sum(sum(trace.accepted) for trace in used)
-    steps = sum(len(trace.accepted) for trace in used)
+    accepted = sum(trace.gained for trace in used)
+    steps = sum(trace.steps for trace in used)
     return Acceptance(
         tau=1 + accepted / steps,
         ci=bootstrap_tau(used),
@@ -48,28 +52,30 @@ def summarise(
         prompts=len(used),
         excluded=len(traces) - len(used),
         k=k,
-        temperature=temperature,
+        temperature=decoding.sampling.temperature,
         per_position=per_position(used, k),
         loop_rate=len(looping) / max(len(answers), 1),
         mode=mode,
         seconds=seconds,
         tau_without_loops=pooled_tau(straight) if straight else None,
+        draft_token=decoding.draft_token,
+        acceptance=decoding.mode,
         provenance=provenance or {},
     )
 
 
-def pooled_tau(traces: Sequence[StepTrace]) -> float:
-    return 1 + sum(sum(t.accepted) for t in traces) / sum(len(t.accepted) for t in traces)
+def pooled_tau(traces: Sequence[Steps]) -> float:
+    return 1 + sum(t.gained for t in traces) / sum(t.steps for t in traces)
 
 
-def bootstrap_tau(traces: Sequence[StepTrace], seed: int = 0) -> tuple[float, float]:
+def bootstrap_tau(traces: Sequence[Steps], seed: int = 0) -> tuple[float, float]:
     """95 % interval of tau when prompts are resampled, numerator and denominator together."""
     low, high = np.percentile(1 + _resampled_ratio(traces, seed), [2.5, 97.5])
     return float(low), float(high)
 
 
 def bootstrap_difference(
-    one: Sequence[StepTrace], other: Sequence[StepTrace], seed: int = 0
+    one: Sequence[Steps], other: Sequence[Steps], seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of tau(one) - tau(other) over the same resampled prompts."""
     differences = _resampled_ratio(one, seed) - _resampled_ratio(other, seed)
@@ -78,9 +84,9 @@ def bootstrap_difference(
 
 
 def bootstrap_recovery(
-    adapted: Sequence[StepTrace],
-    reused: Sequence[StepTrace],
-    dedicated: Sequence[StepTrace],
+    adapted: Sequence[Steps],
+    reused: Sequence[Steps],
+    dedicated: Sequence[Steps],
     seed: int = 0,
 ) -> tuple[float, float] | None:
     """95 % interval of (adapted - reused) / (dedicated - reused) over the same resampled prompts.
@@ -97,9 +103,9 @@ def bootstrap_recovery(
     return float(low), float(high)
 
 
-def per_position(traces: Sequence[StepTrace], k: int) -> tuple[float, ...]:
+def per_position(traces: Sequence[Steps], k: int) -> tuple[float, ...]:
     """Of the steps that reached position j, the share that accepted it; 0 where none reached it."""
-    counts = np.bincount([n for t in traces for n in t.accepted], minlength=k + 1)
+    counts = np.sum([t.counts(k) for t in traces], axis=0)
     reached = counts[::-1].cumsum()[::-1]
     return tuple(float(reached[j + 1] / reached[j]) if reached[j] else 0.0 for j in range(k))
 
@@ -115,8 +121,8 @@ def is_loop(tokens: Sequence[int]) -> bool:
     )
 
 
-def _resampled_ratio(traces: Sequence[StepTrace], seed: int) -> Any:
-    accepted = np.array([sum(t.accepted) for t in traces], dtype=float)
-    steps = np.array([len(t.accepted) for t in traces], dtype=float)
+def _resampled_ratio(traces: Sequence[Steps], seed: int) -> Any:
+    accepted = np.array([t.gained for t in traces], dtype=float)
+    steps = np.array([t.steps for t in traces], dtype=float)
     draws = np.random.default_rng(seed).integers(0, len(traces), (RESAMPLES, len(traces)))
     return accepted[draws].sum(1) / steps[draws].sum(1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from ..console import Progress
+from ..decode.modes import Decoding
 from ..decode.speculative import decode_speculative
 from ..drafts.base import Draft
 from ..records import Answer, Prompt, StepTrace
+from ..rng import derived_seed
 from ..target import Target
 
 
@@ -18,23 +21,32 @@ def live(
     k: int,
     max_new_tokens: int,
     progress: Progress | None = None,
+    *,
+    decoding: Decoding | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
 ) -> tuple[list[StepTrace], list[Answer]]:
-    """Decode every prompt greedily with the draft; the steps taken and the answers given."""
+    """Decode every prompt with the draft; the steps taken and the answers given.
+
+    A prompt's noise is that of its answer in a replay under the same `seed`.
+    """
+    decoding = decoding or Decoding()
+    keyed = asdict(decoding.sampling) if decoding.sampling.temperature else {}
     traces, answers = [], []
-    for prompt in prompts:
-        decoded = decode_speculative(target, draft, prompt.tokens, k, max_new_tokens)
-        length = len(decoded.tokens)
-        stopped = decoded.tokens[-1] in target.stop_ids
-        traces.append(StepTrace(prompt.id, tuple(decoded.accepted), length))
-        answers.append(
-            Answer(
-                prompt.id,
-                prompt.tokens,
-                (*decoded.tokens, *decoded.overrun),
-                length,
-                "stop" if stopped else "length",
-            )
+    for begin in range(0, len(prompts), batch_size):
+        batch = prompts[begin : begin + batch_size]
+        seeds = [derived_seed(seed, "answer", prompt.id) for prompt in batch]
+        rows = [prompt.tokens for prompt in batch]
+        found = decode_speculative(
+            target, draft, rows, k, max_new_tokens, decoding, seeds, reserve=k
         )
+        for prompt, row_seed, decoded in zip(batch, seeds, found, strict=True):
+            length = len(decoded.tokens)
+            finish = "stop" if decoded.tokens[-1] in target.stop_ids else "length"
+            tokens = (*decoded.tokens, *decoded.overrun)
+            own = {**keyed, "seed": row_seed} if keyed else {}
+            traces.append(StepTrace(prompt.id, tuple(decoded.accepted), length))
+            answers.append(Answer(prompt.id, prompt.tokens, tokens, length, finish, **own))
         if progress:
-            progress.advance()
+            progress.advance(len(batch))
     return traces, answers

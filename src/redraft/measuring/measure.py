@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..console import Progress
 from ..decode.batched import generate_answers, plan_generation
+from ..decode.modes import Decoding
 from ..decode.sampling import Sampling
 from ..drafts.base import Draft
 from ..errors import UserError
-from ..records import Acceptance, Answer, Prompt, StepTrace, versions
+from ..records import Acceptance, Answer, Prompt, versions
 from ..target import Target
-from .acceptance import summarise
+from .acceptance import Steps, summarise
 from .live import live
-from .replay import replay
+from .replay import decoding_of, expect, replay
 
 GENERATE_BATCH = 64
+SCORES: dict[str, Callable[..., Any]] = {"replay": replay, "expected": expect}
+WAYS = (*SCORES, "live")
+"""The ways to measure: two that score saved answers, and the loop itself."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Measured:
     """A measurement with the steps and answers behind it."""
 
     acceptance: Acceptance
-    traces: list[StepTrace]
+    traces: list[Steps]
     answers: list[Answer]
 
 
@@ -39,34 +43,31 @@ def measure(
     max_new_tokens: int = 128,
     mode: str = "replay",
     temperature: float = 0.0,
+    decoding: Decoding | None = None,
     seed: int = 0,
     batch_size: int = GENERATE_BATCH,
 ) -> Measured:
     """Measure a draft on prompts (token ids).
 
-    `replay` lets the target answer first (batched) and replays the answers; `live` decodes with
-    the draft. Both take the same steps on the same answers. Raises UserError for an unknown mode.
+    `replay` lets the target answer first (batched) and replays the answers, `expected` scores them
+    in expectation over the draft's random tokens, `live` decodes with the draft. `decoding` is the
+    acceptance mode with its sampling; without it greedy at temperature 0, and above what engines
+    do: sampled, with deterministic draft tokens. Raises UserError for an unknown mode.
     """
+    if mode not in WAYS:
+        raise UserError(f"mode must be one of {', '.join(WAYS)}; got '{mode}'")
+    if decoding is None:
+        warm = Decoding("sampled", Sampling(temperature), "deterministic")
+        decoding = warm if temperature else Decoding()
     started = time.monotonic()
-    if mode == "replay":
-        answers = answer_all(
-            target, prompts, max_new_tokens, k, Sampling(temperature), seed, batch_size
-        )
-        return measure_answers(target, draft, answers, k=k, temperature=temperature, since=started)
-    if mode != "live":
-        raise UserError(f"mode must be replay or live; got '{mode}'")
-    if temperature > 0:
-        raise UserError(
-            "--mode live is greedy; at a temperature use --mode replay, which is exact for "
-            "deterministic draft tokens"
-        )
-    with Progress("live decoding", len(prompts), "prompts") as progress:
-        traces, answers = live(target, draft, prompts, k, max_new_tokens, progress)
-    seconds = time.monotonic() - started
-    acceptance = summarise(
-        traces, answers, k=k, mode="live", seconds=seconds, provenance=provenance(target, draft)
-    )
-    return Measured(acceptance, traces, answers)
+    if mode == "live":
+        with Progress("live decoding", len(prompts), "prompts") as progress:
+            traces, answers = live(
+                target, draft, prompts, k, max_new_tokens, progress, decoding=decoding, seed=seed
+            )
+        return _measured(target, draft, traces, answers, k, mode, decoding, started)
+    answers = answer_all(target, prompts, max_new_tokens, k, decoding.sampling, seed, batch_size)
+    return measure_answers(target, draft, answers, k=k, mode=mode, decoding=decoding, since=started)
 
 
 def measure_answers(
@@ -75,22 +76,37 @@ def measure_answers(
     answers: Sequence[Answer],
     *,
     k: int,
-    temperature: float = 0.0,
+    mode: str = "replay",
+    decoding: Decoding | None = None,
     since: float | None = None,
 ) -> Measured:
-    """Replay answers that are already there."""
+    """Replay answers that are already there (`mode` replay or expected)."""
     started = time.monotonic() if since is None else since
-    traces = replay(target, draft, answers, k)
+    decoding = decoding or decoding_of(answers)
+    traces = SCORES[mode](target, draft, answers, k, decoding=decoding)
+    return _measured(target, draft, traces, list(answers), k, mode, decoding, started)
+
+
+def _measured(
+    target: Target,
+    draft: Draft,
+    traces: Sequence[Steps],
+    answers: list[Answer],
+    k: int,
+    mode: str,
+    decoding: Decoding,
+    started: float,
+) -> Measured:
     acceptance = summarise(
         traces,
         answers,
         k=k,
-        mode="replay",
+        mode=mode,
         seconds=time.monotonic() - started,
-        temperature=temperature,
-        provenance=provenance(target, draft),
+        decoding=decoding,
+        provenance=provenance(target, draft, decoding),
     )
-    return Measured(acceptance, traces, list(answers))
+    return Measured(acceptance, list(traces), answers)
 
 
 def answer_all(
@@ -121,9 +137,10 @@ def answer_all(
     return [by_index[i] for i in range(len(prompts))]
 
 
-def provenance(target: Target, draft: Draft) -> dict[str, Any]:
+def provenance(target: Target, draft: Draft, decoding: Decoding) -> dict[str, Any]:
     """What decides a measurement besides the prompts."""
     return {
+        "sampling": asdict(decoding.sampling),
         "target": target.name,
         "draft_kind": draft.kind,
         "taps": list(draft.taps),

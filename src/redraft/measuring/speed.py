@@ -29,7 +29,7 @@ def runners(
     for name, draft in drafts.items():
 
         def run(prompt: Prompt, draft: Draft = draft) -> list[int]:
-            return decode_speculative(target, draft, prompt.tokens, k, max_new_tokens).tokens
+            return decode_speculative(target, draft, [prompt.tokens], k, max_new_tokens)[0].tokens
 
         found[name] = run
     return found

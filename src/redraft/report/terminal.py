@@ -14,8 +14,9 @@ def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
     out = out or Console(highlight=False)
     out.print(
         f"tau {tau(measured)}  K={measured.k}, temperature {measured.temperature:g}, "
+        f"{measured.acceptance}, {measured.draft_token} draft tokens, "
         f"{measured.mode}, {measured.prompts} prompts ({measured.excluded} excluded), "
-        f"{measured.accepted:,} accepted in {measured.steps:,} steps"
+        f"{measured.accepted:,.0f} accepted in {measured.steps:,.0f} steps"
     )
     rates = _rates(measured.per_position)
     out.print(f"accepted at position 1..{measured.k}, of the steps that got there: {rates}")

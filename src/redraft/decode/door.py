@@ -1,0 +1,140 @@
+"""From the target's logits to scores, at several positions at once: logits processors, then sampling.
+
+A logits processor is allowed when its result depends on nothing but the prefix and the logits:
+then it is applied at every position with that position's own prefix, on the target's side, and
+the output is what plain decoding with the same processors gives. One that counts its calls, keeps
+a state, or runs the model itself would be asked about tokens that are rejected later: it is refused
+by name. A class of the user's own says of itself that it is pure: `prefix_pure = True`.
+
+Shapes: B rows, P positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .sampling import Sampling, scores
+
+Prefixes = Callable[[int, int], list[int]]
+"""(row, position) -> the token ids before that position, prompt included."""
+
+PREFIX_FREE = {
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+}
+"""Processors of Transformers that look at the logits alone."""
+
+PREFIX_PURE = PREFIX_FREE | {
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "PrefixConstrainedLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+    "WatermarkLogitsProcessor",
+}
+"""Processors of Transformers that look at the prefix too, and at nothing else."""
+
+
+class Door:
+    """Logits processors in their order, then sampling."""
+
+    def __init__(self, sampling: Sampling, processors: Sequence[Any] = ()):
+        check_pure(processors)
+        self.sampling = sampling
+        self.processors = tuple(processors)
+
+    def scores(self, logits_BPV: Tensor, prefixes: Prefixes) -> Tensor:
+        """Scores [B, P, V], whose softmax the tokens are drawn from.
+
+        Raises UserError where no token is left, and where the logits are not numbers.
+        """
+        if not self.processors:
+            return scores(logits_BPV, self.sampling)
+        B, P, V = logits_BPV.shape
+        # Transformers processes in float32; float64 stays, as everywhere here.
+        wide = logits_BPV if logits_BPV.dtype == torch.float64 else logits_BPV.float()
+        for processor in self.processors:
+            if _name(processor) in PREFIX_FREE:
+                flat = processor(_ids([], B * P, wide.device), wide.reshape(B * P, V).clone())
+                wide = flat.view(B, P, V)
+            else:
+                wide = self._by_prefix(processor, wide, prefixes)
+        self._check(wide)
+        return scores(wide, self.sampling)
+
+    def _by_prefix(self, processor: Any, wide_BPV: Tensor, prefixes: Prefixes) -> Tensor:
+        rows = [
+            torch.cat(
+                [
+                    processor(
+                        _ids(prefixes(b, p), 1, wide_BPV.device), wide_BPV[b, p, None].clone()
+                    )
+                    for p in range(wide_BPV.shape[1])
+                ]
+            )
+            for b in range(wide_BPV.shape[0])
+        ]
+        return torch.stack(rows)
+
+    def _check(self, wide_BPV: Tensor) -> None:
+        if bool(torch.isneginf(wide_BPV).all(-1).any()):
+            names = ", ".join(_name(p) for p in self.processors)
+            raise UserError(
+                f"the logits processors ({names}) forbid every token at some position, so there is "
+                "nothing to choose from; loosen them"
+            )
+
+    def of_draft(self, everything: bool, deterministic: bool) -> Door:
+        """The door for the draft's logits. It changes how much is accepted, never what is emitted.
+
+        The draft goes through those processors that look at the logits alone, or through all.
+        """
+        chosen = [p for p in self.processors if everything or _name(p) in PREFIX_FREE]
+        return Door(Sampling() if deterministic else self.sampling, chosen)
+
+
+def check_pure(processors: Sequence[Any]) -> None:
+    """Raise UserError naming every processor that is not known to depend on the prefix alone."""
+    refused = [
+        _name(p)
+        for p in processors
+        if _name(p) not in PREFIX_PURE and getattr(p, "prefix_pure", False) is not True
+    ]
+    if refused:
+        raise UserError(
+            f"logits processor {', '.join(refused)}: not known to depend on the prefix alone, and "
+            "one that keeps a state would count tokens that are rejected later; leave it out, or "
+            "if it is a pure function of prefix and logits, set prefix_pure = True on it"
+        )
+
+
+def _name(processor: Any) -> str:
+    kind = type(processor)
+    inside = kind.__module__.startswith("transformers.")
+    return kind.__name__ if inside else f"{kind.__module__}.{kind.__name__}"
+
+
+def _ids(tokens: list[int], rows: int, device: torch.device) -> Tensor:
+    return torch.tensor([tokens] * rows, dtype=torch.long, device=device)
