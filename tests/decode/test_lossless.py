@@ -30,7 +30,7 @@ from redraft.target import Target, load_target
 from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, save_target
 from tests.decode.cheat import CheatingDraft
 
-LONGEST = 18
+LONGEST = 12
 SETTINGS = {
     "greedy": Decoding(),
     "seeded": Decoding("seeded", Sampling(1.0)),
@@ -190,7 +190,7 @@ def noise_by_row(patch: pytest.MonkeyPatch) -> None:
 
 def raw_softmax_at_temperature_0(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(modes.Greedy, "settle", lambda self, *rest: modes.Sampled().settle(*rest))
-    patch.setattr(Door, "scores", lambda self, logits, prefixes: logits)
+    patch.setattr(Door, "scores", lambda self, processed: processed)
 
 
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {

@@ -1,4 +1,4 @@
-"""From the target's logits to scores, at several positions at once: logits processors, then sampling.
+"""Logits processors and sampling together, at several positions at once.
 
 A logits processor is allowed when its result depends on nothing but the prefix and the logits:
 then it is applied at every position with that position's own prefix, on the target's side, and
@@ -65,13 +65,13 @@ class Door:
         self.sampling = sampling
         self.processors = tuple(processors)
 
-    def scores(self, logits_BPV: Tensor, prefixes: Prefixes) -> Tensor:
-        """Scores [B, P, V], whose softmax the tokens are drawn from.
+    def processed(self, logits_BPV: Tensor, prefixes: Prefixes) -> Tensor:
+        """The logits behind the processors, before sampling.
 
-        Raises UserError where no token is left, and where the logits are not numbers.
+        Raises UserError where no token is left.
         """
         if not self.processors:
-            return scores(logits_BPV, self.sampling)
+            return logits_BPV
         B, P, V = logits_BPV.shape
         # Transformers processes in float32; float64 stays, as everywhere here.
         wide = logits_BPV if logits_BPV.dtype == torch.float64 else logits_BPV.float()
@@ -82,7 +82,11 @@ class Door:
             else:
                 wide = self._by_prefix(processor, wide, prefixes)
         self._check(wide)
-        return scores(wide, self.sampling)
+        return wide
+
+    def scores(self, processed_BPV: Tensor) -> Tensor:
+        """Scores [B, P, V], whose softmax the tokens are drawn from."""
+        return scores(processed_BPV, self.sampling)
 
     def _by_prefix(self, processor: Any, wide_BPV: Tensor, prefixes: Prefixes) -> Tensor:
         rows = [

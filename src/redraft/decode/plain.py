@@ -35,9 +35,9 @@ def decode_plain(
     emitted: list[int] = []
     while len(emitted) < min(max_new_tokens, target.max_positions - len(prompt)):
         logits_11V = target.read(window, (), cache, keep=1).logits_BTV
-        scores_11V = door.scores(logits_11V, lambda row, position: [*prompt, *emitted])
+        processed_11V = door.processed(logits_11V, lambda row, position: [*prompt, *emitted])
         at_11 = torch.tensor([[len(emitted)]], device=target.device)
-        window = decoding.rules.choose(scores_11V, at_11, seeds_B)
+        window = decoding.rules.choose(door.scores(processed_11V), at_11, seeds_B)
         emitted.append(int(window))
         if emitted[-1] in stop:
             break

@@ -49,16 +49,18 @@ class Step:
     """What one target pass brought to the rows in the batch.
 
     `requests` are the rows' indices among the prompts; `tokens` are emitted, the first `accepted`
-    of them drafted. The prefill's own step has `drafted` 0. `logits_BJV` are the target's, `scores_BJV` the
-    same behind the door; the tokens were chosen at the first len(tokens) positions.
+    of them drafted. `lengths` says where answers ended with this step, None where they go on. The
+    prefill's own step has `drafted` 0. `logits_BJV` are the target's, `processed_BJV` the same behind
+    the logits processors; tokens belong to the first len(tokens) positions.
     """
 
     requests: list[int]
     accepted: list[int]
     tokens: list[list[int]]
+    lengths: list[int | None]
     drafted: int
     logits_BJV: Tensor
-    scores_BJV: Tensor
+    processed_BJV: Tensor
 
 
 def decode_speculative(
@@ -78,14 +80,18 @@ def decode_speculative(
     the context does (K of them: then no step is cut short).
     """
     stop = stop_at(target, prompts, max_new_tokens, reserve)
-    found = [Decoded([], [], []) for _ in prompts]
-    decoding = decoding or Decoding()
-    for step in speculate(target, draft, prompts, k, decoding, stop, seeds=seeds):
-        for request, n, tokens in zip(step.requests, step.accepted, step.tokens, strict=True):
-            found[request].tokens.extend(tokens)
+    emitted: list[list[int]] = [[] for _ in prompts]
+    accepted: list[list[int]] = [[] for _ in prompts]
+    found: dict[int, Decoded] = {}
+    for step in speculate(target, draft, prompts, k, decoding or Decoding(), stop, seeds=seeds):
+        for b, request in enumerate(step.requests):
+            row = emitted[request]
+            row += step.tokens[b]
             if step.drafted:
-                found[request].accepted.append(n)
-    return [_ended(request, row, stop) for request, row in enumerate(found)]
+                accepted[request].append(step.accepted[b])
+            if (length := step.lengths[b]) is not None:
+                found[request] = Decoded(row[:length], accepted[request], row[length:])
+    return [found[request] for request in range(len(prompts))]
 
 
 def stop_at(
@@ -191,11 +197,10 @@ class _Context:
 def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
     device = c.target.device
     cache, draft_cache = RowCache(c.target, len(rows)), c.draft.new_cache(len(rows))
-    step, state_B1H = _prefill(c, rows, cache, draft_cache)
+    step, state_B1H = _prefill(c, rows, cache, draft_cache, stop)
     while True:
         yield step
-        new = map(len, step.tokens)
-        live = [b for b, n in enumerate(new) if stop(rows[b].request, rows[b].emitted, n) is None]
+        live = [b for b, length in enumerate(step.lengths) if length is None]
         if not live:
             return
         if len(live) < len(rows):
@@ -210,8 +215,10 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
         last_B1 = torch.tensor([row.emitted[-1:] for row in rows], device=device)
         reading = cache.read(torch.cat([last_B1, drafted_BK], 1), c.draft.taps)
         drafted = drafted_BK.tolist()
-        scores_BJV = c.door.scores(reading.logits_BTV, _prefixes(rows, drafted))
-        n_B, next_B = c.decoding.rules.settle(scores_BJV, drafted_BK, q_BKV, at_B, seeds_B)
+        processed_BJV = c.door.processed(reading.logits_BTV, _prefixes(rows, drafted))
+        n_B, next_B = c.decoding.rules.settle(
+            c.door.scores(processed_BJV), drafted_BK, q_BKV, at_B, seeds_B
+        )
         accepted = n_B.tolist()
         emitted = [[*d[:n], t] for d, n, t in zip(drafted, accepted, next_B.tolist(), strict=True)]
         cache.roll_back([k - n for n in accepted])
@@ -222,14 +229,34 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
             reading.features_BTF[:, :most],
             [len(tokens) for tokens in emitted],
         )
-        for row, tokens in zip(rows, emitted, strict=True):
-            row.emitted += tokens
-        requests = [row.request for row in rows]
-        step = Step(requests, accepted, emitted, k, reading.logits_BTV, scores_BJV)
+        step = _step(rows, accepted, emitted, k, reading.logits_BTV, processed_BJV, stop)
+
+
+def _step(
+    rows: list[_Row],
+    accepted: list[int],
+    emitted: list[list[int]],
+    k: int,
+    logits_BJV: Tensor,
+    processed_BJV: Tensor,
+    stop: Stop,
+) -> Step:
+    """Note what was emitted, and where an answer ends."""
+    for row, tokens in zip(rows, emitted, strict=True):
+        row.emitted += tokens
+    return Step(
+        [row.request for row in rows],
+        accepted,
+        emitted,
+        [stop(row.request, row.emitted, len(new)) for row, new in zip(rows, emitted, strict=True)],
+        k,
+        logits_BJV,
+        processed_BJV,
+    )
 
 
 def _prefill(
-    c: _Context, rows: list[_Row], cache: RowCache, draft_cache: Any
+    c: _Context, rows: list[_Row], cache: RowCache, draft_cache: Any, stop: Stop
 ) -> tuple[Step, Tensor]:
     """Read the prompts and choose the first token of each answer, which no draft can propose."""
     device = c.target.device
@@ -239,17 +266,20 @@ def _prefill(
     ends, which_B = torch.unique(torch.tensor(counts, device=device) - 1, return_inverse=True)
     reading = cache.read(tokens_BT, c.draft.taps, counts, ends)
     logits_B1V = reading.logits_BTV[torch.arange(len(rows), device=device), which_B][:, None]
-    scores_B1V = c.door.scores(logits_B1V, _prefixes(rows, [[]] * len(rows)))
+    processed_B1V = c.door.processed(logits_B1V, _prefixes(rows, [[]] * len(rows)))
     seeds_B = seeds_tensor([row.seed for row in rows], device)
-    first = c.decoding.rules.choose(scores_B1V, torch.zeros_like(seeds_B)[:, None], seeds_B)
-    for row, token in zip(rows, first[:, 0].tolist(), strict=True):
-        row.emitted.append(token)
-    following = [_padded([*row.prompt[1:], row.emitted[0]], longest) for row in rows]
-    state = c.draft.absorb(
+    first_B1 = c.decoding.rules.choose(
+        c.door.scores(processed_B1V), torch.zeros_like(seeds_B)[:, None], seeds_B
+    )
+    first = first_B1.tolist()
+    following = [
+        _padded([*row.prompt[1:], *token], longest) for row, token in zip(rows, first, strict=True)
+    ]
+    state_B1H = c.draft.absorb(
         draft_cache, torch.tensor(following, device=device), reading.features_BTF, counts
     )
-    requests, emitted = [row.request for row in rows], [list(row.emitted) for row in rows]
-    return Step(requests, [0] * len(rows), emitted, 0, logits_B1V, scores_B1V), state
+    step = _step(rows, [0] * len(rows), first, 0, logits_B1V, processed_B1V, stop)
+    return step, state_B1H
 
 
 def _propose(
@@ -273,7 +303,7 @@ def _propose(
             before = torch.stack(drafted, 1).tolist() if drafted else [[]] * len(rows)
             prefixes = _prefixes(rows, before, step)
             wide_B1V = widened(c.draft, logits_BD)[:, None]
-            scores_BV = c.draft_door.scores(wide_B1V, prefixes)[:, 0]
+            scores_BV = c.draft_door.scores(c.draft_door.processed(wide_B1V, prefixes))[:, 0]
             if c.decoding.deterministic:
                 token_B = scores_BV.argmax(-1)
             else:
@@ -291,12 +321,6 @@ def widened(draft: Draft, logits_D: Tensor) -> Tensor:
         return logits_D
     wide_V = logits_D.new_full((*logits_D.shape[:-1], draft.vocab_size), NEVER)
     return wide_V.index_copy_(-1, draft.draft_vocab, logits_D)
-
-
-def _ended(request: int, row: Decoded, stop: Stop) -> Decoded:
-    length = stop(request, row.tokens, len(row.tokens))
-    assert length is not None, "a row left the batch unfinished"
-    return Decoded(row.tokens[:length], row.accepted, row.tokens[length:])
 
 
 def _prefixes(

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from ..batches import Batch, collate, plan_once
-from ..decode.door import Door
 from ..decode.modes import Decoding
 from ..decode.noise import ACCEPT, seeds_tensor, uniform
-from ..decode.sampling import Sampling, probabilities
+from ..decode.sampling import Sampling, probabilities, scores
 from ..decode.speculative import widened
 from ..drafts.base import Draft
 from ..errors import UserError
@@ -173,7 +172,6 @@ def chances(
     reading = target.read(tokens, draft.taps, keep=0 if decoding.draft_token == "sampled" else 1)
     B, T = tokens.shape
     found = torch.zeros(B, max(T - 2 - first, 0), k, dtype=torch.float64, device=tokens.device)
-    sampled = Door(decoding.sampling)
     for step, states in enumerate(draft.rollout(tokens, reading.features_BTF, first, k)):
         logits_BSD = draft.logits(states)
         count = logits_BSD.shape[1]
@@ -182,7 +180,7 @@ def chances(
         if decoding.deterministic:
             hit_BS = draft.to_target_ids(logits_BSD.argmax(-1)) == said_BS
         else:
-            scores_BSV = sampled.scores(widened(draft, logits_BSD), lambda row, position: [])
+            scores_BSV = scores(widened(draft, logits_BSD), decoding.sampling)
             if decoding.draft_token == "coupled":
                 at_BS = torch.arange(begin, begin + count, device=tokens.device)
                 at_BS = at_BS - batch.starts_B[:, None]
