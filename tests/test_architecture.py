@@ -20,7 +20,7 @@ LAYERS = [
     {"data", "training"},
     {"report", "run_folder"},
     {"engines"},
-    {"steps"},
+    {"steps", "custom_generate"},
     {"flow"},
     {"bench"},
     {"cli", "__init__", "__main__"},

@@ -1,6 +1,6 @@
 """redraft: re-align a speculative-decoding draft model with a fine-tuned LLM, and prove it.
 
-    from redraft import load_target, load_draft, adapt, measure
+    from redraft import load_target, load_draft, adapt, generate, measure
 
 `import redraft` loads no torch; the parts are imported when first used.
 """
@@ -11,16 +11,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .custom_generate import generate
     from .flow import adapt
     from .formats.load import load_draft
     from .measuring.measure import measure
     from .target import load_target
 
 __version__ = "0.1.0"
-__all__ = ["adapt", "load_draft", "load_target", "measure"]
+__all__ = ["adapt", "generate", "load_draft", "load_target", "measure"]
 
 _HOMES = {
     "adapt": "flow",
+    "generate": "custom_generate",
     "load_draft": "formats.load",
     "load_target": "target",
     "measure": "measuring.measure",

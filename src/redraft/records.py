@@ -187,6 +187,55 @@ class Throughput:
 
 
 @dataclass(frozen=True)
+class StepCost:
+    """What the parts of a step cost here, in seconds (medians) and in target steps.
+
+    `target` is a plain step of one token per row, `draft` one step of the draft, `verify[j]` the
+    target's pass over j + 1 tokens. c = draft / target, v(K) = verify[K] / target.
+    """
+
+    target: float
+    draft: float
+    verify: tuple[float, ...]
+    rows: int
+    context: int
+    repeats: int
+
+    @property
+    def c(self) -> float:
+        return self.draft / self.target
+
+    def v(self, k: int) -> float:
+        return self.verify[k] / self.target
+
+
+@dataclass(frozen=True)
+class KChoice:
+    """The number of drafted tokens with the largest predicted speed-up, tau / (K c + v).
+
+    `speedups[j]` is predicted for K = j + 1 from `per_position` (see `Acceptance`), measured on
+    `steps` steps.
+    """
+
+    k: int
+    speedups: tuple[float, ...]
+    per_position: tuple[float, ...]
+    steps: int
+    cost: StepCost
+
+    def explain(self) -> str:
+        rates = " ".join(f"{rate:.2f}" for rate in self.per_position)
+        predicted = ", ".join(f"{k} {s:.2f}x" for k, s in enumerate(self.speedups, 1))
+        slower = "" if max(self.speedups) > 1 else "; plain decoding is faster here"
+        return (
+            f"K = {self.k}: a draft step costs c = {self.cost.c:.2f} of a target step, reading "
+            f"{self.k + 1} tokens v = {self.cost.v(self.k):.2f} (medians of {self.cost.repeats}, "
+            f"{self.cost.rows} at a time); accepted at position 1..{len(self.per_position)}: {rates} "
+            f"({self.steps} steps); predicted speed-up by K: {predicted}{slower}"
+        )
+
+
+@dataclass(frozen=True)
 class Lossless:
     """Prompts compared, how many gave identical tokens, and how many differ at an excused tie."""
 

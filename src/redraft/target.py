@@ -38,8 +38,11 @@ class Target:
         tokenizer: Any,
         sources: Sequence[str],
         template: str | None = None,
+        *,
+        freeze: bool = True,
     ):
-        self.model: Any = model.eval().requires_grad_(False)
+        """Around a loaded model, which is set to evaluation and frozen unless `freeze` is off."""
+        self.model: Any = model.eval().requires_grad_(False) if freeze else model
         self.tokenizer = tokenizer
         self.sources = tuple(sources)
         self.name = "+".join(sources)

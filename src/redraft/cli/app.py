@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
-from . import bench, drafts, engine, job, recipes, stages
+from . import bench, drafts, engine, generate, job, recipes, stages
 
 app = typer.Typer(
     name="redraft",
@@ -28,6 +28,7 @@ for command in (
     stages.select,
     stages.train,
     stages.measure,
+    generate.generate,
     drafts.inspect,
     drafts.export,
     engine.verify,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import stage_fields
+from ..errors import UserError
 
 TargetFlag = Annotated[str, typer.Option("--target", help="target model: folder or Hub id")]
 AdapterFlag = Annotated[
@@ -39,6 +40,10 @@ TopPFlag = Annotated[
 MinPFlag = Annotated[
     float,
     typer.Option("--min-p", min=0.0, max=1.0, help="keep tokens this likely against the likeliest"),
+]
+KFlag = Annotated[
+    str,
+    typer.Option("--k", help="draft tokens per step; auto: chosen from costs measured here"),
 ]
 AcceptanceFlag = Annotated[
     str, typer.Option("--acceptance", help="acceptance mode: greedy, seeded or sampled")
@@ -95,6 +100,15 @@ def load(source: str, adapter: str | None, template: str | None, dtype: str) -> 
     from ..target import load_target
 
     return load_target(source, adapter=adapter, chat_template=template, dtype=dtype)
+
+
+def k_from(text: str) -> int | None:
+    """The number that --k names; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or not 1 <= int(text) <= 16:
+        raise UserError(f"--k takes a whole number from 1 to 16, or auto; got '{text}'")
+    return int(text)
 
 
 def decoding_from(

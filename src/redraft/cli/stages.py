@@ -18,6 +18,7 @@ from .flags import (
     DraftTokenFlag,
     DtypeFlag,
     JsonFlag,
+    KFlag,
     LimitFlag,
     MinPFlag,
     PromptsFlag,
@@ -29,10 +30,14 @@ from .flags import (
     TopPFlag,
     decoding_from,
     finish,
+    k_from,
     load,
     print_json,
     with_settings,
 )
+
+AUTO_PROMPTS = 8
+"""--k auto decodes this many prompts to see how often drafted tokens are accepted."""
 
 
 @with_settings("regenerate")
@@ -183,7 +188,7 @@ def measure(
     target: TargetFlag,
     draft: DraftFlag,
     prompts: PromptsFlag,
-    k: Annotated[int, typer.Option("--k", min=1, max=16, help="draft tokens per step")] = 4,
+    k: KFlag = "4",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
     ] = 128,
@@ -221,6 +226,7 @@ def measure(
     from ..data.prompts import read_prompts
     from ..files import write_text
     from ..formats.load import load_draft
+    from ..measuring.cost import auto_k
     from ..measuring.measure import WAYS
     from ..measuring.measure import measure as run
     from ..records import to_json
@@ -236,17 +242,22 @@ def measure(
         top_p,
         min_p,
     )
+    chosen = k_from(k)
     loaded = load(target, target_adapter, chat_template, dtype)
     proposer = load_draft(draft, loaded)
     found = read_prompts(prompts, loaded, limit)
     say(found.summary())
+    if chosen is None:
+        choice = auto_k(loaded, proposer, found.prompts[:AUTO_PROMPTS], decoding)
+        chosen = choice.k
+        say(choice.explain())
     if save_ids:
         write_text(Path(save_ids), json.dumps([list(p.tokens) for p in found.prompts]) + "\n")
     measured = run(
         loaded,
         proposer,
         found.prompts,
-        k=k,
+        k=chosen,
         max_new_tokens=max_new_tokens,
         mode=mode,
         decoding=decoding,

@@ -11,6 +11,7 @@ Shapes: B rows, P positions, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +58,33 @@ PREFIX_PURE = PREFIX_FREE | {
 """Processors of Transformers that look at the prefix too, and at nothing else."""
 
 
+def _repetition(own: Any, row: int) -> None:
+    if isinstance(own.prompt_ignore_length, Tensor):
+        own.prompt_ignore_length = _row(own.prompt_ignore_length, row)
+
+
+def _encoder_repetition(own: Any, row: int) -> None:
+    own.encoder_input_ids = _row(own.encoder_input_ids, row)
+
+
+def _encoder_ngrams(own: Any, row: int) -> None:
+    own.generated_ngrams, own.batch_size = _row(own.generated_ngrams, row), 1
+
+
+def _prefix_constrained(own: Any, row: int) -> None:
+    allowed = own._prefix_allowed_tokens_fn
+    own._prefix_allowed_tokens_fn = lambda batch_id, tokens: allowed(row, tokens)
+
+
+ROW_BOUND: dict[str, Callable[[Any, int], None]] = {
+    "RepetitionPenaltyLogitsProcessor": _repetition,
+    "EncoderRepetitionPenaltyLogitsProcessor": _encoder_repetition,
+    "EncoderNoRepeatNGramLogitsProcessor": _encoder_ngrams,
+    "PrefixConstrainedLogitsProcessor": _prefix_constrained,
+}
+"""Those that go by a row's number in the batch, and how a copy of one is made to serve that row."""
+
+
 class Door:
     """Logits processors in their order, then sampling."""
 
@@ -64,11 +92,15 @@ class Door:
         check_pure(processors)
         self.sampling = sampling
         self.processors = tuple(processors)
+        self._of_row: dict[tuple[int, int], Any] = {}
 
-    def processed(self, logits_BPV: Tensor, prefixes: Prefixes) -> Tensor:
+    def processed(
+        self, logits_BPV: Tensor, prefixes: Prefixes, requests: Sequence[int] | None = None
+    ) -> Tensor:
         """The logits behind the processors, before sampling.
 
-        Raises UserError where no token is left.
+        `requests` are the rows' numbers in the batch that decoding began with. Raises UserError
+        where no token is left.
         """
         if not self.processors:
             return logits_BPV
@@ -80,7 +112,7 @@ class Door:
                 flat = processor(_ids([], B * P, wide.device), wide.reshape(B * P, V).clone())
                 wide = flat.view(B, P, V)
             else:
-                wide = self._by_prefix(processor, wide, prefixes)
+                wide = self._by_prefix(processor, wide, prefixes, requests or range(B))
         self._check(wide)
         return wide
 
@@ -88,19 +120,26 @@ class Door:
         """Scores [B, P, V], whose softmax the tokens are drawn from."""
         return scores(processed_BPV, self.sampling)
 
-    def _by_prefix(self, processor: Any, wide_BPV: Tensor, prefixes: Prefixes) -> Tensor:
-        rows = [
-            torch.cat(
-                [
-                    processor(
-                        _ids(prefixes(b, p), 1, wide_BPV.device), wide_BPV[b, p, None].clone()
-                    )
-                    for p in range(wide_BPV.shape[1])
-                ]
-            )
-            for b in range(wide_BPV.shape[0])
-        ]
-        return torch.stack(rows)
+    def _by_prefix(
+        self, processor: Any, wide_BPV: Tensor, prefixes: Prefixes, requests: Sequence[int]
+    ) -> Tensor:
+        found = torch.empty_like(wide_BPV)
+        for b, request in enumerate(requests):
+            own = self._serving(processor, request)
+            for p in range(wide_BPV.shape[1]):
+                ids = _ids(prefixes(b, p), 1, wide_BPV.device)
+                found[b, p] = own(ids, wide_BPV[b, p, None].clone())[0]
+        return found
+
+    def _serving(self, processor: Any, row: int) -> Any:
+        """The processor for one row of the batch."""
+        if _name(processor) not in ROW_BOUND:
+            return processor
+        key = (id(processor), row)
+        if key not in self._of_row:
+            self._of_row[key] = copy.copy(processor)
+            ROW_BOUND[_name(processor)](self._of_row[key], row)
+        return self._of_row[key]
 
     def _check(self, wide_BPV: Tensor) -> None:
         if bool(torch.isneginf(wide_BPV).all(-1).any()):
@@ -132,6 +171,11 @@ def check_pure(processors: Sequence[Any]) -> None:
             "one that keeps a state would count tokens that are rejected later; leave it out, or "
             "if it is a pure function of prefix and logits, set prefix_pure = True on it"
         )
+
+
+def _row(rows: Any, row: int) -> Any:
+    """One row of a batch, or the only one there is."""
+    return rows[row : row + 1] if len(rows) > 1 else rows
 
 
 def _name(processor: Any) -> str:

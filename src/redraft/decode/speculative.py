@@ -62,6 +62,13 @@ class Step:
     logits_BJV: Tensor
     processed_BJV: Tensor
 
+    def kinds(self, b: int) -> list[str]:
+        """Where a row's tokens come from: first, accepted, corrected (after a rejection), bonus."""
+        if not self.drafted:
+            return ["first"]
+        n = self.accepted[b]
+        return ["accepted"] * n + ["bonus" if n == self.drafted else "corrected"]
+
 
 def decode_speculative(
     target: Target,
@@ -215,7 +222,9 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
         last_B1 = torch.tensor([row.emitted[-1:] for row in rows], device=device)
         reading = cache.read(torch.cat([last_B1, drafted_BK], 1), c.draft.taps)
         drafted = drafted_BK.tolist()
-        processed_BJV = c.door.processed(reading.logits_BTV, _prefixes(rows, drafted))
+        processed_BJV = c.door.processed(
+            reading.logits_BTV, _prefixes(rows, drafted), [row.request for row in rows]
+        )
         n_B, next_B = c.decoding.rules.settle(
             c.door.scores(processed_BJV), drafted_BK, q_BKV, at_B, seeds_B
         )
@@ -266,7 +275,8 @@ def _prefill(
     ends, which_B = torch.unique(torch.tensor(counts, device=device) - 1, return_inverse=True)
     reading = cache.read(tokens_BT, c.draft.taps, counts, ends)
     logits_B1V = reading.logits_BTV[torch.arange(len(rows), device=device), which_B][:, None]
-    processed_B1V = c.door.processed(logits_B1V, _prefixes(rows, [[]] * len(rows)))
+    requests = [row.request for row in rows]
+    processed_B1V = c.door.processed(logits_B1V, _prefixes(rows, [[]] * len(rows)), requests)
     seeds_B = seeds_tensor([row.seed for row in rows], device)
     first_B1 = c.decoding.rules.choose(
         c.door.scores(processed_B1V), torch.zeros_like(seeds_B)[:, None], seeds_B
@@ -303,7 +313,9 @@ def _propose(
             before = torch.stack(drafted, 1).tolist() if drafted else [[]] * len(rows)
             prefixes = _prefixes(rows, before, step)
             wide_B1V = widened(c.draft, logits_BD)[:, None]
-            scores_BV = c.draft_door.scores(c.draft_door.processed(wide_B1V, prefixes))[:, 0]
+            requests = [row.request for row in rows]
+            processed_B1V = c.draft_door.processed(wide_B1V, prefixes, requests)
+            scores_BV = c.draft_door.scores(processed_B1V)[:, 0]
             if c.decoding.deterministic:
                 token_B = scores_BV.argmax(-1)
             else:

@@ -1,0 +1,165 @@
+"""Text from a target and its draft, streamed as it is decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from ..console import say, set_quiet
+from ..errors import UserError
+from .flags import (
+    AcceptanceFlag,
+    AdapterFlag,
+    DraftFlag,
+    DraftTokenFlag,
+    DtypeFlag,
+    JsonFlag,
+    KFlag,
+    MinPFlag,
+    QuietFlag,
+    TargetFlag,
+    TemperatureFlag,
+    TemplateFlag,
+    TopKFlag,
+    TopPFlag,
+    decoding_from,
+    k_from,
+    load,
+    print_json,
+)
+
+COLOURS = {"first": "", "accepted": "green", "corrected": "red", "bonus": "cyan"}
+WORDS = {
+    "accepted": "drafted and accepted",
+    "corrected": "the target's, where it rejected the draft",
+    "bonus": "the target's, after all drafted tokens were accepted",
+}
+
+
+def generate(
+    target: TargetFlag,
+    draft: DraftFlag,
+    prompt: Annotated[str, typer.Option("--prompt", help="what the user says")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")
+    ] = 256,
+    k: KFlag = "auto",
+    temperature: TemperatureFlag = 0.0,
+    top_k: TopKFlag = 0,
+    top_p: TopPFlag = 1.0,
+    min_p: MinPFlag = 0.0,
+    acceptance: AcceptanceFlag = "",
+    draft_token: DraftTokenFlag = "",
+    seed: Annotated[int, typer.Option("--seed", help="same seed, same words, any draft")] = 0,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="colour tokens by where they come from")
+    ] = False,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Answer a prompt with the draft's help; the words are the target's own.
+
+    Sampling is seeded unless --acceptance says sampled: the seed alone decides the words.
+
+    Example: redraft generate --target ./my-model --draft run/draft --prompt "What is 7 x 8?"
+    --show-drafts
+    """
+    set_quiet(quiet)
+    decoding = decoding_from(
+        acceptance or ("seeded" if temperature else "greedy"),
+        draft_token,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+    )
+    chosen = k_from(k)
+    from ..formats.load import load_draft
+    from ..measuring.cost import auto_k
+    from ..records import Prompt
+
+    loaded = load(target, target_adapter, chat_template, dtype)
+    proposer = load_draft(draft, loaded)
+    try:
+        tokens = loaded.render([{"role": "user", "content": prompt}])
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    if chosen is None:
+        choice = auto_k(loaded, proposer, [Prompt("prompt", tuple(tokens))], decoding)
+        chosen = choice.k
+        say(choice.explain())
+    began = time.monotonic()
+    words: list[tuple[str, str]] = []
+    accepted: list[int] = []
+    ids: list[int] = []
+    for text, kind in _decode(
+        loaded, proposer, tokens, chosen, max_new_tokens, decoding, seed, accepted, ids
+    ):
+        words.append((text, kind))
+        if not as_json:
+            _print(text, COLOURS[kind] if show_drafts else "")
+    seconds = time.monotonic() - began
+    tau = 1 + sum(accepted) / len(accepted) if accepted else None
+    if as_json:
+        print_json(
+            {
+                "text": "".join(text for text, _ in words),
+                "tokens": ids,
+                "pieces": words,
+                "k": chosen,
+                "acceptance": decoding.mode,
+                "draft_token": decoding.draft_token,
+                "seed": seed,
+                "accepted": accepted,
+                "tau": tau,
+                "seconds": seconds,
+            }
+        )
+        return
+    typer.echo()
+    if show_drafts:
+        say("  ".join(f"{COLOURS[kind]}: {meaning}" for kind, meaning in WORDS.items()))
+    shown = "no step" if tau is None else f"tau {tau:.2f}"
+    say(f"{len(ids)} tokens in {len(accepted)} steps, {shown}, {len(ids) / seconds:.0f} tokens/s")
+
+
+def _decode(
+    target: Any,
+    draft: Any,
+    prompt: list[int],
+    k: int,
+    max_new_tokens: int,
+    decoding: Any,
+    seed: int,
+    accepted: list[int],
+    ids: list[int],
+) -> Iterator[tuple[str, str]]:
+    """Pieces of text with the kind of token that completed each; counts into `accepted`, `ids`."""
+    from ..decode.speculative import speculate, stop_at
+
+    shown, kind = "", "first"
+    stop = stop_at(target, [prompt], max_new_tokens)
+    for step in speculate(target, draft, [prompt], k, decoding, stop, seeds=[seed]):
+        if step.drafted:
+            accepted += step.accepted
+        room = len(step.tokens[0]) if step.lengths[0] is None else step.lengths[0] - len(ids)
+        for token, kind in zip(step.tokens[0][:room], step.kinds(0), strict=False):
+            ids.append(token)
+            text = target.tokenizer.decode(ids, skip_special_tokens=True)
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                continue  # half a character: its other bytes come with the next token
+            yield text[len(shown) :], kind
+            shown = text
+    whole = target.tokenizer.decode(ids, skip_special_tokens=True)
+    if len(whole) > len(shown):
+        yield whole[len(shown) :], kind
+
+
+def _print(text: str, colour: str) -> None:
+    typer.secho(text, fg=colour or None, nl=False)
