@@ -240,3 +240,94 @@ def test_version_in_a_process_of_its_own() -> None:
         [sys.executable, "-m", "redraft", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("redraft 0.")
+
+
+def test_generate_says_the_same_words_with_any_draft(
+    redraft: Any, target_folder: Path, kind_folder: Callable[[str], Path]
+) -> None:
+    said = []
+    for kind, k in (("eagle3", "3"), ("eagle", "1"), ("eagle3", "auto")):
+        code, out, err = redraft(
+            *("generate", "--target", target_folder, "--draft", kind_folder(kind), "--k", k),
+            *("--prompt", "Say 7 and 1.", "--temperature", 0.8, "--top-p", 0.95, "--seed", 4),
+            *("--max-new-tokens", 20, "--json"),
+        )
+        assert code == 0, err
+        found = json.loads(out)
+        said.append((found["text"], tuple(found["tokens"])))
+        assert found["acceptance"] == "seeded"
+        assert "".join(piece for piece, _ in found["pieces"]) == found["text"]
+        assert len(found["tokens"]) <= 20
+        assert ("predicted speed-up by K" in " ".join(err.split())) == (k == "auto")
+    assert len(set(said)) == 1
+
+
+def test_generate_streams_and_names_bad_flags(
+    redraft: Any, target_folder: Path, draft_folder: Path
+) -> None:
+    common = ("generate", "--target", target_folder, "--draft", draft_folder, "--prompt", "Hi")
+    code, out, err = redraft(*common, "--k", 2, "--max-new-tokens", 12, "--show-drafts")
+    assert code == 0, err
+    assert out.strip()
+    assert "green: drafted and accepted" in " ".join(err.split())
+    assert "steps, tau" in err
+    for flags, says in (
+        (("--k", "many"), "--k takes a whole number from 1 to 16, or auto; got 'many'"),
+        (("--acceptance", "greedy", "--temperature", 1), "takes the likeliest token and ignores"),
+        (("--acceptance", "gredy"), "did you mean 'greedy'?"),
+        (("--draft-token", "sampled"), "cannot judge draft tokens picked 'sampled'"),
+    ):
+        code, _, err = redraft(*common, *flags)
+        assert code == 2
+        assert says in " ".join(err.split())
+
+
+def test_measure_in_expectation(
+    redraft: Any, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 6)
+    code, out, err = redraft(
+        *("measure", "--target", target_folder, "--draft", draft_folder, "--prompts", prompts),
+        *("--k", "auto", "--max-new-tokens", 16, "--temperature", 1, "--mode", "expected"),
+        *("--acceptance", "sampled", "--json"),
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["acceptance"], found["draft_token"]) == ("sampled", "sampled")
+    assert found["tau"] == pytest.approx(1 + found["accepted"] / found["steps"])
+
+
+def test_bench_decode_races_and_resumes(
+    redraft: Any, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 4)
+    command = (
+        *("bench", "decode", "--target", target_folder, "--draft", draft_folder),
+        *("--prompts", prompts, "--assistant", target_folder, "--padded", 3e5, "--out"),
+        *(tmp_path / "cells", "--batches", "1,2", "--ks", "1,3", "--limit", 4, "--repeats", 1),
+        *("--max-new-tokens", 8),
+    )
+    code, out, err = redraft(*command, "--json", "--record", tmp_path / "cells.json")
+    assert code == 0, err
+    cells = json.loads(out)["cells"]
+    assert [(cell["batch"], cell["padded"]) for cell in cells] == [
+        (1, False),
+        (2, False),
+        (1, True),
+        (2, True),
+    ]
+    names = [row["name"] for row in cells[0]["rows"]]
+    assert {"generate", "plain", "lookup", "assisted", "K=1", "K=3"} <= set(names)
+    for cell in cells:
+        assert abs(cell["parameters"] - 3e5) < 3e4 or not cell["padded"]
+        for outputs in cell["identical"].values():
+            assert outputs["identical"] + outputs["excused"] == outputs["prompts"] == 4
+        assert 0 < cell["outside"] < 1
+    assert cells[0]["tau"] == cells[2]["tau"], "padding changes nothing that is decoded"
+    assert json.loads((tmp_path / "cells.json").read_text())["cells"] == cells
+    code, out, err = redraft(*command)
+    assert code == 0
+    assert "nothing to do, already done" in err
+    code, _, err = redraft(*command, "--batches", "9")
+    assert code == 2
+    assert "4 prompts do not fill a batch of 9" in err

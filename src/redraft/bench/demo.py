@@ -23,13 +23,18 @@ from .. import flow
 from ..config import TrainConfig, read_yaml, recipe_path, resolve
 from ..console import say
 from ..data.regenerate import read_answers
+from ..decode.modes import Decoding
+from ..decode.plain import decode_plain
+from ..decode.sampling import Sampling
+from ..decode.speculative import decode_speculative
+from ..drafts.base import Draft
 from ..errors import UserError, nearest
 from ..formats.load import load_draft, read_draft
 from ..formats.private_part import read_training
 from ..measuring.acceptance import bootstrap_recovery
 from ..measuring.lossless import compare
 from ..measuring.measure import Measured, measure_answers
-from ..measuring.speed import race, runners
+from ..measuring.speed import drafted, plain, race, transformers_generate
 from ..records import AdaptReport, Prompt, to_json, versions
 from ..run_folder import RunFolder
 from ..steps import save_fresh
@@ -41,6 +46,8 @@ MEMBER = "sft"
 K = 4
 SPEED_PROMPTS = 12
 SPEED_TOKENS = 96
+TEMPERATURE = 0.7
+SERVED = ("reused", "adapted")
 REPEATS = 3
 RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
 """The recipe that adapts each size of family."""
@@ -143,10 +150,12 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
         name: measure_answers(target, draft, answers, k=K) for name, draft in drafts.items()
     }
     prompts = [Prompt(a.id, a.prompt) for a in answers[:SPEED_PROMPTS]]
-    contestants = runners(
-        target, {name: drafts[name] for name in ("reused", "adapted")}, K, SPEED_TOKENS
-    )
-    speed, outputs = race(contestants, prompts, REPEATS)
+    contestants = {
+        "plain": plain(target, SPEED_TOKENS),
+        "generate": transformers_generate(target, SPEED_TOKENS),
+        **{name: drafted(target, drafts[name], K, SPEED_TOKENS) for name in SERVED},
+    }
+    speed, outputs = race(contestants, [[prompt] for prompt in prompts], REPEATS)
     lossless = {
         name: compare(target, prompts, outputs["plain"], outputs[name])
         for name in ("generate", "reused", "adapted")
@@ -168,6 +177,7 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
         **_recovery(measured),
         "identical": all(found.holds for found in lossless.values()),
         "lossless": {name: to_json(found) for name, found in lossless.items()},
+        "seeded": _same_words(target, {name: drafts[name] for name in SERVED}, prompts),
         "speed": {name: found.tokens_per_second for name, found in speed.items()},
         "speed_detail": {name: to_json(found) for name, found in speed.items()},
         "loop_rate": measured["adapted"].acceptance.loop_rate,
@@ -183,6 +193,29 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
         "report": str(result.run / "report.html"),
         "versions": versions(),
     }
+
+
+def _same_words(
+    target: Target, drafts: dict[str, Draft], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Sampled with one seed per prompt: plainly, and with each draft. The words have to be the same."""
+    decoding = Decoding("seeded", Sampling(TEMPERATURE))
+    seeds = list(range(len(prompts)))
+    words = [
+        decode_plain(target, prompt.tokens, SPEED_TOKENS, decoding, seed)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    found: dict[str, Any] = {"temperature": TEMPERATURE, "tokens": sum(map(len, words))}
+    for name, draft in drafts.items():
+        rows = [prompt.tokens for prompt in prompts]
+        decoded = decode_speculative(target, draft, rows, K, SPEED_TOKENS, decoding, seeds)
+        answers = [d.tokens for d in decoded]
+        found[name] = {
+            **to_json(compare(target, prompts, words, answers, decoding, seeds)),
+            "tau": 1
+            + sum(sum(d.accepted) for d in decoded) / sum(len(d.accepted) for d in decoded),
+        }
+    return found
 
 
 def _paid(report: AdaptReport, reference: dict[str, Any]) -> dict[str, tuple[int, int, float]]:
@@ -278,6 +311,12 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
     out.print(
         f"outputs identical: {verdict} ({compared['prompts']} prompts, {excused} excused near-ties); "
         f"loop rate {demo['loop_rate']:.1%}"
+    )
+    seeded = demo["seeded"]
+    same = [f"{name} {seeded[name]['identical']}/{seeded[name]['prompts']}" for name in SERVED]
+    out.print(
+        f"same seed, same words at temperature {seeded['temperature']:g}, against plain sampling: "
+        f"{', '.join(same)} ({seeded['tokens']} tokens)"
     )
     out.print(
         f"{demo['reused']['prompts']} prompts measured at K={K}, greedy; small models trained from "

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..console import set_quiet
-from .flags import JsonFlag, QuietFlag, print_json
+from ..errors import UserError
+from .flags import DraftFlag, DtypeFlag, JsonFlag, PromptsFlag, QuietFlag, TargetFlag, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Build model families and run benches on them.")
 
@@ -101,3 +102,75 @@ def bench_repair(
         print_json(result)
     else:
         print_demo(result)
+
+
+@app.command("decode")
+def bench_decode(
+    target: TargetFlag,
+    draft: DraftFlag,
+    prompts: PromptsFlag,
+    out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
+    assistant: Annotated[
+        str | None,
+        typer.Option("--assistant", help="a small LM for Transformers' assisted decoding"),
+    ] = None,
+    padded: Annotated[
+        float, typer.Option("--padded", help="also pad the target to so many parameters (1e8)")
+    ] = 0.0,
+    batches: Annotated[str, typer.Option("--batches", help="prompts at a time")] = "1,4,16",
+    ks: Annotated[str, typer.Option("--ks", help="draft tokens per step to try")] = "1,2,3,4,6",
+    limit: Annotated[int, typer.Option("--limit", help="prompts raced on")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
+    ] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="times each is run")] = 3,
+    dtype: DtypeFlag = "auto",
+    record: Annotated[
+        str | None, typer.Option("--record", help="also write the cells to this JSON file")
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Speculative decoding against plain, assisted and prompt-lookup decoding, batch by batch.
+
+    Example: redraft bench decode --target demo/family/members/sft --draft demo/run/draft
+    --prompts demo/family/prompts/math-eval.jsonl --assistant demo/family/base --padded 1e8
+    --out decode
+    """
+    set_quiet(quiet)
+    from ..bench.decode import bench_decode as run
+    from ..bench.decode import print_cells
+    from ..files import write_text
+    from ..records import to_json
+
+    cells = run(
+        Path(out),
+        target,
+        draft,
+        prompts,
+        assistant=assistant,
+        parameters=int(padded),
+        batches=_numbers("--batches", batches),
+        ks=_numbers("--ks", ks),
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        dtype=dtype,
+    )
+    content = {"cells": [to_json(cell) for cell in cells]}
+    if record:
+        write_text(Path(record), json.dumps(content, indent=2) + "\n")
+    if as_json:
+        print_json(content)
+    else:
+        print_cells(cells)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} takes numbers, for example 1,4,16; got '{text}'") from None
+    if min(numbers) < 1:
+        raise UserError(f"{flag} takes numbers from 1 on; got '{text}'")
+    return numbers
