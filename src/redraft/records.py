@@ -240,8 +240,9 @@ class DecodeCell:
     """Decoders raced on the same prompts, `batch` at a time, greedy.
 
     `parameters` are the target's; `padded` says that most of them are zeros that cost time and change
-    nothing. `rows` are the contestants. `tau` and `predicted` are by K: predicted speed-up over plain
-    decoding, tau / (K c + v). `outside` is the share of time outside the models' forward passes at
+    nothing. `rows` are the contestants, over whole answers. By K: `tau`; `predicted`, the speed-up
+    tau / (K c + v); and `after_first`, the measured one from the first token on (a prompt is read
+    once either way, and the formula knows nothing of it). `outside` is the share of time outside the models' forward passes at
     the fastest K. `identical` compares every contestant with the plain loop.
     """
 
@@ -256,6 +257,7 @@ class DecodeCell:
     rows: tuple[Throughput, ...]
     tau: dict[str, float]
     predicted: dict[str, float]
+    after_first: dict[str, float]
     outside: float
     identical: dict[str, Lossless]
     threads: int

@@ -44,6 +44,8 @@ from ..target import Target, load_target
 
 LOOKUP_TOKENS = 4
 ASSISTANT_TOKENS = 4
+FIRST_PLAIN, FIRST_DRAFTED = "first token, plain", "first token, drafted"
+"""Raced beside the others to tell what reading the prompts takes."""
 
 
 def bench_decode(
@@ -127,7 +129,9 @@ def _cell(
                 target, max_new_tokens, assistant_model=assistant
             )
     contestants |= {f"K={k}": drafted(target, draft, k, max_new_tokens) for k in ks}
-    rows, answers = race(contestants, groups, repeats)
+    first = {FIRST_PLAIN: plain(target, 1), FIRST_DRAFTED: drafted(target, draft, 1, 1)}
+    raced, answers = race({**contestants, **first}, groups, repeats)
+    rows = {name: raced[name] for name in contestants}
     said = answer_all(target, prompts, max_new_tokens, max(ks), Sampling(), batch_size=batch)
     traces = {k: [t for t in replay(target, draft, said, k) if t.steps] for k in ks}
     middle = sorted(prompts, key=lambda p: len(p.tokens))[len(prompts) // 2]
@@ -147,14 +151,26 @@ def _cell(
         rows=tuple(rows.values()),
         tau={f"K={k}": pooled_tau(traces[k]) for k in ks},
         predicted={f"K={k}": speedup(cost, rates[k], k) for k in ks},
+        after_first={f"K={k}": _after_first(raced, f"K={k}") for k in ks},
         outside=_outside(target, draft, groups, fastest, max_new_tokens),
         identical={
-            name: compare(target, prompts, answers["plain"], found)
-            for name, found in answers.items()
+            name: compare(target, prompts, answers["plain"], answers[name]) for name in contestants
         },
         threads=torch.get_num_threads(),
         versions=versions(),
     )
+
+
+def _after_first(raced: dict[str, Throughput], name: str) -> float:
+    """Speed-up over the plain loop once the first token is there."""
+
+    def seconds(whole: str, first: str) -> float:
+        return sum(
+            sign * raced[n].tokens / raced[n].tokens_per_second
+            for n, sign in ((whole, 1), (first, -1))
+        )
+
+    return seconds("plain", FIRST_PLAIN) / seconds(name, FIRST_DRAFTED)
 
 
 def _outside(
@@ -210,6 +226,9 @@ def padded(target: Target, parameters: int) -> Target:
     return PaddedTarget(model, target.tokenizer, target.sources, target.template)
 
 
+BY_K = ("tau", "after first", "predicted")
+
+
 def print_cells(cells: Sequence[DecodeCell], out: Console | None = None) -> None:
     """A table per cell."""
     out = out or Console(highlight=False)
@@ -217,8 +236,8 @@ def print_cells(cells: Sequence[DecodeCell], out: Console | None = None) -> None
         cost = cell.cost
         title = f"{cell.parameters / 1e6:.1f} M parameters{' (padded with zeros)' * cell.padded}"
         table = Table(title=f"{title}, {cell.batch} at a time, {cell.rows[0].prompts} prompts")
-        for heading in ("", "tokens/s", "over plain", "over generate", "tau", "predicted", "same"):
-            table.add_column(heading, justify="left" if not heading else "right")
+        for heading in ("", "tokens/s", "over plain", "over generate", *BY_K, "same"):
+            table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
         for row in cell.rows:
             table.add_row(*cells_of(cell, row))
         out.print(table)
@@ -239,6 +258,7 @@ def cells_of(cell: DecodeCell, row: Throughput) -> tuple[str, ...]:
         f"{row.tokens_per_second / cell.rate('plain'):.2f}x",
         f"{row.tokens_per_second / cell.rate('generate'):.2f}x",
         f"{cell.tau[row.name]:.2f}" if row.name in cell.tau else "",
+        f"{cell.after_first[row.name]:.2f}x" if row.name in cell.after_first else "",
         f"{cell.predicted[row.name]:.2f}x" if row.name in cell.predicted else "",
         same + (f" +{outputs.excused} near-ties" if outputs.excused else ""),
     )

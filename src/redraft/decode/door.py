@@ -88,9 +88,12 @@ ROW_BOUND: dict[str, Callable[[Any, int], None]] = {
 class Door:
     """Logits processors in their order, then sampling."""
 
-    def __init__(self, sampling: Sampling, processors: Sequence[Any] = ()):
+    def __init__(
+        self, sampling: Sampling, processors: Sequence[Any] = (), *, of_draft: bool = False
+    ):
         check_pure(processors)
         self.sampling = sampling
+        self._drafts = of_draft
         self.processors = tuple(processors)
         self._of_row: dict[tuple[int, int], Any] = {}
 
@@ -100,7 +103,7 @@ class Door:
         """The logits behind the processors, before sampling.
 
         `requests` are the rows' numbers in the batch that decoding began with. Raises UserError
-        where no token is left.
+        where no token is left; a draft may then say anything, and keeps its own logits.
         """
         if not self.processors:
             return logits_BPV
@@ -113,7 +116,15 @@ class Door:
                 wide = flat.view(B, P, V)
             else:
                 wide = self._by_prefix(processor, wide, prefixes, requests or range(B))
-        self._check(wide)
+        nothing_BP1 = torch.isneginf(wide).all(-1, keepdim=True)
+        if self._drafts:
+            return torch.where(nothing_BP1, logits_BPV.to(wide), wide)
+        if bool(nothing_BP1.any()):
+            names = ", ".join(_name(p) for p in self.processors)
+            raise UserError(
+                f"the logits processors ({names}) forbid every token at some position, so there is "
+                "nothing to choose from; loosen them"
+            )
         return wide
 
     def scores(self, processed_BPV: Tensor) -> Tensor:
@@ -141,21 +152,14 @@ class Door:
             ROW_BOUND[_name(processor)](self._of_row[key], row)
         return self._of_row[key]
 
-    def _check(self, wide_BPV: Tensor) -> None:
-        if bool(torch.isneginf(wide_BPV).all(-1).any()):
-            names = ", ".join(_name(p) for p in self.processors)
-            raise UserError(
-                f"the logits processors ({names}) forbid every token at some position, so there is "
-                "nothing to choose from; loosen them"
-            )
-
     def of_draft(self, everything: bool, deterministic: bool) -> Door:
         """The door for the draft's logits. It changes how much is accepted, never what is emitted.
 
         The draft goes through those processors that look at the logits alone, or through all.
         """
         chosen = [p for p in self.processors if everything or _name(p) in PREFIX_FREE]
-        return Door(Sampling() if deterministic else self.sampling, chosen)
+        sampling = Sampling() if deterministic else self.sampling
+        return Door(sampling, chosen, of_draft=True)
 
 
 def check_pure(processors: Sequence[Any]) -> None:

@@ -130,6 +130,8 @@ class Decoding:
                 f"acceptance mode greedy takes the likeliest token and ignores {self.sampling}; "
                 "choose seeded or sampled, or leave the sampling out"
             )
+        if self.sampling.temperature == 0:  # a point mass, which no cut changes
+            object.__setattr__(self, "sampling", Sampling())
         known = self.rules.draft_tokens
         if not self.draft_token:
             object.__setattr__(self, "draft_token", known[0])

@@ -60,8 +60,8 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 
 def _unit(z: Tensor) -> Tensor:
-    """The upper 53 bits as a number strictly between 0 and 1."""
-    return (_shifted(z, 11).double() + 0.5) * 2.0**-53
+    """The upper 52 bits as a number strictly between 0 and 1 (of 53, the largest would round to 1)."""
+    return (_shifted(z, 12).double() + 0.5) * 2.0**-52
 
 
 def _signed(number: int) -> int:

@@ -231,6 +231,10 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
         accepted = n_B.tolist()
         emitted = [[*d[:n], t] for d, n, t in zip(drafted, accepted, next_B.tolist(), strict=True)]
         cache.roll_back([k - n for n in accepted])
+        step = _step(rows, accepted, emitted, k, reading.logits_BTV, processed_BJV, stop)
+        if None not in step.lengths:
+            yield step
+            return
         most = max(accepted) + 1
         state_B1H = c.draft.absorb(
             draft_cache,
@@ -238,7 +242,6 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
             reading.features_BTF[:, :most],
             [len(tokens) for tokens in emitted],
         )
-        step = _step(rows, accepted, emitted, k, reading.logits_BTV, processed_BJV, stop)
 
 
 def _step(
