@@ -19,7 +19,7 @@ NAMES = {
 BY_SCHEMA = {
     "sglang": "checked by schema against the loaders of SGLang 0.5.23; the engine was not run",
     "llama.cpp": "checked by schema against its converter; the engine was not run",
-    "transformers": "no EAGLE drafts of its own; redraft's decoding loop runs them",
+    "transformers": "no EAGLE drafts of its own; `redraft.generate` runs them inside `generate`",
 }
 
 

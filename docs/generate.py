@@ -6,6 +6,7 @@ docs/config.md   every setting with its default, from the dataclasses in config.
 README.md        the file tree, from the first line of each module's docstring; the demo's output and
                  the measured table, from the records in docs/results/
 docs/results/repair.md    the same records in full
+docs/results/decode.md    decoding speed, from its record there
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from decode_page import decode_page
 from engines_page import engines_page
 from repair_page import demo_output, measured_table, results_page
 
@@ -33,6 +35,7 @@ COMMANDS = [
             "select",
             "train",
             "measure",
+            "generate",
             "inspect",
             "export",
             "verify",
@@ -43,6 +46,7 @@ COMMANDS = [
     ["bench", "family"],
     ["bench", "pipeline"],
     ["bench", "repair"],
+    ["bench", "decode"],
 ]
 
 
@@ -58,6 +62,7 @@ def generated() -> dict[Path, str]:
         text = between(text, name, content)
     return {
         ROOT / "docs" / "results" / "repair.md": results_page(),
+        ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),

@@ -28,6 +28,9 @@ class RegenerateConfig:
     temperature: float = _opt(0.0, "sampling temperature of the answers; 0 is greedy", low=0.0)
     top_k: int = _opt(0, "keep the k likeliest tokens when sampling; 0 keeps all", low=0)
     top_p: float = _opt(1.0, "nucleus mass when sampling; 1 keeps all", low=1e-6, high=1.0)
+    min_p: float = _opt(
+        0.0, "keep tokens this likely against the likeliest when sampling", low=0.0, high=1.0
+    )
     max_new_tokens: int = _opt(256, "longest answer, in tokens", low=2)
     batch_size: int = _opt(64, "prompts answered together", low=1)
     answers: str = _opt(

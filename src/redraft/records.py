@@ -236,47 +236,6 @@ class KChoice:
 
 
 @dataclass(frozen=True)
-class DecodeCell:
-    """Decoders raced on the same prompts, `batch` at a time, greedy.
-
-    `parameters` are the target's; `padded` says that most of them are zeros that cost time and change
-    nothing. `rows` are the contestants, over whole answers. By K: `tau`; `predicted`, the speed-up
-    tau / (K c + v); and `after_first`, the measured one from the first token on (a prompt is read
-    once either way, and the formula knows nothing of it). `outside` is the share of time outside the models' forward passes at
-    the fastest K. `identical` compares every contestant with the plain loop.
-    """
-
-    target: str
-    parameters: int
-    padded: bool
-    batch: int
-    dtype: str
-    device: str
-    max_new_tokens: int
-    cost: StepCost
-    rows: tuple[Throughput, ...]
-    tau: dict[str, float]
-    predicted: dict[str, float]
-    after_first: dict[str, float]
-    outside: float
-    identical: dict[str, Lossless]
-    threads: int
-    versions: dict[str, str]
-
-    def rate(self, name: str) -> float:
-        """Tokens per second of a contestant."""
-        return next(row.tokens_per_second for row in self.rows if row.name == name)
-
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> DecodeCell:
-        row = dict(row)
-        row["cost"] = StepCost(**{**row["cost"], "verify": tuple(row["cost"]["verify"])})
-        row["rows"] = tuple(Throughput(**entry) for entry in row["rows"])
-        row["identical"] = {name: Lossless(**found) for name, found in row["identical"].items()}
-        return DecodeCell(**row)
-
-
-@dataclass(frozen=True)
 class Lossless:
     """Prompts compared, how many gave identical tokens, and how many differ at an excused tie."""
 

@@ -1,6 +1,6 @@
 """Lossless, strictly: at float64 the text with a draft is the text without one, token for token.
 
-2,016 runs over seven architectures, K = 1..7, greedy and seeded at four settings, batches of 1, 3
+2,520 runs over seven architectures, K = 1..7, greedy and seeded at four settings, batches of 1, 3
 and 8 prompts of different lengths. Wrong versions of the loop run through the same comparison.
 """
 
@@ -84,16 +84,15 @@ def test_the_text_is_that_of_plain_decoding(bench: Bench, name: str) -> None:
         for begin, end in BATCHES if k % 2 else BATCHES[:1]:
             found = decoded(bench, draft, name, k, slice(begin, end))
             assert [d.tokens for d in found] == bench.plain[name][begin:end], (k, begin)
-            RUNS[name] += end - begin
+            RUNS[f"{type(bench.target.model).__name__}, {name}"] += end - begin
             lengths |= {n for d in found for n in d.accepted}
     assert len(lengths) > 3, "the draft must be right sometimes and wrong sometimes"
 
 
 def test_the_runs_add_up() -> None:
-    """Counted where all of them ran (one process runs this file)."""
-    if len(RUNS) == len(SETTINGS):
-        print(f"{RUNS.total()} runs: {dict(RUNS)}")
-        assert RUNS.total() >= 2000
+    if len(RUNS) < len(FAMILIES) * len(SETTINGS):
+        pytest.skip("counts the runs of this whole file in one process")
+    assert RUNS.total() == 2520
 
 
 def test_rows_together_are_rows_alone(bench: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -95,28 +96,24 @@ def generate(
         chosen = choice.k
         say(choice.explain())
     began = time.monotonic()
-    words: list[tuple[str, str]] = []
-    accepted: list[int] = []
-    ids: list[int] = []
+    said = _Said()
     for text, kind in _decode(
-        loaded, proposer, tokens, chosen, max_new_tokens, decoding, seed, accepted, ids
+        loaded, proposer, tokens, chosen, max_new_tokens, decoding, seed, said
     ):
-        words.append((text, kind))
         if not as_json:
-            _print(text, COLOURS[kind] if show_drafts else "")
+            typer.secho(text, fg=(COLOURS[kind] if show_drafts else "") or None, nl=False)
     seconds = time.monotonic() - began
-    tau = 1 + sum(accepted) / len(accepted) if accepted else None
+    steps = len(said.accepted)
+    tau = 1 + sum(said.accepted) / steps if steps else None
     if as_json:
         print_json(
             {
-                "text": "".join(text for text, _ in words),
-                "tokens": ids,
-                "pieces": words,
+                "text": "".join(text for text, _ in said.pieces),
+                **asdict(said),
                 "k": chosen,
                 "acceptance": decoding.mode,
                 "draft_token": decoding.draft_token,
                 "seed": seed,
-                "accepted": accepted,
                 "tau": tau,
                 "seconds": seconds,
             }
@@ -125,8 +122,18 @@ def generate(
     typer.echo()
     if show_drafts:
         say("  ".join(f"{COLOURS[kind]}: {meaning}" for kind, meaning in WORDS.items()))
+    rate = len(said.tokens) / seconds
     shown = "no step" if tau is None else f"tau {tau:.2f}"
-    say(f"{len(ids)} tokens in {len(accepted)} steps, {shown}, {len(ids) / seconds:.0f} tokens/s")
+    say(f"{len(said.tokens)} tokens in {steps} steps, {shown}, {rate:.0f} tokens/s")
+
+
+@dataclass
+class _Said:
+    """What was decoded: ids, accepted tokens by step, pieces of text with the kind of their last token."""
+
+    tokens: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    pieces: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _decode(
@@ -137,29 +144,24 @@ def _decode(
     max_new_tokens: int,
     decoding: Any,
     seed: int,
-    accepted: list[int],
-    ids: list[int],
+    said: _Said,
 ) -> Iterator[tuple[str, str]]:
-    """Pieces of text with the kind of token that completed each; counts into `accepted`, `ids`."""
+    """Pieces of text as they come, each with the kind of token that completed it; notes all in `said`."""
     from ..decode.speculative import speculate, stop_at
 
-    shown, kind = "", "first"
+    shown = 0
     stop = stop_at(target, [prompt], max_new_tokens)
     for step in speculate(target, draft, [prompt], k, decoding, stop, seeds=[seed]):
         if step.drafted:
-            accepted += step.accepted
-        room = len(step.tokens[0]) if step.lengths[0] is None else step.lengths[0] - len(ids)
+            said.accepted += step.accepted
+        ended = step.lengths[0]
+        room = len(step.tokens[0]) if ended is None else ended - len(said.tokens)
         for token, kind in zip(step.tokens[0][:room], step.kinds(0), strict=False):
-            ids.append(token)
-            text = target.tokenizer.decode(ids, skip_special_tokens=True)
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            said.tokens.append(token)
+            text = target.tokenizer.decode(said.tokens, skip_special_tokens=True)
+            last = len(said.tokens) == ended
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
                 continue  # half a character: its other bytes come with the next token
-            yield text[len(shown) :], kind
-            shown = text
-    whole = target.tokenizer.decode(ids, skip_special_tokens=True)
-    if len(whole) > len(shown):
-        yield whole[len(shown) :], kind
-
-
-def _print(text: str, colour: str) -> None:
-    typer.secho(text, fg=colour or None, nl=False)
+            said.pieces.append((text[shown:], kind))
+            yield said.pieces[-1]
+            shown = len(text)

@@ -36,7 +36,7 @@ def regenerate(
     left = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
     if done:
         say(f"{out.name}: {len(done)} of {len(prompts)} answers are there already")
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
     batches = generate_answers(
         target,
         prompts,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from .door import Door
 from .noise import ACCEPT, DRAFT, REPLACE, TOKEN, gumbel, uniform
 from .sampling import Sampling, draw
 from .verify import accept_chosen, accept_sampled
@@ -144,6 +145,10 @@ class Decoding:
     @property
     def rules(self) -> Mode:
         return MODES[self.mode]
+
+    def scores(self, door: Door, processed_BPV: Tensor) -> Tensor:
+        """The target's scores as the mode wants them: greedy asks for the largest logit alone."""
+        return processed_BPV if self.mode == "greedy" else door.scores(processed_BPV)
 
     @property
     def deterministic(self) -> bool:

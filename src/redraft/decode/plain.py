@@ -37,7 +37,7 @@ def decode_plain(
         logits_11V = target.read(window, (), cache, keep=1).logits_BTV
         processed_11V = door.processed(logits_11V, lambda row, position: [*prompt, *emitted])
         at_11 = torch.tensor([[len(emitted)]], device=target.device)
-        window = decoding.rules.choose(door.scores(processed_11V), at_11, seeds_B)
+        window = decoding.rules.choose(decoding.scores(door, processed_11V), at_11, seeds_B)
         emitted.append(int(window))
         if emitted[-1] in stop:
             break

@@ -226,7 +226,7 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
             reading.logits_BTV, _prefixes(rows, drafted), [row.request for row in rows]
         )
         n_B, next_B = c.decoding.rules.settle(
-            c.door.scores(processed_BJV), drafted_BK, q_BKV, at_B, seeds_B
+            c.decoding.scores(c.door, processed_BJV), drafted_BK, q_BKV, at_B, seeds_B
         )
         accepted = n_B.tolist()
         emitted = [[*d[:n], t] for d, n, t in zip(drafted, accepted, next_B.tolist(), strict=True)]
@@ -282,7 +282,7 @@ def _prefill(
     processed_B1V = c.door.processed(logits_B1V, _prefixes(rows, [[]] * len(rows)), requests)
     seeds_B = seeds_tensor([row.seed for row in rows], device)
     first_B1 = c.decoding.rules.choose(
-        c.door.scores(processed_B1V), torch.zeros_like(seeds_B)[:, None], seeds_B
+        c.decoding.scores(c.door, processed_B1V), torch.zeros_like(seeds_B)[:, None], seeds_B
     )
     first = first_B1.tolist()
     following = [
@@ -318,10 +318,10 @@ def _propose(
             wide_B1V = widened(c.draft, logits_BD)[:, None]
             requests = [row.request for row in rows]
             processed_B1V = c.draft_door.processed(wide_B1V, prefixes, requests)
-            scores_BV = c.draft_door.scores(processed_B1V)[:, 0]
             if c.decoding.deterministic:
-                token_B = scores_BV.argmax(-1)
+                token_B = processed_B1V[:, 0].argmax(-1)
             else:
+                scores_BV = c.draft_door.scores(processed_B1V)[:, 0]
                 token_B = c.decoding.rules.propose(scores_BV, at_B + step, seeds_B)
                 drawn_from.append(scores_BV.softmax(-1))
         drafted.append(token_B)

@@ -260,7 +260,7 @@ def _no_eagle(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
 
 
 def _through_redraft(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
-    yield "note", "has no EAGLE drafts of its own: redraft's decoding loop runs them"
+    yield "note", "has no EAGLE drafts of its own: redraft.generate runs them inside its generate"
 
 
 def _without_default_taps(raw: Config, num_layers: int) -> Config:
