@@ -208,6 +208,8 @@ class _Stop:
                 longest = min(longest, criterion.max_length)
             elif type(criterion).__name__ != "EosTokenCriteria":
                 self.others.append(criterion)
+        if target.max_positions < longest < 1 << 30:
+            say(f"max_length {longest} is past the context: answers end at {target.max_positions}")
         self.room = min(longest, target.max_positions) - input_ids.shape[1]
 
     def __call__(self, request: int, tokens: list[int], new: int) -> int | None:

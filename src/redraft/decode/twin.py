@@ -25,7 +25,7 @@ class Twin:
 
     def __init__(self, target: Target, draft: Draft, k: int, decoding: Decoding, seed: int):
         self.target, self.draft, self.k, self.decoding = target, draft, k, decoding
-        self.seeds = seeds_tensor([seed], target.device)
+        self.seeds = seeds_tensor([seed], torch.device("cpu"))
 
     @torch.inference_mode()
     def decode(self, prompt: Sequence[int], max_new_tokens: int) -> Decoded:
@@ -73,7 +73,8 @@ class Twin:
         V = self.target.vocab_size
         spoken = self._draft_logits(text, drafted)
         logits = torch.full((V,), float("-inf"), dtype=torch.float64)
-        logits[self.draft.to_target_ids(torch.arange(len(spoken)))] = spoken
+        own = torch.arange(len(spoken), device=self.target.device)
+        logits[self.draft.to_target_ids(own).cpu()] = spoken
         if self.decoding.deterministic:
             token = int(logits.argmax())
             return token, [float(v == token) for v in range(V)]

@@ -126,6 +126,8 @@ def forwards_timed(target: Target, draft: Draft) -> Iterator[list[float]]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             found = call(*args, **kwargs)
+            if target.device.type == "cuda":
+                torch.cuda.synchronize(target.device)
             spent.append(time.perf_counter() - began)
             return found
 
