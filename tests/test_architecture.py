@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "src" / "redraft"
 LAYERS = [
     {"errors", "rng", "faults"},
-    {"files"},
+    {"files", "methods"},
     {"records", "config", "console", "lock"},
     {"target", "batches", "slots"},
     {"drafts"},

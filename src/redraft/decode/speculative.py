@@ -203,7 +203,8 @@ class _Context:
 @torch.inference_mode()
 def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
     device = c.target.device
-    cache, draft_cache = RowCache(c.target, len(rows)), c.draft.new_cache(len(rows))
+    first_B = torch.tensor([row.prompt[0] for row in rows], device=device)
+    cache, draft_cache = RowCache(c.target, len(rows)), c.draft.new_cache(first_B)
     step, state_B1H = _prefill(c, rows, cache, draft_cache, stop)
     while True:
         yield step

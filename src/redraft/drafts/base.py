@@ -14,13 +14,16 @@ S chain starts.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ..target import Target
+
+D = TypeVar("D", bound="Draft")
 
 
 class Draft(nn.Module, ABC):
@@ -33,6 +36,11 @@ class Draft(nn.Module, ABC):
     """hs[] indices of the target whose concatenation this draft reads."""
     feature_size: int
     """Width of the concatenated features, F."""
+    hidden_size: int
+    """Width of the draft's own states, H."""
+    feeds_back: ClassVar[bool] = True
+    """Whether a chain continues on the draft's own states. Where it does not, all steps of a
+    rollout are the same states, and training through more than one would only repeat them."""
     vocab_size: int
     """Width of the target's vocabulary, V."""
     source: str | None = None
@@ -57,8 +65,9 @@ class Draft(nn.Module, ABC):
         """Logits over the draft vocabulary [..., D] of states [..., H]."""
 
     @abstractmethod
-    def new_cache(self, rows: int = 1) -> Any:
-        """An empty decoding state for `rows` sequences, each of its own length."""
+    def new_cache(self, first_B: Tensor) -> Any:
+        """An empty decoding state for sequences of their own length; `first_B` are their first
+        tokens, which belong to no pair."""
 
     @abstractmethod
     def absorb(
@@ -100,6 +109,17 @@ class Draft(nn.Module, ABC):
     @abstractmethod
     def stored_state(self) -> dict[str, Tensor]:
         """The tensors that belong into a checkpoint folder, by stored name."""
+
+    def copy_sharing(self: D, own: Collection[str]) -> D:
+        """A copy that shares every tensor with this draft but the parameters named in `own`."""
+        memo: dict[int, Any] = {
+            id(tensor): tensor for name, tensor in self.named_parameters() if name not in own
+        }
+        memo |= {id(tensor): tensor for tensor in self.buffers()}
+        # What it borrows from the target: an embedding, a head.
+        borrowed = (v for v in vars(self).values() if isinstance(v, Tensor | nn.Module))
+        memo |= {id(value): value for value in borrowed}
+        return copy.deepcopy(self, memo)
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft-vocabulary ids as the target's."""

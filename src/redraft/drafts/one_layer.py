@@ -116,6 +116,7 @@ class OneLayerDraft(Draft):
         super().__init__()
         self.window = config.sliding_window
         self.vocab_size = config.vocab_size
+        self.hidden_size = config.hidden_size
         self.rotary = Rotary(_rope_config(config))
         self.embed_tokens: nn.Embedding | None = None
         self.shared_embedding: Tensor | None = None
@@ -178,8 +179,8 @@ class OneLayerDraft(Draft):
             )
             yield state
 
-    def new_cache(self, rows: int = 1) -> Cache:
-        return Cache(rows)
+    def new_cache(self, first_B: Tensor) -> Cache:
+        return Cache(len(first_B))
 
     def absorb(
         self,
@@ -238,11 +239,10 @@ class OneLayerDraft(Draft):
                 f"draft was made for {self.vocab_size}; a draft needs the target's own tokenizer"
             )
         if self.embed_tokens is None:
-            hidden = self.get_parameter("fc.weight").shape[0]
-            if target.hidden_size != hidden:
+            if target.hidden_size != self.hidden_size:
                 raise UserError(
                     f"this draft has no embed_tokens.weight and cannot share the target's: hidden "
-                    f"sizes differ ({hidden} here, {target.hidden_size} there)"
+                    f"sizes differ ({self.hidden_size} here, {target.hidden_size} there)"
                 )
             self.shared_embedding = target.embedding_VH.detach()
         self.to(target.device)

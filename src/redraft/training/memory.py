@@ -33,13 +33,12 @@ def predict_peak(
     """
     element = target.dtype.itemsize
     shapes = {name: p.shape for name, p in draft.named_parameters()}
-    hidden = next(s[0] for n, s in shapes.items() if n.endswith("fc.weight"))
     vocab = target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
     inner = sum(s[0] for n, s in shapes.items() if n.endswith("gate_proj.weight"))
     heads: int = target.model.config.get_text_config().num_attention_heads
     optimizer = sum(p.numel() for _, p in trainable) * 4 * 3
     per_token = target.vocab_size * (element + 4) + draft.feature_size * element
-    per_step = 3 * 4 * vocab + 4 * (24 * hidden + 4 * inner) + 3 * 4 * heads * longest
+    per_step = 3 * 4 * vocab + 4 * (24 * draft.hidden_size + 4 * inner) + 3 * 4 * heads * longest
     return (
         current_memory(target.device)
         + (optimizer + batch_tokens * (per_token + rollout * per_step)) / MB
