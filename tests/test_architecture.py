@@ -13,6 +13,7 @@ LAYERS = [
     {"files", "methods"},
     {"records", "config", "console", "lock"},
     {"target", "batches", "slots"},
+    {"model_cache"},
     {"drafts"},
     {"private", "decode"},
     {"formats"},

@@ -10,6 +10,8 @@ import pytest
 from redraft.config import (
     AdaptConfig,
     parse_set,
+    read_shares,
+    read_width,
     read_yaml,
     recipe_names,
     recipe_path,
@@ -21,7 +23,7 @@ from redraft.errors import UserError, nearest
 
 def test_later_layers_win_and_origins_are_kept() -> None:
     found = resolve([("file", {"train": {"lr": 0.1, "width": 3}}), ("--set", {"train.lr": "0.2"})])
-    assert (found.config.train.lr, found.config.train.width) == (0.2, 3)
+    assert (found.config.train.lr, found.config.train.width) == (0.2, "3")
     assert found.origins["train.lr"] == "--set"
     assert found.origins["train.width"] == "file"
     assert found.origins["train.seed"] == "default"
@@ -36,6 +38,9 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "train.epochs": "many",
         "measure.k": 99,
         "train.width": 2.5,
+        "train.rank": 2.5,
+        "train.lr_parts": "fc=fast",
+        "train.average": 1,
         "train.seed": True,
     }
     with pytest.raises(UserError) as caught:
@@ -43,11 +48,63 @@ def test_all_mistakes_are_reported_at_once() -> None:
     text = str(caught.value)
     assert "run.yaml: unknown key 'train.widht'; did you mean 'train.width'?" in text
     assert "unknown key 'lr'; did you mean 'train.lr'?" in text
-    assert "train.method must be one of expert, expert+fc, full, scratch; got 'magic'" in text
+    assert "run.yaml: train.method names the private part 'magic'; known: attention" in text
     assert "train.epochs expected float, got 'many'" in text
     assert "measure.k must be between 1 and 16; got 99" in text
-    assert "train.width expected a whole number, got 2.5" in text
+    assert "train.width must be a number of neurons (64), a share below 1 (0.25) or auto" in text
+    assert "train.rank expected a whole number, got 2.5" in text
+    assert "train.lr_parts takes part=multiple pairs ('expert=2,fc=0.5') of relay" in text
+    assert "got 'fc=fast'" in text
+    assert "train.average must be between 0.0 and 0.9999; got 1.0" in text
     assert "train.seed expected int, got True" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "width"),
+    [("64", 64), ("1", 1), ("64.0", 64), ("0.25", 0.25), ("1e-3", 0.001), ("auto", None)],
+)
+def test_a_width_is_a_number_a_share_or_auto(text: str, width: float | None) -> None:
+    found = read_width(text)
+    assert found == width
+    assert type(found) is type(width), "an int is neurons, a float is a share"
+    assert resolve([("f", {"train.width": text})]).config.train.width == text
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "-3", "1.5", "-0.25", "", "nan", "inf", "Auto", "1/4"])
+def test_other_widths_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"a share below 1 \(0.25\) or auto; got '{text}'"):
+        read_width(text)
+    with pytest.raises(UserError, match="f: train.width must be a number of neurons"):
+        resolve([("f", {"train.width": text})])
+
+
+@pytest.mark.parametrize("value", [8, 0.5])
+def test_a_width_from_yaml_is_a_number_there(value: float) -> None:
+    assert resolve([("f", {"train": {"width": value}})]).config.train.width == str(value)
+
+
+def test_learning_rates_of_parts_are_multiples_by_part() -> None:
+    assert read_shares("") == {}
+    assert read_shares("expert=2,fc=0.5") == {"expert": 2.0, "fc": 0.5}
+    assert resolve([("f", {"train.lr_parts": "norms=1e-1"})]).config.train.lr_parts == "norms=1e-1"
+    for wrong in ("fc", "fc=", "fc=-1", "fc=0", "fc=nan", "fc=inf", "experts=2", "=2", "expert=2;fc=1"):
+        with pytest.raises(ValueError, match=r"takes part=multiple pairs .* got '"):
+            read_shares(wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("full+fc", r"train.method 'full\+fc' contradicts itself: full trains every tensor"),
+        ("fc+fc", r"train.method names a part twice: 'fc\+fc'"),
+        ("expert+fx", "train.method names the private part 'fx'; did you mean 'fc'"),
+    ],
+)
+def test_a_mistake_in_the_method_is_reported_with_the_others(method: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        resolve([("--set", {"train.method": method, "train.loss": "mse", "measure.kk": 1})])
+    assert "--set: train.loss must be one of kl, tv, lk, ce, paper; got 'mse'" in str(caught.value)
+    assert "--set: unknown key 'measure.kk'" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -7,6 +7,7 @@ reported at once, before a model is loaded.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,47 @@ from typing import Any
 import yaml
 
 from .errors import UserError, nearest
+from .methods import PARTS, read_method
 
 
 def _opt(default: Any, help: str, **checks: Any) -> Any:
     return field(default=default, metadata={"help": help, **checks})
+
+
+def read_width(text: str) -> int | float | None:
+    """`width` as a number of neurons, a share of the shared ones, or None for 'auto'.
+
+    Raises ValueError for anything else.
+    """
+    if text == "auto":
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if number >= 1 and number.is_integer():
+        return int(number)
+    if 0 < number < 1:
+        return number
+    raise ValueError(
+        f"must be a number of neurons (64), a share below 1 (0.25) or auto; got '{text}'"
+    )
+
+
+def read_shares(text: str) -> dict[str, float]:
+    """`lr_parts` by part. Raises ValueError for what is no part or no positive number."""
+    shares: dict[str, float] = {}
+    for pair in filter(None, text.split(",")):
+        part, _, number = pair.partition("=")
+        try:
+            shares[part] = float(number)
+        except ValueError:
+            shares[part] = 0.0
+        if part not in PARTS or not 0 < shares[part] < math.inf:
+            raise ValueError(
+                f"takes part=multiple pairs ('expert=2,fc=0.5') of {', '.join(PARTS)}; got '{pair}'"
+            )
+    return shares
 
 
 @dataclass(frozen=True)
@@ -57,18 +95,40 @@ class TrainConfig:
     """Training of the private part."""
 
     method: str = _opt(
-        "expert+fc",
-        "private part",
-        choices=("expert", "expert+fc", "full", "scratch"),
+        "expert+fc+norms",
+        f"private parts, joined by +: {', '.join(PARTS)}",
+        check=read_method,
     )
-    width: int = _opt(64, "private FFN neurons of `expert`", low=1)
+    width: str = _opt(
+        "64",
+        "private FFN neurons of `expert`: a number, a share of the shared ones (0.25), or 'auto', the "
+        "smallest of five widths within 1 % of the best",
+        check=read_width,
+    )
+    rank: int = _opt(16, "rank of `lora`", low=1)
     init: str = _opt(
         "active",
         "start of the expert: 'active' copies the most active shared neurons (training starts "
         "exactly at reuse), 'random' is a random expert as in the paper",
         choices=("active", "random"),
     )
+    vocab: str = _opt(
+        "keep",
+        "'retarget' chooses the tokens of a reduced-vocabulary draft anew, for the target's answers",
+        choices=("keep", "retarget"),
+    )
+    loss: str = _opt(
+        "kl",
+        "forward KL; total variation; their LK blend; cross-entropy with the answer; the paper's "
+        "SmoothL1 on features + 0.1 KL (eagle drafts)",
+        choices=("kl", "tv", "lk", "ce", "paper"),
+    )
     lr: float = _opt(0.0, "peak learning rate; 0 takes 0.4 / hidden size (1e-4 at 4096)", low=0.0)
+    lr_parts: str = _opt(
+        "",
+        "learning rates of single parts, as multiples of lr: 'expert=2,fc=0.5'",
+        check=read_shares,
+    )
     epochs: float = _opt(4.0, "passes over the chosen answers", low=0.01)
     batch_tokens: int = _opt(4096, "tokens in a batch, padding included", low=16)
     rollout: int = _opt(5, "draft steps trained through (positions beyond accept little)", low=1)
@@ -78,6 +138,15 @@ class TrainConfig:
         0.0, "decoupled weight decay (never on a zero-started tensor)", low=0.0
     )
     clip: float = _opt(1.0, "largest gradient norm", low=0.0)
+    feature_noise: float = _opt(
+        0.0, "uniform noise on features, this * 512 / tokens wide (0.2 in the paper)", low=0.0
+    )
+    average: float = _opt(
+        0.0,
+        "decay per step of a running average of the weights, tried too; 0: none",
+        low=0.0,
+        high=0.9999,
+    )
     evaluations: int = _opt(8, "how often held-out tau is measured during training", low=1)
     patience: int = _opt(3, "evaluations without a rise before training stops early", low=1)
     precision: str = _opt(
@@ -191,6 +260,8 @@ def check_value(setting: dataclasses.Field[Any], value: Any) -> Any:
     choices = setting.metadata.get("choices")
     if choices and typed not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}; got '{typed}'")
+    if "check" in setting.metadata:
+        setting.metadata["check"](typed)
     low, high = setting.metadata.get("low"), setting.metadata.get("high")
     if (low is not None and typed < low) or (high is not None and typed > high) or typed != typed:
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"

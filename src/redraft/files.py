@@ -40,6 +40,11 @@ def write_text(path: Path, text: str) -> None:
     _write_whole(path, text.encode("utf-8"), "text")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole as it is; its folder is made if need be."""
+    _write_whole(path, content, "text")
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

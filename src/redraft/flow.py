@@ -26,6 +26,8 @@ from .files import write_text
 from .formats.load import StoredDraft, load_draft, read_draft
 from .formats.private_part import load_private, read_training, save_private
 from .measuring.measure import measure_answers
+from .methods import read_method
+from .private.part import check_carries
 from .records import (
     Acceptance,
     AdaptReport,
@@ -70,12 +72,14 @@ def adapt(
     limit: int | None = None,
     eval_prompts: str | None = None,
     off_domain: dict[str, str] | None = None,
+    base: Target | None = None,
 ) -> AdaptResult:
     """Re-align a draft with `target` on `prompts`, in the run folder `out`.
 
     `draft` is a folder, a Hub id, or what `load_draft` returned. Tau is measured before and after on
     `eval_prompts`, a file of its own, or on prompts kept aside from `prompts`. `off_domain` names
-    further files (label -> path) that are measured but never trained on. Running
+    further files (label -> path) that are measured but never trained on. `base` is the model that
+    the target was tuned from, for the methods that compare the two (relay, refresh). Running
     again in the same folder does only what is missing. Raises UserError for bad input, for a folder
     that another process works in, and when the disk refuses a write.
     """
@@ -88,7 +92,8 @@ def adapt(
             raise UserError(f"off-domain name '{name}': use letters, digits, - and _")
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     shared = read_draft(_source_of(draft))
-    shared.build(target)  # refuses a draft that does not fit, before anything is paid for
+    # What does not fit is refused before anything is paid for.
+    check_carries(shared.build(target), read_method(resolved.config.train.method))
     everything = read_prompts(prompts, target, limit)
     say(everything.summary())
     c = resolved.config
@@ -101,7 +106,7 @@ def adapt(
         run.write_json("run.json", _describe(target, shared, everything, resolved))
         answered = _regenerate(run, target, asked, elsewhere, c)
         selected = _select(run, answered["adapt"], c)
-        trained = _train(run, [selected, answered["heldout"]], target, shared, c)
+        trained = _train(run, [selected, answered["heldout"]], target, shared, c, base)
         exported = _export(run, trained, target, shared, c)
         _measure(run, exported, answered, target, shared, c)
         report = _report(run, target, shared, everything, resolved)
@@ -182,7 +187,12 @@ def _select(run: RunFolder, answered: str, c: AdaptConfig) -> str:
 
 
 def _train(
-    run: RunFolder, chosen: list[str], target: Target, shared: StoredDraft, c: AdaptConfig
+    run: RunFolder,
+    chosen: list[str],
+    target: Target,
+    shared: StoredDraft,
+    c: AdaptConfig,
+    base: Target | None,
 ) -> str:
     def work() -> None:
         samples = chosen_answers(
@@ -190,7 +200,7 @@ def _train(
         )
         heldout = read_answers(run.path / "answers" / "heldout.jsonl")
         part = train_private(
-            target, shared, samples, heldout, c.train, c.measure.k, run.path / "checkpoints"
+            target, shared, samples, heldout, c.train, c.measure.k, run.path / "checkpoints", base
         )
         save_private(run.path / "private", part)
 
@@ -198,6 +208,7 @@ def _train(
         "chosen": chosen,
         "shared": shared.hash(),
         "k": c.measure.k,
+        "base": base and base.fingerprint(),
         **asdict(c.train),
     }
     # Not training.json, which holds seconds: the same tensors trained anew are the same part.

@@ -167,6 +167,12 @@ class TrainRecord:
     predicted_peak_mb: float
     peak_mb: float
     stopped_early: bool
+    gang: int = 1  # private parts trained on the same stream; their peak is common
+    target_flops: float = 0.0  # counted on one batch, times the tokens read
+    draft_flops: float = 0.0
+
+    def best_tau(self) -> float:
+        return max((tau for _, tau in self.heldout_tau), default=float("-inf"))
 
     def lasting(self) -> dict[str, Any]:
         """As plain JSON types without what clock and memory say: the same for the same work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .config import TrainConfig
+from .config import TrainConfig, read_width
+from .console import say
 from .data.regenerate import read_answers
 from .drafts.base import Draft
 from .drafts.new import new_draft
@@ -18,13 +20,13 @@ from .files import write_text
 from .formats.folders import state_hash
 from .formats.load import StoredDraft, made_for, read_draft, stored
 from .formats.private_part import TRAINING, check_belongs, save_private
-from .private.expert import widenable
-from .private.fuse import fuse
+from .methods import EXPERT, read_method
+from .private.fuse import fuse, home_of
 from .private.part import PrivatePart
-from .private.table import METHODS
 from .records import Answer, TrainRecord, to_json
 from .target import Target
-from .training.train import train
+from .training.train import Trained, train, train_gang
+from .training.widths import candidate_widths, shared_width, smallest_good
 
 
 def train_private(
@@ -35,21 +37,54 @@ def train_private(
     config: TrainConfig,
     k: int,
     checkpoints: Path | None = None,
+    base: Target | None = None,
 ) -> PrivatePart:
-    """Train a private part beside a stored draft; tensors come back in the draft's own dtype."""
+    """Train a private part beside a stored draft; tensors come back in the draft's own dtype.
+
+    With `width` auto several widths are trained as a gang, and the smallest good one is taken.
+    """
     draft = shared.build(target, torch.float32)
-    widths = {}
-    if METHODS[config.method].expert:
-        widths = {name: ffn.width for name, ffn in widenable(draft).items()}
-    trained = train(target, draft, answers, heldout, config, k=k, checkpoints=checkpoints)
-    tensors = {
-        name: tensor.to(shared.tensors[name.replace(".private.", ".")].dtype)
-        for name, tensor in trained.tensors.items()
-    }
+    if read_width(config.width) is not None or not read_method(config.method).expert:
+        trained = train(
+            target, draft, answers, heldout, config, k=k, base=base, checkpoints=checkpoints
+        )
+        return as_private(target, shared, trained, answers, config)
+    widths = candidate_widths(shared_width(draft))
+    configs = [dataclasses.replace(config, width=str(width)) for width in widths]
+    gang = train_gang(
+        target, draft, answers, heldout, configs, k=k, base=base, checkpoints=checkpoints
+    )
+    taus = [trained.record.best_tau() for trained in gang]
+    chosen = smallest_good(widths, taus)
+    tried = ", ".join(f"{width}: {tau:.3f}" for width, tau in zip(widths, taus, strict=True))
+    say(f"width {chosen}: the smallest within 1 % of the best held-out tau ({tried})")
+    at = widths.index(chosen)
+    part = as_private(target, shared, gang[at], answers, configs[at])
+    part.card["widths_tried"] = dict(zip(map(str, widths), taus, strict=True))
+    return part
+
+
+def as_private(
+    target: Target,
+    shared: StoredDraft,
+    trained: Trained,
+    answers: Sequence[Answer],
+    config: TrainConfig,
+) -> PrivatePart:
+    """A trained part with its card, in the shared draft's dtypes, without what did not change."""
+    tensors = {}
+    for name, tensor in trained.tensors.items():
+        home = shared.tensors[home_of(name)]
+        stored_tensor = tensor.to(home.dtype)
+        if home_of(name) != name or not torch.equal(stored_tensor, home):
+            tensors[name] = stored_tensor
+    widened = {name.split(EXPERT)[0] for name in tensors if EXPERT in name}
     card = {
         "shared": str(shared.folder),
         "shared_hash": shared.hash(),
-        "shared_widths": widths,
+        "shared_widths": {
+            name: shared.tensors[f"{name}.gate_proj.weight"].shape[0] for name in sorted(widened)
+        },
         "private_hash": state_hash(tensors),
         "samples": len(answers),
         "config": asdict(config),
@@ -109,6 +144,7 @@ def train_command(
     draft_vocab: int | None = None,
     draft_width: int | None = None,
     kind: str = "eagle3",
+    base: Target | None = None,
 ) -> TrainRecord:
     """Train and save; a private part, or for a method that starts fresh a whole stock draft."""
     chosen = chosen_answers(read_answers(answers), selection)
@@ -120,10 +156,10 @@ def train_command(
     held = read_answers(heldout)
     if draft is not None:
         shared = read_draft(draft)
-        part = train_private(target, shared, chosen, held, config, k, out / "checkpoints")
+        part = train_private(target, shared, chosen, held, config, k, out / "checkpoints", base)
         save_private(out, part)
         return TrainRecord(**part.card["train"])
-    if not METHODS[config.method].fresh:
+    if not read_method(config.method).fresh:
         raise UserError(f"--method {config.method} trains beside a draft: name it with --draft")
     fresh = new_draft(
         target,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from redraft import flow
-from redraft.bench.corpus import MEMBERS, SIZES
-from redraft.bench.family import build_family, describe_family, draft_folder, load_member
+from redraft.bench.corpus import MEMBERS, SIZES, Corpus
+from redraft.bench.family import (
+    _supervised,
+    build_family,
+    describe_family,
+    draft_folder,
+    load_member,
+)
+from redraft.bench.language_model import validation_loss
 from redraft.config import resolve
 from redraft.drafts.table import KINDS
 from redraft.errors import UserError
@@ -33,12 +42,29 @@ def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]])
     for name, row in manifest["members"].items():
         assert row["reused"]["steps"] > 0
         assert (out / "members" / name).is_dir()
+        assert row["domain"] == {"sft-medical": "records", "sft-code": "code"}.get(name, "math")
         target = load_member(out, name)
         assert target.hidden_size == SIZES["tiny"].shape.hidden
     assert manifest["members"]["lora4"]["adapter"] is not None
     assert manifest["members"]["sft"]["loss"] < manifest["members"]["sft-tenth"]["loss"]
-    assert {gate["gate"] for gate in manifest["gates"]} >= {"tau reused on sft", "loop rate of sft"}
-    describe_family(manifest)
+    gates = {gate["gate"] for gate in manifest["gates"]}
+    assert gates >= {"tau reused on sft", "loop rate of sft", "loop rate of sft-medical"}
+    shown = io.StringIO()
+    describe_family(manifest, Console(file=shown, width=200))
+    row = next(line for line in shown.getvalue().splitlines() if "sft-medical" in line)
+    assert "records" in row
+
+
+def test_a_fine_tune_of_another_domain_knows_that_domain_better(
+    family: tuple[Path, dict[str, Any]],
+) -> None:
+    out, manifest = family
+    corpus = Corpus(SIZES["tiny"], None, 0)
+    for name in ("sft-medical", "sft-code"):
+        domain = manifest["members"][name]["domain"]
+        tuned, other = load_member(out, name), load_member(out, "sft")
+        chats = [_supervised(tuned.tokenizer, c) for c in corpus.chats(domain, 64, "heldout")]
+        assert validation_loss(tuned.model, chats) < validation_loss(other.model, chats)
 
 
 def test_prompt_files_are_disjoint(family: tuple[Path, dict[str, Any]]) -> None:
@@ -95,6 +121,8 @@ def test_unknown_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         build_family(tmp_path, size="tiny", kinds=["eagle2"])
     with pytest.raises(UserError, match="unknown member 'sftt'; did you mean 'sft'"):
         build_family(tmp_path, size="tiny", members=["sftt"])
+    with pytest.raises(UserError, match="unknown member 'sft-medicl'; did you mean 'sft-medical'"):
+        build_family(tmp_path, size="tiny", members=["sft-medicl"])
     monkeypatch.delenv("REDRAFT_DATA", raising=False)
     with pytest.raises(UserError, match="reads real data: name its folder with --data"):
         build_family(tmp_path, size="micro")

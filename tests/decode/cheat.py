@@ -15,14 +15,9 @@ from torch import Tensor, nn
 from redraft.drafts.base import Draft
 from redraft.target import Target
 
-FIRST = 2
-
 
 class CheatingDraft(Draft):
-    """Logits of the target after the text, with `noise` that depends on the last token.
-
-    A draft is not told a text's first token; the chat template always begins with the same one.
-    """
+    """Logits of the target after the text, with `noise` that depends on the last token."""
 
     kind: ClassVar[str] = "cheat"
 
@@ -39,8 +34,8 @@ class CheatingDraft(Draft):
             target.vocab_size, target.vocab_size, generator=generator, dtype=torch.float64
         )
 
-    def new_cache(self, rows: int = 1) -> Any:
-        return {"true": [[] for _ in range(rows)], "drafted": [[] for _ in range(rows)]}
+    def new_cache(self, first_B: Tensor) -> Any:
+        return {"true": [[token] for token in first_B.tolist()], "drafted": [[] for _ in first_B]}
 
     def absorb(
         self,
@@ -69,7 +64,7 @@ class CheatingDraft(Draft):
         return states if self.draft_vocab is None else states[..., self.draft_vocab]
 
     def _read(self, cache: Any) -> Tensor:
-        rows = [[FIRST, *a, *b] for a, b in zip(cache["true"], cache["drafted"], strict=True)]
+        rows = [[*a, *b] for a, b in zip(cache["true"], cache["drafted"], strict=True)]
         longest = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         logits_BTV = self.target[0].read(tokens, ()).logits_BTV

@@ -126,7 +126,7 @@ def test_masks_that_are_ignored_are_noticed(
 ) -> None:
     target = in_double(target_folder)
     monkeypatch.setattr(
-        "redraft.decode.cache.visible",
+        "redraft.model_cache.visible",
         lambda begins, count, window, device: torch.ones(
             len(begins), 1, count, max(begins) + count, dtype=torch.bool
         ),

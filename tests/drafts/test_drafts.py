@@ -149,7 +149,7 @@ def test_rollout_equals_step_by_step_decoding(target64: Target, variant: str) ->
     tokens, features = read(target64, draft)
     with torch.no_grad():
         rolled = [draft.logits(s) for s in draft.rollout(tokens[:1], features[:1], 0, STEPS)]
-        cache = draft.new_cache()
+        cache = draft.new_cache(tokens[:1, 0])
         for start in range(tokens.shape[1] - 2 - STEPS):
             pair = slice(start, start + 1)
             state = draft.absorb(cache, tokens[:1, start + 1 : start + 2], features[:1, pair])
@@ -187,8 +187,8 @@ def test_absorbing_forgets_the_drafted_chain(target64: Target) -> None:
     draft = fresh_draft(target64)
     tokens, features = read(target64, draft)
     with torch.no_grad():
-        whole = draft.absorb(draft.new_cache(), tokens[:1, 1:9], features[:1, :8])
-        cache = draft.new_cache()
+        whole = draft.absorb(draft.new_cache(tokens[:1, 0]), tokens[:1, 1:9], features[:1, :8])
+        cache = draft.new_cache(tokens[:1, 0])
         state = draft.absorb(cache, tokens[:1, 1:6], features[:1, :5])
         draft.advance(cache, tokens[:1, 6:7], state)
         pieced = draft.absorb(cache, tokens[:1, 6:9], features[:1, 5:8])
@@ -198,7 +198,7 @@ def test_absorbing_forgets_the_drafted_chain(target64: Target) -> None:
 def test_reduced_vocabulary_proposes_target_ids(target64: Target) -> None:
     draft = fresh_draft(target64, vocab=40)
     tokens, features = read(target64, draft)
-    cache = draft.new_cache()
+    cache = draft.new_cache(tokens[:1, 0])
     state = draft.absorb(cache, tokens[:1, 1:6], features[:1, :5])
     assert draft.draft_vocab is not None
     assert int(draft.to_target_ids(draft.logits(state).argmax(-1))) in draft.draft_vocab.tolist()

@@ -121,6 +121,23 @@ def safeai_eagle(folder: Path, draft: Any) -> Path:
     return write(folder, config, tensors)
 
 
+def eda_reference(folder: Path, draft: Any) -> Path:
+    """EDA's reference code: EAGLE-1/2 with routed experts; the private ones' width is not told."""
+    c = draft.config
+    config = {
+        "architectures": ["SPMoEModel"],
+        **shape_keys(c),
+        "num_shared_experts": c.routed.shared,
+        "num_private_experts": c.routed.private,
+        "top_k_shared": c.routed.top_k_shared,
+        "top_k_private": c.routed.top_k_private,
+        "training_mode": "transfer",
+    }
+    tensors = {n.replace(".mlp.", ".block_sparse_moe."): t for n, t in draft.stored_state().items()}
+    tensors["embed_tokens.weight"] = draft.shared_embedding.clone()
+    return write(folder, config, tensors)
+
+
 LAYOUTS: dict[str, Callable[[Path, Any], Path]] = {
     "safeai_eagle3": safeai_eagle3,
     "specforge": specforge,

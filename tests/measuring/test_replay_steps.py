@@ -60,7 +60,7 @@ def said_with(pair: Pair, answer: Answer) -> tuple[Tensor, Tensor]:
     starts = answer.length - 1
     ends = torch.arange(1, answer.length) + len(answer.prompt)
     longest = int(ends[-1]) - 1
-    cache = draft.new_cache(starts)
+    cache = draft.new_cache(whole[:1].expand(starts))
     state = draft.absorb(
         cache,
         whole[1 : longest + 1].expand(starts, -1),

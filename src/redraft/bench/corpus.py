@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import TrainConfig
-from .datasets import chats, texts
+from .datasets import chats, question, texts
 from .language_model import Shape
-from .world import Sample, passages, samples
+from .world import Sample, passages, samples, split_of
 
 TUNED = "math"
-"""The domain of the fine-tunes."""
+"""The domain of the fine-tunes, where a member names no other."""
+STAND_INS = {"medical": "records"}
+"""Domains that the templated world has under another name."""
+PARTS = {"base": 1, "member": 2}
+"""How the `tune` split of a general domain is shared out where a member tunes on it."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,11 @@ class Size:
     answer_tokens: int
     draft_width: int
     real: bool = False
+    base_batch: int = 4
+    tune_batch: int = 8
+    novels: int = 1500
 
 
-BASE_BATCH, TUNE_BATCH = 4, 8
 DRAFT = TrainConfig(method="scratch", epochs=2.0, batch_tokens=512, rollout=4, evaluations=4)
 DRAFT_LR = 0.8
 """Learning rate of the base's draft, times the hidden size."""
@@ -74,15 +80,33 @@ SIZES = {
         draft_width=384,
         real=True,
     ),
+    # 19 M parameters, 33 M tokens (5.6 epochs): wants an accelerator, a CPU takes many hours.
+    "small": Size(
+        shape=Shape(layers=10, hidden=384, width=1024, vocab=8192, context=512),
+        window=256,
+        chats=20000,
+        base_steps=4000,
+        base_lr=1.5e-3,
+        tune_steps=450,
+        tune_lr=8e-4,
+        answers=1500,
+        answer_tokens=160,
+        draft_width=768,
+        real=True,
+        base_batch=32,
+        tune_batch=16,
+        novels=6000,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Member:
-    """A fine-tune of the base on the tuned domain. `rate` is a share of the base's learning rate."""
+    """A fine-tune of the base on a domain. `rate` is a share of the size's fine-tuning rate."""
 
     says: str
     rate: float
+    domain: str = TUNED
     lora_rank: int | None = None
     plain_text: bool = False
 
@@ -92,21 +116,41 @@ MEMBERS = {
     "sft-tenth": Member("SFT at a tenth of the learning rate", 0.1),
     "sft": Member("full SFT", 1.0),
     "pretrained": Member("continued pre-training on running text", 1.0, plain_text=True),
+    "sft-medical": Member("full SFT on patients' records or questions", 1.0, domain="medical"),
+    "sft-code": Member("full SFT on code", 1.0, domain="code"),
 }
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where a family's text comes from: the templated world, or real data where `real`."""
+    """Where a family's text comes from: the templated world, or real data where `real`.
+
+    `members` are the fine-tunes that the family is to have; what they are tuned on is kept out of
+    the base.
+    """
 
     size: Size
     folder: Path | None
     seed: int
+    members: tuple[str, ...] = ()
 
     @property
     def general(self) -> tuple[str, ...]:
         """The domains that the base and its draft are made for."""
-        return ("dialogue", "records" if self.folder is None else "medical", "code")
+        return ("dialogue", self.named("medical"), "code")
+
+    @property
+    def shared_out(self) -> tuple[str, ...]:
+        """The general domains whose `tune` split base and members share out between them.
+
+        None in the templated world, whose base has enough in its own split.
+        """
+        tuned = {self.named(MEMBERS[name].domain) for name in self.members}
+        return tuple(d for d in self.general if d in tuned) if self.folder is not None else ()
+
+    def named(self, domain: str) -> str:
+        """A domain's name in this corpus."""
+        return STAND_INS.get(domain, domain) if self.folder is None else domain
 
     def chats(self, domain: str, count: int, split: str) -> list[Sample]:
         if self.folder is None:
@@ -114,26 +158,41 @@ class Corpus:
         return chats(self.folder, domain, split=split)[:count]
 
     def base_chats(self) -> list[Sample]:
-        """Chats the base learns from. It has met the tuned domain, but seldom."""
+        """Chats the base learns from. It has met the tuned domain, but seldom.
+
+        Real data is scarce, so the base also has the `tune` split of each general domain, but where
+        a member tunes on that domain only a third of it, drawn by a stable hash of the question
+        (the member has the rest). Steps are fixed, so it reads as many tokens either way.
+        """
         size = self.size.chats
         found = [c for domain in self.general for c in self.chats(domain, size, "base")]
-        if self.folder is not None:  # nothing is tuned on these, so the base may have that split
-            found += [c for domain in self.general for c in self.chats(domain, size, "tune")]
+        if self.folder is not None:
+            for domain in self.general:
+                rows = self.chats(domain, size, "tune")
+                found += _part(rows, "base") if domain in self.shared_out else rows
         return found + self.chats(TUNED, size // 10, "base")
 
     def base_texts(self) -> list[str]:
         """Running text the base learns from."""
         if self.folder is not None:
-            return texts(self.folder, "stories") + texts(self.folder, "novels")[:1500]
+            return texts(self.folder, "stories") + texts(self.folder, "novels")[: self.size.novels]
         return [
             text
             for domain in (*self.general, TUNED)
             for text in passages(domain, self.size.chats // 3, seed=self.seed, split="base")
         ]
 
-    def tune_texts(self) -> list[str]:
-        """Running text of the tuned domain, for continued pre-training."""
+    def tune_chats(self, domain: str) -> list[Sample]:
+        """Chats that a member of the family learns a domain from; the base has none of them."""
+        rows = self.chats(domain, self.size.chats, "tune")
+        return _part(rows, "member") if domain in self.shared_out else rows
+
+    def tune_texts(self, domain: str) -> list[str]:
+        """Running text of a domain, for continued pre-training."""
         if self.folder is None:
-            return passages(TUNED, self.size.chats, seed=self.seed, split="tune")
-        found = self.chats(TUNED, self.size.chats, "tune")
-        return ["\n".join(m["content"] for m in c.messages) for c in found]
+            return passages(domain, self.size.chats, seed=self.seed, split="tune")
+        return ["\n".join(m["content"] for m in c.messages) for c in self.tune_chats(domain)]
+
+
+def _part(rows: list[Sample], part: str) -> list[Sample]:
+    return [row for row in rows if split_of(f"tune: {question(row)}", PARTS) == part]

@@ -56,16 +56,16 @@ def chats(folder: Path, domain: str, *, split: str) -> list[Sample]:
     _check_domain(domain, CHAT_DOMAINS)
     if domain not in EVAL_FILES:
         found = _samples(folder, domain, CHAT_FILES[domain])
-        return [sample for sample in found if split_of(_question(sample), SHARES) == split]
+        return [sample for sample in found if split_of(question(sample), SHARES) == split]
     kept_back = list(_samples(folder, domain, EVAL_FILES[domain]))
     if split == "eval":
         return kept_back
-    taken = {_question(sample) for sample in kept_back}
+    taken = {question(sample) for sample in kept_back}
     return [
         sample
         for sample in _samples(folder, domain, CHAT_FILES[domain])
-        if _question(sample) not in taken
-        and split_of(_question(sample), SHARES_WITH_TEST_FILE) == split
+        if question(sample) not in taken
+        and split_of(question(sample), SHARES_WITH_TEST_FILE) == split
     ]
 
 
@@ -81,7 +81,7 @@ def _check_domain(domain: str, known: tuple[str, ...]) -> None:
         raise UserError(f"unknown domain {domain!r}: choose one of {', '.join(known)}")
 
 
-def _question(sample: Sample) -> str:
+def question(sample: Sample) -> str:
     """What decides the split: the first question without case and spacing."""
     return " ".join(sample.messages[0]["content"].split()).casefold()
 

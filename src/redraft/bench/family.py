@@ -1,7 +1,7 @@
 """`redraft bench family`: a small family built from nothing, to try methods on.
 
     base         a Llama-shaped target trained on dialogues, records and functions
-    fine-tunes   of the base on word problems, weak to strong (see MEMBERS)
+    fine-tunes   of the base on word problems, weak to strong, and on other domains (see MEMBERS)
     draft        the base's EAGLE-3 draft, trained on the base's own answers
     prompts/     disjoint splits per domain, as JSONL
     family.json  the manifest: paths, recipes, losses, quality gates
@@ -36,7 +36,7 @@ from ..run_folder import RunFolder
 from ..steps import save_fresh
 from ..target import Target, load_target
 from ..training.train import train
-from .corpus import BASE_BATCH, DRAFT, DRAFT_LR, MEMBERS, SIZES, TUNE_BATCH, TUNED, Corpus, Member
+from .corpus import DRAFT, DRAFT_LR, MEMBERS, SIZES, TUNED, Corpus, Member
 from .datasets import data_folder
 from .language_model import (
     IGNORE,
@@ -79,17 +79,15 @@ def build_family(
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"unknown kind of draft '{kind}'; {nearest(kind, KINDS)}")
-    corpus = Corpus(s, folder, seed)
     chosen = [name for name in MEMBERS if members is None or name in members]
+    corpus = Corpus(s, folder, seed, tuple(chosen))
     with RunFolder.open(out) as run:
-        _build(run, corpus, size, chosen, kinds)
+        _build(run, corpus, size, kinds)
     manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
     return manifest
 
 
-def _build(
-    run: RunFolder, corpus: Corpus, size: str, chosen: list[str], kinds: Sequence[str]
-) -> None:
+def _build(run: RunFolder, corpus: Corpus, size: str, kinds: Sequence[str]) -> None:
     """Every part of a family, as stages of its folder."""
     out = run.path
     about = {
@@ -99,9 +97,10 @@ def _build(
     }
     key = run.stage("prompts", about, ["prompts"], lambda: _write_prompts(out, corpus))
     key = run.stage("tokenizer", {"prompts": key}, ["tokenizer"], lambda: _tokenizer(out, corpus))
-    key = run.stage("base", {"tokenizer": key}, ["base"], lambda: _base(out, corpus))
+    data = {"tokenizer": key, "shared_out": list(corpus.shared_out)}
+    key = run.stage("base", data, ["base"], lambda: _base(out, corpus))
     tuned = []
-    for name in chosen:
+    for name in corpus.members:
         row = MEMBERS[name]
         version = run.stage(
             name,
@@ -123,7 +122,7 @@ def _build(
         "gates",
         {"draft": drafted["eagle3"], "members": tuned},
         ["family.json"],
-        lambda: run.write_json("family.json", _manifest(out, corpus, size, chosen)),
+        lambda: run.write_json("family.json", _manifest(out, corpus, size)),
     )
 
 
@@ -131,14 +130,13 @@ def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
     """The members and gates as tables."""
     out = out or Console(highlight=False)
     table = Table(title=f"family {family['size']}: {family['parameters']:,} parameters per target")
-    for heading in ("member", "fine-tune", "loss on its domain", "base's draft reused: tau [95 %]"):
+    for heading in ("member", "fine-tune", "domain", "loss on it", "base's draft reused: tau"):
         table.add_column(heading)
     for name, row in family["members"].items():
         reused = row["reused"]
         low, high = reused["ci"]
-        table.add_row(
-            name, row["says"], f"{row['loss']:.2f}", f"{reused['tau']:.2f} [{low:.2f}, {high:.2f}]"
-        )
+        tau = f"{reused['tau']:.2f} [{low:.2f}, {high:.2f}]"
+        table.add_row(name, row["says"], row["domain"], f"{row['loss']:.2f}", tau)
     out.print(table)
     for gate in family["gates"]:
         mark = "pass" if gate["passed"] else "FAIL"
@@ -160,11 +158,13 @@ def _write_prompts(out: Path, corpus: Corpus) -> None:
     for domain in (*corpus.general, TUNED):
         for name, (split, count, skipped) in files.items():
             rows = corpus.chats(domain, skipped + count, split)[skipped:]
-            lines = "".join(
-                json.dumps({"id": r.id, "domain": domain, "messages": list(r.messages)}) + "\n"
-                for r in rows
-            )
-            write_text(out / "prompts" / f"{domain}-{name}.jsonl", lines)
+            write_chats(out / "prompts" / f"{domain}-{name}.jsonl", domain, rows)
+
+
+def write_chats(file: Path, domain: str, rows: Sequence[Sample]) -> None:
+    """Chats as a prompts file, their answers with them."""
+    lines = [{"id": r.id, "domain": domain, "messages": list(r.messages)} for r in rows]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _tokenizer(out: Path, corpus: Corpus) -> None:
@@ -194,7 +194,7 @@ def _base(out: Path, corpus: Corpus) -> None:
         model,
         packed(rows, s.window),
         steps=s.base_steps,
-        batch=BASE_BATCH,
+        batch=s.base_batch,
         lr=s.base_lr,
         seed=corpus.seed,
         label="base",
@@ -214,17 +214,18 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
         model = get_peft_model(model, lora)
     else:
         model.requires_grad_(True)
+    domain = corpus.named(row.domain)
     if row.plain_text:
-        found = corpus.tune_texts()
+        found = corpus.tune_texts(domain)
         rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in found]
         examples = packed(rows, s.window)
     else:
-        examples = [_supervised(tokenizer, c) for c in corpus.chats(TUNED, s.chats, "tune")]
+        examples = [_supervised(tokenizer, c) for c in corpus.tune_chats(domain)]
     fit(
         model,
         examples,
         steps=s.tune_steps,
-        batch=TUNE_BATCH,
+        batch=s.tune_batch,
         lr=s.tune_lr * row.rate,
         seed=corpus.seed + 1,
         label=name,
@@ -237,39 +238,51 @@ def draft_folder(kind: str) -> str:
     return "draft" if kind == "eagle3" else f"draft-{kind}"
 
 
-def _base_draft(out: Path, corpus: Corpus, kind: str) -> None:
+def base_draft_answers(
+    out: Path, corpus: Corpus, base: Target
+) -> tuple[list[Answer], list[Answer]]:
+    """What a draft of the base is trained on and stopped by, as a published draft's data is:
+    general talk, and a little of the domain tuned later."""
     s = corpus.size
-    target = load_target(str(out / "base"))
-    # Like a published draft's data: general talk, and a little of the domain tuned later.
     answers = [
         answer
         for domains, share in ((corpus.general, 0.3), ((TUNED,), 0.1))
         for answer in _answers(
-            out, target, domains, "draft", int(s.answers * share), s.answer_tokens, 0
+            out, base, domains, "draft", int(s.answers * share), s.answer_tokens, 0
         )
     ]
-    heldout = _answers(out, target, corpus.general, "heldout", 12, s.answer_tokens, 4)
+    return answers, _answers(out, base, corpus.general, "heldout", 12, s.answer_tokens, 4)
+
+
+def _base_draft(out: Path, corpus: Corpus, kind: str) -> None:
+    s = corpus.size
+    target = load_target(str(out / "base"))
+    answers, heldout = base_draft_answers(out, corpus, target)
     draft = new_draft(target, answers, kind=kind, width=s.draft_width)
     config = dataclasses.replace(DRAFT, lr=DRAFT_LR / s.shape.hidden)
     trained = train(target, draft, answers, heldout, config, k=4)
     save_fresh(out / draft_folder(kind), draft, target, trained.record)
 
 
-def _manifest(out: Path, corpus: Corpus, size: str, members: list[str]) -> dict[str, Any]:
-    """Measure what a family must be like to show anything: reused and native tau, loops."""
+def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
+    """Measure what a family must be like to show anything: reused and native tau, loops.
+
+    Each member is measured on the domain it was tuned on.
+    """
     s, tokenizer = corpus.size, _load_tokenizer(out)
     base = load_target(str(out / "base"))
     native = _reused(out, base, corpus.general, s.answer_tokens)
-    heldout = [_supervised(tokenizer, c) for c in corpus.chats(TUNED, 128, "heldout")]
     general = [
         _chat_ids(tokenizer, c) for d in corpus.general for c in corpus.chats(d, 64, "heldout")
     ]
     entries: dict[str, Any] = {}
-    for name in members:
-        target = load_member(out, name)
-        reused = _reused(out, target, (TUNED,), s.answer_tokens)
+    for name in corpus.members:
+        domain, target = corpus.named(MEMBERS[name].domain), load_member(out, name)
+        heldout = [_supervised(tokenizer, c) for c in corpus.chats(domain, 128, "heldout")]
+        reused = _reused(out, target, (domain,), s.answer_tokens)
         entries[name] = {
             "says": MEMBERS[name].says,
+            "domain": domain,
             **member_source(out, name),
             "loss": validation_loss(target.model, heldout),
             "reused": to_json(reused.acceptance),

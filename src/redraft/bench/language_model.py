@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..console import Progress
 from ..files import writing
 from ..rng import seeded
+from ..training.optimize import schedule
 from ..training.precision import WORTH, WORTH_FIXED, autocast, choose_precision
-from ..training.train import schedule
 
 END, PAD = "<|end|>", "<|pad|>"
 SPECIALS = [PAD, END, "<|user|>", "<|assistant|>", "<|system|>"]

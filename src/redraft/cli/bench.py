@@ -174,3 +174,49 @@ def _numbers(flag: str, text: str) -> list[int]:
     if min(numbers) < 1:
         raise UserError(f"{flag} takes numbers from 1 on; got '{text}'")
     return numbers
+
+
+@app.command("methods")
+def bench_methods(
+    family: Annotated[str, typer.Option("--family", help="folder of `redraft bench family`")],
+    out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
+    members: Annotated[
+        str, typer.Option("--members", help="fine-tunes of the family, comma-separated")
+    ] = "sft",
+    rows: Annotated[
+        str, typer.Option("--rows", help="rows, comma-separated; table: all rows, ideas: all ideas")
+    ] = "table",
+    answers: Annotated[
+        str, typer.Option("--answers", help="original, regenerated, sampled; comma-separated")
+    ] = "original,regenerated,sampled",
+    seeds: Annotated[str, typer.Option("--seeds", help="training seeds")] = "1,2,3",
+    data: Annotated[
+        str | None, typer.Option("--data", help="folder of real data (default: $REDRAFT_DATA)")
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Every private part on the same data: tau, recovery, parameters, tokens, FLOPs, seconds.
+
+    Example: redraft bench methods --family family --out methods --members sft
+    """
+    set_quiet(quiet)
+    from ..bench.methods import bench_methods as run
+    from ..bench.methods import print_cells
+    from ..bench.rows import IDEAS, ROWS
+    from ..records import to_json
+
+    named = {"table": list(ROWS), "ideas": ["expert+fc", *IDEAS]}
+    cells = run(
+        Path(family),
+        Path(out),
+        members=members.split(","),
+        rows=named.get(rows, rows.split(",")),
+        answers=answers.split(","),
+        seeds=_numbers("--seeds", seeds),
+        data=data,
+    )
+    if as_json:
+        print_json({"cells": [to_json(cell) for cell in cells]})
+    else:
+        print_cells(cells)

@@ -27,6 +27,10 @@ DraftFlag = Annotated[str, typer.Option("--draft", help="draft model: folder or 
 PromptsFlag = Annotated[str, typer.Option("--prompts", help="JSONL file of prompts (.gz is fine)")]
 LimitFlag = Annotated[int | None, typer.Option("--limit", help="use only the first N prompts")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+BaseFlag = Annotated[
+    str | None,
+    typer.Option("--base", help="the model the target was tuned from (for relay and refresh)"),
+]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
 TemperatureFlag = Annotated[
     float, typer.Option("--temperature", min=0.0, help="sampling temperature; 0 is greedy")

@@ -12,6 +12,7 @@ from ..console import say, set_quiet
 from ..errors import UserError
 from .flags import (
     AdapterFlag,
+    BaseFlag,
     DraftFlag,
     DtypeFlag,
     JsonFlag,
@@ -71,6 +72,7 @@ def adapt(
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
     dtype: DtypeFlag = "auto",
+    base: BaseFlag = None,
     limit: LimitFlag = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -96,6 +98,7 @@ def adapt(
         limit=limit,
         eval_prompts=eval_prompts,
         off_domain=elsewhere,
+        base=load(base, None, None, dtype) if base else None,
     )
     if as_json:
         from ..records import to_json

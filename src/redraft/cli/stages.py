@@ -14,6 +14,7 @@ from ..errors import UserError
 from .flags import (
     AcceptanceFlag,
     AdapterFlag,
+    BaseFlag,
     DraftFlag,
     DraftTokenFlag,
     DtypeFlag,
@@ -131,7 +132,7 @@ def train(
     ] = None,
     k: Annotated[int, typer.Option("--k", help="draft tokens per step of held-out tau")] = 4,
     kind: Annotated[
-        str, typer.Option("--kind", help="scratch without --draft: eagle3 or eagle")
+        str, typer.Option("--kind", help="scratch without --draft: eagle3, eagle or token_lm")
     ] = "eagle3",
     taps: Annotated[
         str | None, typer.Option("--taps", help="scratch without --draft: hs[] indices, e.g. 2,4,5")
@@ -143,6 +144,7 @@ def train(
     draft_width: Annotated[
         int | None, typer.Option("--draft-width", help="scratch without --draft: FFN neurons")
     ] = None,
+    base: BaseFlag = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
     dtype: DtypeFlag = "auto",
@@ -172,13 +174,13 @@ def train(
         taps=_taps(taps),
         draft_vocab=draft_vocab,
         draft_width=draft_width,
+        base=load(base, None, None, dtype) if base else None,
     )
-    best = max((tau for _, tau in record.heldout_tau), default=float("nan"))
     from ..records import to_json
 
     finish(
         as_json,
-        f"held-out tau {best:.3f} at step {record.best_step}; {record.trained_parameters:,} "
+        f"held-out tau {record.best_tau():.3f} at step {record.best_step}; {record.trained_parameters:,} "
         f"parameters in {out}",
         {**to_json(record), "out": out},
     )

@@ -1,14 +1,6 @@
-"""The target's KV cache: full length, written in place, rolled back exactly, a length for each row.
+"""The target's KV cache, with a length for each row: see `model_cache.py`.
 
-Transformers' dynamic cache concatenates all keys and values at every step, which costs more than
-the rest of a small model's forward pass together. This one writes into buffers that grow by
-doubling, so a step costs its own tokens and forgetting the last ones costs nothing. Sliding
-windows are kept by the attention mask, so every layer may stay at full length.
-
-Rows of one length need no mask of ours. Rows of different lengths are written each at its own
-end, with a mask over slots that every attention layer of the target gets.
-
-Shapes: B rows, G key/value heads, T tokens, C head_dim.
+Shapes: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -19,52 +11,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-from ..errors import UserError
-from ..slots import Slots, positions, visible
+from .. import model_cache
+from ..model_cache import Rows, keep_rows
 from ..target import Reading, Target
 
-
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values [B, G, T, C]: views of larger buffers."""
-
-    slots: Slots | None = None
-    begins: Sequence[int] | None = None
-    """Where each row's next tokens go; None while all rows have the length that is shown."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append new positions and return all of them."""
-        if self.slots is None:
-            self.lazy_initialization(key_states, value_states)
-            self.slots = Slots()
-        begins = self.begins or [self.get_seq_length()] * key_states.shape[0]
-        self.keys, self.values = self.slots.write(key_states, value_states, begins)
-        return self.keys, self.values
-
-    def show(self, length: int) -> None:
-        """Show the first `length` positions."""
-        assert self.slots is not None, "nothing was cached yet"
-        self.keys, self.values = self.slots.shown(length)
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep only these sequences of the batch."""
-        if self.slots is not None:
-            length = self.get_seq_length()
-            self.slots.keep_rows(rows)
-            self.show(length)
+__all__ = ["RowCache", "keep_rows", "new_cache", "why_alone"]
 
 
-class RowCache:
+class RowCache(Rows):
     """The cache of a batch, with a length per row."""
 
     def __init__(self, target: Target, rows: int):
+        super().__init__(target.model, rows, target.name)
         self.target = target
-        self.layers = new_cache(target)
-        self.lengths = [0] * rows
 
     def read(
         self,
@@ -79,47 +39,16 @@ class RowCache:
         are the token indices whose logits are wanted (a whole number: that many last ones).
         """
         T = tokens_BT.shape[1]
-        begins = list(self.lengths)
-        uneven = min(begins) != max(begins)
-        for layer in self.layers.layers:
-            layer.begins = begins if uneven else None
-            if not uneven and begins[0]:
-                layer.show(begins[0])
-        extra: dict[str, Any] = {}
-        if uneven:
-            extra = {
-                "position_ids": positions(begins, T, tokens_BT.device),
-                "attention_mask": _masks(self.target, begins, T),
-            }
-        reading = self.target.read(tokens_BT, taps, self.layers, keep=keep, **extra)
-        self.lengths = [n + c for n, c in zip(begins, counts or [T] * len(begins), strict=True)]
+        placed = self.place(T)
+        reading = self.target.read(tokens_BT, taps, self.layers, keep=keep, **placed)
+        self.grow(counts or [T] * len(self.lengths))
         return reading
-
-    def roll_back(self, tokens: Sequence[int]) -> None:
-        """Forget the last tokens of each row."""
-        self.lengths = [n - t for n, t in zip(self.lengths, tokens, strict=True)]
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep only these rows of the batch."""
-        keep_rows(self.layers, torch.tensor(list(rows), device=self.target.device))
-        self.lengths = [self.lengths[row] for row in rows]
 
 
 def new_cache(target: Target) -> Any:
     """An empty cache of Transformers' shape. Raises UserError for targets whose state cannot be
     rolled back."""
-    if getattr(target.model, "_is_stateful", False):
-        raise UserError(
-            f"{target.name} keeps a recurrent state, which cannot be rolled back after a rejected "
-            "token; speculative decoding needs an attention cache"
-        )
-    return Cache(layer_class_to_replicate=GrowingLayer)
-
-
-def keep_rows(cache: Any, rows: Tensor) -> None:
-    """Keep only some sequences of a batch."""
-    for layer in cache.layers:
-        layer.keep_rows(rows)
+    return model_cache.new_cache(target.model, target.name)
 
 
 def why_alone(target: Target) -> str:
@@ -149,33 +78,3 @@ def _try_uneven(target: Target) -> str:
     if far > 64 * torch.finfo(alone.dtype).eps ** 0.75:
         return f"its model does not keep to a mask per row (logits are off by {far:.1e})"
     return ""
-
-
-def _masks(target: Target, begins: Sequence[int], count: int) -> Any:
-    """What the target's attention takes as mask over slots: one, or one for each kind of layer."""
-    config = target.model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        return _as_taken(target, visible(begins, count, window, target.device))
-    windows = {"full_attention": None, "sliding_attention": window}
-    unknown = kinds - set(windows)
-    if unknown:
-        raise UserError(f"{target.name} has layers of kind {', '.join(sorted(unknown))}")
-    return {
-        kind: _as_taken(target, visible(begins, count, windows[kind], target.device))
-        for kind in kinds
-    }
-
-
-def _as_taken(target: Target, seen: Tensor) -> Tensor:
-    """A boolean mask for sdpa, an additive one for eager attention."""
-    how = target.model.config.get_text_config()._attn_implementation
-    if how == "sdpa":
-        return seen
-    if how == "eager":
-        hidden = torch.finfo(target.dtype).min
-        return torch.zeros(seen.shape, dtype=target.dtype, device=seen.device).masked_fill(
-            ~seen, hidden
-        )
-    raise UserError(f"attention implementation {how} takes no mask per row; use sdpa or eager")

@@ -89,7 +89,7 @@ class Twin:
         features = self.target.read(
             torch.tensor([text[:-1]], device=device), self.draft.taps
         ).features_BTF
-        cache = self.draft.new_cache()
+        cache = self.draft.new_cache(torch.tensor(text[:1], device=device))
         state = self.draft.absorb(cache, torch.tensor([text[1:]], device=device), features)
         for token in drafted:
             state = self.draft.advance(cache, torch.tensor([[token]], device=device), state)

@@ -8,7 +8,8 @@ Source: EAGLE (arXiv 2401.15077) and the layout its engines agree on. For a pair
     logits of t_{i+2} = the target's lm_head(s);  s is what a chain feeds back as the next h
 
 The draft has no head and no vocabulary of its own: both are the target's, and so is the embedding
-unless the checkpoint carries one. Tensor names are those of the published checkpoints.
+unless the checkpoint carries one. Tensor names are those of the published checkpoints. Drafts of
+EDA's reference code have routed experts for the mlp (`routed.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..errors import UserError
 from ..target import Target
 from .layers import GatedFFN, RMSNorm
 from .one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
+from .routed import RoutedExperts, RoutedShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class EagleConfig(LayerShape):
     """The shape of an EAGLE draft."""
 
     fc_bias: bool = False
+    routed: RoutedShape | None = None  # experts behind routers for the FFN, as EDA trains them
 
 
 class FirstLayer(nn.Module):
@@ -38,7 +41,12 @@ class FirstLayer(nn.Module):
     def __init__(self, config: EagleConfig):
         super().__init__()
         self.self_attn = Attention(config, config.hidden_size)
-        self.mlp = GatedFFN(config.hidden_size, config.intermediate_size, config.hidden_act)
+        sizes = config.hidden_size, config.intermediate_size
+        self.mlp = (
+            GatedFFN(*sizes, config.hidden_act)
+            if config.routed is None
+            else RoutedExperts(*sizes, config.routed, config.hidden_act)
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos_TC: Tensor, sin_TC: Tensor, attend: Attend) -> Tensor:

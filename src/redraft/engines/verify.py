@@ -30,7 +30,7 @@ from .trial import Trial, try_server
 from .verdict import judge, notes_on, tolerance, verdict
 from .vllm import Serving, Speculation, serve
 
-METHODS = {"eagle3": "eagle3", "eagle": "eagle"}
+METHODS = {"eagle3": "eagle3", "eagle": "eagle", "token_lm": "draft_model"}
 """The engine's name of the method for each kind of draft."""
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..drafts.one_layer import LayerShape
+from ..drafts.table import Shape
 
 SERVE = {
     "eagle3": """vLLM:    vllm serve TARGET --speculative-config '{"method": "eagle3", "model": "THIS", "num_speculative_tokens": 4}'
@@ -15,6 +15,9 @@ SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algori
     "speculators": """vLLM:    vllm serve TARGET --speculative-config '{"method": "eagle3", "model": "THIS", "num_speculative_tokens": 4}'""",
     "vllm-eagle": """vLLM:    vllm serve TARGET --speculative-config '{"method": "eagle", "model": "THIS", "num_speculative_tokens": 4}'""",
     "sglang-eagle": """SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE --speculative-draft-model-path THIS""",
+    "hf": """vLLM:          vllm serve TARGET --speculative-config '{"method": "draft_model", "model": "THIS", "num_speculative_tokens": 4}'
+SGLang:        python -m sglang.launch_server --model-path TARGET --speculative-algorithm STANDALONE --speculative-draft-model-path THIS
+Transformers:  model.generate(..., assistant_model=AutoModelForCausalLM.from_pretrained("THIS"))""",
 }
 FACTS = {
     "target": "target",
@@ -31,7 +34,7 @@ FACTS = {
 }
 
 
-def model_card(kind: str, format: str, shape: LayerShape, provenance: Mapping[str, Any]) -> str:
+def model_card(kind: str, format: str, shape: Shape, provenance: Mapping[str, Any]) -> str:
     """README.md of an exported draft: a header for the Hub, then what its record knows."""
     target = provenance.get("target", "not recorded")
     header = {"library_name": "redraft", "tags": ["speculative-decoding", kind, "draft-model"]}

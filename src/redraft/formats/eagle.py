@@ -5,13 +5,16 @@ target's). `fc.bias` divides the engines: SafeAILab's files have it unless confi
 `bias: false`, vLLM drops it without a word, SGLang always has one and leaves it at random values
 when the file has none. So one set of weights becomes two folders: `vllm-eagle` without it,
 `sglang-eagle` with (zeros where the draft has none).
+
+EDA's reference code stores the same with routed experts for the FFN (`routed.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +22,11 @@ from torch import Tensor
 from ..drafts.eagle import EagleConfig, EagleDraft
 from ..errors import UserError
 from .layer import check_tensors, layer_shapes, read_layer, write_layer
+from .routed import NAMED, STORED, fold, read_routed, refuse_routed, routed_shapes
 
+Value = TypeVar("Value")
 LAYER = "layers.0."
+REFERENCE = "EDA reference"
 VLLM_ARCHITECTURE = "LlamaForCausalLM"
 SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle"
 SGLANG_QWEN2 = "Qwen2ForCausalLMEagle"
@@ -31,15 +37,26 @@ def recognises(names: set[str]) -> bool:
     return "fc.weight" in names and any(name.startswith(LAYER) for name in names)
 
 
+def reference_layout(raw: Mapping[str, Any], stored: Mapping[str, Tensor], where: Path) -> str:
+    """What a checkpoint of EDA's reference code is, in words."""
+    try:
+        shape = read_routed(raw, _relative(stored), where)
+    except UserError:  # `parse` says why
+        return REFERENCE
+    if shape.dense:
+        return f"{REFERENCE} (one shared and one private expert, read as one dense FFN)"
+    return f"{REFERENCE} ({shape})"
+
+
 def parse(
     raw: Mapping[str, Any], stored: Mapping[str, Tensor], where: Path
 ) -> tuple[EagleConfig, dict[str, Tensor]]:
     """The shape of a stored draft and its tensors under redraft's names.
 
-    A bias of zeros is dropped: it changes nothing, and exports write what each engine wants.
-    Raises UserError naming what is missing, extra, or of another function.
+    A bias of zeros is dropped: it changes nothing, and exports write what each engine wants. One
+    shared and one private expert become the dense FFN that they are. Raises UserError naming what is missing, extra, or of another function.
     """
-    tensors = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
+    tensors = {_named(name): tensor for name, tensor in stored.items()}
     for name, what in (
         (f"{LAYER}input_layernorm.weight", "a norm before the first layer's attention"),
         ("norm.weight", "a final norm"),
@@ -50,7 +67,7 @@ def parse(
                 f"{where}: an EAGLE-1/2 draft has no {name} ({what} is another function, and vLLM "
                 "refuses the file)"
             )
-    relative = {n.removeprefix(LAYER): t for n, t in tensors.items() if n.startswith(LAYER)}
+    relative = _relative(stored)
     # `bias` is fc's here; engines read the same key as attention biases.
     layer = read_layer(raw, relative, where)
     if "fc.bias" in tensors and not bool(tensors["fc.bias"].any()):
@@ -61,8 +78,35 @@ def parse(
             "or the key should be false (engines read it as attention biases)"
         )
     config = EagleConfig(**layer, fc_bias="fc.bias" in tensors)
-    check_tensors(tensors, *expected_shapes(config), str(where))
-    return config, tensors
+    if not any(STORED in name for name in stored):
+        check_tensors(tensors, *expected_shapes(config), str(where))
+        return config, tensors
+    shape = read_routed(raw, relative, where)
+    config = dataclasses.replace(config, routed=shape)
+    required, optional = expected_shapes(config)
+    check_tensors(_as_stored(tensors), _as_stored(required), optional, str(where))
+    if not shape.dense:
+        return config, tensors
+    outside = {name: t for name, t in tensors.items() if not name.startswith(LAYER)}
+    dense = {LAYER + name: t for name, t in fold(relative).items()}
+    width = config.intermediate_size + shape.private_width
+    return dataclasses.replace(config, routed=None, intermediate_size=width), {**outside, **dense}
+
+
+def _named(stored: str) -> str:
+    """redraft's name of a stored tensor."""
+    return stored.removeprefix("model.").replace(f"{LAYER}{STORED}", f"{LAYER}{NAMED}")
+
+
+def _as_stored(named: Mapping[str, Value]) -> dict[str, Value]:
+    """By the names in EDA's files, which messages quote."""
+    return {n.replace(f"{LAYER}{NAMED}", f"{LAYER}{STORED}"): value for n, value in named.items()}
+
+
+def _relative(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layer's tensors under redraft's names, relative to the layer."""
+    named = {_named(name): tensor for name, tensor in stored.items()}
+    return {n.removeprefix(LAYER): t for n, t in named.items() if n.startswith(LAYER)}
 
 
 def build(config: EagleConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> EagleDraft:
@@ -79,10 +123,11 @@ def expected_shapes(
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Required and optional tensors of a draft of shape `c`: name -> shape."""
     H = c.hidden_size
-    required = {
-        "fc.weight": (H, 2 * H),
-        **{LAYER + name: shape for name, shape in layer_shapes(c, H).items()},
-    }
+    layer = layer_shapes(c, H)
+    if c.routed is not None:
+        layer = {name: shape for name, shape in layer.items() if not name.startswith(NAMED)}
+        layer |= routed_shapes(c.routed, H, c.intermediate_size)
+    required = {"fc.weight": (H, 2 * H), **{LAYER + n: shape for n, shape in layer.items()}}
     if c.fc_bias:
         required["fc.bias"] = (H,)
     return required, {"embed_tokens.weight": (c.vocab_size, H)}
@@ -111,6 +156,7 @@ def for_sglang(
 
 
 def _config_json(c: EagleConfig, architecture: str) -> dict[str, Any]:
+    refuse_routed(c.routed)
     if architecture == SGLANG_ARCHITECTURE and c.qkv_bias:
         architecture = SGLANG_QWEN2  # its q, k and v always have a bias
     if c.head_norms:

@@ -24,6 +24,8 @@ Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 TOP = "eagle_aux_hidden_state_layer_ids"
 """The key of the tap ids: hs[] indices at the top level, layers in `eagle_config`."""
+TARGET_ROWS = "(the target's) vocab_size"
+"""Not a key of any config.json: where `judge` tells rules about the target."""
 _PROJECTIONS = [*(f"self_attn.{name}" for name in (*QKV, "o_proj"))]
 _FFN = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 _LAYER = [f"{name}.weight" for name in (*_PROJECTIONS, *_FFN, "post_attention_layernorm")]
@@ -36,8 +38,14 @@ REQUIRED = {
         *(f"{eagle3.LAYER}{name}" for name in (*_LAYER, *_NORMS)),
     ],
 }
-"""What every engine needs of a kind. The readers derive theirs from config.json, which may itself
+"""What every engine needs of a kind, where config.json does not say it. The readers derive theirs from config.json, which may itself
 be broken here."""
+CANONICAL: dict[str, Callable[[str], str]] = {
+    "eagle3": eagle3.canonical,
+    "eagle": lambda name: name.removeprefix("model."),
+    "token_lm": lambda name: name,
+}
+"""A stored tensor's name as the rules have it."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +64,24 @@ class Finding:
 Rule = Callable[[Config, Tensors], Iterator[tuple[str, str]]]
 
 
-def judge(kind: str, raw: Config, stored: Tensors, num_layers: int | None = None) -> list[Finding]:
+def judge(
+    kind: str,
+    raw: Config,
+    stored: Tensors,
+    num_layers: int | None = None,
+    vocab_size: int | None = None,
+) -> list[Finding]:
     """What every engine does with a folder of this kind, engine by engine.
 
-    With the target's `num_layers`, tap ids that name the default layers are known to be harmless.
+    With the target's `num_layers`, tap ids that name the default layers are known to be harmless;
+    with its `vocab_size`, whether a token LM's is the same.
     """
     if num_layers is not None:
         raw = _without_default_taps(raw, num_layers)
-    named = {
-        eagle3.canonical(name) if kind == "eagle3" else name.removeprefix("model."): tensor
-        for name, tensor in stored.items()
-    }
+    if vocab_size is not None:
+        raw = {**raw, TARGET_ROWS: vocab_size}
+    canonical = CANONICAL[kind]
+    named = {canonical(name): tensor for name, tensor in stored.items()}
     return [
         Finding(engine, level, says)
         for engine, rules in RULES[kind].items()
@@ -263,6 +278,28 @@ def _through_redraft(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]
     yield "note", "has no EAGLE drafts of its own: redraft.generate runs them inside its generate"
 
 
+# -- token LMs -----------------------------------------------------------------------------------
+
+
+def _equal_rows(what: str, most_apart: int, remedy: str) -> Rule:
+    def rule(raw: Config, tensors: Tensors) -> Iterator[tuple[str, str]]:
+        own, theirs = int(raw.get("vocab_size") or 0), raw.get(TARGET_ROWS)
+        allowed = f"within {most_apart} of" if most_apart else "equal to"
+        if theirs is None:
+            yield "note", f"{what} needs a vocab_size {allowed} the target's (here {own})"
+        elif abs(theirs - own) > most_apart:
+            yield (
+                "refused",
+                f"{what} needs a vocab_size {allowed} the target's {theirs}, here it is {own}; "
+                f"{remedy}",
+            )
+
+    return rule
+
+
+PAD = "pad the draft's embedding and head with rows of zeros, where it is the narrower one"
+
+
 def _without_default_taps(raw: Config, num_layers: int) -> Config:
     """The config without tap ids, where all that it has name the layers tapped anyway."""
     nested = raw.get("eagle_config") or {}
@@ -306,5 +343,13 @@ RULES: dict[str, dict[str, list[Rule]]] = {
         "sglang": [_sglang_eagle, _missing("eagle")],
         "llama.cpp": [_no_eagle],
         "transformers": [_through_redraft],
+    },
+    "token_lm": {
+        "vllm": [_equal_rows("method draft_model", 0, PAD)],
+        "sglang": [_equal_rows("STANDALONE", 0, PAD)],
+        "llama.cpp": [_equal_rows("a draft model", 128, PAD)],
+        "transformers": [
+            _equal_rows("assistant_model=", 0, "redraft.generate cuts or fills the difference")
+        ],
     },
 }

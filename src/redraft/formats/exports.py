@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..drafts.eagle import EagleConfig
 from ..drafts.eagle3 import Eagle3Config
-from ..drafts.one_layer import LayerShape
+from ..drafts.table import Shape
+from ..drafts.token_lm import TokenLMConfig
 from ..errors import UserError, nearest
-from . import eagle, eagle3, speculators
+from . import eagle, eagle3, speculators, token_lm
 from .layer import check_tensors
 
 Files = tuple[dict[str, Any], dict[str, Tensor]]
@@ -32,23 +33,27 @@ class Export:
 
     kind: str
     engines: tuple[str, ...]
-    lay_out: Callable[[LayerShape, dict[str, Tensor], str], Files]
+    lay_out: Callable[[Shape, dict[str, Tensor], str], Files]
 
 
-def _eagle3(config: LayerShape, tensors: dict[str, Tensor], _: str) -> Files:
+def _eagle3(config: Shape, tensors: dict[str, Tensor], _: str) -> Files:
     return eagle3.config_json(cast(Eagle3Config, config)), dict(tensors)
 
 
-def _speculators(config: LayerShape, tensors: dict[str, Tensor], target: str) -> Files:
+def _speculators(config: Shape, tensors: dict[str, Tensor], target: str) -> Files:
     return speculators.write(cast(Eagle3Config, config), tensors, target, SERVED_K)
 
 
-def _vllm_eagle(config: LayerShape, tensors: dict[str, Tensor], _: str) -> Files:
+def _vllm_eagle(config: Shape, tensors: dict[str, Tensor], _: str) -> Files:
     return eagle.for_vllm(cast(EagleConfig, config), tensors)
 
 
-def _sglang_eagle(config: LayerShape, tensors: dict[str, Tensor], _: str) -> Files:
+def _sglang_eagle(config: Shape, tensors: dict[str, Tensor], _: str) -> Files:
     return eagle.for_sglang(cast(EagleConfig, config), tensors)
+
+
+def _hf(config: Shape, tensors: dict[str, Tensor], _: str) -> Files:
+    return token_lm.lay_out(cast(TokenLMConfig, config), tensors)
 
 
 EXPORTS: dict[str, Export] = {
@@ -56,8 +61,13 @@ EXPORTS: dict[str, Export] = {
     "speculators": Export("eagle3", ("vllm",), _speculators),
     "vllm-eagle": Export("eagle", ("vllm",), _vllm_eagle),
     "sglang-eagle": Export("eagle", ("sglang",), _sglang_eagle),
+    "hf": Export("token_lm", ("vllm", "sglang", "transformers"), _hf),
 }
-EXPECTED: dict[str, Any] = {"eagle3": eagle3.expected_shapes, "eagle": eagle.expected_shapes}
+EXPECTED: dict[str, Any] = {
+    "eagle3": eagle3.expected_shapes,
+    "eagle": eagle.expected_shapes,
+    "token_lm": token_lm.expected_shapes,
+}
 
 
 def default_format(kind: str) -> str:
@@ -66,7 +76,7 @@ def default_format(kind: str) -> str:
 
 
 def lay_out(
-    format: str, kind: str, config: LayerShape, tensors: dict[str, Tensor], target: str
+    format: str, kind: str, config: Shape, tensors: dict[str, Tensor], target: str
 ) -> Files:
     """config.json and tensors of a draft in `format`, for the target of that name.
 

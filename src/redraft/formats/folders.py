@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import remove, write_tensors, write_text
+from ..files import remove, write_bytes, write_tensors, write_text
 
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -33,7 +33,8 @@ def find_folder(source: str, *, unpickle: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", *(["*.bin"] if unpickle else [])]
+    beside = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+    wanted = [*beside, "*.safetensors", *(["*.bin"] if unpickle else [])]
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
@@ -119,16 +120,21 @@ def read_file(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str, str]) -> None:
-    """Write tensors and text files; each file appears whole or not at all.
+def write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str, str | bytes]
+) -> None:
+    """Write tensors and other files; each file appears whole or not at all.
 
     The last of `files` is the manifest, without which the folder is not read: an old one goes first,
     so that it never lies beside the new tensors, and the new one comes last.
     """
     remove(folder / list(files)[-1])
     write_tensors(folder / WEIGHTS, tensors)
-    for name, text in files.items():
-        write_text(folder / name, text)
+    for name, content in files.items():
+        if isinstance(content, str):
+            write_text(folder / name, content)
+        else:
+            write_bytes(folder / name, content)
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..drafts.eagle3 import Eagle3Config
-from ..drafts.one_layer import LayerShape
+from ..drafts.table import Shape
 from ..errors import UserError
 from ..target import Target
 from .engine_rules import RULES, Finding, judge
@@ -21,6 +21,7 @@ EQUATIONS = {
     "logits = lm_head(norm(state))",
     "eagle": "x = fc([E[t+1]; hs[n] or own state]); one decoder layer; logits = target's "
     "lm_head(state)",
+    "token_lm": "a causal LM of its own: logits = lm_head(body(tokens)); nothing of the target's is read",
 }
 VARIANTS = {
     "norm_before_residual": "the residual starts from the normed state",
@@ -28,6 +29,7 @@ VARIANTS = {
     "fc_norm": "a norm on each tap",
     "norm_output": "the normed state is fed back",
     "fc_bias": "fc has a bias",
+    "routed": "the FFN is experts that routers choose token by token: runs here, no engine loads it",
     "qkv_bias": "q, k and v have biases",
     "o_bias": "o_proj has a bias",
     "head_norms": "q and k are normed per head",
@@ -91,7 +93,13 @@ def inspect_draft(
         taps=_taps(kind, stored, target),
         vocabulary=_vocabulary(kind, raw, stored),
         tensors={n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in tensors.items()},
-        engines=judge(kind, raw, tensors, target.num_layers if target else None),
+        engines=judge(
+            kind,
+            raw,
+            tensors,
+            target.num_layers if target else None,
+            target.vocab_size if target else None,
+        ),
         provenance=stored.provenance if stored else {},
     )
 
@@ -101,26 +109,29 @@ def engines(kind: str) -> list[str]:
     return list(RULES[kind])
 
 
-def _variants(config: LayerShape) -> list[str]:
+def _variants(config: Shape) -> list[str]:
     return [f"{says} ({name})" for name, says in VARIANTS.items() if getattr(config, name, None)]
 
 
-def _shape(config: LayerShape) -> dict[str, Any]:
+def _shape(config: Shape) -> dict[str, Any]:
     names = (
         "hidden_size",
         "intermediate_size",
+        "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
         "head_dim",
         "vocab_size",
         "rope_parameters",
     )
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def _taps(kind: str, stored: StoredDraft | None, target: Target | None) -> str:
     if kind == "eagle":
         return "hs[n], the state after the target's final norm"
+    if kind == "token_lm":
+        return "none: it reads tokens only"
     taps = stored.config.taps if stored and isinstance(stored.config, Eagle3Config) else None
     if taps:
         return f"hs{list(taps)} (vLLM's ids; SGLang's are {[t - 1 for t in taps]})"
@@ -130,6 +141,10 @@ def _taps(kind: str, stored: StoredDraft | None, target: Target | None) -> str:
 
 
 def _vocabulary(kind: str, raw: dict[str, Any], stored: StoredDraft | None) -> str:
+    if kind == "token_lm":
+        return (
+            f"its own {raw.get('vocab_size', 0):,} rows, cut or left impossible to fit the target"
+        )
     if kind == "eagle" or stored is None or not isinstance(stored.config, Eagle3Config):
         return "the target's whole vocabulary" if kind == "eagle" else "not readable"
     c = stored.config

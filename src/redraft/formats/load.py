@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,29 +15,43 @@ import torch
 from torch import Tensor
 
 from ..drafts.base import Draft
-from ..drafts.one_layer import LayerShape
+from ..drafts.table import Shape
+from ..drafts.token_lm import TokenLMConfig
 from ..errors import UserError
 from ..records import versions
 from ..target import Target
-from . import eagle, eagle3, speculators
+from . import eagle, eagle3, speculators, token_lm
 from .card import model_card
 from .exports import default_format, lay_out
 from .folders import find_folder, read_json, read_tensors, state_hash, write_folder
 from .padding import pad_ffn
+from .routed import refuse_routed
 
 PROVENANCE = "redraft.json"
-BUILDERS: dict[str, Any] = {"eagle3": eagle3.build, "eagle": eagle.build}
+BUILDERS: dict[str, Any] = {
+    "eagle3": eagle3.build,
+    "eagle": eagle.build,
+    "token_lm": token_lm.build,
+}
+COMPANIONS: dict[str, Callable[[Path], dict[str, bytes]]] = {"token_lm": token_lm.companions}
+"""Files of a folder beside config.json and tensors, for kinds whose folders have such."""
+VOCABULARIES: dict[str, Callable[[Path, Target], None]] = {"token_lm": token_lm.check_vocabulary}
+"""Checks of a folder's own tokenizer against the target's, for kinds that have one."""
 
 
 @dataclass(frozen=True)
 class StoredDraft:
-    """A draft as it lies on disk: shape, tensors in their stored dtype, and where it came from."""
+    """A draft as it lies on disk: shape, tensors in their stored dtype, and where it came from.
+
+    `companions` are files that its folder holds besides, by name; they are copied through.
+    """
 
     folder: Path
     kind: str
-    config: LayerShape
+    config: Shape
     tensors: dict[str, Tensor]
     provenance: dict[str, Any] = field(default_factory=dict)
+    companions: dict[str, bytes] = field(default_factory=dict)
 
     def hash(self) -> str:
         return state_hash(self.tensors)
@@ -43,7 +59,7 @@ class StoredDraft:
     def build(self, target: Target | None = None, dtype: torch.dtype | None = None) -> Draft:
         """A network computing in `dtype` (default: the target's, else as stored), bound to `target`."""
         if dtype is None:
-            dtype = target.dtype if target is not None else self.tensors["fc.weight"].dtype
+            dtype = target.dtype if target is not None else _main_dtype(self.tensors)
         draft: Draft = BUILDERS[self.kind](self.config, self.tensors, dtype)
         draft.source = str(self.folder)
         if target is not None:
@@ -53,9 +69,21 @@ class StoredDraft:
 
     def with_tensors(self, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> StoredDraft:
         """This draft with other tensors, whose FFN may be wider."""
-        gate = next(t for name, t in tensors.items() if name.endswith("mlp.gate_proj.weight"))
-        config = dataclasses.replace(self.config, intermediate_size=gate.shape[0])
+        gates = (t for name, t in tensors.items() if name.endswith("mlp.gate_proj.weight"))
+        gate = next(gates, None)
+        width = self.config.intermediate_size if gate is None else gate.shape[0]
+        config = dataclasses.replace(self.config, intermediate_size=width)
         return dataclasses.replace(self, config=config, tensors=tensors, provenance=provenance)
+
+    def with_vocabulary(self, rows: int) -> StoredDraft:
+        """A token LM whose vocabulary is padded with zeros to the target's `rows`, as engines want it.
+
+        Other kinds are returned as they are. Raises UserError when it has more rows already.
+        """
+        if not isinstance(self.config, TokenLMConfig):
+            return self
+        config, tensors = token_lm.pad_vocabulary(self.config, self.tensors, rows)
+        return dataclasses.replace(self, config=config, tensors=tensors)
 
     def save(self, folder: str | Path, format: str = "auto", tp: Sequence[int] = (1,)) -> None:
         """Write a stock checkpoint folder; `auto` is the kind's own layout for vLLM.
@@ -64,16 +92,18 @@ class StoredDraft:
         width that all of them divide. Raises UserError, before anything is written, for a format
         that the draft does not fit.
         """
+        refuse_routed(getattr(self.config, "routed", None))
         shape, padded = pad_ffn(self.config, self.tensors, tp)
         name = default_format(self.kind) if format == "auto" else format
         made_for = str(self.provenance.get("target", "not recorded"))
         config, tensors = lay_out(name, self.kind, shape, padded, made_for)
-        config["torch_dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
+        config["torch_dtype"] = str(_main_dtype(tensors)).removeprefix("torch.")
         record = {**self.provenance, "format": name, "tensors_hash": state_hash(padded)}
         neurons = shape.intermediate_size - self.config.intermediate_size
         if neurons:
             record["zero_neurons"] = neurons
-        files = {
+        files: dict[str, str | bytes] = {
+            **self.companions,
             "README.md": model_card(self.kind, name, shape, record),
             PROVENANCE: json.dumps(record, indent=2) + "\n",
             "config.json": json.dumps(config, indent=2) + "\n",
@@ -84,7 +114,14 @@ class StoredDraft:
 def stored(draft: Draft, target: Target) -> StoredDraft:
     """A draft made in memory, as it would be read back from a folder."""
     tensors = {name: t.cpu() for name, t in draft.stored_state().items()}
-    return StoredDraft(Path("(memory)"), draft.kind, draft.config, tensors, made_for(target))
+    beside: dict[str, bytes] = {}
+    if draft.kind in COMPANIONS:
+        with tempfile.TemporaryDirectory() as scratch:
+            target.tokenizer.save_pretrained(scratch)
+            beside = COMPANIONS[draft.kind](Path(scratch))
+    return StoredDraft(
+        Path("(memory)"), draft.kind, draft.config, tensors, made_for(target), beside
+    )
 
 
 def made_for(target: Target) -> dict[str, Any]:
@@ -116,11 +153,14 @@ def interpret(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor
         for name, tensor in tensors.items()
         if not name.endswith("rotary_emb.inv_freq")  # a buffer of old files; engines skip it too
     }
-    kind, _, parse = recognise(raw, stored, folder)
+    kind, layout, parse = recognise(raw, stored, folder)
     config, named = parse(raw, stored, folder)
     record = folder / PROVENANCE
     provenance = read_json(record) if record.is_file() else {}
-    found = StoredDraft(folder, kind, config, named, provenance)
+    if layout.startswith(eagle.REFERENCE):
+        provenance["read_from"] = layout
+    beside = COMPANIONS[kind](folder) if kind in COMPANIONS else {}
+    found = StoredDraft(folder, kind, config, named, provenance, beside)
     recorded = provenance.get("tensors_hash")
     if recorded is not None and recorded != found.hash():
         raise UserError(
@@ -139,19 +179,22 @@ def recognise(
     if speculators.recognises(raw):
         return "eagle3", "speculators", speculators.parse
     if any("block_sparse_moe" in name for name in names):
+        if eagle.recognises(names) and not eagle3.recognises(raw, names):
+            return "eagle", eagle.reference_layout(raw, tensors, folder), eagle.parse
         raise UserError(
-            f"{folder}: a draft of routed shared and private experts (block_sparse_moe), as EDA's "
-            "reference code writes it; redraft reads plain EAGLE drafts and does not run its routers"
+            f"{folder}: routed shared and private experts (block_sparse_moe) are read in EDA's "
+            "reference layout only, an EAGLE-1/2 draft with fc.weight and one layer, layers.0"
         )
     if eagle3.recognises(raw, names):
         return "eagle3", "eagle3", eagle3.parse
     if eagle.recognises(names):
         return "eagle", "eagle", eagle.parse
-    what = "a whole language model" if "model.embed_tokens.weight" in names else "no draft"
+    if token_lm.recognises(raw, names):
+        return "token_lm", "hf", token_lm.parse
     raise UserError(
-        f"{folder}: architectures {raw.get('architectures')} with {len(names)} tensors is {what}; "
+        f"{folder}: architectures {raw.get('architectures')} with {len(names)} tensors is no draft; "
         "redraft reads EAGLE-1/2 and EAGLE-3 drafts as SafeAILab, SpecForge, speculators, vLLM and "
-        "SGLang store them"
+        "SGLang store them, and small causal LMs as Transformers does"
     )
 
 
@@ -176,3 +219,13 @@ def check_tokenizer(stored: StoredDraft, target: Target) -> None:
             f"tokenizers differ: {stored.folder} was made for tokenizer {recorded}, target "
             f"{target.name} has {target.tokenizer_hash()}; token ids would mean other words"
         )
+    if stored.kind in VOCABULARIES:
+        VOCABULARIES[stored.kind](stored.folder, target)
+
+
+def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that most of a draft's numbers are stored in."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    return counts.most_common(1)[0][0]

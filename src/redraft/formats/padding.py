@@ -13,16 +13,19 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..drafts.one_layer import LayerShape
+from ..drafts.table import Shape
 from ..errors import UserError
+
+GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def pad_ffn(
-    config: LayerShape, tensors: Mapping[str, Tensor], tp: Sequence[int]
-) -> tuple[LayerShape, dict[str, Tensor]]:
+    config: Shape, tensors: Mapping[str, Tensor], tp: Sequence[int]
+) -> tuple[Shape, dict[str, Tensor]]:
     """The draft with an FFN width that every size in `tp` divides.
 
-    Raises UserError when its attention heads cannot be divided: those cannot be padded.
+    Raises UserError when its attention heads cannot be divided: those cannot be padded, and nor can
+    an FFN that is not gated.
     """
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     for size in tp:
@@ -33,6 +36,12 @@ def pad_ffn(
                 "key/value heads a multiple or a divisor"
             )
     missing = -config.intermediate_size % math.lcm(*tp)
+    other = [name for name in tensors if ".mlp." in name and not name.endswith(GATED)]
+    if missing and (other or not any(name.endswith(GATED) for name in tensors)):
+        raise UserError(
+            f"--tp {','.join(map(str, tp))}: an FFN of {config.intermediate_size} neurons would need "
+            f"{missing} of zeros, and only one of gate_proj, up_proj and down_proj can be padded"
+        )
     padded = {name: _padded(name, tensor, missing) for name, tensor in tensors.items()}
     wider = config.intermediate_size + missing
     return dataclasses.replace(config, intermediate_size=wider), padded

@@ -38,7 +38,7 @@ def measure_cost(
 ) -> StepCost:
     """Time the parts of a step after `prompt` (token ids), in turn, `rows` copies at a time."""
     tokens = torch.tensor([list(prompt)] * rows, device=target.device)
-    cache, draft_cache = RowCache(target, rows), draft.new_cache(rows)
+    cache, draft_cache = RowCache(target, rows), draft.new_cache(tokens[:, 0])
     reading = cache.read(tokens, draft.taps, keep=1)
     last = reading.logits_BTV[:, -1].argmax(-1, keepdim=True)
     following = torch.cat([tokens[:, 1:], last], 1)

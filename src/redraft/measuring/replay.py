@@ -29,7 +29,7 @@ from ..decode.speculative import widened
 from ..drafts.base import Draft
 from ..errors import UserError
 from ..records import Answer, ExpectedSteps, StepTrace
-from ..target import Target
+from ..target import Reading, Target
 
 BATCH_TOKENS = 8192
 BATCH_LOGITS = 1 << 27
@@ -51,17 +51,33 @@ def replay(
     probability. Raises UserError when an answer lacks the overrun (see `check_overrun`), or was not
     sampled as `decoding` says (see `decoding_of`).
     """
-    traces: dict[int, StepTrace] = {}
-    for index, answer, chance_SK, first in _chances(
-        target, draft, answers, k, decoding, batch_tokens
+    (traces,) = replay_each(
+        target, [draft], answers, k, decoding=decoding, batch_tokens=batch_tokens
+    )
+    return traces
+
+
+def replay_each(
+    target: Target,
+    drafts: Sequence[Draft],
+    answers: Sequence[Answer],
+    k: int,
+    *,
+    decoding: Decoding | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[list[StepTrace]]:
+    """`replay` of several drafts that read the same features, with one reading of the target."""
+    traces: list[dict[int, StepTrace]] = [{} for _ in drafts]
+    for which, index, answer, chance_SK, first in _chances(
+        target, drafts, answers, k, decoding, batch_tokens
     ):
         S = len(chance_SK)
         at_S = torch.arange(S) + first + 2 - len(answer.prompt)
         at_SK = at_S[:, None] + torch.arange(k)
         numbers = uniform(seeds_tensor([answer.seed or 0], at_SK.device), at_SK.view(1, -1), ACCEPT)
         runs = (numbers.view(S, k) < chance_SK).long().cumprod(-1).sum(-1)
-        traces[index] = walk(answer, runs.tolist(), first)
-    return [traces[i] for i in range(len(answers))]
+        traces[which][index] = walk(answer, runs.tolist(), first)
+    return [[found[i] for i in range(len(answers))] for found in traces]
 
 
 def expect(
@@ -75,8 +91,8 @@ def expect(
 ) -> list[ExpectedSteps]:
     """The same in expectation over the draft's random tokens, in `answers`' order."""
     found: dict[int, ExpectedSteps] = {}
-    for index, answer, chance_SK, first in _chances(
-        target, draft, answers, k, decoding, batch_tokens
+    for _, index, answer, chance_SK, first in _chances(
+        target, [draft], answers, k, decoding, batch_tokens
     ):
         found[index] = expected_walk(answer, chance_SK.tolist(), first)
     return [found[i] for i in range(len(answers))]
@@ -140,13 +156,14 @@ def expected_walk(answer: Answer, chances: Sequence[Sequence[float]], first: int
 @torch.inference_mode()
 def _chances(
     target: Target,
-    draft: Draft,
+    drafts: Sequence[Draft],
     answers: Sequence[Answer],
     k: int,
     decoding: Decoding | None,
     batch_tokens: int,
-) -> Iterator[tuple[int, Answer, Tensor, int]]:
-    """For each answer: its index, itself, the chances [S, K] of its chain starts, and the first one."""
+) -> Iterator[tuple[int, int, Answer, Tensor, int]]:
+    """For each draft and answer: their indices, the answer, the chances [S, K] of its chain starts,
+    and the first one."""
     check_overrun(answers, k)
     decoding = decoding or decoding_of(answers)
     _check_decoding(answers, decoding)
@@ -156,20 +173,22 @@ def _chances(
         rows = [answers[i] for i in indices]
         batch = collate(rows, target.device, overrun=True)
         seeds_B = seeds_tensor([a.seed or 0 for a in rows], target.device)
-        chance_BSK = chances(target, draft, batch, k, decoding, seeds_B).cpu()
-        for index, answer, chance_SK in zip(indices, rows, chance_BSK, strict=True):
-            yield index, answer, chance_SK, batch.first
+        keep = 0 if decoding.draft_token == "sampled" else 1
+        reading = target.read(batch.tokens_BT, drafts[0].taps, keep=keep)
+        for which, draft in enumerate(drafts):
+            chance_BSK = chances(reading, draft, batch, k, decoding, seeds_B).cpu()
+            for index, answer, chance_SK in zip(indices, rows, chance_BSK, strict=True):
+                yield which, index, answer, chance_SK, batch.first
 
 
 def chances(
-    target: Target, draft: Draft, batch: Batch, k: int, decoding: Decoding, seeds_B: Tensor
+    reading: Reading, draft: Draft, batch: Batch, k: int, decoding: Decoding, seeds_B: Tensor
 ) -> Tensor:
     """How likely each drafted token is accepted, given those before it: float64 [B, S, K].
 
     Row S of it belongs to the chain start `batch.first` + S. Positions past the batch count as 0.
     """
     tokens, first = batch.tokens_BT, batch.first
-    reading = target.read(tokens, draft.taps, keep=0 if decoding.draft_token == "sampled" else 1)
     B, T = tokens.shape
     found = torch.zeros(B, max(T - 2 - first, 0), k, dtype=torch.float64, device=tokens.device)
     for step, states in enumerate(draft.rollout(tokens, reading.features_BTF, first, k)):

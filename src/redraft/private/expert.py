@@ -39,7 +39,7 @@ def widenable(draft: Draft) -> dict[str, GatedFFN]:
         raise UserError(
             f"method 'expert' cannot widen this {draft.kind} draft: it needs an FFN that sums over "
             f"neurons (gate_proj, up_proj, down_proj), found {', '.join(kinds) or 'no FFN'}; use "
-            "--method full"
+            "--method lora or full"
         )
     return found
 

@@ -1,12 +1,14 @@
 """Fusing: fold a private part into plain dense weights, and take it out again.
 
-Concatenation only. No arithmetic touches a stored weight, so the shared slices of a fused draft
-hash-equal the published ones and `unfuse` gives the private part back bit for bit.
+An expert is concatenated. No arithmetic touches a stored weight, so the shared slices of a fused
+draft hash-equal the published ones and `unfuse` gives the private part back bit for bit.
 
     gate = [Ws; Wp]    up = [Us; Up]    down = [Ds, Dp]
 
-Everything here is a function of tensors by name; a name with `.private.` belongs to an expert, any
-other private tensor replaces the shared one of its name.
+A low-rank pair is added, W + B A, summed in float32 and rounded once to the stored dtype.
+
+Everything here is a function of tensors by name; a name with `.private.` belongs to an expert, one
+with `.lora_` to a pair, any other private tensor replaces the shared one of its name.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-EXPERT = ".private."
+from ..methods import EXPERT, LORA
+
 CONCATENATED = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
 """Dimension along which an FFN's stored tensor grows with its neurons."""
 
@@ -27,16 +30,36 @@ def fuse(shared: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> dict[st
     Raises ValueError when a private tensor has no shared one to go with.
     """
     fused = dict(shared)
-    for name, tensor in private.items():
-        home = name.replace(EXPERT, ".")
+    # One tensor may be replaced, then added to, then concatenated.
+    for name in sorted(private, key=lambda name: (EXPERT in name, LORA in name)):
+        home, tensor = home_of(name), private[name]
         if home not in shared:
             raise ValueError(f"private tensor {name} has no shared tensor {home} to go with")
+        if LORA in name:
+            if f"{LORA}B" in name:
+                down = private[name.replace(f"{LORA}B", f"{LORA}A")]
+                fused[home] = _added(fused[home], tensor, down)
+            continue
         tensor = tensor.to(dtype=shared[home].dtype, device=shared[home].device)
         if EXPERT in name:
-            fused[home] = torch.cat([shared[home], tensor], dim=_dimension(home))
+            fused[home] = torch.cat([fused[home], tensor], dim=_dimension(home))
         else:
             fused[home] = tensor
     return fused
+
+
+def home_of(name: str) -> str:
+    """The shared tensor that a private one goes with."""
+    if LORA in name:
+        return f"{name.split(LORA)[0]}.weight"
+    return name.replace(EXPERT, ".")
+
+
+def _added(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """weight + up @ down, rounded once."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    sum_ = weight.to(wide) + up.to(weight.device, wide) @ down.to(weight.device, wide)
+    return sum_.to(weight.dtype)
 
 
 def unfuse(

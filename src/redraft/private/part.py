@@ -1,12 +1,12 @@
 """A private part as an object: attached to a draft for training, then taken off and kept.
 
-Ownership is declared: after `prepare`, exactly the method's tensors require a gradient, and every
-other tensor of the draft is shared and frozen.
+Ownership is declared: after `prepare`, exactly the tensors that the method trains require a
+gradient, and every other tensor of the draft is frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..drafts.base import Draft
 from ..drafts.layers import GatedFFN
-from .expert import attach, widenable
-from .table import METHODS
+from ..errors import UserError
+from ..methods import EXPERT, LORA, PARTS, Method
+from . import expert, lora
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,15 @@ class PrivatePart:
     card: dict[str, Any] = field(default_factory=dict)
 
     def parameter_count(self) -> int:
-        return sum(t.numel() for t in self.tensors.values())
+        return sum(t.numel() for t in self.tensors.values() if t.is_floating_point())
 
 
 def prepare(
     draft: Draft,
-    method: str,
+    method: Method,
     *,
     width: int,
+    rank: int = 16,
     init: str,
     seed: int,
     calibrate: Callable[[], None] | None = None,
@@ -43,45 +45,97 @@ def prepare(
     """Attach a method's private part to `draft` in place and return its trainable tensors.
 
     After this call the draft's outputs equal the reused draft's bit for bit (except for methods
-    that start fresh and for `init='random'`).
+    that start fresh and for `init='random'`). Raises UserError for a part that the draft cannot
+    carry.
     """
-    row = METHODS[method]
-    if row.fresh:
+    check_carries(draft, method)
+    if method.fresh:
         draft.reinitialise(seed)
-    if row.expert:
-        attach(draft, width, init, seed, calibrate)
+    if method.expert:
+        expert.attach(draft, width, init, seed, calibrate)
+    if method.lora:
+        layers = lora.linear_layers(draft, method.trains_in_place)
+        lora.attach(draft, layers, rank, seed)
     return declare(draft, method)
 
 
-def declare(draft: Draft, method: str) -> list[tuple[str, nn.Parameter]]:
-    """Freeze the shared tensors; return the private ones that require a gradient."""
-    row = METHODS[method]
-    trainable = {n for n in draft.trainable_names() if row.owns(n)}
+def check_carries(draft: Draft, method: Method) -> None:
+    """Raise UserError, listing what is possible, for parts that this kind of draft does not have."""
+    if method.expert:
+        expert.widenable(draft)
+    names = draft.trainable_names()
+    missing = [
+        part
+        for part in method.parts
+        if (row := PARTS[part]).in_place
+        and not row.start
+        and not any(Method("", (part,)).trains_in_place(name) for name in names)
+    ]
+    if missing:
+        fitting = [
+            part
+            for part, row in PARTS.items()
+            if not row.start
+            and (not row.in_place or any(Method("", (part,)).trains_in_place(n) for n in names))
+        ]
+        raise UserError(
+            f"this {draft.kind} draft has no {', '.join(missing)} to train (method {method.name}); "
+            f"it can carry {', '.join(fitting)}"
+        )
+
+
+def declare(draft: Draft, method: Method) -> list[tuple[str, nn.Parameter]]:
+    """Freeze the shared tensors; return those that require a gradient, by stored name."""
+    trainable = set(draft.trainable_names())
     owned = []
     for name, parameter in draft.named_parameters():
-        parameter.requires_grad_(name in trainable)
-        if name in trainable:
-            owned.append((name, parameter))
+        stored = lora.stored_name(name)
+        added = EXPERT in stored or LORA in stored
+        mine = method.owns(stored) and (added or name in trainable)
+        parameter.requires_grad_(mine)
+        if mine:
+            owned.append((stored, parameter))
     return owned
 
 
-def take(draft: Draft, method: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A copy of the private tensors as they are now, on the CPU, in `dtype` (default: as is)."""
-    return {
+def take(
+    draft: Draft, method: Method, dtype: torch.dtype | None = None, kept: Mapping[str, Tensor] = {}
+) -> dict[str, Tensor]:
+    """A copy of the private tensors as they are now, on the CPU, in `dtype` (default: as is).
+
+    `kept` are further tensors of the private part that are not trained.
+    """
+    taken = {
         name: parameter.detach().to(device="cpu", dtype=dtype, copy=True)
         for name, parameter in declare(draft, method)
     }
+    return {**kept, **taken}
 
 
-def put(draft: Draft, tensors: dict[str, Tensor]) -> None:
-    """Write private tensors into a draft, attaching the expert they need first."""
-    for name, ffn in widenable(draft).items() if any(".private." in n for n in tensors) else ():
-        gate = tensors[f"{name}.private.gate_proj.weight"]
-        if ffn.private is None:
+def put(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
+    """Write private tensors into a draft, attaching what holds them first."""
+    widths = {
+        n.split(EXPERT)[0]: t for n, t in tensors.items() if n.endswith("private.gate_proj.weight")
+    }
+    for name, gate in widths.items():
+        ffn = draft.get_submodule(name)
+        if isinstance(ffn, GatedFFN) and ffn.private is None:
             ffn.private = GatedFFN(gate.shape[1], gate.shape[0], ffn.activation).to(
                 ffn.gate_proj.weight
             )
-    parameters = dict(draft.named_parameters())
+    ranks = {n.split(LORA)[0]: t.shape[0] for n, t in tensors.items() if f"{LORA}A" in n}
+    if ranks and not any(LORA in name for name, _ in draft.named_parameters()):
+        lora.attach(draft, list(ranks), max(ranks.values()), 0)
+    parameters = {lora.stored_name(name): p for name, p in draft.named_parameters()}
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def fused_parameters(draft: Draft) -> int:
+    """Parameters of the stock checkpoint that draft and private part become."""
+    return sum(
+        t.numel()
+        for name, t in draft.stored_state().items()
+        if t.is_floating_point() and LORA not in name
+    )

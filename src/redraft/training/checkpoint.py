@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ FILE = "checkpoint.safetensors"
 
 @dataclass
 class TrainState:
-    """Where a run stands. `best` are the private tensors with the highest held-out tau so far."""
+    """Where a run stands. `best` are the private tensors with the highest held-out tau so far,
+    `average` the running average of those that train, where one is kept."""
 
     step: int
     supervised_tokens: int
@@ -31,6 +32,7 @@ class TrainState:
     last_loss: float
     seconds: float
     precision: str = ""
+    average: dict[str, Tensor] = field(default_factory=dict)
 
     def best_tau(self) -> float:
         return max((tau for _, tau in self.heldout_tau), default=float("-inf"))
@@ -45,6 +47,7 @@ def save_checkpoint(
 ) -> None:
     """Write the run's state; `key` names the inputs that the checkpoint belongs to."""
     tensors: dict[str, Tensor] = {f"best/{n}": t for n, t in state.best.items()}
+    tensors |= {f"average/{n}": t for n, t in state.average.items()}
     for name, parameter in trainable:
         tensors[f"now/{name}"] = parameter.detach()
         for slot, value in optimizer.state.get(parameter, {}).items():
@@ -99,8 +102,11 @@ def load_checkpoint(
                 for slot, value in slots.items()
             }
     best = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+    average = {
+        n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")
+    }
     about["heldout_tau"] = [(int(step), float(tau)) for step, tau in about["heldout_tau"]]
-    return TrainState(best=best, **about)
+    return TrainState(best=best, average=average, **about)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,44 +5,48 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from ..drafts.base import Draft
 from ..target import Target
+from .lesson import VALUES
+
+if TYPE_CHECKING:
+    from .member import Member
 
 MB = 1e6
 
 
 def predict_peak(
-    target: Target,
-    draft: Draft,
-    trainable: list[tuple[str, nn.Parameter]],
-    batch_tokens: int,
-    longest: int,
-    rollout: int,
+    target: Target, members: Sequence[Member], batch_tokens: int, longest: int
 ) -> float:
     """Predicted peak in MB: what is resident now plus gradients, optimizer and activations.
 
-    Activations: the target's logits and taps once (in its dtype, widened to float32 for the
-    loss), and for each rollout step the draft's logits (three float32 copies: logits, log-softmax,
-    gradient), about 24 H + 4 I floats of its layer per token and the attention weights over the
-    longest row (scores, weights and gradient).
+    Activations: the target's logits and taps once (in its dtype, widened to float32 for the loss).
+    The most demanding member adds, for each rollout step, its logits (three float32 copies: logits,
+    log-softmax, gradient), about 24 H + 4 I floats of its layer per token and the attention
+    weights over the longest row (scores, weights and gradient). Logits beyond VALUES are never
+    held at once.
     """
     element = target.dtype.itemsize
-    shapes = {name: p.shape for name, p in draft.named_parameters()}
-    vocab = target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
-    inner = sum(s[0] for n, s in shapes.items() if n.endswith("gate_proj.weight"))
+    optimizer = sum(p.numel() for m in members for p in m.parameters) * 4 * 3
     heads: int = target.model.config.get_text_config().num_attention_heads
-    optimizer = sum(p.numel() for _, p in trainable) * 4 * 3
-    per_token = target.vocab_size * (element + 4) + draft.feature_size * element
-    per_step = 3 * 4 * vocab + 4 * (24 * draft.hidden_size + 4 * inner) + 3 * 4 * heads * longest
-    return (
-        current_memory(target.device)
-        + (optimizer + batch_tokens * (per_token + rollout * per_step)) / MB
-    )
+    logits = min(batch_tokens * target.vocab_size, VALUES)
+    most = 0.0
+    for member in members:
+        draft = member.draft
+        vocab = target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
+        inner = sum(
+            p.shape[0] for n, p in draft.named_parameters() if n.endswith("gate_proj.weight")
+        )
+        own = batch_tokens * (4 * (24 * draft.hidden_size + 4 * inner) + 12 * heads * longest)
+        own += 3 * 4 * min(batch_tokens * vocab, VALUES)
+        most = max(most, own * (member.config.rollout if draft.feeds_back else 1))
+    read = logits * (element + 4) + batch_tokens * members[0].draft.feature_size * element
+    return current_memory(target.device) + (optimizer + read + most) / MB
 
 
 def current_memory(device: torch.device) -> float:

@@ -1,12 +1,12 @@
-"""Training a private part: one loop with explicit arguments.
+"""Training private parts: one loop with explicit arguments, for one part or a gang of them.
 
-The target runs inside the loop (its features are streamed, nothing is stored). The draft is rolled
+The target runs inside the loop (its features are streamed, nothing is stored). Each draft is rolled
 out over several steps on the true tokens and its own states, and each step's distribution is
 pulled towards the target's. Batches, learning rates and evaluations are decided by step numbers,
 never by the clock, so that a resumed run ends where an uninterrupted one does.
 
-Shapes: B batch, T tokens, S chain starts, H draft hidden, V target vocabulary, D draft vocabulary,
-N supervised labels.
+A gang is several private parts of one shared draft on one stream of batches: the target reads each
+batch once, and every member takes its own step on it. Its members end as they would alone.
 """
 
 from __future__ import annotations
@@ -21,30 +21,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..batches import Batch, collate, plan_epochs
-from ..config import TrainConfig
+from ..batches import collate, plan_epochs
+from ..config import TrainConfig, read_width
 from ..console import Progress, say
-from ..drafts.base import Draft, select_columns
+from ..drafts.base import Draft
 from ..errors import UserError
 from ..faults import point
 from ..formats.folders import state_hash
 from ..measuring.acceptance import pooled_tau
-from ..measuring.replay import check_overrun, replay
-from ..private.part import prepare, put, take
+from ..measuring.replay import check_overrun, replay_each
+from ..methods import read_method
+from ..private.part import fused_parameters, prepare, put
 from ..records import Answer, TrainRecord
 from ..target import Target
-from .checkpoint import TrainState, load_checkpoint, save_checkpoint
-from .losses import Teacher, forward_kl
+from .checkpoint import load_checkpoint, save_checkpoint
+from .lesson import Lesson, read_lesson, rollout_loss
+from .member import Member
 from .memory import peak_memory, predict_peak, restart_peak
-from .precision import autocast, choose_precision
+from .optimize import make_optimizer
+from .precision import choose_precision
+from .starts import fit_starts
+from .widths import resolve_width, shared_width
 
 CALIBRATION_BATCHES = 4
-RISE = 0.001
-"""Held-out tau must rise by this much to count as progress."""
-AUTO_LR = 0.4
-"""The automatic peak learning rate is this over the hidden size: 1e-4 at 4096, as published."""
+STREAM = ("epochs", "batch_tokens", "evaluations", "precision", "seed")
+"""Settings that members of a gang have in common."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,60 @@ def train(
     config: TrainConfig,
     *,
     k: int,
+    base: Target | None = None,
     checkpoints: Path | None = None,
 ) -> Trained:
     """Train `config.method`'s private part of `draft` (float32, bound to `target`) in place.
 
     `heldout` answers, with K-1 tokens of overrun, decide when to stop and which step is best.
+    `base` is the model that the target was tuned from; only relay and refresh look at it.
     Raises UserError when the loss stops being finite; the last checkpoint is kept.
     """
+    (trained,) = _train(target, [draft], answers, heldout, [config], k, base, checkpoints)
+    return trained
+
+
+def train_gang(
+    target: Target,
+    draft: Draft,
+    answers: Sequence[Answer],
+    heldout: Sequence[Answer],
+    configs: Sequence[TrainConfig],
+    *,
+    k: int,
+    base: Target | None = None,
+    checkpoints: Path | None = None,
+) -> list[Trained]:
+    """Train several private parts of one draft, which is left as it is, on one stream of batches.
+
+    Raises UserError for configurations that differ in how the stream is made (see STREAM).
+    """
+    for name in STREAM:
+        values = {getattr(config, name) for config in configs}
+        if len(values) > 1:
+            raise UserError(
+                f"a gang trains on one stream of batches, so {name} must be the same for all; got "
+                f"{', '.join(map(str, sorted(values)))}"
+            )
+    drafts = []
+    for config in configs:
+        method = read_method(config.method)
+        altered = method.starts or config.vocab != "keep"
+        own = [n for n, _ in draft.named_parameters() if altered or method.trains_in_place(n)]
+        drafts.append(draft.copy_sharing(own))
+    return _train(target, drafts, answers, heldout, configs, k, base, checkpoints)
+
+
+def _train(
+    target: Target,
+    drafts: Sequence[Draft],
+    answers: Sequence[Answer],
+    heldout: Sequence[Answer],
+    configs: Sequence[TrainConfig],
+    k: int,
+    base: Target | None,
+    checkpoints: Path | None,
+) -> list[Trained]:
     answers = [answer for answer in answers if answer.length >= 2]
     heldout = [answer for answer in heldout if answer.length >= 2]
     if not answers or not heldout:
@@ -78,265 +129,239 @@ def train(
             "two tokens or more (the first comes from the prefill); does the target answer at all?"
         )
     check_overrun(heldout, k)
-    started = time.monotonic()
+    c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
-    plan = plan_epochs(lengths, config.batch_tokens, config.epochs, config.seed)
-    key = _key(config, plan, target, draft, answers, heldout, k)
-    trainable = _prepare(target, draft, answers, plan, config)
-    optimizer = _optimizer(trainable, config, draft)
-    state = (checkpoints and load_checkpoint(checkpoints, trainable, optimizer, key)) or TrainState(
-        0, 0, [], 0, take(draft, config.method), math.nan, 0.0
-    )
-    # Decided once: a resumed run computes as it began.
-    state.precision = precision = state.precision or _precision(
-        target, draft, answers, plan, config, optimizer
-    )
+    plan = plan_epochs(lengths, c.batch_tokens, c.epochs, c.seed)
+    stream = _Stream(target, drafts[0].taps, answers, plan)
+    keys = [
+        _key(config, plan, target, base, draft, answers, heldout, k)
+        for draft, config in zip(drafts, configs, strict=True)
+    ]
     restart_peak(target.device)
-    predicted = predict_peak(
-        target, draft, trainable, config.batch_tokens, max(lengths), config.rollout
-    )
-    say(
-        f"training {sum(p.numel() for _, p in trainable):,} parameters ({config.method}), "
-        f"{len(plan)} steps, {precision}, about {predicted:,.0f} MB at the peak"
-    )
-    if state.step:
-        say(f"continuing at step {state.step} of {len(plan)}")
+    members = [_member(stream, d, config, base) for d, config in zip(drafts, configs, strict=True)]
+    folders = [_folder(checkpoints, i, len(members)) for i in range(len(members))]
+    for member, folder, key in zip(members, folders, keys, strict=True):
+        if folder and member.optimizer:
+            found = load_checkpoint(folder, member.trainable, member.optimizer, key)
+            member.state = found or member.state
+    precision = _precision(stream, members)
+    predicted = predict_peak(target, members, c.batch_tokens, max(lengths))
+    _announce(members, plan, precision, predicted)
 
-    def evaluate() -> None:
-        _evaluate(target, draft, heldout, config, k, state)
-        if checkpoints:
-            save_checkpoint(checkpoints, state, trainable, optimizer, key)
+    def evaluate(some: Sequence[Member]) -> None:
+        _evaluate(target, some, heldout, k)
+        for member, folder, key in zip(members, folders, keys, strict=True):
+            if folder and member in some and member.optimizer:
+                save_checkpoint(folder, member.state, member.trainable, member.optimizer, key)
 
-    if not state.heldout_tau:
-        evaluate()  # what training has to beat
-    every = math.ceil(len(plan) / config.evaluations)
+    if fresh := [member for member in members if not member.state.heldout_tau]:
+        evaluate(fresh)  # what training has to beat
+    every = math.ceil(len(plan) / c.evaluations)
+    at = min(member.state.step for member in members)
     with Progress("training", len(plan), "steps") as progress:
-        progress.advance(state.step)
-        while state.step < len(plan) and not _stalled(state, config.patience):
-            batch = collate([answers[i] for i in plan[state.step]], target.device)
-            rate = schedule(state.step, len(plan), config.warmup)
-            _step(target, draft, batch, config, trainable, optimizer, rate, precision, state)
-            if state.step % every == 0 or state.step == len(plan):
-                evaluate()
+        progress.advance(at)
+        while active := [m for m in members if not m.done()]:
+            at = min(member.state.step for member in active)
+            lesson = stream.lesson(at)
+            active = [member for member in active if member.state.step == at]
+            for member in active:
+                member.learn(lesson, precision)
+            if (at + 1) % every == 0 or at + 1 == len(plan):
+                evaluate(active)
             point("training: after a step")
-            progress.advance(1, _note(state))
-    put(draft, state.best)
-    record = TrainRecord(
-        method=config.method,
-        trained_parameters=sum(p.numel() for _, p in trainable),
-        draft_parameters=draft.parameter_count(),
-        unique_answer_tokens=sum(a.length for a in answers),
-        seconds=time.monotonic() - started,
-        precision=precision,
-        predicted_peak_mb=predicted,
-        peak_mb=peak_memory(target.device),
-        **_progress_made(state, plan, lengths),
-    )
-    return Trained(state.best, record)
+            progress.advance(1, _note(members))
+    return [_finished(stream, member, len(members), precision, predicted) for member in members]
 
 
-def _progress_made(state: TrainState, plan: list[list[int]], lengths: list[int]) -> dict[str, Any]:
-    """The part of a run's record that its state holds."""
-    read = sum(lengths[i] for batch in plan[: state.step] for i in batch)
-    return {
-        "steps": state.step,
-        "planned_steps": len(plan),
-        "supervised_tokens": state.supervised_tokens,
-        "final_loss": state.last_loss,
-        "heldout_tau": tuple(state.heldout_tau),
-        "best_step": state.best_step,
-        "tokens_per_second": read / max(state.seconds, 1e-9),
-        "stopped_early": state.step < len(plan),
-    }
+class _Stream:
+    """Batches in their order, and what the target says of each."""
 
+    def __init__(
+        self,
+        target: Target,
+        taps: tuple[int, ...],
+        answers: Sequence[Answer],
+        plan: list[list[int]],
+    ):
+        self.target, self.taps, self.answers, self.plan = target, taps, answers, plan
+        self.seconds = 0.0
+        self.flops = 0.0
+        self.per_token = 0.0
+        self.began = time.monotonic()
 
-def _step(
-    target: Target,
-    draft: Draft,
-    batch: Batch,
-    config: TrainConfig,
-    trainable: list[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    precision: str,
-    state: TrainState,
-) -> None:
-    """One optimizer step at `rate` of the peak learning rate; `state` moves on by one."""
-    began = time.monotonic()
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate
-    with autocast(target.device, precision):
-        loss, count = rollout_loss(target, draft, batch, config)
-    state.last_loss = loss.item()
-    if not math.isfinite(state.last_loss):
-        raise UserError(
-            f"the loss became {state.last_loss} at step {state.step} (learning rate "
-            f"{_lr(config, draft):g}); lower --lr or use --precision fp32. Everything finished "
-            "before this step is kept"
+    def lesson(self, at: int) -> Lesson:
+        began = time.monotonic()
+        indices = self.plan[at % len(self.plan)]
+        batch = collate([self.answers[i] for i in indices], self.target.device)
+        if self.per_token:
+            lesson = read_lesson(self.target, batch, self.taps)
+        else:
+            with FlopCounterMode(display=False) as counter:
+                lesson = read_lesson(self.target, batch, self.taps)
+            self.per_token = counter.get_total_flops() / batch.tokens_BT.numel()
+        self.flops += self.per_token * batch.tokens_BT.numel()
+        self.seconds += time.monotonic() - began
+        return lesson
+
+    def length(self, steps: int) -> int:
+        """Real tokens of the first steps."""
+        return sum(
+            len(self.answers[i].prompt) + self.answers[i].length
+            for batch in self.plan[:steps]
+            for i in batch
         )
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_([p for _, p in trainable], config.clip)
-    optimizer.step()
-    state.step += 1
-    state.supervised_tokens += count
-    state.seconds += time.monotonic() - began
 
 
-def rollout_loss(
-    target: Target, draft: Draft, batch: Batch, config: TrainConfig
-) -> tuple[Tensor, int]:
-    """KL per supervised token over all rollout steps, weighted by step_decay ** j.
-
-    Returns the loss and the number of supervised tokens (those of step 0).
-    """
-    row_N, label_N, offset_N = batch.labels()
-    with torch.no_grad():
-        # The target computes as it will be served, also where the draft trains under autocast.
-        with torch.autocast(target.device.type, enabled=False):
-            reading = target.read(batch.tokens_BT, draft.taps)
-        # The target predicts a label from the position before it.
-        logits_NV = reading.logits_BTV[row_N, label_N - 1]
-        teacher = Teacher.from_logits(select_columns(logits_NV, draft.draft_vocab))
-    total: Tensor | None = None
-    weight = 0.0
-    rollout = draft.rollout(batch.tokens_BT, reading.features_BTF, batch.first, config.rollout)
-    for step, states_BSH in enumerate(rollout):
-        begin = int((offset_N < 1 + step).sum())
-        if begin == len(label_N):
-            break
-        start_N = label_N[begin:] - 2 - step - batch.first
-        logits_ND = draft.logits(states_BSH[row_N[begin:], start_N])
-        loss = forward_kl(teacher.last(len(start_N)), logits_ND)
-        share = config.step_decay**step
-        total = share * loss if total is None else total + share * loss
-        weight += share * len(start_N)
-    if total is None:
+def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None) -> Member:
+    """A draft with its private part attached, at its start."""
+    method = read_method(config.method)
+    if config.loss == "paper" and draft.taps != (stream.target.num_layers,):
         raise UserError(
-            "a batch holds no supervised token: its answers have fewer than two tokens, and the "
-            "first comes from the prefill"
+            f"--loss paper compares the draft's states with the target's last hidden ones, which a "
+            f"{draft.kind} draft does not have; use kl, tv, lk or ce"
         )
-    return total / weight, len(label_N)
+    lessons = [stream.lesson(at) for at in range(min(CALIBRATION_BATCHES, len(stream.plan)))]
 
-
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to a tenth."""
-    rising = max(round(steps * warmup), 1)
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(steps - rising, 1)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _prepare(
-    target: Target,
-    draft: Draft,
-    answers: Sequence[Answer],
-    plan: list[list[int]],
-    config: TrainConfig,
-) -> list[tuple[str, nn.Parameter]]:
+    @torch.no_grad()
     def calibrate() -> None:
-        for indices in plan[:CALIBRATION_BATCHES]:
-            batch = collate([answers[i] for i in indices], target.device)
-            features = target.read(batch.tokens_BT, draft.taps).features_BTF
-            for _ in draft.rollout(batch.tokens_BT, features, batch.first, config.rollout):
+        for lesson in lessons:
+            batch = lesson.batch
+            steps = config.rollout if draft.feeds_back else 1
+            for _ in draft.rollout(batch.tokens_BT, lesson.features_BTF, batch.first, steps):
                 pass
 
-    return prepare(
+    width = read_width(config.width) or 1
+    trainable = prepare(
         draft,
-        config.method,
-        width=config.width,
+        method,
+        width=resolve_width(width, shared_width(draft)) if method.expert else 1,
+        rank=config.rank,
         init=config.init,
         seed=config.seed,
         calibrate=calibrate,
     )
+    kept = fit_starts(stream.target, base, draft, method, config, stream.answers, stream.plan)
+    for name, _ in trainable:
+        kept.pop(name, None)
+    optimizer = make_optimizer(trainable, method, config, draft) if trainable else None
+    return Member(
+        draft, method, config, trainable, optimizer, kept, len(stream.plan) if trainable else 0
+    )
 
 
-def _lr(config: TrainConfig, draft: Draft) -> float:
-    hidden = next(p.shape[0] for n, p in draft.named_parameters() if n.endswith("norm.weight"))
-    return config.lr or AUTO_LR / hidden
+def _finished(
+    stream: _Stream, member: Member, gang: int, precision: str, predicted: float
+) -> Trained:
+    """The best tensors, put back into the draft, and the record.
+
+    In a gang the seconds are the member's own and the stream's, as if it had trained alone.
+    """
+    state, draft = member.state, member.draft
+    put(draft, state.best)
+    read = stream.length(state.step)
+    seconds = state.seconds + stream.seconds * (state.step / max(len(stream.plan), 1))
+    record = TrainRecord(
+        method=member.config.method,
+        trained_parameters=sum(p.numel() for p in member.parameters),
+        draft_parameters=fused_parameters(draft),
+        steps=state.step,
+        planned_steps=member.planned,
+        supervised_tokens=state.supervised_tokens,
+        unique_answer_tokens=sum(a.length for a in stream.answers),
+        final_loss=state.last_loss if math.isfinite(state.last_loss) else 0.0,
+        heldout_tau=tuple(state.heldout_tau),
+        best_step=state.best_step,
+        seconds=seconds if gang > 1 else time.monotonic() - stream.began,
+        tokens_per_second=read / max(seconds, 1e-9),
+        precision=precision,
+        predicted_peak_mb=predicted,
+        peak_mb=peak_memory(stream.target.device),
+        stopped_early=state.step < member.planned,
+        gang=gang,
+        target_flops=stream.per_token * read,
+        draft_flops=member.per_token * read,
+    )
+    return Trained(state.best, record)
 
 
-def _optimizer(
-    trainable: list[tuple[str, nn.Parameter]], config: TrainConfig, draft: Draft
-) -> torch.optim.AdamW:
-    """AdamW(.9, .95); vectors and the expert's zero-started projection are never decayed."""
-    peak = _lr(config, draft)
-
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.dim() > 1 and not name.endswith("private.down_proj.weight")
-
-    groups = [
-        {
-            "params": [p for n, p in trainable if decays(n, p) == decayed],
-            "weight_decay": config.weight_decay if decayed else 0.0,
-            "peak": peak,
-        }
-        for decayed in (True, False)
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, betas=(0.9, 0.95))
-
-
-def _precision(
-    target: Target,
-    draft: Draft,
-    answers: Sequence[Answer],
-    plan: list[list[int]],
-    config: TrainConfig,
-    optimizer: torch.optim.Optimizer,
-) -> str:
-    if config.precision != "auto":
-        return config.precision
-
-    def step(at: int) -> None:
-        batch = collate([answers[i] for i in plan[at % len(plan)]], target.device)
-        rollout_loss(target, draft, batch, config)[0].backward()  # type: ignore[no-untyped-call]
-        optimizer.zero_grad()
-
-    return choose_precision(target.device, step)
-
-
-def _evaluate(
-    target: Target,
-    draft: Draft,
-    heldout: Sequence[Answer],
-    config: TrainConfig,
-    k: int,
-    state: TrainState,
+def _announce(
+    members: Sequence[Member], plan: list[list[int]], precision: str, predicted: float
 ) -> None:
-    tau = pooled_tau([t for t in replay(target, draft, heldout, k) if t.accepted])
-    if tau > state.best_tau():
-        state.best, state.best_step = take(draft, config.method), state.step
-    state.heldout_tau.append((state.step, tau))
+    for member in members:
+        count = sum(p.numel() for p in member.parameters)
+        say(f"training {count:,} parameters ({member.config.method})")
+        if member.state.step:
+            say(f"continuing at step {member.state.step} of {len(plan)}")
+    say(f"{len(plan)} steps, {precision}, about {predicted:,.0f} MB at the peak")
 
 
-def _note(state: TrainState) -> str:
+def _precision(stream: _Stream, members: Sequence[Member]) -> str:
+    """Decided once, by the first member that trains: a resumed run computes as it began."""
+    training = [member for member in members if member.optimizer]
+    if not training:
+        return "fp32"
+    first = training[0]
+    precision = first.state.precision or first.config.precision
+    if precision == "auto":
+
+        def step(at: int) -> None:
+            lesson = stream.lesson(at)
+            rollout_loss(lesson, first.draft, first.config)[0].backward()  # type: ignore[no-untyped-call]
+            for parameter in first.parameters:
+                parameter.grad = None
+
+        precision = choose_precision(stream.target.device, step)
+    for member in training:
+        member.state.precision = precision
+    stream.seconds = 0.0  # what was tried out is not training
+    return precision
+
+
+def _evaluate(target: Target, members: Sequence[Member], heldout: Sequence[Answer], k: int) -> None:
+    def taus(some: Sequence[Member]) -> list[float]:
+        found = replay_each(target, [m.draft for m in some], heldout, k)
+        return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
+
+    now = taus(members)
+    for member, tau in zip(members, now, strict=True):
+        averaged = None
+        if member.state.average:
+            with member.averaged():
+                (averaged,) = taus([member])
+        member.note_tau(tau, averaged)
+
+
+def _note(members: Sequence[Member]) -> str:
+    best = max(members, key=lambda m: m.state.heldout_tau[-1][1] if m.state.heldout_tau else 0.0)
+    state = best.state
     note = f"loss {state.last_loss:.3f}"
-    return note + (f"  held-out tau {state.heldout_tau[-1][1]:.3f}" if state.heldout_tau else "")
+    if not state.heldout_tau:
+        return note
+    return f"{note}  held-out tau {state.heldout_tau[-1][1]:.3f}"
 
 
-def _stalled(state: TrainState, patience: int) -> bool:
-    """Whether the last `patience` evaluations brought no rise over those before them."""
-    taus = [tau for _, tau in state.heldout_tau]
-    if len(taus) <= patience:
-        return False
-    return max(taus[-patience:]) < max(taus[:-patience]) + RISE
+def _folder(checkpoints: Path | None, i: int, members: int) -> Path | None:
+    if checkpoints is None or members == 1:
+        return checkpoints
+    return checkpoints / f"member-{i}"
 
 
 def _key(
     config: TrainConfig,
     plan: list[list[int]],
     target: Target,
+    base: Target | None,
     draft: Draft,
     answers: Sequence[Answer],
     heldout: Sequence[Answer],
     k: int,
 ) -> str:
     """Identifies everything that a run's tensors depend on; a checkpoint of another is not continued."""
-    about = [
+    about: list[Any] = [
         asdict(config),
         plan,
         target.fingerprint(),
+        base and base.fingerprint(),
         draft.taps,
         state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
         [[a.id, a.tokens] for a in answers],

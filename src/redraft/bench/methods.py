@@ -1,0 +1,543 @@
+"""`redraft bench methods`: every private part on the same data, against reuse and a dedicated draft.
+
+One cell is one row (see `rows.py`) on one fine-tune of a family, one kind of answers and one seed,
+and one JSON file. Cells that share target, answers and seed are trained as a gang: the target reads
+each batch once for all of them. Only what is missing is run. What a cell cost is counted as if it
+had been alone.
+
+Before the first cell, each row's learning rate is chosen among three by held-out tau, on the full
+SFT with a seed of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import RegenerateConfig, TrainConfig
+from ..console import say
+from ..data.prompts import read_prompts
+from ..data.regenerate import read_answers, regenerate
+from ..drafts.base import Draft
+from ..errors import UserError, nearest
+from ..files import write_text
+from ..formats.load import StoredDraft, read_draft
+from ..measuring.acceptance import pooled_tau
+from ..measuring.replay import replay_each
+from ..methods import read_method
+from ..private.expert import widenable
+from ..private.fuse import fuse, home_of
+from ..private.lora import linear_layers
+from ..records import Answer, StepTrace, to_json, versions
+from ..steps import save_fresh
+from ..target import Target, load_target
+from ..training.train import Trained, train, train_gang
+from ..training.widths import resolve_width, shared_width
+from . import recovery
+from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus
+from .corpus import MEMBERS as FINE_TUNES
+from .datasets import data_folder
+from .family import base_draft_answers, draft_folder, load_member, write_chats
+from .rows import ALL, IDEAS, ORIGINAL, PAPER, REFERENCES, REGENERATED, SAMPLED, TUNED_LIKE
+
+K = 4
+TEMPERATURE = 0.7
+TUNED_ON = "sft"
+TUNING_SEED = 100
+RATES = (0.4, 0.8, 1.6, 3.2)
+"""Learning rates tried, times the hidden size."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much data a family's cells get. `epochs` are passes over the adapt answers."""
+
+    answers: int
+    epochs: float
+    pool: int
+    pool_epochs: float
+    longest: int
+    batch_tokens: int
+    heldout: int = 48
+    evaluated: int = 128
+    off: int = 64
+
+
+SCALES = {
+    "tiny": Scale(16, 1, 32, 1, 24, 512, heldout=8, evaluated=16, off=8),
+    "nano": Scale(300, 6, 3000, 3, 128, 512),
+    "micro": Scale(260, 6, 2600, 3, 160, 1024),
+}
+
+
+@dataclass(frozen=True)
+class MethodCell:
+    """One row on one target, answers and seed. Tau is at K = 4 by replay, with deterministic draft
+    tokens; `off` is greedy, on other traffic of the same target. FLOPs are counted, seconds are
+    those of answering and training. `steps` are (accepted, steps) of each greedy prompt."""
+
+    size: str
+    member: str
+    row: str
+    answers: str
+    seed: int
+    tau: float
+    tau_sampled: float
+    tau_off: float
+    steps: tuple[tuple[int, int], ...]
+    draft_parameters: int
+    versions: dict[str, str]
+    trained_parameters: int = 0
+    stored_mb: float = 0.0
+    rate: float = 0.0
+    unique_tokens: int = 0
+    generation_flops: float = 0.0
+    scoring_flops: float = 0.0
+    target_flops: float = 0.0
+    draft_flops: float = 0.0
+    generation_seconds: float = 0.0
+    training_seconds: float = 0.0
+    gang: int = 0
+    gang_peak_mb: float = 0.0
+    optimizer_steps: int = 0
+    best_step: int = 0
+    heldout_tau: tuple[float, ...] = ()
+
+    @property
+    def flops(self) -> float:
+        return self.generation_flops + self.scoring_flops + self.target_flops + self.draft_flops
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> MethodCell:
+        steps = tuple((int(a), int(n)) for a, n in row["steps"])
+        return MethodCell(**{**row, "steps": steps, "heldout_tau": tuple(row["heldout_tau"])})
+
+
+def read_cells(folder: Path) -> list[MethodCell]:
+    """All cells below a folder, in the order of their names."""
+    return [
+        MethodCell.from_json(json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.rglob("*.json"))
+        if path.parent.parent.parent.name == "cells"
+    ]
+
+
+def bench_methods(
+    family: Path,
+    out: Path,
+    *,
+    members: Sequence[str],
+    rows: Sequence[str],
+    answers: Sequence[str],
+    seeds: Sequence[int],
+    data: str | None = None,
+) -> list[MethodCell]:
+    """Run the cells that are missing in `out` and return all that were asked for.
+
+    Raises UserError for unknown rows and members, and for a family that lacks a member or draft.
+    """
+    for row in rows:
+        if row not in ALL:
+            raise UserError(f"unknown row '{row}'; {nearest(row, ALL)}")
+    manifest = _manifest(family)
+    for member in members:
+        if member not in manifest["members"]:
+            raise UserError(
+                f"family {family} has no fine-tune '{member}'; {nearest(member, manifest['members'])}; "
+                "build it with redraft bench family"
+            )
+    bench = _Bench(family, out, manifest, data)
+    cells: list[MethodCell] = []
+    for member in members:
+        for seed in seeds:
+            for kind in answers:
+                wanted = [row for row in rows if kind in ALL[row].answers]
+                cells += bench.cells(member, wanted, kind, seed)
+    return cells
+
+
+def _manifest(family: Path) -> dict[str, Any]:
+    path = family / "family.json"
+    if not path.is_file():
+        raise UserError(f"{family} is no family: expected {path}; build one with bench family")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["size"] not in SCALES:
+        raise UserError(
+            f"no scale is set for families of size {found['size']}; {nearest(found['size'], SCALES)}"
+        )
+    return found
+
+
+class _Bench:
+    """One family's cells. Targets, answers and drafts are made when first needed, and kept on disk."""
+
+    def __init__(self, family: Path, out: Path, manifest: dict[str, Any], data: str | None):
+        self.family, self.out, self.data = family, out, data
+        self.size: str = manifest["size"]
+        self.scale = SCALES[self.size]
+        self.corpus = Corpus(SIZES[self.size], _data(self.size, data), manifest["seed"])
+        self.general: list[str] = manifest["general_domains"]
+        self.target: Target | None = None
+        self.member = ""
+
+    def cells(self, member: str, rows: Sequence[str], answers: str, seed: int) -> list[MethodCell]:
+        missing = [row for row in rows if not self._path(member, row, answers, seed).is_file()]
+        if missing:
+            self._load(member)
+            groups: dict[tuple[str, str], list[str]] = {}
+            for row in missing:
+                groups.setdefault((ALL[row].draft, ALL[row].pool), []).append(row)
+            for (draft, pool), some in groups.items():
+                say(f"{self.size} {member}, {answers} answers, seed {seed}: {', '.join(some)}")
+                self._run(member, some, answers, seed, draft, pool)
+        found = []
+        for row in rows:
+            text = self._path(member, row, answers, seed).read_text(encoding="utf-8")
+            found.append(MethodCell.from_json(json.loads(text)))
+        return found
+
+    def _path(self, member: str, row: str, answers: str, seed: int) -> Path:
+        return self.out / "cells" / self.size / member / f"{row}.{answers}.s{seed}.json"
+
+    def _load(self, member: str) -> None:
+        if self.member != member:
+            self.member, self.target = member, load_member(self.family, member)
+
+    def _run(
+        self, member: str, rows: list[str], answers: str, seed: int, draft: str, pool: str
+    ) -> None:
+        """Train the rows as a gang, measure them together, write their cells."""
+        shared = self._shared(draft)
+        built = shared.build(self._target(), torch.float32)
+        used = self._pool(member, answers)
+        used = used if pool == "whole" else used[: self.scale.answers]
+        heldout = self._asked(member, "heldout")
+        learning = [row for row in rows if ALL[row].settings]
+        configs = {row: self._config(built, row, self._rate(row, built), seed) for row in learning}
+        trained: dict[str, Trained | None] = dict.fromkeys(rows)
+        if learning:
+            gang = self._train(built, list(configs.values()), used, heldout)
+            trained.update(zip(learning, gang, strict=True))
+        drafts = [self._fused(shared, one) for one in trained.values()]
+        steps = {
+            name: replay_each(self._target(), drafts, self._asked(member, name), K)
+            for name in ("eval", "sampled-eval", "off")
+        }
+        paid = self._paid(member, answers, used, heldout)
+        for i, (row, one) in enumerate(trained.items()):
+            cell = MethodCell(
+                size=self.size,
+                member=member,
+                row=row,
+                answers=answers,
+                seed=seed,
+                tau=_tau(steps["eval"][i]),
+                tau_sampled=_tau(steps["sampled-eval"][i]),
+                tau_off=_tau(steps["off"][i]),
+                steps=tuple((int(t.gained), int(t.steps)) for t in steps["eval"][i]),
+                draft_parameters=drafts[i].parameter_count(),
+                versions=versions(),
+                **(_training(one, shared, configs[row].lr, paid) if one else {}),
+            )
+            write_text(self._path(member, row, answers, seed), json.dumps(to_json(cell)) + "\n")
+            say(f"{self.size} {member} {row}, {answers}, seed {seed}: tau {cell.tau:.3f}")
+
+    def _paid(
+        self, member: str, answers: str, used: Sequence[Answer], heldout: Sequence[Answer]
+    ) -> dict[str, Any]:
+        """What the answers cost: those that the target generated, and reading the held-out ones
+        once (`scoring_flops`)."""
+        generated = [*used, *heldout] if answers != ORIGINAL else list(heldout)
+        per_token = self._flops_per_token()
+        return {
+            "unique_tokens": sum(a.length for a in generated),
+            "generation_flops": per_token * sum(len(a.prompt) + a.length for a in generated),
+            "scoring_flops": per_token * sum(len(a.prompt) + len(a.tokens) for a in heldout),
+            "generation_seconds": self._seconds(member, answers, generated),
+        }
+
+    def _train(
+        self,
+        draft: Draft,
+        configs: Sequence[TrainConfig],
+        answers: Sequence[Answer],
+        heldout: Sequence[Answer],
+    ) -> list[Trained]:
+        base = None
+        if any(read_method(c.method).starts for c in configs):
+            base = load_target(str(self.family / "base"))
+        return train_gang(self._target(), draft, answers, heldout, configs, k=K, base=base)
+
+    def _fused(self, shared: StoredDraft, trained: Trained | None) -> Draft:
+        """The stock draft that a trained part makes; without one, the shared draft."""
+        tensors = fuse(shared.tensors, trained.tensors) if trained else shared.tensors
+        return shared.with_tensors(tensors, {}).build(self._target(), torch.float32)
+
+    def _config(self, draft: Draft, row: str, rate: float, seed: int) -> TrainConfig:
+        r, s = ALL[row], self.scale
+        settings = dict(r.settings)
+        if r.width is not None:
+            settings["width"] = str(resolve_width(r.width, shared_width(draft)))
+        if r.matched is not None:
+            settings["rank"] = matched_rank(draft, resolve_width(r.matched, shared_width(draft)))
+        return TrainConfig(
+            **{
+                "lr": rate,
+                "epochs": s.pool_epochs if r.pool == "whole" else s.epochs,
+                "batch_tokens": s.batch_tokens,
+                "evaluations": 6,
+                "patience": 3,
+                "rollout": K,
+                "seed": seed,
+                "precision": "fp32",
+                **settings,
+            }
+        )
+
+    def _rate(self, row: str, draft: Draft) -> float:
+        """The row's tuned learning rate; tuned now where it was not yet."""
+        if not ALL[row].tuned:
+            return DRAFT_LR / draft.hidden_size
+        name = TUNED_LIKE.get(row, "expert+fc" if _follows(row) else row)
+        path = self.out / "rates" / self.size / f"{name}.json"
+        if not path.is_file():
+            self._tune(name, path)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return float(found["rate"])
+
+    def _tune(self, row: str, path: Path) -> None:
+        say(f"{self.size}: choosing the learning rate of {row}")
+        member = self.member
+        self._load(TUNED_ON)
+        draft = self._shared(ALL[row].draft).build(self.target, torch.float32)
+        rates = [rate / draft.hidden_size for rate in RATES]
+        configs = [self._config(draft, row, rate, TUNING_SEED) for rate in rates]
+        answers = self._pool(TUNED_ON, REGENERATED)[: self.scale.answers]
+        heldout = self._asked(TUNED_ON, "heldout")
+        gang = self._train(draft, configs, answers, heldout)
+        taus = [one.record.best_tau() for one in gang]
+        best = max(zip(taus, rates, strict=True))[1]
+        tried = dict(zip((f"{rate:.4g}" for rate in rates), taus, strict=True))
+        write_text(path, json.dumps({"rate": best, "heldout_tau": tried}) + "\n")
+        self._load(member)
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def _target(self) -> Target:
+        if self.target is None:
+            raise AssertionError("a member is loaded before its cells are run")
+        return self.target
+
+    def _domain(self, member: str) -> str:
+        return self.corpus.named(FINE_TUNES[member].domain)
+
+    def _pool(self, member: str, answers: str) -> list[Answer]:
+        """The whole pool of answers to train on; the first `scale.answers` of them are the adapt part."""
+        prompts = self.out / "prompts" / self.size / f"{self._domain(member)}.jsonl"
+        if not prompts.is_file():
+            write_chats(
+                prompts,
+                self._domain(member),
+                self.corpus.chats(self._domain(member), self.scale.pool, "adapt"),
+            )
+        config = RegenerateConfig(
+            temperature=TEMPERATURE if answers == SAMPLED else 0.0,
+            max_new_tokens=self.scale.longest,
+            batch_size=128,
+            answers="original" if answers == ORIGINAL else "regenerate",
+        )
+        count = self.scale.answers if answers != REGENERATED else self.scale.pool
+        return self._answered(member, answers, prompts, count, config, 0)
+
+    def _asked(self, member: str, what: str) -> list[Answer]:
+        """Answers to measure on, or to stop early by."""
+        domain = self.general[0] if what == "off" else self._domain(member)
+        split = "heldout" if what == "heldout" else "eval"
+        count = {"heldout": self.scale.heldout, "off": self.scale.off}.get(
+            what, self.scale.evaluated
+        )
+        config = RegenerateConfig(
+            temperature=TEMPERATURE if what == "sampled-eval" else 0.0,
+            max_new_tokens=self.scale.longest,
+            batch_size=128,
+        )
+        prompts = self.family / "prompts" / f"{domain}-{split}.jsonl"
+        return self._answered(member, what, prompts, count, config, K)
+
+    def _answered(
+        self,
+        member: str,
+        name: str,
+        prompts: Path,
+        count: int,
+        config: RegenerateConfig,
+        overrun: int,
+    ) -> list[Answer]:
+        file = self.out / "answers" / self.size / member / f"{name}.jsonl"
+        asked = read_prompts(str(prompts), self._target(), count).prompts
+        done = file.with_suffix(".seconds.json")
+        if not done.is_file():
+            began = time.monotonic()
+            regenerate(self._target(), asked, file, config, overrun)
+            write_text(done, json.dumps({"seconds": time.monotonic() - began}) + "\n")
+        order = {prompt.id: i for i, prompt in enumerate(asked)}
+        found = sorted(read_answers(file), key=lambda a: order[a.id])
+        return [a for a in found if a.length >= 2]
+
+    def _seconds(self, member: str, answers: str, used: Sequence[Answer]) -> float:
+        """Seconds of generating the answers used, as their share of the tokens of their file."""
+        total = 0.0
+        for name in (answers, "heldout"):
+            if name == ORIGINAL:
+                continue
+            folder = self.out / "answers" / self.size / member
+            whole = read_answers(folder / f"{name}.jsonl")
+            ids = {a.id for a in used}
+            share = sum(a.length for a in whole if a.id in ids) / sum(a.length for a in whole)
+            total += share * json.loads((folder / f"{name}.seconds.json").read_text())["seconds"]
+        return total
+
+    def _flops_per_token(self) -> float:
+        """Of one forward pass of the target, counted on a batch of the lengths in use."""
+        tokens = torch.ones(4, 128, dtype=torch.long, device=self._target().device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._target().read(tokens, ())
+        return float(counter.get_total_flops()) / tokens.numel()
+
+    # -- drafts ----------------------------------------------------------------------------------
+
+    def _shared(self, draft: str) -> StoredDraft:
+        if draft == "paper":
+            folder = self.out / "paper" / self.size
+            if not (folder / "config.json").is_file():
+                self._first_stage(folder)
+            return read_draft(str(folder))
+        folder = self.family / draft_folder(draft)
+        if not folder.is_dir():
+            raise UserError(
+                f"family {self.family} has no {draft} draft; add one with redraft bench family "
+                f"--kinds {draft}"
+            )
+        return read_draft(str(folder))
+
+    def _first_stage(self, folder: Path) -> None:
+        """The paper's stage 1: shared and private expert together, on the base; the shared is kept."""
+        say(f"{self.size}: the paper's stage 1, on the base")
+        base = load_target(str(self.family / "base"))
+        answers, heldout = base_draft_answers(self.family, self.corpus, base)
+        draft = read_draft(str(self.family / draft_folder("eagle"))).build(base, torch.float32)
+        config = dataclasses.replace(
+            DRAFT,
+            method="scratch+expert",
+            width=str(shared_width(draft)),
+            init="random",
+            lr=DRAFT_LR / draft.hidden_size,
+            precision="fp32",
+            **PAPER,
+        )
+        trained = train(base, draft, answers, heldout, config, k=K)
+        for ffn in widenable(draft).values():
+            ffn.private = None
+        save_fresh(folder, draft, base, trained.record)
+
+
+def _training(
+    trained: Trained, shared: StoredDraft, rate: float, paid: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of a cell that training decides."""
+    record = trained.record
+    stored = {
+        name: tensor.numel() * shared.tensors[home_of(name)].dtype.itemsize
+        for name, tensor in trained.tensors.items()
+    }
+    return {
+        **paid,
+        "trained_parameters": record.trained_parameters,
+        "stored_mb": sum(stored.values()) / 1e6,
+        "rate": rate,
+        "scoring_flops": paid["scoring_flops"] * len(record.heldout_tau),
+        "target_flops": record.target_flops,
+        "draft_flops": record.draft_flops,
+        "training_seconds": record.seconds,
+        "gang": record.gang,
+        "gang_peak_mb": record.peak_mb,
+        "optimizer_steps": record.steps,
+        "best_step": record.best_step,
+        "heldout_tau": tuple(tau for _, tau in record.heldout_tau),
+    }
+
+
+def matched_rank(draft: Draft, width: int) -> int:
+    """The LoRA rank whose parameters come closest to those of an expert of `width` neurons."""
+    wanted = sum(3 * width * ffn.gate_proj.in_features for ffn in widenable(draft).values())
+    shapes = [
+        draft.get_parameter(f"{n}.weight").shape for n in linear_layers(draft, lambda _: False)
+    ]
+    per_rank = sum(sum(shape) for shape in shapes)
+    return max(1, min(round(wanted / per_rank), min(min(shape) for shape in shapes)))
+
+
+def _follows(row: str) -> bool:
+    """Whether a row is a variation of expert+fc, whose learning rate it takes."""
+    return row in IDEAS and "expert" in str(ALL[row].settings["method"])
+
+
+def _tau(traces: Sequence[StepTrace]) -> float:
+    return pooled_tau([t for t in traces if t.accepted])
+
+
+def _data(size: str, data: str | None) -> Path | None:
+    folder = data_folder(data) if SIZES[size].real else None
+    if SIZES[size].real and folder is None:
+        raise UserError(
+            f"size {size} reads real data: name its folder with --data or in REDRAFT_DATA"
+        )
+    return folder
+
+
+def steps_of(cells: Sequence[MethodCell]) -> list[tuple[tuple[int, int], ...]]:
+    """The (accepted, steps) of cells that differ in their seed alone."""
+    return [cell.steps for cell in sorted(cells, key=lambda cell: cell.seed)]
+
+
+def print_cells(cells: Sequence[MethodCell], out: Console | None = None) -> None:
+    """One line per target, row and answers: figures over the seeds that are there."""
+    out = out or Console(highlight=False)
+    table = Table(title="tau at K = 4, greedy [95 %], over seeds and prompts")
+    for heading in ("target", "row", "answers", "tau", "recovery", "off", "trained", "tokens", "s"):
+        table.add_column(heading, justify="left" if heading in ("target", "row") else "right")
+    groups: dict[tuple[str, str, str], list[MethodCell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.member, cell.row, cell.answers), []).append(cell)
+    for (member, row, answers), some in groups.items():
+        zero, one = REFERENCES["eagle" if row.startswith("eagle") else "eagle3"]
+        found = recovery.tau(steps_of(some))
+        ends = [groups.get((member, name, REGENERATED)) for name in (zero, one)]
+        share = (
+            ends[0]
+            and ends[1]
+            and recovery.recovery(steps_of(some), steps_of(ends[0]), steps_of(ends[1]))
+        )
+        last = some[-1]
+        table.add_row(
+            member,
+            row,
+            answers,
+            f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]",
+            f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]" if share else "",
+            f"{sum(c.tau_off for c in some) / len(some):.2f}",
+            f"{last.trained_parameters:,}",
+            f"{last.unique_tokens:,}",
+            f"{last.generation_seconds + last.training_seconds:.0f}",
+        )
+    out.print(table)

@@ -1,0 +1,121 @@
+"""The rows of the methods bench: private parts on matched data, and the ideas tried beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ORIGINAL, REGENERATED, SAMPLED = "original", "regenerated", "sampled"
+ANSWERS = (ORIGINAL, REGENERATED)
+"""What a draft is trained on: the answers of the fine-tuning data, or the target's own greedy ones.
+`sampled` are the target's own at temperature 0.7."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to get a draft for a fine-tuned target.
+
+    `settings` are training settings; `width` a share of the shared FFN; `matched` asks for the LoRA
+    rank whose parameters come closest to an expert of that share. `rate` is the learning rate
+    times the hidden size, 0 for the one tuned for the row. `draft` names the draft it starts from
+    (`eagle3`, `eagle`, or `paper`, the stage 1 of the paper's recipe). `pool` is `adapt` or `whole`.
+    """
+
+    says: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    width: float | None = None
+    matched: float | None = None
+    draft: str = "eagle3"
+    answers: tuple[str, ...] = ANSWERS
+    pool: str = "adapt"
+    tuned: bool = True
+
+
+def _part(method: str, says: str, **more: Any) -> Row:
+    width, matched = more.pop("width", None), more.pop("matched", None)
+    return Row(says, {"method": method, **more}, width, matched)
+
+
+PAPER: dict[str, Any] = {"loss": "paper", "rollout": 1, "feature_noise": 0.2}
+"""How the paper trains both stages: states and distributions, one step deep, noisy features."""
+NARROW, WIDE = 1 / 3, 1.0
+ROWS: dict[str, Row] = {
+    "reuse": Row("the base's draft as it is", answers=(REGENERATED,), tuned=False),
+    "refresh": Row(
+        "copies of the base's tensors renewed",
+        {"method": "refresh"},
+        answers=(REGENERATED,),
+        tuned=False,
+    ),
+    "relay": Row("linear map of features in closed form", {"method": "relay"}, tuned=False),
+    "fc": _part("fc", "the feature interface"),
+    "lora-16": _part("lora", "LoRA of rank 16 on every linear layer", rank=16),
+    "lora-matched": _part("lora", "LoRA as large as the wide expert", matched=WIDE),
+    "expert-narrow": _part("expert", "private expert, a third of the shared width", width=NARROW),
+    "expert-wide": _part("expert", "private expert of the shared width", width=WIDE),
+    "expert+fc": _part("expert+fc+norms", "wide expert, fc and norms", width=WIDE),
+    "full": _part("full", "every tensor, warm start"),
+    "scratch": _part("scratch", "every tensor, from nothing, on the same data"),
+    "dedicated": Row(
+        "from nothing, on the whole pool",
+        {"method": "scratch"},
+        answers=(REGENERATED,),
+        pool="whole",
+    ),
+    "eagle reuse": Row(
+        "EAGLE-1/2 draft as it is", draft="eagle", answers=(REGENERATED,), tuned=False
+    ),
+    "eagle expert+fc": Row(
+        "wide expert, fc and norms", {"method": "expert+fc+norms"}, WIDE, draft="eagle"
+    ),
+    "eagle paper": Row(
+        "the paper's recipe: random expert and fc, no rollout",
+        {"method": "expert+fc", "init": "random", **PAPER},
+        WIDE,
+        draft="paper",
+    ),
+    "eagle dedicated": Row(
+        "EAGLE-1/2 from nothing, on the whole pool",
+        {"method": "scratch"},
+        draft="eagle",
+        answers=(REGENERATED,),
+        pool="whole",
+    ),
+}
+IDEAS: dict[str, Row] = {
+    "random start": _part("expert+fc+norms", "the paper's start", width=WIDE, init="random"),
+    "faster expert": _part(
+        "expert+fc+norms", "expert at 3 x the rate", width=WIDE, lr_parts="expert=3"
+    ),
+    "slower fc": _part(
+        "expert+fc+norms", "fc and norms at 0.3 x", width=WIDE, lr_parts="fc=0.3,norms=0.3"
+    ),
+    "average": _part("expert+fc+norms", "running average of weights", width=WIDE, average=0.98),
+    "tv loss": _part("expert+fc+norms", "total variation", width=WIDE, loss="tv"),
+    "lk loss": _part("expert+fc+norms", "LK blend", width=WIDE, loss="lk"),
+    "hard labels": _part("expert+fc+norms", "cross-entropy with the answer", width=WIDE, loss="ce"),
+    "rollout 7": _part("expert+fc+norms", "seven steps of rollout", width=WIDE, rollout=7),
+    "rollout 2": _part("expert+fc+norms", "two steps of rollout", width=WIDE, rollout=2),
+    "relay start": _part("relay+expert+fc+norms", "after the closed form", width=WIDE),
+    "with attention": _part("expert+fc+norms+attention", "attention too", width=WIDE),
+    "with head": _part("expert+fc+norms+head", "the output head too", width=WIDE),
+    "lora+fc": _part("lora+fc+norms", "LoRA 16, fc and norms", rank=16),
+    "lora-8": _part("lora", "LoRA of rank 8", rank=8),
+    "lora-32": _part("lora", "LoRA of rank 32", rank=32),
+    "attention": _part("attention+norms", "attention and norms alone"),
+    "all but head": _part("fc+norms+attention+ffn", "everything but the head"),
+}
+for _name, _row in list(IDEAS.items()):
+    IDEAS[_name] = Row(_row.says, _row.settings, _row.width, _row.matched, answers=(REGENERATED,))
+IDEAS["answers at 0.7"] = Row(
+    "expert+fc+norms on answers sampled at 0.7",
+    {"method": "expert+fc+norms"},
+    WIDE,
+    answers=(SAMPLED,),
+)
+REFERENCES = {"eagle3": ("reuse", "dedicated"), "eagle": ("eagle reuse", "eagle dedicated")}
+"""What 0 and 1 of recovery are, by kind of draft."""
+ALL = {**ROWS, **IDEAS}
+TUNED_LIKE = {"dedicated": "scratch", "eagle dedicated": "scratch", "eagle expert+fc": "expert+fc"}
+"""Rows that take another row's tuned learning rate; ideas take that of `expert+fc`."""

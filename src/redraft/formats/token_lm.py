@@ -1,0 +1,166 @@
+"""Token LMs on disk: a stock Hugging Face folder of a causal LM and its tokenizer.
+
+Written back as it was read, so that vLLM (`draft_model`), SGLang (`STANDALONE`) and Transformers
+(`assistant_model=`) load it: config.json but for the FFN's width, the tensors by their own names (a
+head tied to the embedding once), and the files beside them byte for byte.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..drafts.token_lm import TokenLMConfig, TokenLMDraft, skeleton
+from ..errors import UserError
+from ..target import Target
+from .layer import check_tensors
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files beside the weights that are copied through."""
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+ELSEWHERE = ("dtype", "torch_dtype", "intermediate_size")
+"""Keys of config.json that follow from the tensors."""
+
+
+def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
+    """Whether these are config.json and tensor names of a causal LM that Transformers knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not known & set(raw.get("architectures") or ()):
+        return False
+    return any(re.search(r"\.(embed\w*|wte|word_embeddings)\.weight$", name) for name in names)
+
+
+def parse(
+    raw: Mapping[str, Any], stored: Mapping[str, Tensor], where: Path
+) -> tuple[TokenLMConfig, dict[str, Tensor]]:
+    """The config of a stored LM and its tensors.
+
+    Raises UserError naming what is missing, extra, or not to be used as a draft.
+    """
+    if raw.get("quantization_config"):
+        raise UserError(
+            f"{where}: a quantised LM; redraft reads float32, bfloat16 or float16 drafts"
+        )
+    try:
+        config = _config(raw)
+        expected = skeleton(config)
+    except UserError as problem:
+        raise UserError(f"{where}: {problem}") from None
+    tensors = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name in expected.shapes or not any(re.search(p, name) for p in expected.ignored)
+    }
+    head = None if expected.tied is None else tensors.pop(expected.tied, None)
+    if head is not None and not torch.equal(head, tensors.get(expected.vocabulary[0], head)):
+        raise UserError(
+            f"{where}: config.json ties the head to the embedding (tie_word_embeddings), but "
+            f"{expected.tied} is stored and differs; engines disagree about which one counts"
+        )
+    check_tensors(tensors, expected.shapes, {}, str(where))
+    return config, tensors
+
+
+def _config(raw: Mapping[str, Any]) -> TokenLMConfig:
+    kept = {key: value for key, value in raw.items() if key not in ELSEWHERE}
+    width = raw.get("intermediate_size")
+    if width is None:
+        theirs = TokenLMConfig(kept, 0).of_transformers
+        width = getattr(theirs, "ffn_dim", None) or 4 * theirs.hidden_size
+    if not isinstance(width, int):
+        raise UserError(
+            f"config.json: expected one intermediate_size for all layers, found {width}"
+        )
+    return TokenLMConfig(kept, width)
+
+
+def build(config: TokenLMConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> TokenLMDraft:
+    """A draft computing in `dtype` from tensors as stored."""
+    draft = TokenLMDraft(config)
+    draft.to(dtype).load_state_dict({n: t.to(dtype) for n, t in tensors.items()})
+    return draft.eval().requires_grad_(False)
+
+
+def expected_shapes(
+    c: TokenLMConfig,
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Required tensors of an LM of config `c`, name -> shape; none are optional."""
+    return skeleton(c).shapes, {}
+
+
+def lay_out(
+    config: TokenLMConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors as they were read."""
+    return config.json(), dict(tensors)
+
+
+def companions(folder: Path) -> dict[str, bytes]:
+    """The files beside the weights, as they are."""
+    found = (folder / name for name in COMPANIONS)
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
+
+
+def pad_vocabulary(
+    config: TokenLMConfig, tensors: Mapping[str, Tensor], rows: int
+) -> tuple[TokenLMConfig, dict[str, Tensor]]:
+    """The LM with rows of zeros in embedding and head, up to `rows` of them: engines want as many
+    as the target has. Raises UserError when it has more already."""
+    missing = rows - config.vocab_size
+    if missing < 0:
+        raise UserError(
+            f"this LM has {config.vocab_size} vocabulary rows and the target {rows}: rows can be "
+            "added to a draft, not taken away"
+        )
+    names = skeleton(config).vocabulary
+    padded = {
+        name: pad(t, (*[0] * (2 * t.dim() - 1), missing)) if name in names else t
+        for name, t in tensors.items()
+    }
+    return TokenLMConfig({**config.raw, "vocab_size": rows}, config.intermediate_size), padded
+
+
+def check_vocabulary(folder: Path, target: Target) -> None:
+    """Raise UserError where the tokenizer in `folder` and the target's mean other tokens by an id.
+
+    Only ids that the target has rows for count, and a token that just one of them has is no
+    difference: it may be a special one that fine-tuning added.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{folder}: its tokenizer could not be loaded: {problem}") from None
+    theirs = {
+        i: token for token, i in target.tokenizer.get_vocab().items() if i < target.vocab_size
+    }
+    wrong = sorted((i, token) for token, i in own.items() if theirs.get(i, token) != token)
+    if wrong:
+        first, token = wrong[0]
+        raise UserError(
+            f"tokenizers differ: {len(wrong)} token ids of {folder} mean something else in target "
+            f"{target.name} (id {first} is {token!r} here and {theirs[first]!r} there); a token_lm "
+            "draft needs the target's own tokenizer"
+        )

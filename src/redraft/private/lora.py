@@ -1,0 +1,69 @@
+"""Low-rank updates of a draft's linear layers, through the PEFT library: W x + B A x.
+
+B starts at zero, so training starts exactly at reuse. The scale is 1 (lora_alpha = r), so a fused
+weight is W + B A; unlike an expert's, that sum rounds in the stored dtype, and cannot be taken out
+again. Private tensors are stored under PEFT's names (`fc.lora_A.weight` [r, in]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..drafts.base import Draft
+from ..errors import UserError
+from ..methods import EXPERT, LORA
+from ..rng import seeded
+
+ADAPTER = "default"
+
+
+def stored_name(name: str) -> str:
+    """The name under which a parameter of an adapted draft is stored, without PEFT's wrapping."""
+    return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
+
+
+def linear_layers(draft: Draft, skip: Callable[[str], bool]) -> list[str]:
+    """The linear layers that get a pair, by module name: all but heads, experts, and `skip`ped ones.
+
+    `skip` is asked with the name of the layer's weight.
+    """
+    return [
+        name
+        for name, module in draft.named_modules()
+        if isinstance(module, nn.Linear)
+        and EXPERT not in f"{name}."
+        and not name.endswith("head")
+        and LORA not in name
+        and not skip(f"{name}.weight")
+    ]
+
+
+def attach(draft: Draft, layers: list[str], rank: int, seed: int) -> None:
+    """Wrap `layers` in place. Raises UserError for a rank above a layer's size, or no layer at all."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not layers:
+        raise UserError(
+            f"method 'lora' finds no linear layer in this {draft.kind} draft that no other part trains"
+        )
+    for name in layers:
+        most = min(draft.get_submodule(name).weight.shape)  # type: ignore[arg-type,union-attr]
+        if rank > most:
+            raise UserError(
+                f"--rank {rank} is above the size of {name}, whose matrix has rank {most} at most; "
+                f"choose 1 to {most}"
+            )
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, bias="none")
+    inject_adapter_in_model(config, draft, adapter_name=ADAPTER)
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if LORA in name:
+                home = draft.get_parameter(f"{name.split(LORA)[0]}.base_layer.weight")
+                parameter.data = parameter.data.to(home)
+                if f"{LORA}A" in name:
+                    generator = seeded(seed, "lora", stored_name(name))
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(noise * parameter.shape[1] ** -0.5)

@@ -1,0 +1,129 @@
+"""A member of a gang: one private part in training, with its own draft, optimizer and state.
+
+What it shares with the others is the stream: the batches and what the target says of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import TrainConfig
+from ..drafts.base import Draft
+from ..errors import UserError
+from ..methods import Method
+from ..private.part import put, take
+from .checkpoint import TrainState
+from .lesson import Lesson, rollout_loss
+from .optimize import peak_rate, schedule
+from .precision import autocast
+
+RISE = 0.001
+"""Held-out tau must rise by this much to count as progress."""
+
+
+@dataclass
+class Member:
+    """`kept` are tensors of the private part that were fitted before training and stay."""
+
+    draft: Draft
+    method: Method
+    config: TrainConfig
+    trainable: list[tuple[str, nn.Parameter]]
+    optimizer: torch.optim.Optimizer | None
+    kept: dict[str, Tensor]
+    planned: int
+    state: TrainState = field(init=False)
+    flops: float = 0.0  # counted, of all steps in this process
+    per_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.state = TrainState(0, 0, [], 0, self.take(), math.nan, 0.0)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.trainable]
+
+    def take(self) -> dict[str, Tensor]:
+        return take(self.draft, self.method, kept=self.kept)
+
+    def done(self) -> bool:
+        return self.state.step >= self.planned or self.stalled()
+
+    def stalled(self) -> bool:
+        """Whether the last `patience` evaluations brought no rise over those before them."""
+        taus, patience = [tau for _, tau in self.state.heldout_tau], self.config.patience
+        if len(taus) <= patience:
+            return False
+        return max(taus[-patience:]) < max(taus[:-patience]) + RISE
+
+    def learn(self, lesson: Lesson, precision: str) -> None:
+        """One optimizer step; the state moves on by one."""
+        if self.optimizer is None:
+            raise AssertionError("nothing to train")
+        began, state, c = time.monotonic(), self.state, self.config
+        share = schedule(state.step, self.planned, c.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        self.optimizer.zero_grad()
+        tokens = lesson.batch.tokens_BT.numel()
+        counter = contextlib.nullcontext() if self.per_token else FlopCounterMode(display=False)
+        with counter:
+            with autocast(lesson.batch.tokens_BT.device, precision):
+                loss, count = rollout_loss(lesson, self.draft, c, state.step)
+            state.last_loss = loss.item()
+            if not math.isfinite(state.last_loss):
+                raise UserError(
+                    f"the loss became {state.last_loss} at step {state.step} (learning rate "
+                    f"{peak_rate(c, self.draft):g}); lower --lr or use --precision fp32. Everything "
+                    "finished before this step is kept"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+        if isinstance(counter, FlopCounterMode):
+            self.per_token = counter.get_total_flops() / tokens
+        self.flops += self.per_token * tokens
+        nn.utils.clip_grad_norm_(self.parameters, c.clip)
+        self.optimizer.step()
+        state.step += 1
+        state.supervised_tokens += count
+        self._average()
+        state.seconds += time.monotonic() - began
+
+    def note_tau(self, tau: float, averaged: float | None = None) -> None:
+        """Record an evaluation, and keep the best tensors so far."""
+        best = self.state.best_tau()
+        if averaged is not None and averaged > max(tau, best):
+            self.state.best, self.state.best_step = (
+                {**self.kept, **self.state.average},
+                self.state.step,
+            )
+        elif tau > best:
+            self.state.best, self.state.best_step = self.take(), self.state.step
+        self.state.heldout_tau.append((self.state.step, max(tau, averaged or tau)))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The running average of the weights in place of the present ones."""
+        now = take(self.draft, self.method)
+        put(self.draft, self.state.average)
+        try:
+            yield
+        finally:
+            put(self.draft, now)
+
+    def _average(self) -> None:
+        if not self.config.average:
+            return
+        decay = min(self.config.average, (1 + self.state.step) / (10 + self.state.step))
+        for name, parameter in self.trainable:
+            now = parameter.detach().cpu()
+            if name not in self.state.average:
+                self.state.average[name] = now.clone()
+            self.state.average[name].lerp_(now, 1 - decay)
