@@ -7,6 +7,7 @@ README.md        the file tree, from the first line of each module's docstring; 
                  the measured table, from the records in docs/results/
 docs/results/repair.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
+docs/results/methods.md   private parts on matched data, from the cells there; with figures
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from pathlib import Path
 
 from decode_page import decode_page
 from engines_page import engines_page
+from methods_page import draw_figures, methods_page
 from repair_page import demo_output, measured_table, results_page
 
 from redraft.config import recipe_names, stage_fields
+from redraft.methods import PARTS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -47,6 +50,7 @@ COMMANDS = [
     ["bench", "pipeline"],
     ["bench", "repair"],
     ["bench", "decode"],
+    ["bench", "methods"],
 ]
 
 
@@ -63,6 +67,7 @@ def generated() -> dict[Path, str]:
     return {
         ROOT / "docs" / "results" / "repair.md": results_page(),
         ROOT / "docs" / "results" / "decode.md": decode_page(),
+        ROOT / "docs" / "results" / "methods.md": methods_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),
@@ -110,6 +115,14 @@ def config_reference() -> str:
         choices = field.metadata.get("choices")
         text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         lines.append(f"| `{key}` | `{field.default}` | {text} |")
+    lines += [
+        "\n## Private parts\n",
+        "`--method` joins them with +: `expert+fc+norms`. `relay` and `refresh` need `--base`. What no part",
+        "owns is shared and stays bit for bit what it was. docs/results/methods.md compares them.\n",
+        "| part | what is trained |",
+        "|---|---|",
+        *(f"| `{name}` | {part.says} |" for name, part in PARTS.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -142,6 +155,8 @@ def main() -> int:
             if "--check" not in sys.argv:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
+                if path.stem == "methods":
+                    draw_figures()
     if stale and "--check" in sys.argv:
         print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
         return 1

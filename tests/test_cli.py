@@ -108,8 +108,11 @@ def test_the_stages_are_commands_that_fit_together(
         *("--out", tmp_path / "fused", "--tp", "1,2", "--verify", "--json"),
     )
     assert code == 0, err
-    config = json.loads((tmp_path / "fused" / "config.json").read_text())
-    assert config["intermediate_size"] == 64 + 8
+    widths = [
+        json.loads((folder / "config.json").read_text())["intermediate_size"]
+        for folder in (draft_folder, tmp_path / "fused")
+    ]
+    assert widths[1] == widths[0] + 8
     assert json.loads(text)["worst_difference"] < 1e-6
     code, text, err = redraft("inspect", tmp_path / "fused", "--target", target_folder, "--json")
     assert code == 0, err

@@ -37,7 +37,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "train.method": "magic",
         "train.epochs": "many",
         "measure.k": 99,
-        "train.width": 2.5,
+        "train.width": -2.5,
         "train.rank": 2.5,
         "train.lr_parts": "fc=fast",
         "train.average": 1,
@@ -51,7 +51,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert "run.yaml: train.method names the private part 'magic'; known: attention" in text
     assert "train.epochs expected float, got 'many'" in text
     assert "measure.k must be between 1 and 16; got 99" in text
-    assert "train.width must be a number of neurons (64), a share below 1 (0.25) or auto" in text
+    assert "train.width must be a number of neurons (64), a share (0.25, 1.0) or auto" in text
     assert "train.rank expected a whole number, got 2.5" in text
     assert "train.lr_parts takes part=multiple pairs ('expert=2,fc=0.5') of relay" in text
     assert "got 'fc=fast'" in text
@@ -61,7 +61,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "width"),
-    [("64", 64), ("1", 1), ("64.0", 64), ("0.25", 0.25), ("1e-3", 0.001), ("auto", None)],
+    [("64", 64), ("1", 1), ("0.25", 0.25), ("1.0", 1.0), ("1.5", 1.5), ("auto", None)],
 )
 def test_a_width_is_a_number_a_share_or_auto(text: str, width: float | None) -> None:
     found = read_width(text)
@@ -70,9 +70,11 @@ def test_a_width_is_a_number_a_share_or_auto(text: str, width: float | None) -> 
     assert resolve([("f", {"train.width": text})]).config.train.width == text
 
 
-@pytest.mark.parametrize("text", ["abc", "0", "-3", "1.5", "-0.25", "", "nan", "inf", "Auto", "1/4"])
+@pytest.mark.parametrize(
+    "text", ["abc", "0", "0.0", "-3", "-0.25", "", ".", "nan", "inf", "Auto", "1/4"]
+)
 def test_other_widths_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=rf"a share below 1 \(0.25\) or auto; got '{text}'"):
+    with pytest.raises(ValueError, match=rf"a share \(0.25, 1.0\) or auto; got '{text}'"):
         read_width(text)
     with pytest.raises(UserError, match="f: train.width must be a number of neurons"):
         resolve([("f", {"train.width": text})])
@@ -87,7 +89,17 @@ def test_learning_rates_of_parts_are_multiples_by_part() -> None:
     assert read_shares("") == {}
     assert read_shares("expert=2,fc=0.5") == {"expert": 2.0, "fc": 0.5}
     assert resolve([("f", {"train.lr_parts": "norms=1e-1"})]).config.train.lr_parts == "norms=1e-1"
-    for wrong in ("fc", "fc=", "fc=-1", "fc=0", "fc=nan", "fc=inf", "experts=2", "=2", "expert=2;fc=1"):
+    for wrong in (
+        "fc",
+        "fc=",
+        "fc=-1",
+        "fc=0",
+        "fc=nan",
+        "fc=inf",
+        "experts=2",
+        "=2",
+        "expert=2;fc=1",
+    ):
         with pytest.raises(ValueError, match=r"takes part=multiple pairs .* got '"):
             read_shares(wrong)
 

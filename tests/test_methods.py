@@ -66,7 +66,10 @@ def test_the_order_of_parts_does_not_matter(parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("expret", r"names the private part 'expret'; did you mean 'expert'\? known: attention, .*"),
+        (
+            "expret",
+            r"names the private part 'expret'; did you mean 'expert'\? known: attention, .*",
+        ),
         ("expert+atention", r"'atention'; did you mean 'attention'\?"),
         ("magic", r"names the private part 'magic'; known: attention, expert, fc, .*joined by \+"),
         ("expert,fc", r"names the private part 'expert,fc'.*parts are joined by \+"),

@@ -24,23 +24,19 @@ def _opt(default: Any, help: str, **checks: Any) -> Any:
 
 
 def read_width(text: str) -> int | float | None:
-    """`width` as a number of neurons, a share of the shared ones, or None for 'auto'.
+    """`width` as a number of neurons (64), a share of the shared ones (0.25), or None for 'auto'.
 
     Raises ValueError for anything else.
     """
     if text == "auto":
         return None
     try:
-        number = float(text)
+        width = float(text) if "." in text else int(text)
     except ValueError:
-        number = float("nan")
-    if number >= 1 and number.is_integer():
-        return int(number)
-    if 0 < number < 1:
-        return number
-    raise ValueError(
-        f"must be a number of neurons (64), a share below 1 (0.25) or auto; got '{text}'"
-    )
+        width = 0
+    if 0 < width < float("inf"):
+        return width
+    raise ValueError(f"must be a number of neurons (64), a share (0.25, 1.0) or auto; got '{text}'")
 
 
 def read_shares(text: str) -> dict[str, float]:

@@ -25,6 +25,7 @@ from .errors import UserError
 from .files import write_text
 from .formats.load import StoredDraft, load_draft, read_draft
 from .formats.private_part import load_private, read_training, save_private
+from .formats.routed import refuse_routed
 from .measuring.measure import measure_answers
 from .methods import read_method
 from .private.part import check_carries
@@ -93,6 +94,7 @@ def adapt(
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     shared = read_draft(_source_of(draft))
     # What does not fit is refused before anything is paid for.
+    refuse_routed(getattr(shared.config, "routed", None))
     check_carries(shared.build(target), read_method(resolved.config.train.method))
     everything = read_prompts(prompts, target, limit)
     say(everything.summary())

@@ -168,6 +168,7 @@ class TrainRecord:
     peak_mb: float
     stopped_early: bool
     gang: int = 1  # private parts trained on the same stream; their peak is common
+    miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, retargeted
     target_flops: float = 0.0  # counted on one batch, times the tokens read
     draft_flops: float = 0.0
 

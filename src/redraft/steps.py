@@ -21,6 +21,7 @@ from .formats.folders import state_hash
 from .formats.load import StoredDraft, made_for, read_draft, stored
 from .formats.private_part import TRAINING, check_belongs, save_private
 from .methods import EXPERT, read_method
+from .private.expert import detach
 from .private.fuse import fuse, home_of
 from .private.part import PrivatePart
 from .records import Answer, TrainRecord, to_json
@@ -75,7 +76,7 @@ def as_private(
     tensors = {}
     for name, tensor in trained.tensors.items():
         home = shared.tensors[home_of(name)]
-        stored_tensor = tensor.to(home.dtype)
+        stored_tensor = tensor.to(home.dtype) if tensor.is_floating_point() else tensor
         if home_of(name) != name or not torch.equal(stored_tensor, home):
             tensors[name] = stored_tensor
     widened = {name.split(EXPERT)[0] for name in tensors if EXPERT in name}
@@ -109,7 +110,11 @@ def fuse_draft(shared: StoredDraft, part: PrivatePart, target: Target | None = N
 
 
 def save_fresh(folder: Path, draft: Draft, target: Target, record: TrainRecord) -> None:
-    """Save a whole draft that was trained from nothing, and the record of its training."""
+    """Save a whole draft that was trained from nothing, and the record of its training.
+
+    An expert trained beside it is left out: it belongs to the target, the draft is what is shared.
+    """
+    detach(draft)
     made = stored(draft, target)
     made.provenance["train"] = record.lasting()
     write_text(folder / TRAINING, json.dumps(to_json(record), indent=2) + "\n")

@@ -27,13 +27,13 @@ from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.live import live
 from redraft.records import Prompt
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the family is built in its first test
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("family")
-    return out, build_family(out, size="tiny", kinds=["eagle"])
+    return out, build_family(out, size="tiny", kinds=list(KINDS))
 
 
 def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]]) -> None:
@@ -82,6 +82,7 @@ def test_adapting_repairs_the_draft_and_changes_no_output(
     out = family[0]
     target = load_member(out, "sft")
     settings = {
+        "train.method": "expert+norms" if kind == "token_lm" else "expert+fc+norms",
         "regenerate.max_new_tokens": 48,
         "train.lr": 1e-2,
         "train.epochs": 5,

@@ -108,7 +108,7 @@ def not_renormalised(logits: list[float], k: int) -> dict[int, float]:
 
 
 def equal_shares(logits: list[float], k: int) -> dict[int, float]:
-    return {e: 1 / k for e in weights(logits, k)}
+    return dict.fromkeys(weights(logits, k), 1 / k)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,8 @@ def equal_shares(logits: list[float], k: int) -> dict[int, float]:
 )
 def test_wrong_routing_is_told_apart(wrong: Weights) -> None:
     module, x = experts(SHAPES["two of three"]), inputs(3, 5)
-    assert float((module(x) - by_hand(module, x, wrong)).abs().max()) > 1e-2
+    with torch.no_grad():
+        assert float((module(x) - by_hand(module, x, wrong)).abs().max()) > 1e-2
 
 
 def test_an_expert_that_no_token_chooses_is_left_alone() -> None:
@@ -142,10 +143,10 @@ def test_one_of_each_has_weight_one_whatever_the_routers_say() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_routers_decide_in_float32(dtype: torch.dtype) -> None:
-    module = experts(SHAPES["two of three"]).to(dtype)
+    module = experts(SHAPES["two of three"]).to(dtype).requires_grad_(False)
     x = inputs(3, 5).to(dtype)
     assert module(x).dtype == dtype
-    exact = experts(SHAPES["two of three"])
+    exact = experts(SHAPES["two of three"]).requires_grad_(False)
     exact.load_state_dict(module.state_dict())
     far = (module(x).double() - exact(x.double())).abs() / exact(x.double()).abs().max()
     # A token close to a tie may run other experts; no other rounding is large.

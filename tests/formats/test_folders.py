@@ -179,9 +179,13 @@ def test_a_pickle_of_anything_but_tensors_is_refused(folder: Path, content: str)
         read_draft(str(folder), unpickle=True)
 
 
-def test_what_is_no_draft_is_called_by_its_name(target_folder: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match="is a whole language model; redraft reads EAGLE-1/2"):
-        read_draft(str(target_folder))
+def test_what_is_no_draft_is_called_by_its_name(
+    target_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(target_folder, tmp_path / "other"))
+    edit(other, architectures=["T5ForConditionalGeneration"])
+    with pytest.raises(UserError, match=r"T5.* is no draft; redraft reads EAGLE-1/2 .* causal LMs"):
+        read_draft(str(other))
     gate = torch.zeros(1, 32)
     retensor(folder, layers__0__block_sparse_moe__shared_gate__weight=gate)
     with pytest.raises(UserError, match="routed shared and private experts"):

@@ -210,7 +210,7 @@ def test_tap_ids_that_name_the_default_layers_are_harmless_for_a_known_target(
     assert inspect_draft(str(tmp_path / "d"), target).serves("vllm") == "serves another function"
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "token_lm"])
 def test_a_good_export_has_no_finding_for_its_engine(
     target: Target, tmp_path: Path, kind: str
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ class Turned(Target):
 
 def turn(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(7)
-    return torch.eye(size) + 0.5 * torch.randn(size, size, generator=generator) * size**-0.5
+    return torch.eye(size) + torch.randn(size, size, generator=generator) * size**-0.5
 
 
 @pytest.fixture(scope="module")
@@ -190,13 +190,15 @@ def test_relay_gives_the_draft_the_bases_features_back(
     expected = own @ fc.T
     size = float(expected.norm())
     assert float((seen @ fc.T - expected).norm()) > 0.3 * size
-    assert float((seen @ repaired.T - expected).norm()) < 0.1 * size
+    assert float((seen @ repaired.T - expected).norm()) < 0.05 * size
     # The map's other direction, and one step of it more, repair nothing.
     mistaken = [fc @ turned.map_ff, 2 * fc - repaired]
     for wrong in mistaken:
         assert float((seen @ wrong.T - expected).norm()) > 0.3 * size
     reuse = relayed(turned, target, reused, answers, method="fc", epochs=0.01, lr=1e-12)
-    assert trained.record.best_tau() > reuse.record.best_tau() + 0.05
+    before = relayed(target, target, load_draft(str(draft_folder), target), answers)
+    assert trained.record.best_tau() == pytest.approx(before.record.best_tau(), abs=0.02)
+    assert trained.record.best_tau() > reuse.record.best_tau() + 0.1
 
 
 def test_without_a_difference_relay_leaves_the_draft_as_it_is(
@@ -244,7 +246,7 @@ def test_padding_teaches_the_map_nothing(
         method = read_method("relay")
         return fit_starts(turned, target, draft, method, CONFIG, uneven, plan)["fc.weight"]
 
-    uneven = [replace(a, length=2 + i, stop="length") for i, a in enumerate(answers[:12])]
+    uneven = [replace(a, length=2 + i, finish="length") for i, a in enumerate(answers[:12])]
     single, together = fitted([[i] for i in range(12)]), fitted([list(range(12))])
     assert torch.allclose(single, together, atol=1e-4)
 
@@ -301,17 +303,15 @@ def test_training_goes_on_from_the_relayed_draft(
     trained = relayed(turned, target, draft, answers, method=method, lr=1e-9)
     now = trained.tensors["fc.weight"]
     assert torch.allclose(now, alone.get_parameter("fc.weight"), atol=1e-4)
-    trains_fc = method in ("relay+fc", "relay+full")
-    assert torch.equal(now, alone.get_parameter("fc.weight")) == (not trains_fc) or trains_fc
+    if method in ("relay+expert", "relay+lora"):  # fitted, and not trained
+        assert torch.equal(now, alone.get_parameter("fc.weight"))
     private = {n for n in trained.tensors if n != "fc.weight"}
     assert bool(private) == (method != "relay+fc")
     # What was trained at almost no rate computes what the relayed draft does.
     tokens = torch.tensor([[*answers[0].prompt, *answers[0].answer]])
     seen = turned.read(tokens, draft.taps).features_BTF
     with torch.no_grad():
-        ours, theirs = (
-            d.logits(next(iter(d.rollout(tokens, seen, 1, 1)))) for d in (draft, alone)
-        )
+        ours, theirs = (d.logits(next(iter(d.rollout(tokens, seen, 1, 1)))) for d in (draft, alone))
     assert torch.allclose(ours, theirs, atol=1e-2)
 
 
@@ -375,7 +375,12 @@ def test_what_the_draft_learned_itself_is_left_alone(target: Target, tuned: Targ
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
         draft.lm_head.weight.normal_(generator=generator)
-    assert set(refresh.renewed(draft, target, tuned)) == {"embed_tokens.weight", "norm.weight"}
+    # The norm stands before a head of the draft's own, so it is the draft's own.
+    assert set(refresh.renewed(draft, target, tuned)) == {"embed_tokens.weight"}
+    draft = copying(target)
+    with torch.no_grad():
+        draft.norm.weight.mul_(1 + 0.1 * torch.rand(32, generator=generator))
+    assert set(refresh.renewed(draft, target, tuned)) == {"embed_tokens.weight", "lm_head.weight"}
     # A head trained away from the copy it began as is the draft's own, too.
     draft = copying(target)
     head = draft.lm_head.weight
@@ -393,9 +398,7 @@ def test_refresh_puts_the_copies_in_and_the_part_holds_them(
     trained = relayed(tuned, target, draft, answers, method="refresh")
     names = {"embed_tokens.weight", "lm_head.weight", "norm.weight"}
     assert set(trained.tensors) == names
-    assert torch.allclose(
-        draft.lm_head.weight, tuned.head.weight[draft.draft_vocab], atol=1e-5
-    )
+    assert torch.allclose(draft.lm_head.weight, tuned.head.weight[draft.draft_vocab], atol=1e-5)
     now = {n: tensor_hash(t) for n, t in draft.state_dict().items()}
     assert {n for n in now if now[n] != untouched[n]} == names
 
@@ -428,9 +431,7 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
     assert set(trained.tensors) == {"embed_tokens.weight", "lm_head.weight", "norm.weight"}
     owned = take(draft, read_method("refresh+head"))
     assert set(owned) == {"lm_head.weight"}
-    near = torch.allclose(
-        owned["lm_head.weight"], tuned.head.weight[draft.draft_vocab], atol=0.05
-    )
+    near = torch.allclose(owned["lm_head.weight"], tuned.head.weight[draft.draft_vocab], atol=0.05)
     assert near
     assert prepare(draft, read_method("head"), width=1, init="active", seed=0)[0][0] == (
         "lm_head.weight"

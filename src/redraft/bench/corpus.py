@@ -55,6 +55,18 @@ SIZES = {
         answer_tokens=48,
         draft_width=64,
     ),
+    "pico": Size(
+        shape=Shape(layers=8, hidden=96, width=192, vocab=1024, context=384),
+        window=128,
+        chats=3000,
+        base_steps=900,
+        base_lr=4e-3,
+        tune_steps=300,
+        tune_lr=3e-3,
+        answers=600,
+        answer_tokens=96,
+        draft_width=64,
+    ),
     "nano": Size(
         shape=Shape(layers=8, hidden=128, width=256, vocab=2048, context=512),
         window=128,

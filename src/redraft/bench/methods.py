@@ -54,8 +54,9 @@ K = 4
 TEMPERATURE = 0.7
 TUNED_ON = "sft"
 TUNING_SEED = 100
-RATES = (0.4, 0.8, 1.6, 3.2)
+RATES = (0.8, 1.6, 3.2)
 """Learning rates tried, times the hidden size."""
+TUNING_EPOCHS = 2.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(16, 1, 32, 1, 24, 512, heldout=8, evaluated=16, off=8),
-    "nano": Scale(300, 6, 3000, 3, 128, 512),
-    "micro": Scale(260, 6, 2600, 3, 160, 1024),
+    "pico": Scale(240, 4, 2400, 3, 96, 512),
+    "nano": Scale(240, 4, 2400, 3, 128, 512),
+    "micro": Scale(240, 4, 2400, 3, 160, 1024),
 }
 
 
@@ -128,7 +130,7 @@ def read_cells(folder: Path) -> list[MethodCell]:
     return [
         MethodCell.from_json(json.loads(path.read_text(encoding="utf-8")))
         for path in sorted(folder.rglob("*.json"))
-        if path.parent.parent.parent.name == "cells"
+        if path.parents[2].name == "cells"
     ]
 
 
@@ -321,7 +323,10 @@ class _Bench:
         self._load(TUNED_ON)
         draft = self._shared(ALL[row].draft).build(self.target, torch.float32)
         rates = [rate / draft.hidden_size for rate in RATES]
-        configs = [self._config(draft, row, rate, TUNING_SEED) for rate in rates]
+        configs = [
+            dataclasses.replace(self._config(draft, row, rate, TUNING_SEED), epochs=TUNING_EPOCHS)
+            for rate in rates
+        ]
         answers = self._pool(TUNED_ON, REGENERATED)[: self.scale.answers]
         heldout = self._asked(TUNED_ON, "heldout")
         gang = self._train(draft, configs, answers, heldout)
@@ -446,8 +451,6 @@ class _Bench:
             **PAPER,
         )
         trained = train(base, draft, answers, heldout, config, k=K)
-        for ffn in widenable(draft).values():
-            ffn.private = None
         save_fresh(folder, draft, base, trained.record)
 
 

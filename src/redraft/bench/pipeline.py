@@ -4,12 +4,15 @@
     training against its bare modules   the target's forward plus a bare forward and backward of
                                         the same draft modules on the same tokens
     regeneration                        tokens per second of the batched loop
+    a gang of six against one           six widths of an expert on one stream; on the target as it is,
+                                        and padded with zeros to the cost that real models have
 
 Printed, never asserted: speed depends on the machine and on what else runs there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +27,20 @@ from ..console import say
 from ..decode.sampling import Sampling
 from ..drafts.base import Draft
 from ..errors import UserError
-from ..formats.load import read_draft
+from ..formats.load import StoredDraft, read_draft
 from ..measuring.live import live
 from ..measuring.measure import answer_all
 from ..measuring.replay import replay
 from ..records import Answer, versions
 from ..target import Target
-from ..training.train import train
+from ..training.train import train, train_gang
+from .decode import padded
 from .family import family_prompts, load_member
 
 PROMPTS, TOKENS, K = 64, 96, 4
 REPEATS = 3
+GANG = (4, 8, 16, 32, 64, 96)
+PADDED = 100_000_000
 
 
 def bench_pipeline(family: Path) -> dict[str, Any]:
@@ -54,6 +60,13 @@ def bench_pipeline(family: Path) -> dict[str, Any]:
     bare = _bare_tokens_per_second(target, shared.build(target, torch.float32), pool, config)
     trainee = shared.build(target, torch.float32)
     record = train(target, trainee, pool, answers[:2], config, k=K).record
+    gang = {
+        name: _gang_over_one(one, shared, pool[:count])
+        for name, one, count in (
+            ("as_it_is", target, len(pool)),
+            ("padded", padded(target, PADDED), PROMPTS),
+        )
+    }
     return {
         "replay_seconds": _spread(replays),
         "live_seconds": _spread(lives),
@@ -64,6 +77,8 @@ def bench_pipeline(family: Path) -> dict[str, Any]:
         "regeneration_tokens_per_second": round(
             sum(len(a.tokens) for a in answers) / sorted(generation)[len(generation) // 2]
         ),
+        "gang_of_six_over_one": gang["as_it_is"],
+        "gang_of_six_over_one_padded_to_1e8": gang["padded"],
         "peak_memory_mb": round(record.peak_mb),
         "predicted_peak_mb": round(record.predicted_peak_mb),
         "prompts": PROMPTS,
@@ -102,6 +117,27 @@ def _bare_step(target: Target, draft: Draft, batch: Batch, steps: int) -> None:
     if total is not None:
         total.backward()  # type: ignore[no-untyped-call]
     draft.zero_grad()
+
+
+def _gang_over_one(target: Target, shared: StoredDraft, answers: list[Answer]) -> float:
+    """Seconds of training six widths of an expert together, over those of one alone."""
+    config = TrainConfig(
+        method="expert",
+        width=str(GANG[-1]),
+        batch_tokens=2048,
+        rollout=K,
+        epochs=1.0,
+        evaluations=1,
+        precision="fp32",
+    )
+    seconds = []
+    for widths in ((GANG[-1],), GANG):
+        configs = [dataclasses.replace(config, width=str(width)) for width in widths]
+        draft = shared.build(target, torch.float32)
+        began = time.perf_counter()
+        train_gang(target, draft, answers, answers[:2], configs, k=K)
+        seconds.append(time.perf_counter() - began)
+    return round(seconds[1] / seconds[0], 2)
 
 
 def _timed(work: Callable[[], Any], repeats: int = REPEATS) -> tuple[list[float], Any]:

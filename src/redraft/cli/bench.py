@@ -193,6 +193,10 @@ def bench_methods(
     data: Annotated[
         str | None, typer.Option("--data", help="folder of real data (default: $REDRAFT_DATA)")
     ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option("--record", help="also write every cell of --out to this JSONL file"),
+    ] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -202,8 +206,9 @@ def bench_methods(
     """
     set_quiet(quiet)
     from ..bench.methods import bench_methods as run
-    from ..bench.methods import print_cells
+    from ..bench.methods import print_cells, read_cells
     from ..bench.rows import IDEAS, ROWS
+    from ..files import write_text
     from ..records import to_json
 
     named = {"table": list(ROWS), "ideas": ["expert+fc", *IDEAS]}
@@ -216,6 +221,9 @@ def bench_methods(
         seeds=_numbers("--seeds", seeds),
         data=data,
     )
+    if record:
+        lines = [json.dumps(to_json(cell)) + "\n" for cell in read_cells(Path(out))]
+        write_text(Path(record), "".join(lines))
     if as_json:
         print_json({"cells": [to_json(cell) for cell in cells]})
     else:

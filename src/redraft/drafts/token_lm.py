@@ -15,6 +15,7 @@ Shapes: B batch, T tokens, H hidden, D rows of the LM's head, V target vocabular
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -115,9 +116,8 @@ class TokenLMDraft(Draft):
         self.hidden_size = config.hidden_size
         self.vocab_size = self.rows = config.vocab_size
         self.register_buffer("draft_vocab", None, persistent=False)
-        with torch.random.fork_rng(devices=[]):
-            lm = new_lm(config)
-        widen_by_hand(lm, config.intermediate_size)
+        lm = new_lm(config, filled=False)
+        use_gated_ffns(lm, config.intermediate_size)
         # The LM's children become the draft's own, so that tensors have their stored names.
         self.body_name: str = lm.base_model_prefix
         self.add_module(self.body_name, lm.base_model)
@@ -126,8 +126,6 @@ class TokenLMDraft(Draft):
         if self.head_name is not None:
             self.add_module(self.head_name, lm.get_output_embeddings())
         _check_head(self, lm)
-        vectors = {n: p.detach() for n, p in self.named_parameters() if p.dim() == 1}
-        self.starts = {name: float(vector[0]) for name, vector in vectors.items()}
         self.eval()
 
     @classmethod
@@ -150,12 +148,14 @@ class TokenLMDraft(Draft):
             )
         config = target.model.config.get_text_config()
         try:
-            return cls(_small(config, width))
+            draft = cls(_small(config, width))
         except REFUSALS as problem:
             raise UserError(
                 f"no small {config.model_type} model can be made for target {target.name} "
                 f"({problem}); name a small LM with its tokenizer as --draft instead"
             ) from None
+        draft.reinitialise(0)
+        return draft
 
     # -- the LM ---------------------------------------------------------------------------------
 
@@ -258,10 +258,12 @@ class TokenLMDraft(Draft):
         return [name for name, _ in self.named_parameters()]
 
     def reinitialise(self, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            begun = dict(new_lm(self.config).named_parameters())
         for name, parameter in self.named_parameters():
             with torch.no_grad():
                 if parameter.dim() == 1:  # norms and biases begin where their architecture has them
-                    parameter.fill_(self.starts[name])
+                    parameter.copy_(begun[name])
                 else:
                     noise = torch.randn(parameter.shape, generator=seeded(seed, "init", name))
                     parameter.copy_(noise * parameter[0].numel() ** -0.5)
@@ -270,26 +272,38 @@ class TokenLMDraft(Draft):
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> TokenLMDraft:
-        """Cast weights only: rotary frequencies stay as exact as they were made, as engines do."""
-        stored = set(self.state_dict())
-        exact = [
-            (module, name, buffer)
-            for path, module in self.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_floating_point() and (f"{path}.{name}" if path else name) not in stored
-        ]
+        """Cast the weights; what else an LM holds (rotary frequencies, the scale of its embedding) is
+        as in a model made in that dtype, which may be more exact than a cast."""
+        before = self._beside_weights()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module, name, buffer in exact:
-            setattr(module, name, buffer.to(getattr(module, name).device))
+        after = self._beside_weights()
+        if any(after[name].dtype != buffer.dtype for name, buffer in before.items()):
+            dtype = self.body.get_input_embeddings().weight.dtype
+            made = dict(new_lm(self.config, filled=False, dtype=dtype).named_buffers())
+            for name, buffer in after.items():
+                home, _, attribute = name.rpartition(".")
+                setattr(self.get_submodule(home), attribute, made[name].to(buffer.device))
         return self
 
+    def _beside_weights(self) -> dict[str, Tensor]:
+        """Floating buffers that no checkpoint holds, by name."""
+        stored = self.state_dict()
+        return {
+            name: buffer
+            for name, buffer in self.named_buffers()
+            if buffer.is_floating_point() and name not in stored
+        }
 
-def new_lm(config: TokenLMConfig) -> Any:
-    """The Transformers model of a config, with fresh weights in float32.
+
+def new_lm(
+    config: TokenLMConfig, *, filled: bool = True, dtype: torch.dtype = torch.float32
+) -> Any:
+    """The Transformers model of a config, with fresh weights or (much faster) with none.
 
     Raises UserError for a model that is no plain causal LM with an attention cache.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     theirs = config.of_transformers
     name = theirs.model_type
@@ -299,7 +313,8 @@ def new_lm(config: TokenLMConfig) -> Any:
         )
     unknown = set(getattr(theirs, "layer_types", None) or ()) - ATTENTION
     try:
-        lm: Any = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32)
+        with contextlib.nullcontext() if filled else no_init_weights():
+            lm: Any = AutoModelForCausalLM.from_config(theirs, dtype=dtype)
     except REFUSALS as problem:
         raise UserError(f"config.json of a {name} model: {problem}") from None
     if unknown or getattr(lm, "_is_stateful", False):
@@ -308,6 +323,7 @@ def new_lm(config: TokenLMConfig) -> Any:
             f"a {name} model has {what}, which cannot be rolled back after a rejected token; a "
             "token_lm draft needs full or sliding attention"
         )
+    lm.tie_weights()
     lm.eval()
     return lm
 
@@ -359,42 +375,42 @@ def shaped(config: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def widen_by_hand(lm: Any, width: int) -> None:
+def use_gated_ffns(lm: Any, width: int) -> None:
     """Replace gated FFNs by `GatedFFN` with the same tensors, in place, where that computes the same.
 
     All or none: an expert goes to every layer, and config.json has one width.
     """
-    gated = {
-        name: made
-        for name, module in lm.named_modules()
-        if name.endswith(".mlp") and (made := _gated(module, width)) is not None
-    }
-    if len(gated) != lm.config.num_hidden_layers:
+    ffns = {name: module for name, module in lm.named_modules() if name.endswith(".mlp")}
+    gated = {name: made for name, module in ffns.items() if (made := _gated(module, width))}
+    if len(gated) != lm.config.num_hidden_layers or len({type(m) for m in ffns.values()}) != 1:
         return
+    name, made = next(iter(gated.items()))
+    x = torch.randn(1, made.gate_proj.in_features, generator=seeded(0, "gated"))
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=seeded(0, "gated", "weights")))
+        if not torch.allclose(made(x), ffns[name](x), rtol=1e-4, atol=1e-4):
+            return
     for name, made in gated.items():
         parent, _, attribute = name.rpartition(".")
         setattr(lm.get_submodule(parent), attribute, made)
 
 
 def _gated(module: nn.Module, width: int) -> GatedFFN | None:
-    """The same FFN as a `GatedFFN`, if it is one: tried on one input."""
+    """A `GatedFFN` of an FFN's own parts, if it has just those."""
     from transformers.activations import ACT2FN
 
     parts = [getattr(module, name, None) for name in FFN]
-    if not all(isinstance(p, nn.Linear) and p.bias is None for p in parts):
-        return None
+    linears: list[Any] = [p for p in parts if isinstance(p, nn.Linear) and p.bias is None]
     act = getattr(module, "act_fn", None)
     names = [name for name in ACTIVATIONS if type(ACT2FN[name]) is type(act)]
-    if not names or parts[0].out_features != width or len(list(module.parameters())) != len(FFN):  # type: ignore[union-attr]
+    if len(linears) != len(list(module.parameters())) or len(linears) != len(FFN) or not names:
+        return None
+    if linears[0].out_features != width:
         return None
     made = GatedFFN(1, 1, names[0])
-    made.gate_proj, made.up_proj, made.down_proj = parts  # type: ignore[assignment]
-    weight = made.gate_proj.weight
-    if weight.is_meta:
-        return None
-    x = torch.randn(1, weight.shape[1], generator=seeded(0, "gated")).to(weight)
-    with torch.no_grad():
-        return made if torch.allclose(made(x), module(x), rtol=1e-4, atol=1e-6) else None
+    made.gate_proj, made.up_proj, made.down_proj = linears
+    return made
 
 
 def _head_name(lm: Any) -> str:
@@ -419,10 +435,15 @@ def _name_of(lm: Any, module: nn.Module) -> str:
 def _check_head(draft: TokenLMDraft, lm: Any) -> None:
     """Refuse an LM whose logits are another function of its states than `TokenLMDraft.logits`.
 
-    Tried on states large enough that a scale or a cap shows.
+    Tried on weights and states large enough that a scale or a cap shows.
     """
-    states = torch.randn(1, 3, draft.hidden_size, generator=seeded(0, "head"))
-    states = states * 20 / draft.logits(states).std().clamp(min=1e-3)
+    head = lm.get_output_embeddings()
+    rows, H = head.weight.shape
+    row = torch.randn(H, generator=seeded(0, "head", "row"))
+    torch.mul(torch.linspace(-1, 1, rows)[:, None], row, out=head.weight)
+    if head.bias is not None:
+        head.bias.zero_()
+    states = 4 * torch.randn(1, 3, H, generator=seeded(0, "head", "states"))
 
     def replaced(module: nn.Module, inputs: Any, output: Any) -> Any:
         output.last_hidden_state = states

@@ -67,6 +67,13 @@ def attach(
         ffn.private = private
 
 
+def detach(draft: Draft) -> None:
+    """Leave a draft its shared neurons alone, as the first stage of the paper's recipe does."""
+    for module in draft.modules():
+        if isinstance(module, GatedFFN):
+            module.private = None
+
+
 def measure_activity(ffns: dict[str, GatedFFN], calibrate: Callable[[], None]) -> dict[str, Tensor]:
     """Mean size of each shared neuron's contribution, |act(gate) * up| * |down column|: [width]."""
     totals = {name: torch.zeros(ffn.width) for name, ffn in ffns.items()}

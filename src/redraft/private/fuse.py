@@ -8,7 +8,8 @@ draft hash-equal the published ones and `unfuse` gives the private part back bit
 A low-rank pair is added, W + B A, summed in float32 and rounded once to the stored dtype.
 
 Everything here is a function of tensors by name; a name with `.private.` belongs to an expert, one
-with `.lora_` to a pair, any other private tensor replaces the shared one of its name.
+with `.lora_` to a pair, a private vocabulary exchanges rows of the head (see `vocabulary.py`), any
+other private tensor replaces the shared one of its name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..methods import EXPERT, LORA
+from . import vocabulary
 
 CONCATENATED = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
 """Dimension along which an FFN's stored tensor grows with its neurons."""
@@ -52,6 +54,8 @@ def home_of(name: str) -> str:
     """The shared tensor that a private one goes with."""
     if LORA in name:
         return f"{name.split(LORA)[0]}.weight"
+    if name in vocabulary.NAMES:
+        return vocabulary.HEAD
     return name.replace(EXPERT, ".")
 
 

@@ -17,7 +17,7 @@ from ..drafts.base import Draft
 from ..drafts.layers import GatedFFN
 from ..errors import UserError
 from ..methods import EXPERT, LORA, PARTS, Method
-from . import expert, lora
+from . import expert, lora, vocabulary
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,23 @@ def check_carries(draft: Draft, method: Method) -> None:
 
 def declare(draft: Draft, method: Method) -> list[tuple[str, nn.Parameter]]:
     """Freeze the shared tensors; return those that require a gradient, by stored name."""
+    draft.requires_grad_(False)
+    mine = owned(draft, method)
+    for _, parameter in mine:
+        parameter.requires_grad_(True)
+    return mine
+
+
+def owned(draft: Draft, method: Method) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that a method trains, by stored name."""
     trainable = set(draft.trainable_names())
-    owned = []
+    found = []
     for name, parameter in draft.named_parameters():
         stored = lora.stored_name(name)
         added = EXPERT in stored or LORA in stored
-        mine = method.owns(stored) and (added or name in trainable)
-        parameter.requires_grad_(mine)
-        if mine:
-            owned.append((stored, parameter))
-    return owned
+        if method.owns(stored) and (added or name in trainable):
+            found.append((stored, parameter))
+    return found
 
 
 def take(
@@ -107,13 +114,15 @@ def take(
     """
     taken = {
         name: parameter.detach().to(device="cpu", dtype=dtype, copy=True)
-        for name, parameter in declare(draft, method)
+        for name, parameter in owned(draft, method)
     }
     return {**kept, **taken}
 
 
 def put(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
     """Write private tensors into a draft, attaching what holds them first."""
+    if vocabulary.NEW_ROWS in tensors:
+        vocabulary.attach(draft, tensors)
     widths = {
         n.split(EXPERT)[0]: t for n, t in tensors.items() if n.endswith("private.gate_proj.weight")
     }
@@ -129,7 +138,8 @@ def put(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
     parameters = {lora.stored_name(name): p for name, p in draft.named_parameters()}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            if name not in vocabulary.NAMES:
+                parameters[name].copy_(tensor)
 
 
 def fused_parameters(draft: Draft) -> int:

@@ -44,6 +44,11 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
         f"{' (stopped early)' if t.stopped_early else ''}, {t.seconds:.0f} s, {t.precision}, peak "
         f"{t.peak_mb:,.0f} MB (predicted {t.predicted_peak_mb:,.0f})"
     )
+    if t.miss_rate is not None:
+        was, now = t.miss_rate
+        out.print(
+            f"draft vocabulary: {was:.1%} of the answers' tokens were outside it, {now:.1%} are now"
+        )
     cost = report.cost
     seconds = sum(cost["seconds"].values())
     out.print(

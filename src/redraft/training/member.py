@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,8 @@ from ..config import TrainConfig
 from ..drafts.base import Draft
 from ..errors import UserError
 from ..methods import Method
-from ..private.part import put, take
+from ..private.part import take
+from ..private.vocabulary import HEAD, Retargeted, extract
 from .checkpoint import TrainState
 from .lesson import Lesson, rollout_loss
 from .optimize import peak_rate, schedule
@@ -31,7 +32,8 @@ RISE = 0.001
 
 @dataclass
 class Member:
-    """`kept` are tensors of the private part that were fitted before training and stay."""
+    """`kept` are tensors of the private part that were fitted before training and stay;
+    `first_vocab` is what the draft could say before it was retargeted."""
 
     draft: Draft
     method: Method
@@ -40,9 +42,10 @@ class Member:
     optimizer: torch.optim.Optimizer | None
     kept: dict[str, Tensor]
     planned: int
+    first_vocab: Tensor | None = None
+    retargeted: Retargeted | None = None
     state: TrainState = field(init=False)
-    flops: float = 0.0  # counted, of all steps in this process
-    per_token: float = 0.0
+    per_token: float = 0.0  # operations
 
     def __post_init__(self) -> None:
         self.state = TrainState(0, 0, [], 0, self.take(), math.nan, 0.0)
@@ -52,7 +55,18 @@ class Member:
         return [parameter for _, parameter in self.trainable]
 
     def take(self) -> dict[str, Tensor]:
-        return take(self.draft, self.method, kept=self.kept)
+        taken = take(self.draft, self.method, kept=self.kept)
+        if self.first_vocab is not None:
+            taken |= extract(self.draft, self.first_vocab)
+        return taken
+
+    def trained_parameters(self) -> int:
+        """Numbers that training moves; of a head whose new rows alone are trained, those."""
+        count = sum(parameter.numel() for parameter in self.parameters)
+        if self.retargeted is not None and not self.method.owns(HEAD):
+            head = self.draft.get_parameter(HEAD)
+            count -= (len(head) - len(self.retargeted.added)) * head.shape[1]
+        return count
 
     def done(self) -> bool:
         return self.state.step >= self.planned or self.stalled()
@@ -64,6 +78,14 @@ class Member:
             return False
         return max(taus[-patience:]) < max(taus[:-patience]) + RISE
 
+    def count(self, lesson: Lesson) -> None:
+        """Count a step's operations. Apart from training, which computes otherwise while counted."""
+        with FlopCounterMode(display=False) as counter:
+            rollout_loss(lesson, self.draft, self.config)[0].backward()  # type: ignore[no-untyped-call]
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.per_token = counter.get_total_flops() / lesson.batch.tokens_BT.numel()
+
     def learn(self, lesson: Lesson, precision: str) -> None:
         """One optimizer step; the state moves on by one."""
         if self.optimizer is None:
@@ -73,22 +95,16 @@ class Member:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         self.optimizer.zero_grad()
-        tokens = lesson.batch.tokens_BT.numel()
-        counter = contextlib.nullcontext() if self.per_token else FlopCounterMode(display=False)
-        with counter:
-            with autocast(lesson.batch.tokens_BT.device, precision):
-                loss, count = rollout_loss(lesson, self.draft, c, state.step)
-            state.last_loss = loss.item()
-            if not math.isfinite(state.last_loss):
-                raise UserError(
-                    f"the loss became {state.last_loss} at step {state.step} (learning rate "
-                    f"{peak_rate(c, self.draft):g}); lower --lr or use --precision fp32. Everything "
-                    "finished before this step is kept"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
-        if isinstance(counter, FlopCounterMode):
-            self.per_token = counter.get_total_flops() / tokens
-        self.flops += self.per_token * tokens
+        with autocast(lesson.batch.tokens_BT.device, precision):
+            loss, count = rollout_loss(lesson, self.draft, c, state.step)
+        state.last_loss = loss.item()
+        if not math.isfinite(state.last_loss):
+            raise UserError(
+                f"the loss became {state.last_loss} at step {state.step} (learning rate "
+                f"{peak_rate(c, self.draft):g}); lower --lr or use --precision fp32. Everything "
+                "finished before this step is kept"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, c.clip)
         self.optimizer.step()
         state.step += 1
@@ -96,27 +112,26 @@ class Member:
         self._average()
         state.seconds += time.monotonic() - began
 
-    def note_tau(self, tau: float, averaged: float | None = None) -> None:
-        """Record an evaluation, and keep the best tensors so far."""
-        best = self.state.best_tau()
-        if averaged is not None and averaged > max(tau, best):
-            self.state.best, self.state.best_step = (
-                {**self.kept, **self.state.average},
-                self.state.step,
-            )
-        elif tau > best:
+    def note_tau(self, tau: float) -> None:
+        """Record an evaluation of the present tensors, and keep them if they are the best so far."""
+        if tau > self.state.best_tau():
             self.state.best, self.state.best_step = self.take(), self.state.step
-        self.state.heldout_tau.append((self.state.step, max(tau, averaged or tau)))
+        self.state.heldout_tau.append((self.state.step, tau))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The running average of the weights in place of the present ones."""
-        now = take(self.draft, self.method)
-        put(self.draft, self.state.average)
+        now = {name: parameter.detach().clone() for name, parameter in self.trainable}
+        self._write(self.state.average)
         try:
             yield
         finally:
-            put(self.draft, now)
+            self._write(now)
+
+    @torch.no_grad()
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trainable:
+            parameter.copy_(tensors[name])
 
     def _average(self) -> None:
         if not self.config.average:

@@ -27,9 +27,11 @@ def make_optimizer(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable:
         zero_started = name.endswith(("private.down_proj.weight", "lora_B.weight"))
-        decay = config.weight_decay if parameter.dim() > 1 and not zero_started else 0.0
-        part = next(p for p in method.parts if Method("", (p,)).owns(name))
-        groups.setdefault((peak * shares.get(part, 1.0), decay), []).append(parameter)
+        # What no part owns are new rows of a retargeted head, whose other rows must not move.
+        part = next((p for p in method.parts if Method("", (p,)).owns(name)), None)
+        decays = parameter.dim() > 1 and not zero_started and part is not None
+        decay = config.weight_decay if decays else 0.0
+        groups.setdefault((peak * shares.get(part or "", 1.0), decay), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": ps, "weight_decay": d, "peak": rate} for (rate, d), ps in groups.items()],
         lr=peak,

@@ -34,7 +34,8 @@ from ..formats.folders import state_hash
 from ..measuring.acceptance import pooled_tau
 from ..measuring.replay import check_overrun, replay_each
 from ..methods import read_method
-from ..private.part import fused_parameters, prepare, put
+from ..private.part import declare, fused_parameters, prepare, put
+from ..private.vocabulary import HEAD, retarget, row_mask
 from ..records import Answer, TrainRecord
 from ..target import Target
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -185,7 +186,6 @@ class _Stream:
     ):
         self.target, self.taps, self.answers, self.plan = target, taps, answers, plan
         self.seconds = 0.0
-        self.flops = 0.0
         self.per_token = 0.0
         self.began = time.monotonic()
 
@@ -199,7 +199,6 @@ class _Stream:
             with FlopCounterMode(display=False) as counter:
                 lesson = read_lesson(self.target, batch, self.taps)
             self.per_token = counter.get_total_flops() / batch.tokens_BT.numel()
-        self.flops += self.per_token * batch.tokens_BT.numel()
         self.seconds += time.monotonic() - began
         return lesson
 
@@ -230,7 +229,13 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
             for _ in draft.rollout(batch.tokens_BT, lesson.features_BTF, batch.first, steps):
                 pass
 
+    first = draft.draft_vocab
     width = read_width(config.width) or 1
+    if method.expert and config.width == "auto":
+        raise UserError(
+            "--width auto compares several experts beside one draft; name a width here, for "
+            "example --width 64"
+        )
     trainable = prepare(
         draft,
         method,
@@ -240,13 +245,38 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
         seed=config.seed,
         calibrate=calibrate,
     )
+    retargeted = None
+    if config.vocab == "retarget":
+        retargeted = retarget(draft, stream.target, stream.answers)
+        say(
+            f"vocabulary: {len(retargeted.added)} of {len(first)} tokens exchanged; the answers' share "  # type: ignore[arg-type]
+            f"outside it {retargeted.missed_before:.1%} -> {retargeted.missed_after:.1%}"
+        )
+        if retargeted.changed and not method.owns(HEAD):
+            head = draft.get_parameter(HEAD)
+            head.requires_grad_(True)
+            trainable.append((HEAD, head))
+            row_mask(draft, retargeted.added)
+        elif retargeted.changed:  # the head is another tensor now
+            trainable = declare(draft, method)
     kept = fit_starts(stream.target, base, draft, method, config, stream.answers, stream.plan)
     for name, _ in trainable:
         kept.pop(name, None)
     optimizer = make_optimizer(trainable, method, config, draft) if trainable else None
-    return Member(
-        draft, method, config, trainable, optimizer, kept, len(stream.plan) if trainable else 0
+    member = Member(
+        draft,
+        method,
+        config,
+        trainable,
+        optimizer,
+        kept,
+        len(stream.plan) if trainable else 0,
+        first if retargeted is not None else None,
+        retargeted,
     )
+    if trainable:
+        member.count(lessons[0])
+    return member
 
 
 def _finished(
@@ -262,7 +292,7 @@ def _finished(
     seconds = state.seconds + stream.seconds * (state.step / max(len(stream.plan), 1))
     record = TrainRecord(
         method=member.config.method,
-        trained_parameters=sum(p.numel() for p in member.parameters),
+        trained_parameters=member.trained_parameters(),
         draft_parameters=fused_parameters(draft),
         steps=state.step,
         planned_steps=member.planned,
@@ -278,6 +308,9 @@ def _finished(
         peak_mb=peak_memory(stream.target.device),
         stopped_early=state.step < member.planned,
         gang=gang,
+        miss_rate=(member.retargeted.missed_before, member.retargeted.missed_after)
+        if member.retargeted
+        else None,
         target_flops=stream.per_token * read,
         draft_flops=member.per_token * read,
     )
@@ -288,8 +321,7 @@ def _announce(
     members: Sequence[Member], plan: list[list[int]], precision: str, predicted: float
 ) -> None:
     for member in members:
-        count = sum(p.numel() for p in member.parameters)
-        say(f"training {count:,} parameters ({member.config.method})")
+        say(f"training {member.trained_parameters():,} parameters ({member.config.method})")
         if member.state.step:
             say(f"continuing at step {member.state.step} of {len(plan)}")
     say(f"{len(plan)} steps, {precision}, about {predicted:,.0f} MB at the peak")
@@ -318,17 +350,20 @@ def _precision(stream: _Stream, members: Sequence[Member]) -> str:
 
 
 def _evaluate(target: Target, members: Sequence[Member], heldout: Sequence[Answer], k: int) -> None:
+    """Held-out tau of each member; of its averaged weights too, of which the better counts."""
+
     def taus(some: Sequence[Member]) -> list[float]:
         found = replay_each(target, [m.draft for m in some], heldout, k)
         return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
 
-    now = taus(members)
-    for member, tau in zip(members, now, strict=True):
-        averaged = None
+    for member, tau in zip(members, taus(members), strict=True):
         if member.state.average:
             with member.averaged():
                 (averaged,) = taus([member])
-        member.note_tau(tau, averaged)
+                if averaged > tau:
+                    member.note_tau(averaged)
+                    continue
+        member.note_tau(tau)
 
 
 def _note(members: Sequence[Member]) -> str:

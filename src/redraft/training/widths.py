@@ -23,7 +23,7 @@ def candidate_widths(shared: int) -> list[int]:
 
 
 def resolve_width(width: int | float, shared: int) -> int:
-    """A share (below 1) of the `shared` neurons as a number; a number as it is."""
+    """A share (a float) of the `shared` neurons as a number; a number as it is."""
     return width if isinstance(width, int) else max(1, round(width * shared))
 
 
