@@ -17,9 +17,14 @@ NAMES = {
     "transformers": "Transformers",
 }
 BY_SCHEMA = {
+    "vllm": "checked by schema against vLLM 0.32's loader; the engine was not run",
     "sglang": "checked by schema against the loaders of SGLang 0.5.23; the engine was not run",
     "llama.cpp": "checked by schema against its converter; the engine was not run",
     "transformers": "no EAGLE drafts of its own; `redraft.generate` runs them inside `generate`",
+}
+LANGUAGE_MODELS = {
+    **BY_SCHEMA,
+    "transformers": "ran here in the tests, as `assistant_model` and inside `redraft.generate`",
 }
 
 
@@ -36,9 +41,9 @@ def engines_page() -> str:
             "|---|---|---|---|",
             *_rows(cells),
             "",
-            "The method that made a private part does not matter to an engine: `expert`, `expert+fc`, "
-            "`full` and `scratch` all end as the plain tensors of their kind, `expert` with a wider "
-            "FFN. Rows above were run with `expert+fc` (adapted) and `scratch` (dedicated).\n",
+            "The method that made a private part does not matter to an engine: all end as the plain "
+            "tensors of their kind, `expert` with a wider FFN. Rows above were run with "
+            "`expert+fc+norms` (adapted) and `scratch` (dedicated).\n",
             "## Run in vLLM\n",
             "Greedy, on two CPU cores. *Same words*: outputs equal to those without the draft, token "
             "for token (near-ties of the target's two best logits are excused and counted). *Engine* "
@@ -70,7 +75,7 @@ def _rows(cells: list[dict[str, Any]]) -> list[str]:
                 if kind == "eagle3" and not any("speculators" in c["name"] for c in ran):
                     how += "; `speculators` checked by schema"
             elif formats or engine == "transformers":
-                how = BY_SCHEMA[engine]
+                how = (LANGUAGE_MODELS if kind == "token_lm" else BY_SCHEMA)[engine]
             else:
                 how = "not supported: it has no EAGLE-1/2 drafts"
             shown = ", ".join(f"`{name}`" for name in formats) or "-"

@@ -51,7 +51,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert "run.yaml: train.method names the private part 'magic'; known: attention" in text
     assert "train.epochs expected float, got 'many'" in text
     assert "measure.k must be between 1 and 16; got 99" in text
-    assert "train.width must be a number of neurons (64), a share (0.25, 1.0) or auto" in text
+    assert "train.width must be a number of neurons (64), a share of the shared ones (0.25" in text
     assert "train.rank expected a whole number, got 2.5" in text
     assert "train.lr_parts takes part=multiple pairs ('expert=2,fc=0.5') of relay" in text
     assert "got 'fc=fast'" in text
@@ -74,7 +74,7 @@ def test_a_width_is_a_number_a_share_or_auto(text: str, width: float | None) -> 
     "text", ["abc", "0", "0.0", "-3", "-0.25", "", ".", "nan", "inf", "Auto", "1/4"]
 )
 def test_other_widths_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=rf"a share \(0.25, 1.0\) or auto; got '{text}'"):
+    with pytest.raises(ValueError, match=rf"a share .* or auto; got '{text}'"):
         read_width(text)
     with pytest.raises(UserError, match="f: train.width must be a number of neurons"):
         resolve([("f", {"train.width": text})])

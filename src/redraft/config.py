@@ -23,6 +23,9 @@ def _opt(default: Any, help: str, **checks: Any) -> Any:
     return field(default=default, metadata={"help": help, **checks})
 
 
+LARGEST_SHARE = 8.0
+
+
 def read_width(text: str) -> int | float | None:
     """`width` as a number of neurons (64), a share of the shared ones (0.25), or None for 'auto'.
 
@@ -34,9 +37,11 @@ def read_width(text: str) -> int | float | None:
         width = float(text) if "." in text else int(text)
     except ValueError:
         width = 0
-    if 0 < width < float("inf"):
+    if 0 < width <= (LARGEST_SHARE if isinstance(width, float) else 1 << 30):
         return width
-    raise ValueError(f"must be a number of neurons (64), a share (0.25, 1.0) or auto; got '{text}'")
+    raise ValueError(
+        f"must be a number of neurons (64), a share of the shared ones (0.25, 1.0, at most 8.0) or auto; got '{text}'"
+    )
 
 
 def read_shares(text: str) -> dict[str, float]:

@@ -59,7 +59,7 @@ def export(
     ] = None,
     format: Annotated[
         str,
-        typer.Option("--format", help="auto, eagle3, speculators, vllm-eagle or sglang-eagle"),
+        typer.Option("--format", help="auto, eagle3, speculators, vllm-eagle, sglang-eagle or hf"),
     ] = "auto",
     tp: Annotated[
         str, typer.Option("--tp", help="tensor-parallel sizes to pad the FFN for, e.g. 1,2,4,8")

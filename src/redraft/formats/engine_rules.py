@@ -2,8 +2,8 @@
 
 Verification hides every mistake here: the text stays right and only acceptance falls. The rules
 are facts about the engines' loaders (vLLM 0.32 run here; SGLang 0.5.23 and llama.cpp's converter
-read, not run). They look at config.json and tensors as stored, so a broken folder can be judged
-that redraft's own readers refuse.
+read, not run; those of token LMs all read). They look at config.json and tensors as stored, so a
+broken folder can be judged that redraft's own readers refuse.
 """
 
 from __future__ import annotations

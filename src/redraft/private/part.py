@@ -17,7 +17,7 @@ from ..drafts.base import Draft
 from ..drafts.layers import GatedFFN
 from ..errors import UserError
 from ..methods import EXPERT, LORA, PARTS, Method
-from . import expert, lora, vocabulary
+from . import expert, lora, relay, vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def check_carries(draft: Draft, method: Method) -> None:
     """Raise UserError, listing what is possible, for parts that this kind of draft does not have."""
     if method.expert:
         expert.widenable(draft)
+    if "relay" in method.starts:
+        relay.mapped_layer(draft)
     names = draft.trainable_names()
     missing = [
         part

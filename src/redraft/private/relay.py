@@ -8,13 +8,30 @@ The penalty pulls towards the identity, so that without evidence the draft stays
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..drafts.base import Draft
+from ..errors import UserError
 
 PENALTY = 1e-2
 """Times the mean square of a feature, per position."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How far to follow the map; the share with the smallest loss is taken, 0 being the reused draft."""
+
+
+def mapped_layer(draft: Draft) -> nn.Linear:
+    """The layer that only features enter. Raises UserError for a draft that has none."""
+    fc: Any = getattr(draft, "fc", None)
+    fc = getattr(fc, "base_layer", fc)  # beneath a low-rank pair
+    if isinstance(fc, nn.Linear) and fc.in_features == draft.feature_size:
+        return fc
+    raise UserError(
+        f"relay maps features where only features enter fc, which this {draft.kind} draft does not "
+        "have; train it instead (expert, lora, full)"
+    )
 
 
 class FeatureMap:

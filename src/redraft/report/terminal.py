@@ -81,7 +81,7 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
         for finding in found.engines:
             if finding.engine == engine:
                 out.print(f"              {finding.level}: {finding.says}", markup=False)
-    out.print("  vLLM's loader was run; SGLang's and llama.cpp's were read, the engines not run")
+    out.print("  EAGLE: vLLM's loader was run; all others were read, the engines not run")
 
 
 def print_verification(found: Verification, out: Console | None = None) -> None:

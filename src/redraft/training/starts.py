@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..methods import Method
 from ..private.part import put
 from ..private.refresh import renewed
-from ..private.relay import SHARES, FeatureMap, folded
+from ..private.relay import SHARES, FeatureMap, folded, mapped_layer
 from ..records import Answer
 from ..target import Target
 from .lesson import read_lesson, rollout_loss
@@ -68,13 +68,7 @@ def _relay(
     answers: Sequence[Answer],
     plan: list[list[int]],
 ) -> dict[str, Tensor]:
-    fc: Any = getattr(draft, "fc", None)
-    fc = getattr(fc, "base_layer", fc)  # beneath a low-rank pair
-    if not isinstance(fc, nn.Linear) or fc.in_features != draft.feature_size:
-        raise UserError(
-            f"relay maps features where only features enter fc, which a {draft.kind} draft does not "
-            "have; train it instead (expert, lora, full)"
-        )
+    fc = mapped_layer(draft)
     batches = [
         collate([answers[i] for i in indices], target.device) for indices in plan[:FITTED_ON]
     ]

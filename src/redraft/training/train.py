@@ -107,7 +107,8 @@ def train_gang(
     for config in configs:
         method = read_method(config.method)
         altered = method.starts or config.vocab != "keep"
-        own = [n for n, _ in draft.named_parameters() if altered or method.trains_in_place(n)]
+        own = [n for n in draft.trainable_names() if altered or method.trains_in_place(n)]
+        own += ["embed_tokens.weight"] if method.starts else []
         drafts.append(draft.copy_sharing(own))
     return _train(target, drafts, answers, heldout, configs, k, base, checkpoints)
 
@@ -367,7 +368,8 @@ def _evaluate(target: Target, members: Sequence[Member], heldout: Sequence[Answe
 
 
 def _note(members: Sequence[Member]) -> str:
-    best = max(members, key=lambda m: m.state.heldout_tau[-1][1] if m.state.heldout_tau else 0.0)
+    training = [member for member in members if member.planned]
+    best = max(training, key=lambda m: m.state.heldout_tau[-1][1] if m.state.heldout_tau else 0.0)
     state = best.state
     note = f"loss {state.last_loss:.3f}"
     if not state.heldout_tau:
