@@ -181,6 +181,8 @@ def draw_figures() -> None:
 
     cells = Cells()
     sizes = cells.sizes()
+    if not sizes:
+        return
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(6 * len(sizes), 4.4), squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         _frontier(axis, cells, size)

@@ -175,7 +175,7 @@ class ExportConfig:
     format: str = _opt(
         "auto",
         "layout of the exported draft; 'auto' is the kind's own layout for vLLM",
-        choices=("auto", "eagle3", "speculators", "vllm-eagle", "sglang-eagle"),
+        choices=("auto", "eagle3", "speculators", "vllm-eagle", "sglang-eagle", "hf"),
     )
 
 

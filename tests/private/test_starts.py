@@ -288,7 +288,9 @@ def test_relay_is_refused_where_fc_takes_more_than_features(
 ) -> None:
     draft = fresh_draft(target, kind=kind)
     before = {name: tensor_hash(t) for name, t in draft.state_dict().items()}
-    with pytest.raises(UserError, match=f"only features enter fc, which this {kind} draft does not"):
+    with pytest.raises(
+        UserError, match=f"only features enter fc, which this {kind} draft does not"
+    ):
         relayed(target, target, draft, answers)
     assert {name: tensor_hash(t) for name, t in draft.state_dict().items()} == before
 

@@ -18,7 +18,9 @@ app = typer.Typer(no_args_is_help=True, help="Build model families and run bench
 @app.command("family")
 def bench_family(
     out: Annotated[str, typer.Option("--out", help="folder of the family; run again to resume")],
-    size: Annotated[str, typer.Option("--size", help="pico, nano, micro or small (the last two on real data)")] = "nano",
+    size: Annotated[
+        str, typer.Option("--size", help="pico, nano, micro or small (the last two on real data)")
+    ] = "nano",
     data: Annotated[
         str | None, typer.Option("--data", help="folder of real data (default: $REDRAFT_DATA)")
     ] = None,
