@@ -223,3 +223,46 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
         command["config"] = TrainConfig(**{**vars(CONFIG), **changes})
         with pytest.raises(UserError, match=message):
             train_command(target, draft=None, out=tmp_path / "no", **command)
+
+
+@pytest.mark.parametrize("method", ["expert", "full", "expert+head"])
+def test_a_retargeted_vocabulary_goes_all_the_way(
+    target: Target, answers: list[Answer], tmp_path: Path, method: str
+) -> None:
+    """Trained, resumed by its card, fused, exported, read back: new tokens with their own rows."""
+    draft = fresh_draft(target, vocab=60)
+    said = {token for answer in answers for token in answer.answer[1:]}
+    missing = torch.tensor(sorted(set(range(target.vocab_size)) - said)[:60])
+    draft.draft_vocab = missing  # a vocabulary made for other text
+    stored(draft, target).save(tmp_path / "shared")
+    shared = read_draft(str(tmp_path / "shared"))
+    config = TrainConfig(**{**vars(CONFIG), "method": method, "vocab": "retarget", "epochs": 4})
+    part = train_private(target, shared, answers, answers[:4], config, 3)
+    before, after = part.card["train"]["miss_rate"]
+    assert before == 1.0
+    assert after < 0.3
+    save_private(tmp_path / "private", part)
+    fused = fuse_draft(shared, load_private(tmp_path / "private"), target)
+    fused.save(tmp_path / "fused")
+    assert check_export(fused, tmp_path / "fused") < 1e-5
+    back = load_draft(str(tmp_path / "fused"), target, torch.float32)
+    beside = shared.build(target, torch.float32)
+    put(beside, part.tensors)
+    assert back.draft_vocab is not None
+    assert torch.equal(back.draft_vocab, beside.draft_vocab)
+    new = set(back.draft_vocab.tolist()) - set(missing.tolist())
+    assert new <= said
+    for one, other in zip(
+        (outputs(target, back), back.draft_vocab),
+        (outputs(target, beside), beside.draft_vocab),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, atol=1e-5)
+    taus = [pooled_tau(replay(target, d, answers, 3)) for d in (back, shared.build(target))]
+    assert taus[1] == 1.0, "what a draft cannot say is never accepted"
+    assert taus[0] > 1.02
+    if method == "expert":  # kept rows are shared, bit for bit
+        kept = [i for i, t in enumerate(back.draft_vocab.tolist()) if t not in new]
+        old = [missing.tolist().index(t) for t in back.draft_vocab.tolist() if t not in new]
+        rows = fused.tensors["lm_head.weight"][kept]
+        assert tensor_hash(rows) == tensor_hash(shared.tensors["lm_head.weight"][old])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from redraft.config import TrainConfig
-from redraft.drafts.eagle3 import vocabulary_map
+from redraft.drafts.base import vocabulary_map
 from redraft.drafts.new import new_draft
 from redraft.errors import UserError
 from redraft.formats.load import StoredDraft, read_draft, stored

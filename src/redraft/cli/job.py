@@ -51,6 +51,13 @@ def adapt(
     prompts: PromptsFlag,
     out: Annotated[str, typer.Option("--out", help="run folder; run again to resume")],
     method: Annotated[str | None, typer.Option("--method", help="private part")] = None,
+    width: Annotated[
+        str | None, typer.Option("--width", help="private neurons: 64, 0.25 of the shared, or auto")
+    ] = None,
+    vocab: Annotated[
+        str | None,
+        typer.Option("--vocab", help="retarget: choose a reduced draft vocabulary anew"),
+    ] = None,
     select: Annotated[str | None, typer.Option("--select", help="selection score")] = None,
     budget: Annotated[
         str | None, typer.Option("--budget", help="samples kept: 500, 0.5 or 20000t")
@@ -83,7 +90,13 @@ def adapt(
     --out run --method expert+fc --budget 2000
     """
     set_quiet(quiet)
-    flags = {"train.method": method, "select.select": select, "select.budget": budget}
+    flags = {
+        "train.method": method,
+        "train.width": width,
+        "train.vocab": vocab,
+        "select.select": select,
+        "select.budget": budget,
+    }
     resolved = _resolve(config, assignments, {k: v for k, v in flags.items() if v is not None})
     elsewhere = _pairs(off_domain or [], "--off-domain")
     from .. import flow

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..target import Target
@@ -133,3 +134,11 @@ class Draft(nn.Module, ABC):
 def select_columns(logits_V: Tensor, draft_vocab: Tensor | None) -> Tensor:
     """The target's logits over the draft vocabulary: [..., V] -> [..., D]."""
     return logits_V if draft_vocab is None else logits_V.index_select(-1, draft_vocab)
+
+
+def vocabulary_map(draft_vocab: Tensor, vocab_size: int) -> dict[str, Any]:
+    """d2t as offsets (target id = row + d2t[row]) and t2d as a mask, as checkpoints store them."""
+    rows = torch.arange(len(draft_vocab), device=draft_vocab.device)
+    spoken = torch.zeros(vocab_size, dtype=torch.bool)
+    spoken[draft_vocab.cpu()] = True
+    return {"d2t": draft_vocab - rows, "t2d": spoken}

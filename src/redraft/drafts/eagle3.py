@@ -20,13 +20,14 @@ Tensor names are those of the published checkpoints.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..target import Target, check_taps, default_taps
+from .base import vocabulary_map
 from .layers import GatedFFN, RMSNorm
 from .one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
 
@@ -155,11 +156,3 @@ class Eagle3Draft(OneLayerDraft):
         if self.draft_vocab is not None:
             state.update(vocabulary_map(self.draft_vocab, self.vocab_size))
         return state
-
-
-def vocabulary_map(draft_vocab: Tensor, vocab_size: int) -> dict[str, Any]:
-    """d2t as offsets (target id = row + d2t[row]) and t2d as a mask, as checkpoints store them."""
-    rows = torch.arange(len(draft_vocab), device=draft_vocab.device)
-    spoken = torch.zeros(vocab_size, dtype=torch.bool)
-    spoken[draft_vocab.cpu()] = True
-    return {"d2t": draft_vocab - rows, "t2d": spoken}

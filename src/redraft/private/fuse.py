@@ -32,8 +32,12 @@ def fuse(shared: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> dict[st
     Raises ValueError when a private tensor has no shared one to go with.
     """
     fused = dict(shared)
+    if vocabulary.NEW_ROWS in private:
+        fused.update(vocabulary.apply(shared, private))
     # One tensor may be replaced, then added to, then concatenated.
     for name in sorted(private, key=lambda name: (EXPERT in name, LORA in name)):
+        if name in vocabulary.NAMES:
+            continue
         home, tensor = home_of(name), private[name]
         if home not in shared:
             raise ValueError(f"private tensor {name} has no shared tensor {home} to go with")

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..drafts.base import Draft
-from ..drafts.eagle3 import vocabulary_map
+from ..drafts.base import Draft, vocabulary_map
 from ..errors import UserError
 from ..records import Answer
 from ..target import Target
