@@ -101,7 +101,7 @@ class TrainConfig:
         check=read_method,
     )
     width: str = _opt(
-        "64",
+        "1.0",
         "private FFN neurons of `expert`: a number, a share of the shared ones (0.25), or 'auto', the "
         "smallest of five widths within 1 % of the best",
         check=read_width,
@@ -124,7 +124,11 @@ class TrainConfig:
         "SmoothL1 on features + 0.1 KL (eagle drafts)",
         choices=("kl", "tv", "lk", "ce", "paper"),
     )
-    lr: float = _opt(0.0, "peak learning rate; 0 takes 0.4 / hidden size (1e-4 at 4096)", low=0.0)
+    lr: float = _opt(
+        0.0,
+        "peak learning rate; 0 takes 1.6 / hidden size (4e-4 at 4096), a quarter for full and scratch",
+        low=0.0,
+    )
     lr_parts: str = _opt(
         "",
         "learning rates of single parts, as multiples of lr: 'expert=2,fc=0.5'",
