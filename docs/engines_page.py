@@ -76,6 +76,8 @@ def _rows(cells: list[dict[str, Any]]) -> list[str]:
                     how += "; `speculators` checked by schema"
             elif formats or engine == "transformers":
                 how = (LANGUAGE_MODELS if kind == "token_lm" else BY_SCHEMA)[engine]
+            elif kind == "token_lm":
+                how = "as a GGUF made by its own converter; not checked"
             else:
                 how = "not supported: it has no EAGLE-1/2 drafts"
             shown = ", ".join(f"`{name}`" for name in formats) or "-"
