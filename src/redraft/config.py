@@ -134,7 +134,9 @@ class TrainConfig:
         "learning rates of single parts, as multiples of lr: 'expert=2,fc=0.5'",
         check=read_shares,
     )
-    epochs: float = _opt(4.0, "passes over the chosen answers", low=0.01)
+    epochs: float = _opt(
+        4.0, "passes over the chosen answers; 0: only what is fitted in closed form", low=0.0
+    )
     batch_tokens: int = _opt(4096, "tokens in a batch, padding included", low=16)
     rollout: int = _opt(5, "draft steps trained through (positions beyond accept little)", low=1)
     step_decay: float = _opt(0.9, "weight of rollout step j is step_decay ** j", low=0.0, high=1.0)

@@ -38,7 +38,10 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "relay": Part("closed form: a linear map of the target's features onto the base's", start=True),
+    "relay": Part(
+        "closed form: a linear map of features folded into fc, an expert's down projection",
+        start=True,
+    ),
     "refresh": Part(
         "closed form: copies of the base's embedding, norm and head renewed", start=True
     ),

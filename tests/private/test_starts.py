@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from redraft.batches import collate
 from redraft.config import TrainConfig
 from redraft.drafts.base import Draft
 from redraft.errors import UserError
@@ -21,12 +22,12 @@ from redraft.formats.load import load_draft, read_draft
 from redraft.methods import read_method
 from redraft.private import refresh
 from redraft.private.part import prepare, take
-from redraft.private.relay import PENALTY, FeatureMap, folded
+from redraft.private.relay import PENALTY, DownFit, FeatureMap, folded
 from redraft.records import Answer
 from redraft.steps import train_private
 from redraft.target import Reading, Target
 from redraft.training import starts as starts_module
-from redraft.training.lesson import Lesson
+from redraft.training.lesson import Lesson, read_lesson, rollout_loss
 from redraft.training.starts import fit_starts
 from redraft.training.train import Trained, train
 from tests.conftest import fresh_draft
@@ -438,3 +439,67 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
     assert prepare(draft, read_method("head"), width=1, init="active", seed=0)[0][0] == (
         "lm_head.weight"
     )
+
+
+# -- an expert's down projection -------------------------------------------------------------------
+
+
+def down_oracle(a: Any, g: Any, penalty: float) -> Any:
+    """The same step as one linear system over all entries, vec(G D A) = (A x G) vec(D)."""
+    n = len(a)
+    left, right = g.T @ g / n, a.T @ a / n
+    left += penalty * left.diagonal().mean() * np.eye(len(left))
+    right += penalty * right.diagonal().mean() * np.eye(len(right))
+    c = g.T @ a / n
+    flat = np.linalg.solve(np.kron(left, right), -c.reshape(-1))
+    return flat.reshape(c.shape)
+
+
+def test_the_down_projection_solves_the_quadratic_problem() -> None:
+    a, g = torch.randn(200, 7).double(), torch.randn(200, 5).double()
+    fit = DownFit(5, 7)
+    for begin in (0, 13, 120):  # any batching
+        end = {0: 13, 13: 120, 120: 200}[begin]
+        fit.add(a[begin:end], g[begin:end])
+    wanted = torch.from_numpy(down_oracle(a.numpy(), g.numpy(), 0.3))
+    assert torch.allclose(fit.solve(0.3), wanted, atol=1e-12)
+    wrong = {
+        "the other sign": -fit.solve(0.3),
+        "another penalty": fit.solve(0.03),
+        "activations without their curvature": -(g.T @ a) / 200,
+    }
+    for name, step in wrong.items():
+        assert not torch.allclose(step, wanted, atol=1e-4), name
+    with pytest.raises(ValueError, match="no positions"):
+        DownFit(5, 7).solve()
+
+
+def test_the_step_goes_downhill() -> None:
+    """On a quadratic loss whose gradient is exact, a short step lowers it."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(300, 6, generator=generator).double()
+    wanted = torch.randn(300, 4, generator=generator).double()
+    fit = DownFit(4, 6)
+    fit.add(a, -wanted)  # gradient of 0.5 |D a - wanted|^2 at D = 0
+    step = fit.solve()
+    losses = [float((a @ (share * step).T - wanted).square().sum()) for share in (0.0, 0.01, -0.01)]
+    assert losses[1] < losses[0] < losses[2]
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle", "token_lm"])
+def test_an_expert_is_fitted_without_a_training_step(
+    target: Target, answers: list[Answer], kind: str
+) -> None:
+    """The loss on the answers falls, shared tensors stay, nothing is stepped."""
+    draft = fresh_draft(target, kind=kind)
+    before = {name: t.clone() for name, t in draft.state_dict().items() if name != "fc.weight"}
+    lesson = read_lesson(target, collate(answers, target.device), draft.taps)
+    config = TrainConfig(
+        method="relay+expert", width="8", epochs=0, batch_tokens=256, rollout=2, precision="fp32"
+    )
+    was = rollout_loss(lesson, draft, config)[0].item()
+    record = train(target, draft, answers, answers[:4], config, k=3, base=target).record
+    assert record.steps == 0
+    assert rollout_loss(lesson, draft, config)[0].item() < was - 0.05
+    now = draft.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())

@@ -196,10 +196,11 @@ class _Bench:
         missing = [row for row in rows if not self._path(member, row, answers, seed).is_file()]
         if missing:
             self._load(member)
-            groups: dict[tuple[str, str], list[str]] = {}
+            groups: dict[tuple[str, str, Any], list[str]] = {}
             for row in missing:
-                groups.setdefault((ALL[row].draft, ALL[row].pool), []).append(row)
-            for (draft, pool), some in groups.items():
+                r = ALL[row]
+                groups.setdefault((r.draft, r.pool, r.settings.get("epochs")), []).append(row)
+            for (draft, pool, _), some in groups.items():
                 say(f"{self.size} {member}, {answers} answers, seed {seed}: {', '.join(some)}")
                 self._run(member, some, answers, seed, draft, pool)
         found = []

@@ -49,6 +49,13 @@ ROWS: dict[str, Row] = {
         tuned=False,
     ),
     "relay": Row("linear map of features in closed form", {"method": "relay"}, tuned=False),
+    "relay expert": Row(
+        "and an expert's down projection in closed form",
+        {"method": "relay+expert", "epochs": 0},
+        1.0,
+        answers=(REGENERATED,),
+        tuned=False,
+    ),
     "fc": _part("fc", "the feature interface"),
     "lora-16": _part("lora", "LoRA of rank 16 on every linear layer", rank=16),
     "lora-matched": _part("lora", "LoRA as large as the wide expert", matched=WIDE),

@@ -63,7 +63,7 @@ def check_carries(draft: Draft, method: Method) -> None:
     """Raise UserError, listing what is possible, for parts that this kind of draft does not have."""
     if method.expert:
         expert.widenable(draft)
-    if "relay" in method.starts:
+    if "relay" in method.starts and not method.expert:
         relay.mapped_layer(draft)
     names = draft.trainable_names()
     missing = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,21 @@ from ..console import say
 from ..drafts.base import Draft
 from ..errors import UserError
 from ..methods import Method
+from ..private.expert import widenable
 from ..private.part import put
 from ..private.refresh import renewed
-from ..private.relay import SHARES, FeatureMap, folded, mapped_layer
+from ..private.relay import SHARES, DownFit, FeatureMap, folded, mapped_layer, maps_features
 from ..records import Answer
 from ..target import Target
-from .lesson import read_lesson, rollout_loss
+from .lesson import Lesson, read_lesson, rollout_loss
 
 FITTED_ON = 32
 """Batches whose features the map is fitted on."""
 CHOSEN_ON = 4
-"""Batches on whose loss the share of the map is chosen."""
+"""The last batches decide how far a step is followed; an expert is not fitted on them."""
+ROUNDS = 8
+LENGTHS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
+"""Lengths tried of a step of an expert's down projection; 0 stays where it is."""
 
 
 def fit_starts(
@@ -55,45 +59,112 @@ def fit_starts(
         changed |= found
         put(draft, found)
     if "relay" in method.starts and base is not None:
-        relayed = _relay(target, base, draft, config, answers, plan)
-        changed |= relayed
+        lessons = [_lesson(target, draft, answers, indices) for indices in plan[:FITTED_ON]]
+        if maps_features(draft):
+            changed |= _map_features(base, draft, config, lessons)
+        if method.expert:
+            changed |= _fit_experts(draft, config, lessons)
     return {name: tensor.detach().cpu().clone() for name, tensor in changed.items()}
 
 
-def _relay(
-    target: Target,
-    base: Target,
-    draft: Draft,
-    config: TrainConfig,
-    answers: Sequence[Answer],
-    plan: list[list[int]],
+def _lesson(
+    target: Target, draft: Draft, answers: Sequence[Answer], indices: Sequence[int]
+) -> Lesson:
+    batch = collate([answers[i] for i in indices], target.device)
+    return read_lesson(target, batch, draft.taps)
+
+
+def _map_features(
+    base: Target, draft: Draft, config: TrainConfig, lessons: Sequence[Lesson]
 ) -> dict[str, Tensor]:
+    """Fold the map into fc, in place, as far as it lowers the loss."""
     fc = mapped_layer(draft)
-    batches = [
-        collate([answers[i] for i in indices], target.device) for indices in plan[:FITTED_ON]
-    ]
     fitted = FeatureMap(draft.feature_size)
     with torch.no_grad():
-        for batch in batches:
+        for lesson in lessons:
+            batch = lesson.batch
             real = (
-                torch.arange(batch.tokens_BT.shape[1], device=target.device) < batch.ends_B[:, None]
+                torch.arange(batch.tokens_BT.shape[1], device=base.device) < batch.ends_B[:, None]
             )
-            x, y = (
-                _entering(draft, fc, model.read(batch.tokens_BT, draft.taps, keep=1).features_BTF)
-                for model in (target, base)
-            )
+            theirs = base.read(batch.tokens_BT, draft.taps, keep=1).features_BTF
+            x, y = (_entering(draft, fc, f) for f in (lesson.features_BTF, theirs))
             fitted.add(x[real], y[real])
         map_FF, old = fitted.solve(), fc.weight.detach().clone()
-        lessons = [read_lesson(target, batch, draft.taps) for batch in batches[:CHOSEN_ON]]
-        losses = {}
-        for share in SHARES:
-            fc.weight.copy_(folded(old, map_FF, share))
-            losses[share] = sum(float(rollout_loss(each, draft, config)[0]) for each in lessons)
-        best = min(SHARES, key=losses.__getitem__)
-        fc.weight.copy_(folded(old, map_FF, best) if best else old)
-    said = ", ".join(f"{share:g}: {loss / len(lessons):.3f}" for share, loss in losses.items())
-    say(f"relay: {fitted.positions:,} positions, loss by share of the map {said}")
+
+        def follow(share: float) -> None:
+            fc.weight.copy_(folded(old, map_FF, share) if share else old)
+
+        said = _search(follow, SHARES, draft, config, lessons)
+    say(f"relay: map of features from {fitted.positions:,} positions, loss by share {said}")
     return {"fc.weight": fc.weight}
+
+
+def _fit_experts(draft: Draft, config: TrainConfig, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+    """Fit the experts' down projections, in place, in ROUNDS steps each searched along."""
+    downs = {
+        f"{name}.private.down_proj.weight": ffn.private.down_proj
+        for name, ffn in widenable(draft).items()
+        if ffn.private is not None
+    }
+    for round_ in range(ROUNDS):
+        fits = _gather(draft, config, lessons, list(downs.values()))
+        steps = [fit.solve() for fit in fits]
+        olds = [down.weight.detach().clone() for down in downs.values()]
+
+        def follow(share: float, steps: list[Tensor] = steps, olds: list[Tensor] = olds) -> None:
+            for down, old, step in zip(downs.values(), olds, steps, strict=True):
+                down.weight.copy_(old + share * step.to(old))
+
+        with torch.no_grad():
+            said = _search(follow, LENGTHS, draft, config, lessons)
+        say(f"relay: expert, step {round_ + 1} of {ROUNDS}, loss by length {said}")
+    return {name: down.weight for name, down in downs.items()}
+
+
+def _gather(
+    draft: Draft, config: TrainConfig, lessons: Sequence[Lesson], downs: Sequence[nn.Linear]
+) -> list[DownFit]:
+    """What each projection reads, and the loss's gradient at what it gives, over all lessons."""
+    fits = [DownFit(down.out_features, down.in_features) for down in downs]
+    hooks = []
+    for down, fit in zip(downs, fits, strict=True):
+
+        def keep(_: nn.Module, inputs: tuple[Tensor], output: Tensor, fit: DownFit = fit) -> None:
+            a = inputs[0].detach().flatten(0, -2)
+            output.register_hook(lambda g: fit.add(a, g.flatten(0, -2)))  # type: ignore[no-untyped-call]
+
+        hooks.append(down.register_forward_hook(keep))
+    wanted = [down.weight.requires_grad for down in downs]
+    try:
+        for down in downs:
+            down.weight.requires_grad_(True)  # so that a gradient reaches what it gives
+        for lesson in lessons[:-CHOSEN_ON] or lessons:
+            loss, count = rollout_loss(lesson, draft, config)
+            torch.autograd.backward([loss * count], inputs=[down.weight for down in downs])
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for down, was in zip(downs, wanted, strict=True):
+            down.weight.requires_grad_(was)
+            down.weight.grad = None
+    return fits
+
+
+def _search(
+    follow: Callable[[float], None],
+    shares: Sequence[float],
+    draft: Draft,
+    config: TrainConfig,
+    lessons: Sequence[Lesson],
+) -> str:
+    """Follow a step as far as the loss of CHOSEN_ON batches is smallest; says what was tried."""
+    losses = {}
+    for share in shares:
+        follow(share)
+        found = [float(rollout_loss(lesson, draft, config)[0]) for lesson in lessons[-CHOSEN_ON:]]
+        losses[share] = sum(found) / len(found)
+    follow(min(shares, key=losses.__getitem__))
+    return ", ".join(f"{share:g}: {loss:.3f}" for share, loss in losses.items())
 
 
 def _entering(draft: Any, fc: nn.Module, features_BTF: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def _train(
     check_overrun(heldout, k)
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
-    plan = plan_epochs(lengths, c.batch_tokens, c.epochs, c.seed)
+    plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
     stream = _Stream(target, drafts[0].taps, answers, plan)
     keys = [
         _key(config, plan, target, base, draft, answers, heldout, k)
@@ -271,7 +271,7 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
         trainable,
         optimizer,
         kept,
-        len(stream.plan) if trainable else 0,
+        len(stream.plan) if trainable and config.epochs else 0,
         first if retargeted is not None else None,
         retargeted,
     )
