@@ -186,7 +186,7 @@ def test_scratch_makes_a_draft_from_nothing(
     [
         (["adapt", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
         (["adapt", "--config", "demoo"], "no recipe or file named 'demoo'; did you mean 'demo'?"),
-        (["adapt", "--method", "magic"], "must be one of expert, expert+fc, full, scratch"),
+        (["adapt", "--method", "magic"], "names the private part 'magic'"),
         (["adapt", "--off-domain", "x"], "--off-domain takes name=FILE"),
     ],
 )

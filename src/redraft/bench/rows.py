@@ -111,6 +111,8 @@ IDEAS: dict[str, Row] = {
     "lora-8": _part("lora", "LoRA of rank 8", rank=8),
     "lora-32": _part("lora", "LoRA of rank 32", rank=32),
     "attention": _part("attention+norms", "attention and norms alone"),
+    "three times longer": _part("expert+fc+norms", "12 passes", width=WIDE, epochs=12.0),
+    "all but head, longer": _part("fc+norms+attention+ffn", "12 passes", epochs=12.0),
     "all but head": _part("fc+norms+attention+ffn", "everything but the head"),
 }
 for _name, _row in list(IDEAS.items()):
@@ -124,5 +126,10 @@ IDEAS["answers at 0.7"] = Row(
 REFERENCES = {"eagle3": ("reuse", "dedicated"), "eagle": ("eagle reuse", "eagle dedicated")}
 """What 0 and 1 of recovery are, by kind of draft."""
 ALL = {**ROWS, **IDEAS}
-TUNED_LIKE = {"dedicated": "scratch", "eagle dedicated": "scratch", "eagle expert+fc": "expert+fc"}
+TUNED_LIKE = {
+    "all but head, longer": "all but head",
+    "dedicated": "scratch",
+    "eagle dedicated": "scratch",
+    "eagle expert+fc": "expert+fc",
+}
 """Rows that take another row's tuned learning rate; ideas take that of `expert+fc`."""

@@ -87,7 +87,7 @@ def adapt(
     """The whole job: regenerate, select, train, export, measure before and after, report.
 
     Example: redraft adapt --target ./my-model --draft org/EAGLE3-base --prompts prompts.jsonl
-    --out run --method expert+fc --budget 2000
+    --out run --method expert+fc+norms --budget 2000
     """
     set_quiet(quiet)
     flags = {
