@@ -258,3 +258,59 @@ def test_evaluation_prompts_of_their_own_are_never_trained_on(
     assert result.after.prompts == len(rows["eval"]) == 5
     assert len(rows["adapt"]) + len(rows["heldout"]) == 12
     assert not set(rows["eval"]) & {*rows["adapt"], *rows["heldout"]}
+
+
+def test_a_run_of_another_method_is_not_trained_over(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 20)
+    run = tmp_path / "run"
+
+    def adapt(method: str) -> flow.AdaptResult:
+        config = settings(train__method=method)
+        return flow.adapt(target, str(draft_folder), str(prompts), out=run, config=config)
+
+    first = adapt("expert+fc")
+    kept = {n: tensor_hash(t) for n, t in read_file(run / "private/model.safetensors").items()}
+    assert not adapt("expert+fc").worked
+    with pytest.raises(UserError, match=r"holds a run of method expert\+fc; for full name another"):
+        adapt("full")
+    now = {n: tensor_hash(t) for n, t in read_file(run / "private/model.safetensors").items()}
+    assert now == kept
+    shutil.rmtree(run / "private")
+    other = adapt("full")  # on the same answers
+    assert other.report.train.trained_parameters > first.report.train.trained_parameters
+
+
+def test_relay_without_its_base_is_refused_before_anything_is_paid_for(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 20)
+    config = settings(train__method="relay+expert")
+    with pytest.raises(UserError, match="name that with --base"):
+        flow.adapt(target, str(draft_folder), str(prompts), out=tmp_path / "run", config=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_automatic_width_is_chosen_and_resumed(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 20)
+    config = settings(train__width="auto", train__method="relay+expert")
+
+    def adapt() -> flow.AdaptResult:
+        out = tmp_path / "run"
+        return flow.adapt(
+            target, str(draft_folder), str(prompts), out=out, config=config, base=target
+        )
+
+    result = adapt()
+    tried = load_private(tmp_path / "run/private").card["widths_tried"]
+    assert len(tried) == 5
+    gate = read_file(tmp_path / "run/private/model.safetensors")[
+        "midlayer.mlp.private.gate_proj.weight"
+    ]
+    best = max(tried.values())
+    assert len(gate) == min(int(w) for w, tau in tried.items() if tau >= 0.99 * best)
+    assert result.worked
+    assert not adapt().worked

@@ -23,11 +23,12 @@ from .data.select import select
 from .drafts.base import Draft
 from .errors import UserError
 from .files import write_text
+from .formats.folders import read_json
 from .formats.load import StoredDraft, load_draft, read_draft
 from .formats.private_part import load_private, read_training, save_private
 from .formats.routed import refuse_routed
 from .measuring.measure import measure_answers
-from .methods import read_method
+from .methods import PARTS, Method, read_method
 from .private.part import check_carries
 from .records import (
     Acceptance,
@@ -42,6 +43,7 @@ from .report.page import write_page
 from .run_folder import RunFolder
 from .steps import chosen_answers, fuse_draft, train_private
 from .target import Target
+from .training.starts import need_base
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def adapt(
     shared = read_draft(_source_of(draft))
     # What does not fit is refused before anything is paid for.
     refuse_routed(getattr(shared.config, "routed", None))
-    check_carries(shared.build(target), read_method(resolved.config.train.method))
+    method_ = read_method(resolved.config.train.method)
+    need_base(method_, base)
+    check_carries(shared.build(target), method_)
     everything = read_prompts(prompts, target, limit)
     say(everything.summary())
     c = resolved.config
@@ -105,6 +109,7 @@ def adapt(
     }
     asked = _ask(target, everything, eval_prompts, elsewhere, c)
     with RunFolder.open(out) as run:
+        _refuse_other_method(run.path, method_)
         run.write_json("run.json", _describe(target, shared, everything, resolved))
         answered = _regenerate(run, target, asked, elsewhere, c)
         selected = _select(run, answered["adapt"], c)
@@ -113,6 +118,22 @@ def adapt(
         _measure(run, exported, answered, target, shared, c)
         report = _report(run, target, shared, everything, resolved)
         return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
+
+
+def _refuse_other_method(folder: Path, method: Method) -> None:
+    """A folder that holds the private part of one method is not trained over with another."""
+    if not (folder / "private").is_dir():
+        return
+    try:
+        known = read_method(read_json(folder / "run.json")["config"]["train"]["method"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return  # its stages will say what is damaged
+    if known != method:
+        raise UserError(
+            f"{folder} holds a run of method {known.name}; for {method.name} name another folder with "
+            f"--out, or remove {folder / 'private'} to train anew on the same answers (parts: "
+            f"{', '.join(PARTS)})"
+        )
 
 
 def _ask(

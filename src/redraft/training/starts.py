@@ -45,11 +45,7 @@ def fit_starts(
     Raises UserError without the base model, and for a draft that a start does not apply to.
     """
     changed: dict[str, Tensor] = {}
-    if method.starts and base is None:
-        raise UserError(
-            f"method {method.name} compares the target with the model it was tuned from: name that "
-            "with --base"
-        )
+    need_base(method, base)
     if "refresh" in method.starts and base is not None:
         found = renewed(draft, base, target)
         if not found:
@@ -65,6 +61,15 @@ def fit_starts(
         if method.expert:
             changed |= _fit_experts(draft, config, lessons)
     return {name: tensor.detach().cpu().clone() for name, tensor in changed.items()}
+
+
+def need_base(method: Method, base: Target | None) -> None:
+    """Raise UserError for a method that compares the target with its base, where none is named."""
+    if method.starts and base is None:
+        raise UserError(
+            f"method {method.name} compares the target with the model it was tuned from: name that "
+            "with --base"
+        )
 
 
 def _lesson(
