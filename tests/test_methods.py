@@ -15,6 +15,7 @@ ORDER = (
     "refresh",
     "expert",
     "lora",
+    "head-lora",
     "fc",
     "norms",
     "attention",
@@ -27,9 +28,10 @@ ORDER = (
 
 def contradicts(parts: set[str]) -> bool:
     """The rules, said again: pairs that exclude each other."""
-    excluded = [{"expert", "ffn"}, {"full", "scratch"}]
+    excluded = [{"expert", "ffn"}, {"full", "scratch"}, {"head", "head-lora"}]
+    beside = ("lora", "head-lora", "fc", "norms", "attention", "ffn", "head")
     for whole in ("full", "scratch"):
-        excluded += [{whole, part} for part in ("lora", "fc", "norms", "attention", "ffn", "head")]
+        excluded += [{whole, part} for part in beside]
     excluded += [{"scratch", start} for start in ("relay", "refresh")]
     return any(pair <= parts for pair in excluded)
 
@@ -47,7 +49,7 @@ def test_every_pair_is_taken_exactly_when_it_does_not_contradict_itself() -> Non
         else:
             taken += 1
             assert set(read_method("+".join(pair)).parts) == set(pair)
-    assert taken == 110 - 2 * (1 + 1 + 12 + 2)
+    assert taken == 132 - 2 * (1 + 1 + 1 + 14 + 2)
 
 
 @given(st.lists(st.sampled_from(ORDER), min_size=1, unique=True))
@@ -94,6 +96,7 @@ OWNED = {
     "midlayer.mlp.private.gate_proj.weight": {"expert"},
     "midlayer.mlp.gate_proj.lora_A.weight": {"lora"},
     "fc.lora_B.weight": {"lora"},
+    "lm_head.lora_B.weight": {"head-lora"},
     "fc.weight": {"fc", "full", "scratch"},
     "fc.bias": {"fc", "full", "scratch"},
     "input_norm.weight": {"fc", "norms", "full", "scratch"},

@@ -114,7 +114,8 @@ def test_the_exported_folder_computes_what_was_trained(
     put(beside, m.part.tensors)
     scale = float(back.abs().max())
     # A low-rank sum is rounded to bf16 once more, in every layer; a concatenation is not.
-    tolerance = 0.05 if "lora" in method else 1e-5
+    parts = method.split("+")
+    tolerance = 0.05 if "lora" in parts else 0.01 if "head-lora" in parts else 1e-5
     assert float((outputs(target, beside) - back).abs().max()) < tolerance * scale
     without = outputs(target, m.shared.build(target, torch.float32))
     assert float((without - back).abs().max()) > 4 * tolerance * scale, "two steps moved nothing"

@@ -46,7 +46,8 @@ PARTS: dict[str, Part] = {
         "closed form: copies of the base's embedding, norm and head renewed", start=True
     ),
     "expert": Part("private FFN neurons beside the shared ones", adds=EXPERT),
-    "lora": Part("low-rank updates of every linear layer (PEFT)", adds=LORA),
+    "lora": Part("low-rank updates of every linear layer but the head (PEFT)", adds=LORA),
+    "head-lora": Part("a low-rank update of the draft's own output head (PEFT)", adds=LORA),
     "fc": Part("the feature interface", ("fc.*", "input_norm.*", "fc_norm.*")),
     "norms": Part("the norms", ("*norm.weight",)),
     "attention": Part("the attention", ("*self_attn.*",)),
@@ -70,7 +71,8 @@ class Method:
 
     @property
     def lora(self) -> bool:
-        return "lora" in self.parts
+        """Whether it adds low-rank pairs, to the layers or to the head."""
+        return any(PARTS[part].adds == LORA for part in self.parts)
 
     @property
     def fresh(self) -> bool:
@@ -97,7 +99,7 @@ class Method:
         if EXPERT in name:
             return self.expert
         if LORA in name:
-            return self.lora
+            return ("head-lora" if name.startswith("lm_head.") else "lora") in self.parts
         return self.trains_in_place(name)
 
 
@@ -123,6 +125,10 @@ def read_method(text: str) -> Method:
     if {"expert", "ffn"} <= set(parts):
         raise ValueError(
             f"'{text}' contradicts itself: an expert leaves the shared FFN frozen, ffn trains it"
+        )
+    if {"head", "head-lora"} <= set(parts):
+        raise ValueError(
+            f"'{text}' contradicts itself: head trains the output head whole, head-lora an update of it"
         )
     ordered = tuple(part for part in PARTS if part in parts)
     return Method("+".join(ordered), ordered)

@@ -15,7 +15,7 @@ from redraft.drafts.table import KINDS
 from redraft.errors import UserError
 from redraft.formats.folders import state_hash, tensor_hash
 from redraft.formats.private_part import load_private, save_private
-from redraft.methods import EXPERT, LORA, read_method
+from redraft.methods import EXPERT, LORA, PARTS, read_method
 from redraft.private.expert import measure_activity, widenable
 from redraft.private.fuse import CONCATENATED, fuse, home_of, unfuse
 from redraft.private.part import PrivatePart, check_carries, declare, prepare, put, take
@@ -36,6 +36,9 @@ METHODS = (
     "lora+fc",
     "lora+fc+norms",
     "expert+lora",
+    "head-lora",
+    "expert+fc+norms+head-lora",
+    "lora+head-lora",
     "full",
     "full+expert",
     "scratch",
@@ -62,7 +65,7 @@ NORMS_OF = {
         "model.norm",
     ),
 }
-LACKS = {"eagle": {"head"}, "eagle3": set(), "token_lm": {"fc"}}
+LACKS = {"eagle": {"head", "head-lora"}, "eagle3": set(), "token_lm": {"fc"}}
 """What a kind has not; its module names are above."""
 
 
@@ -181,6 +184,8 @@ def test_ownership_is_declared_for_every_tensor(target: Target, kind: str, metho
         layers = attention | {f"{f}.weight" for f in ffn} | ({"fc.weight"} & every)
         pairs = {n.removesuffix(".weight") for n in layers - expected}
         expected |= {f"{pair}.lora_{side}.weight" for pair in pairs for side in "AB"}
+    if "head-lora" in parts:
+        expected |= {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
     if "expert" in parts:
         expected |= {f.replace("mlp.", "mlp.private.") + ".weight" for f in ffn}
     owned = dict(declare(draft, read_method(method)))
@@ -333,8 +338,7 @@ def test_a_part_that_the_kind_has_not_is_refused_with_what_it_can_carry(
     offered = possible.split(", ")
     for part in offered:  # whatever is offered is then taken
         check_carries(draft, read_method(part))
-    trained = {"expert", "lora", "fc", "norms", "attention", "ffn", "head", "full", "scratch"}
-    assert set(offered) == trained - LACKS[kind]
+    assert set(offered) == set(PARTS) - {"relay", "refresh"} - LACKS[kind]
     assert state_hash(draft.state_dict()) == before
 
 

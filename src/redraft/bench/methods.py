@@ -485,7 +485,7 @@ def matched_rank(draft: Draft, width: int) -> int:
     """The LoRA rank whose parameters come closest to those of an expert of `width` neurons."""
     wanted = sum(3 * width * ffn.gate_proj.in_features for ffn in widenable(draft).values())
     shapes = [
-        draft.get_parameter(f"{n}.weight").shape for n in linear_layers(draft, lambda _: False)
+        draft.get_parameter(f"{n}.weight").shape for n in linear_layers(draft, read_method("lora"))
     ]
     per_rank = sum(sum(shape) for shape in shapes)
     return max(1, min(round(wanted / per_rank), min(min(shape) for shape in shapes)))

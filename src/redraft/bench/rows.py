@@ -106,13 +106,32 @@ IDEAS: dict[str, Row] = {
     "rollout 2": _part("expert+fc+norms", "two steps of rollout", width=WIDE, rollout=2),
     "relay start": _part("relay+expert+fc+norms", "after the closed form", width=WIDE),
     "with attention": _part("expert+fc+norms+attention", "attention too", width=WIDE),
+    "with low-rank head": _part(
+        "expert+fc+norms+head-lora", "a rank-16 update of the head", width=WIDE, rank=16
+    ),
+    "small with low-rank head": _part(
+        "lora+head-lora+norms", "rank 8 everywhere, the head too", rank=8, lr_parts="norms=0.3"
+    ),
+    "relay and hard labels": _part("relay+expert+fc+norms", "both of those", width=WIDE, loss="ce"),
+    "all of these": _part(
+        "relay+expert+fc+norms+head-lora", "hard labels too", width=WIDE, rank=16, loss="ce"
+    ),
+    "all of these for longer": _part(
+        "relay+expert+fc+norms+head-lora",
+        "12 passes",
+        width=WIDE,
+        rank=16,
+        loss="ce",
+        epochs=12.0,
+    ),
+    "full with hard labels": _part("full", "every tensor, warm start", loss="ce"),
     "with head": _part("expert+fc+norms+head", "the output head too", width=WIDE),
     "lora+fc": _part("lora+fc+norms", "LoRA 16, fc and norms", rank=16),
     "lora-8": _part("lora", "LoRA of rank 8", rank=8),
     "lora-32": _part("lora", "LoRA of rank 32", rank=32),
     "attention": _part("attention+norms", "attention and norms alone"),
     "three times longer": _part("expert+fc+norms", "12 passes", width=WIDE, epochs=12.0),
-    "all but head, longer": _part("fc+norms+attention+ffn", "12 passes", epochs=12.0),
+    "all but head for longer": _part("fc+norms+attention+ffn", "12 passes", epochs=12.0),
     "all but head": _part("fc+norms+attention+ffn", "everything but the head"),
 }
 for _name, _row in list(IDEAS.items()):
@@ -127,7 +146,9 @@ REFERENCES = {"eagle3": ("reuse", "dedicated"), "eagle": ("eagle reuse", "eagle 
 """What 0 and 1 of recovery are, by kind of draft."""
 ALL = {**ROWS, **IDEAS}
 TUNED_LIKE = {
-    "all but head, longer": "all but head",
+    "all but head for longer": "all but head",
+    "small with low-rank head": "lora-8",
+    "full with hard labels": "full",
     "dedicated": "scratch",
     "eagle dedicated": "scratch",
     "eagle expert+fc": "expert+fc",

@@ -7,14 +7,12 @@ again. Private tensors are stored under PEFT's names (`fc.lora_A.weight` [r, in]
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from ..drafts.base import Draft
 from ..errors import UserError
-from ..methods import EXPERT, LORA
+from ..methods import EXPERT, LORA, Method
 from ..rng import seeded
 
 ADAPTER = "default"
@@ -25,19 +23,19 @@ def stored_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
 
 
-def linear_layers(draft: Draft, skip: Callable[[str], bool]) -> list[str]:
-    """The linear layers that get a pair, by module name: all but heads, experts, and `skip`ped ones.
+def linear_layers(draft: Draft, method: Method) -> list[str]:
+    """The linear layers that get a pair, by module name.
 
-    `skip` is asked with the name of the layer's weight.
+    For `lora` all but the head and experts, for `head-lora` the head; none that is trained in place.
     """
     return [
         name
         for name, module in draft.named_modules()
         if isinstance(module, nn.Linear)
         and EXPERT not in f"{name}."
-        and not name.endswith("head")
         and LORA not in name
-        and not skip(f"{name}.weight")
+        and ("head-lora" if name.endswith("head") else "lora") in method.parts
+        and not method.trains_in_place(f"{name}.weight")
     ]
 
 

@@ -6,7 +6,7 @@ gradient, and every other tensor of the draft is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,8 +54,7 @@ def prepare(
     if method.expert:
         expert.attach(draft, width, init, seed, calibrate)
     if method.lora:
-        layers = lora.linear_layers(draft, method.trains_in_place)
-        lora.attach(draft, layers, rank, seed)
+        lora.attach(draft, lora.linear_layers(draft, method), rank, seed)
     return declare(draft, method)
 
 
@@ -66,24 +65,21 @@ def check_carries(draft: Draft, method: Method) -> None:
     if "relay" in method.starts and not method.expert:
         relay.mapped_layer(draft)
     names = draft.trainable_names()
-    missing = [
-        part
-        for part in method.parts
-        if (row := PARTS[part]).in_place
-        and not row.start
-        and not any(Method("", (part,)).trains_in_place(name) for name in names)
-    ]
+    missing = [part for part in method.parts if not _carries(names, part)]
     if missing:
-        fitting = [
-            part
-            for part, row in PARTS.items()
-            if not row.start
-            and (not row.in_place or any(Method("", (part,)).trains_in_place(n) for n in names))
-        ]
+        fitting = [p for p, row in PARTS.items() if not row.start and _carries(names, p)]
         raise UserError(
             f"this {draft.kind} draft has no {', '.join(missing)} to train (method {method.name}); "
             f"it can carry {', '.join(fitting)}"
         )
+
+
+def _carries(names: Sequence[str], part: str) -> bool:
+    """Whether a draft with trainable tensors of these names has what a part goes with."""
+    row, alone = PARTS[part], Method("", (part,))
+    if part == "head-lora":
+        return vocabulary.HEAD in names
+    return row.start or not row.in_place or any(alone.trains_in_place(name) for name in names)
 
 
 def declare(draft: Draft, method: Method) -> list[tuple[str, nn.Parameter]]:
