@@ -229,7 +229,7 @@ def test_the_share_with_the_smallest_loss_is_taken(
     draft = load_draft(str(draft_folder), target, torch.float32)
     found = fit_starts(
         turned, target, draft, read_method("relay"), CONFIG, answers, [[i] for i in range(24)]
-    )
+    ).tensors
     assert torch.equal(seen[0], before)
     assert torch.equal(found["fc.weight"], seen[8])
     half = (seen[0].double() + seen[16].double()) / 2
@@ -245,7 +245,7 @@ def test_padding_teaches_the_map_nothing(
     def fitted(plan: list[list[int]]) -> Tensor:
         draft = load_draft(str(draft_folder), target, torch.float32)
         method = read_method("relay")
-        return fit_starts(turned, target, draft, method, CONFIG, uneven, plan)["fc.weight"]
+        return fit_starts(turned, target, draft, method, CONFIG, uneven, plan).tensors["fc.weight"]
 
     uneven = [replace(a, length=2 + i, finish="length") for i, a in enumerate(answers[:12])]
     single, together = fitted([[i] for i in range(12)]), fitted([list(range(12))])
@@ -413,7 +413,7 @@ def test_nothing_to_refresh_is_said(
     monkeypatch.setattr(starts_module, "say", said.append)
     found = fit_starts(
         tuned, target, fresh_draft(target), read_method("refresh"), CONFIG, answers, [[0]]
-    )
+    ).tensors
     assert found == {}
     assert said == [
         "refresh: the draft holds no copy of the base's tensors that changed; nothing to do"

@@ -25,6 +25,7 @@ from .checkpoint import TrainState
 from .lesson import Lesson, rollout_loss
 from .optimize import peak_rate, schedule
 from .precision import autocast
+from .starts import Fitted
 
 RISE = 0.001
 """Held-out tau must rise by this much to count as progress."""
@@ -44,8 +45,10 @@ class Member:
     planned: int
     first_vocab: Tensor | None = None
     retargeted: Retargeted | None = None
+    fitted: Fitted = field(default_factory=lambda: Fitted({}))
     state: TrainState = field(init=False)
-    per_token: float = 0.0  # operations
+    per_step: float = 0.0  # operations of a training step, per token
+    per_reading: float = 0.0  # operations of a rollout without a backward pass
 
     def __post_init__(self) -> None:
         self.state = TrainState(0, 0, [], 0, self.take(), math.nan, 0.0)
@@ -80,11 +83,16 @@ class Member:
 
     def count(self, lesson: Lesson) -> None:
         """Count a step's operations. Apart from training, which computes otherwise while counted."""
-        with FlopCounterMode(display=False) as counter:
-            rollout_loss(lesson, self.draft, self.config)[0].backward()  # type: ignore[no-untyped-call]
+        tokens = lesson.batch.tokens_BT.numel()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            rollout_loss(lesson, self.draft, self.config)
+        self.per_reading = counter.get_total_flops() / tokens
+        if self.trainable:
+            with FlopCounterMode(display=False) as counter:
+                rollout_loss(lesson, self.draft, self.config)[0].backward()  # type: ignore[no-untyped-call]
+            self.per_step = counter.get_total_flops() / tokens
         for parameter in self.parameters:
             parameter.grad = None
-        self.per_token = counter.get_total_flops() / lesson.batch.tokens_BT.numel()
 
     def learn(self, lesson: Lesson, precision: str) -> None:
         """One optimizer step; the state moves on by one."""

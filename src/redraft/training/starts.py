@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +33,17 @@ LENGTHS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Lengths tried of a step of an expert's down projection; 0 stays where it is."""
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """The tensors that changed (CPU, by stored name), and the tokens read for it: by the target and
+    its base, and by the draft, a backward pass counting as two readings."""
+
+    tensors: dict[str, Tensor]
+    target_tokens: int = 0
+    draft_tokens: int = 0
+    seconds: float = 0.0
+
+
 def fit_starts(
     target: Target,
     base: Target | None,
@@ -39,12 +52,14 @@ def fit_starts(
     config: TrainConfig,
     answers: Sequence[Answer],
     plan: list[list[int]],
-) -> dict[str, Tensor]:
-    """Fit the method's starts in place; returns the tensors that changed, by stored name.
+) -> Fitted:
+    """Fit the method's starts in place.
 
     Raises UserError without the base model, and for a draft that a start does not apply to.
     """
     changed: dict[str, Tensor] = {}
+    read = searched = 0
+    began = time.monotonic()
     need_base(method, base)
     if "refresh" in method.starts and base is not None:
         found = renewed(draft, base, target)
@@ -56,11 +71,18 @@ def fit_starts(
         put(draft, found)
     if "relay" in method.starts and base is not None:
         lessons = [_lesson(target, draft, answers, indices) for indices in plan[:FITTED_ON]]
+        sizes = [lesson.batch.tokens_BT.numel() for lesson in lessons]
         if maps_features(draft):
             changed |= _map_features(base, draft, config, lessons)
+            read += sum(sizes)
+            searched += len(SHARES) * sum(sizes[-CHOSEN_ON:])
         if method.expert:
             changed |= _fit_experts(draft, config, lessons)
-    return {name: tensor.detach().cpu().clone() for name, tensor in changed.items()}
+            fitted = 3 * sum(sizes[:-CHOSEN_ON] or sizes)
+            searched += ROUNDS * (fitted + len(LENGTHS) * sum(sizes[-CHOSEN_ON:]))
+        read += sum(sizes)
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in changed.items()}
+    return Fitted(tensors, read, searched, time.monotonic() - began)
 
 
 def need_base(method: Method, base: Target | None) -> None:

@@ -260,7 +260,8 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
             row_mask(draft, retargeted.added)
         elif retargeted.changed:  # the head is another tensor now
             trainable = declare(draft, method)
-    kept = fit_starts(stream.target, base, draft, method, config, stream.answers, stream.plan)
+    fitted = fit_starts(stream.target, base, draft, method, config, stream.answers, stream.plan)
+    kept = dict(fitted.tensors)
     for name, _ in trainable:
         kept.pop(name, None)
     optimizer = make_optimizer(trainable, method, config, draft) if trainable else None
@@ -274,9 +275,9 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
         len(stream.plan) if trainable and config.epochs else 0,
         first if retargeted is not None else None,
         retargeted,
+        fitted,
     )
-    if trainable:
-        member.count(lessons[0])
+    member.count(lessons[0])
     return member
 
 
@@ -291,6 +292,7 @@ def _finished(
     put(draft, state.best)
     read = stream.length(state.step)
     seconds = state.seconds + stream.seconds * (state.step / max(len(stream.plan), 1))
+    seconds += member.fitted.seconds
     record = TrainRecord(
         method=member.config.method,
         trained_parameters=member.trained_parameters(),
@@ -312,8 +314,8 @@ def _finished(
         miss_rate=(member.retargeted.missed_before, member.retargeted.missed_after)
         if member.retargeted
         else None,
-        target_flops=stream.per_token * read,
-        draft_flops=member.per_token * read,
+        target_flops=stream.per_token * (read + member.fitted.target_tokens),
+        draft_flops=member.per_step * read + member.per_reading * member.fitted.draft_tokens,
     )
     return Trained(state.best, record)
 
