@@ -25,6 +25,8 @@ SHOWN = {
     "full": "#b5651d",
     "dedicated": "#222222",
 }
+BEYOND = ("small with low-rank head", "with low-rank head", "all of these", "full with hard labels")
+"""Ideas that the frontier shows beside the table's rows."""
 LADDER = ("lora4", "sft-tenth", "sft", "pretrained")
 HEAD = """# Private parts, matched controls
 
@@ -39,6 +41,12 @@ tokens: unique target-generated tokens, those for early stopping included. FLOPs
 the held-out answers, target forwards and draft training, counted. seconds: answering and training, each
 cell counted as if it had trained alone. MB: private tensors as stored (fp32). Memory is the peak of the
 gang that a cell trained in, so it is common to a gang.
+"""
+
+
+FIGURES = """![recovery against trained parameters](methods-frontier.svg)
+
+![from a weak to a strong fine-tune](methods-ladder.svg)
 """
 
 
@@ -79,6 +87,7 @@ def methods_page() -> str:
     parts = [HEAD]
     if READING.is_file():
         parts.append(READING.read_text(encoding="utf-8"))
+    parts.append(FIGURES)
     for size in cells.sizes():
         seeds = sorted({c.seed for c in cells.all if c.size == size})
         prompts = max(len(c.steps) for c in cells.all if c.size == size)
@@ -200,7 +209,7 @@ def _save(figure: Any, name: str) -> None:
 def _frontier(axis: Any, cells: Cells, size: str) -> None:
     """Recovery with interval against the share of parameters, for both kinds of answers."""
     for kind, (colour, mark) in COLOURS.items():
-        for row in ROWS:
+        for row in (*ROWS, *BEYOND):
             some = cells.get(size, "sft", row, kind)
             if not some or row.startswith("eagle") or not some[0].trained_parameters:
                 continue
