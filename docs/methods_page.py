@@ -39,7 +39,7 @@ resample seeds, then prompts, with numerator and denominator in the same resampl
 dialogues, the same target. trained: parameters that training moves, as a share of the dedicated draft's.
 tokens: unique target-generated tokens, those for early stopping included. FLOPs: generation, scoring of
 the held-out answers, target forwards and draft training, counted. seconds: answering and training, each
-cell counted as if it had trained alone. MB: private tensors as stored (fp32). Memory is the peak of the
+member of a gang with its own steps and the whole stream. MB: private tensors as stored (fp32). Memory is the peak of the
 gang that a cell trained in, so it is common to a gang.
 """
 
@@ -110,8 +110,8 @@ def _tables(cells: Cells, size: str, member: str) -> Iterator[str]:
     if ideas:
         yield f"### {size}, {member}: ideas beyond the table\n"
         yield (
-            "Each changes one thing of `expert+fc`, or is a method of its own; the same answers, steps "
-            "and seeds, the learning rate of `expert+fc`. gain: tau over `expert+fc` [95 %].\n"
+            "Each changes one thing of `expert+fc`, with its learning rate, or is a method of its own, "
+            "with its own rate; the same answers and seeds. gain: tau over `expert+fc` [95 %].\n"
         )
         yield from _table(cells, size, member, ["expert+fc", *ideas], against="expert+fc")
 

@@ -226,7 +226,7 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
             train_command(target, draft=None, out=tmp_path / "no", **command)
 
 
-@pytest.mark.parametrize("method", ["expert", "full", "expert+head"])
+@pytest.mark.parametrize("method", ["expert", "full", "expert+head", "expert+head-lora"])
 def test_a_retargeted_vocabulary_goes_all_the_way(
     target: Target, answers: list[Answer], tmp_path: Path, method: str
 ) -> None:

@@ -263,7 +263,7 @@ def _replace(draft: Draft, added_M: Tensor, removed_M: Tensor, new_MH: Tensor) -
 
 def _reduced(draft: Draft) -> Tensor:
     """The draft vocabulary [D]; UserError when it is the target's own."""
-    if draft.draft_vocab is None:
+    if draft.draft_vocab is None or "d2t" not in draft.stored_state():
         raise UserError(
             f"the {draft.kind} draft {draft.source or 'in memory'} speaks all of the target's "
             f"{draft.vocab_size} tokens; nothing to retarget; leave out --vocab"
@@ -272,7 +272,8 @@ def _reduced(draft: Draft) -> Tensor:
 
 
 def _head(draft: Draft) -> Any:
-    return draft.get_submodule(HEAD.removesuffix(".weight"))
+    head = draft.get_submodule(HEAD.removesuffix(".weight"))
+    return getattr(head, "base_layer", head)  # beneath a low-rank pair
 
 
 def _output_embedding(target: Target) -> Tensor | None:
