@@ -219,7 +219,10 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
         assert tau == record.best_tau()
     for changes, message in (
         ({"method": "fc"}, "trains beside a draft: name it with --draft"),
-        ({"method": "scratch+expert", "width": "auto"}, "--width auto compares several experts"),
+        (
+            {"method": "scratch+expert", "width": "auto"},
+            "train.width auto compares several experts",
+        ),
     ):
         command["config"] = TrainConfig(**{**vars(CONFIG), **changes})
         with pytest.raises(UserError, match=message):

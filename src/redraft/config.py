@@ -102,11 +102,11 @@ class TrainConfig:
     )
     width: str = _opt(
         "1.0",
-        "private FFN neurons of `expert`: a number, a share of the shared ones (0.25), or 'auto', the "
+        "private FFN neurons of `expert`: a number (64), a share of the shared ones (0.25, 1.0), or 'auto', the "
         "smallest of five widths within 1 % of the best",
         check=read_width,
     )
-    rank: int = _opt(16, "rank of `lora`", low=1)
+    rank: int = _opt(16, "rank of `lora` and `head-lora`", low=1)
     init: str = _opt(
         "active",
         "start of the expert: 'active' copies the most active shared neurons (training starts "

@@ -29,7 +29,6 @@ from .formats.private_part import load_private, read_training, save_private
 from .formats.routed import refuse_routed
 from .measuring.measure import measure_answers
 from .methods import PARTS, Method, read_method
-from .private.part import check_carries
 from .records import (
     Acceptance,
     AdaptReport,
@@ -43,7 +42,7 @@ from .report.page import write_page
 from .run_folder import RunFolder
 from .steps import chosen_answers, fuse_draft, train_private
 from .target import Target
-from .training.starts import need_base
+from .training.fitness import check_fits
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,7 @@ def adapt(
     shared = read_draft(_source_of(draft))
     # What does not fit is refused before anything is paid for.
     refuse_routed(getattr(shared.config, "routed", None))
-    method_ = read_method(resolved.config.train.method)
-    need_base(method_, base)
-    check_carries(shared.build(target), method_)
+    check_fits(shared.build(target), resolved.config.train, target, base)
     everything = read_prompts(prompts, target, limit)
     say(everything.summary())
     c = resolved.config
@@ -109,7 +106,7 @@ def adapt(
     }
     asked = _ask(target, everything, eval_prompts, elsewhere, c)
     with RunFolder.open(out) as run:
-        _refuse_other_method(run.path, method_)
+        _refuse_other_method(run.path, read_method(c.train.method))
         run.write_json("run.json", _describe(target, shared, everything, resolved))
         answered = _regenerate(run, target, asked, elsewhere, c)
         selected = _select(run, answered["adapt"], c)
@@ -231,7 +228,7 @@ def _train(
         "chosen": chosen,
         "shared": shared.hash(),
         "k": c.measure.k,
-        "base": base and base.fingerprint(),
+        "base": base.fingerprint() if base and read_method(c.train.method).starts else None,
         **asdict(c.train),
     }
     # Not training.json, which holds seconds: the same tensors trained anew are the same part.

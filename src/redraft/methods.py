@@ -84,11 +84,6 @@ class Method:
         """What is fitted in closed form before any training."""
         return tuple(part for part in self.parts if PARTS[part].start)
 
-    @property
-    def trains(self) -> bool:
-        """Whether anything is left to train by gradients."""
-        return len(self.starts) < len(self.parts)
-
     def trains_in_place(self, name: str) -> bool:
         """Whether a shared tensor of this name is trained in place."""
         patterns = [pattern for part in self.parts for pattern in PARTS[part].in_place]

@@ -13,7 +13,8 @@ import pytest
 
 from redraft.bench import methods as bench
 from redraft.bench import recovery
-from redraft.bench.methods import MethodCell, bench_methods, matched_rank, read_cells, steps_of
+from redraft.bench.cells import MethodCell, read_cells, steps_of
+from redraft.bench.methods import bench_methods, matched_rank
 from redraft.bench.rows import ALL, IDEAS, REFERENCES, ROWS, TUNED_LIKE
 from redraft.config import TrainConfig
 from redraft.data.regenerate import read_answers

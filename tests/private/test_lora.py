@@ -148,13 +148,15 @@ def test_a_rank_above_a_layers_size_is_refused_with_the_bound(target: Target) ->
     with pytest.raises(UserError) as caught:
         adapted(target, rank=smallest + 1)
     text = str(caught.value)
-    assert "--rank 17 is above the size of midlayer.self_attn.k_proj" in text
+    assert "train.rank 17 is above the size of midlayer.self_attn.k_proj" in text
     assert text.endswith("choose 1 to 16")
 
 
 def test_nothing_to_adapt_is_said(target: Target) -> None:
     draft = fresh_draft(target)
-    with pytest.raises(UserError, match="'lora' finds no linear layer in this eagle3 draft"):
+    with pytest.raises(
+        UserError, match="a low-rank part finds no linear layer in this eagle3 draft"
+    ):
         lora.attach(draft, [], RANK, 0)
 
 

@@ -441,6 +441,15 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
     )
 
 
+def test_a_head_beneath_a_low_rank_pair_is_renewed_too(target: Target, tuned: Target) -> None:
+    """What refresh finds does not depend on what else the method attaches."""
+    plain, paired = copying(target), copying(target)
+    prepare(paired, read_method("refresh+head-lora"), width=1, rank=4, init="active", seed=0)
+    found = [refresh.renewed(draft, target, tuned) for draft in (plain, paired)]
+    assert set(found[0]) == set(found[1]) >= {"lm_head.weight"}
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 # -- an expert's down projection -------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from redraft.methods import read_method
 from redraft.records import Answer
 from redraft.steps import train_private
 from redraft.target import Target
+from redraft.training import member as member_module
 from redraft.training import train as train_module
 from redraft.training.member import Member
 from redraft.training.train import STREAM, Trained, train, train_gang
@@ -427,3 +428,53 @@ def test_width_auto_matters_to_experts_only(
     shared = read_draft(str(draft_folder))
     part = train_private(target, shared, answers, answers[:4], config, 3)
     assert "widths_tried" not in part.card
+
+
+def test_a_member_that_diverges_ends_at_its_best_and_the_others_go_on(
+    target: Target, draft_folder: Path, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wild = replace(CONFIG, seed=CONFIG.seed, loss="tv")
+    steps = 0
+    loss = member_module.rollout_loss
+
+    def breaks(lesson: Any, draft: Draft, config: TrainConfig, step: int = 0) -> Any:
+        nonlocal steps
+        found, count = loss(lesson, draft, config, step)
+        if config.loss == "tv" and torch.is_grad_enabled():
+            steps += 1
+            if steps == 6:
+                return found * float("nan"), count
+        return found, count
+
+    whole = alone(target, draft_folder, answers, CONFIG)
+    monkeypatch.setattr(member_module, "rollout_loss", breaks)
+    calm, broken = gang(target, draft_folder, answers, [CONFIG, wild])
+    assert hashes(calm) == hashes(whole)
+    assert broken.record.stopped_early
+    assert broken.record.steps == 4  # one of the six was counted, the sixth was not taken
+    assert all(torch.isfinite(t).all() for t in broken.tensors.values())
+    steps = 0
+    with pytest.raises(UserError, match="the loss became nan at step 4"):
+        alone(target, draft_folder, answers, wild)
+
+
+def test_a_base_that_no_start_looks_at_changes_nothing(
+    target: Target, draft_folder: Path, answers: list[Answer], tmp_path: Path
+) -> None:
+    """Named or not, a finished run of such a method is continued from its checkpoint."""
+    config = replace(CONFIG, epochs=1)
+    draft = load(target, draft_folder)
+    first = train(target, draft, answers, answers[:4], config, k=3, checkpoints=tmp_path)
+    before = (tmp_path / "checkpoint.safetensors").stat().st_mtime_ns
+    again = train(
+        target,
+        load(target, draft_folder),
+        answers,
+        answers[:4],
+        config,
+        k=3,
+        base=target,
+        checkpoints=tmp_path,
+    )
+    assert hashes(again) == hashes(first)
+    assert (tmp_path / "checkpoint.safetensors").stat().st_mtime_ns == before, "it began anew"

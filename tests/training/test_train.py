@@ -266,7 +266,7 @@ def test_the_papers_loss_is_for_states_that_stand_for_features(
     if kind == "eagle":
         assert train(target, draft, answers, answers[:4], config, k=3).record.steps == 1
         return
-    with pytest.raises(UserError, match=f"--loss paper compares .* {kind} draft .* use kl, tv"):
+    with pytest.raises(UserError, match=f"train.loss paper compares .* kind {kind} .* use kl, tv"):
         train(target, draft, answers, answers[:4], config, k=3)
 
 
@@ -402,7 +402,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(
         return loss * (float("nan") if step == 5 and steps.count(5) == 1 else 1.0), count
 
     monkeypatch.setattr(member_module, "rollout_loss", breaks)
-    with pytest.raises(UserError, match=r"loss became nan at step 5 .* lower --lr"):
+    with pytest.raises(UserError, match=r"loss became nan at step 5 .* lower train.lr"):
         run(target, draft_folder, answers, checkpoints=tmp_path / "broken")
     # What is left is whole, and leads where the unbroken run ended.
     resumed, _ = run(target, draft_folder, answers, checkpoints=tmp_path / "broken")

@@ -2,8 +2,8 @@
 
 One cell is one row (see `rows.py`) on one fine-tune of a family, one kind of answers and one seed,
 and one JSON file. Cells that share target, answers and seed are trained as a gang: the target reads
-each batch once for all of them. Only what is missing is run. What a cell cost is counted as if it
-had been alone.
+each batch once for all of them. Only what is missing is run. A cell is charged the readings of the
+batches it stepped on as if it had been alone.
 
 Before the first cell, each row's learning rate is chosen among three by held-out tau, on the full
 SFT with a seed of its own.
@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import RegenerateConfig, TrainConfig
@@ -43,12 +41,12 @@ from ..steps import save_fresh
 from ..target import Target, load_target
 from ..training.train import Trained, train, train_gang
 from ..training.widths import resolve_width, shared_width
-from . import recovery
+from .cells import MethodCell
 from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus
 from .corpus import MEMBERS as FINE_TUNES
 from .datasets import data_folder
 from .family import base_draft_answers, draft_folder, load_member, write_chats
-from .rows import ALL, IDEAS, ORIGINAL, PAPER, REFERENCES, REGENERATED, SAMPLED, TUNED_LIKE
+from .rows import ALL, IDEAS, KINDS_OF_ANSWERS, ORIGINAL, PAPER, REGENERATED, SAMPLED, TUNED_LIKE
 
 K = 4
 TEMPERATURE = 0.7
@@ -82,58 +80,6 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class MethodCell:
-    """One row on one target, answers and seed. Tau is at K = 4 by replay, with deterministic draft
-    tokens; `off` is greedy, on other traffic of the same target. FLOPs are counted, seconds are
-    those of answering and training. `steps` are (accepted, steps) of each greedy prompt."""
-
-    size: str
-    member: str
-    row: str
-    answers: str
-    seed: int
-    tau: float
-    tau_sampled: float
-    tau_off: float
-    steps: tuple[tuple[int, int], ...]
-    draft_parameters: int
-    versions: dict[str, str]
-    trained_parameters: int = 0
-    stored_mb: float = 0.0
-    rate: float = 0.0
-    unique_tokens: int = 0
-    generation_flops: float = 0.0
-    scoring_flops: float = 0.0
-    target_flops: float = 0.0
-    draft_flops: float = 0.0
-    generation_seconds: float = 0.0
-    training_seconds: float = 0.0
-    gang: int = 0
-    gang_peak_mb: float = 0.0
-    optimizer_steps: int = 0
-    best_step: int = 0
-    heldout_tau: tuple[float, ...] = ()
-
-    @property
-    def flops(self) -> float:
-        return self.generation_flops + self.scoring_flops + self.target_flops + self.draft_flops
-
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> MethodCell:
-        steps = tuple((int(a), int(n)) for a, n in row["steps"])
-        return MethodCell(**{**row, "steps": steps, "heldout_tau": tuple(row["heldout_tau"])})
-
-
-def read_cells(folder: Path) -> list[MethodCell]:
-    """All cells below a folder, in the order of their names."""
-    return [
-        MethodCell.from_json(json.loads(path.read_text(encoding="utf-8")))
-        for path in sorted(folder.rglob("*.json"))
-        if path.parents[2].name == "cells"
-    ]
-
-
 def bench_methods(
     family: Path,
     out: Path,
@@ -148,9 +94,10 @@ def bench_methods(
 
     Raises UserError for unknown rows and members, and for a family that lacks a member or draft.
     """
-    for row in rows:
-        if row not in ALL:
-            raise UserError(f"unknown row '{row}'; {nearest(row, ALL)}")
+    for what, words, known in (("row", rows, ALL), ("kind of answers", answers, KINDS_OF_ANSWERS)):
+        for word in words:
+            if word not in known:
+                raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
     manifest = _manifest(family)
     for member in members:
         if member not in manifest["members"]:
@@ -507,41 +454,3 @@ def _data(size: str, data: str | None) -> Path | None:
             f"size {size} reads real data: name its folder with --data or in REDRAFT_DATA"
         )
     return folder
-
-
-def steps_of(cells: Sequence[MethodCell]) -> list[tuple[tuple[int, int], ...]]:
-    """The (accepted, steps) of cells that differ in their seed alone."""
-    return [cell.steps for cell in sorted(cells, key=lambda cell: cell.seed)]
-
-
-def print_cells(cells: Sequence[MethodCell], out: Console | None = None) -> None:
-    """One line per target, row and answers: figures over the seeds that are there."""
-    out = out or Console(highlight=False)
-    table = Table(title="tau at K = 4, greedy [95 %], over seeds and prompts")
-    for heading in ("target", "row", "answers", "tau", "recovery", "off", "trained", "tokens", "s"):
-        table.add_column(heading, justify="left" if heading in ("target", "row") else "right")
-    groups: dict[tuple[str, str, str], list[MethodCell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.member, cell.row, cell.answers), []).append(cell)
-    for (member, row, answers), some in groups.items():
-        zero, one = REFERENCES["eagle" if row.startswith("eagle") else "eagle3"]
-        found = recovery.tau(steps_of(some))
-        ends = [groups.get((member, name, REGENERATED)) for name in (zero, one)]
-        share = (
-            ends[0]
-            and ends[1]
-            and recovery.recovery(steps_of(some), steps_of(ends[0]), steps_of(ends[1]))
-        )
-        last = some[-1]
-        table.add_row(
-            member,
-            row,
-            answers,
-            f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]",
-            f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]" if share else "",
-            f"{sum(c.tau_off for c in some) / len(some):.2f}",
-            f"{last.trained_parameters:,}",
-            f"{last.unique_tokens:,}",
-            f"{last.generation_seconds + last.training_seconds:.0f}",
-        )
-    out.print(table)

@@ -29,9 +29,6 @@ class Interval:
     low: float
     high: float
 
-    def excludes(self, number: float) -> bool:
-        return not self.low <= number <= self.high
-
 
 def tau(steps: Steps, seed: int = 0) -> Interval:
     """Pooled tau of all seeds."""

@@ -10,6 +10,7 @@ ORIGINAL, REGENERATED, SAMPLED = "original", "regenerated", "sampled"
 ANSWERS = (ORIGINAL, REGENERATED)
 """What a draft is trained on: the answers of the fine-tuning data, or the target's own greedy ones.
 `sampled` are the target's own at temperature 0.7."""
+KINDS_OF_ANSWERS = (*ANSWERS, SAMPLED)
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class Row:
     """A way to get a draft for a fine-tuned target.
 
     `settings` are training settings; `width` a share of the shared FFN; `matched` asks for the LoRA
-    rank whose parameters come closest to an expert of that share. `rate` is the learning rate
-    times the hidden size, 0 for the one tuned for the row. `draft` names the draft it starts from
-    (`eagle3`, `eagle`, or `paper`, the stage 1 of the paper's recipe). `pool` is `adapt` or `whole`.
+    rank whose parameters come closest to an expert of that share. `tuned` rows have
+    their learning rate chosen. `draft` names the draft it starts from (`eagle3`, `eagle`, or `paper`,
+    the stage 1 of the paper's recipe). `pool` is `adapt` or `whole`.
     """
 
     says: str
@@ -153,4 +154,4 @@ TUNED_LIKE = {
     "eagle dedicated": "scratch",
     "eagle expert+fc": "expert+fc",
 }
-"""Rows that take another row's tuned learning rate; ideas take that of `expert+fc`."""
+"""Rows that take another row's tuned learning rate; ideas with an expert take that of `expert+fc`."""

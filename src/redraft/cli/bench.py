@@ -207,8 +207,8 @@ def bench_methods(
     Example: redraft bench methods --family family --out methods --members sft
     """
     set_quiet(quiet)
+    from ..bench.cells import print_cells, read_cells
     from ..bench.methods import bench_methods as run
-    from ..bench.methods import print_cells, read_cells
     from ..bench.rows import IDEAS, ROWS
     from ..files import write_text
     from ..records import to_json

@@ -16,6 +16,8 @@ from ..methods import EXPERT, LORA, Method
 from ..rng import seeded
 
 ADAPTER = "default"
+HEADS = ("lm_head", "embed_out")
+"""Output heads by module name: ours, and those of Transformers' language models."""
 
 
 def stored_name(name: str) -> str:
@@ -34,26 +36,31 @@ def linear_layers(draft: Draft, method: Method) -> list[str]:
         if isinstance(module, nn.Linear)
         and EXPERT not in f"{name}."
         and LORA not in name
-        and ("head-lora" if name.endswith("head") else "lora") in method.parts
+        and ("head-lora" if name in HEADS else "lora") in method.parts
         and not method.trains_in_place(f"{name}.weight")
     ]
 
 
-def attach(draft: Draft, layers: list[str], rank: int, seed: int) -> None:
-    """Wrap `layers` in place. Raises UserError for a rank above a layer's size, or no layer at all."""
-    from peft import LoraConfig, inject_adapter_in_model
-
+def check_rank(draft: Draft, layers: list[str], rank: int) -> None:
+    """Raise UserError for a rank above a layer's size, and where there is no layer at all."""
     if not layers:
         raise UserError(
-            f"method 'lora' finds no linear layer in this {draft.kind} draft that no other part trains"
+            f"a low-rank part finds no linear layer in this {draft.kind} draft that no other part trains"
         )
     for name in layers:
         most = min(draft.get_submodule(name).weight.shape)  # type: ignore[arg-type,union-attr]
         if rank > most:
             raise UserError(
-                f"--rank {rank} is above the size of {name}, whose matrix has rank {most} at most; "
+                f"train.rank {rank} is above the size of {name}, whose matrix has rank {most} at most; "
                 f"choose 1 to {most}"
             )
+
+
+def attach(draft: Draft, layers: list[str], rank: int, seed: int) -> None:
+    """Wrap `layers` in place. Raises UserError as `check_rank` does."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    check_rank(draft, layers, rank)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, bias="none")
     inject_adapter_in_model(config, draft, adapter_name=ADAPTER)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..drafts.base import Draft
 from ..target import Target
+from .lora import stored_name
 
 ALIKE = 0.99
 """Mean cosine of rows from which a tensor counts as a copy; published copies differ by rounding."""
@@ -24,7 +25,7 @@ NEAR = 1e-2
 def renewed(draft: Draft, base: Target, target: Target) -> dict[str, Tensor]:
     """The draft's copies as they should be now, by name; empty when it holds none that changed."""
     found: dict[str, Tensor] = {}
-    parameters = dict(draft.named_parameters())
+    parameters = {stored_name(name): p for name, p in draft.named_parameters()}
     pairs = {
         "embed_tokens.weight": (base.embedding_VH, target.embedding_VH),
         "lm_head.weight": (_head(base), _head(target)),

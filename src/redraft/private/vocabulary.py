@@ -81,7 +81,7 @@ def retarget(draft: Draft, target: Target, answers: Sequence[Answer]) -> Retarge
     parameter; tensors it shared with a copy are left as they are. Nothing is added where the draft
     already says what the answers use most. Raises UserError for a draft that speaks all of V.
     """
-    vocab_D = _reduced(draft)
+    vocab_D = reduced_vocabulary(draft)
     counts_V = torch.bincount(_supervised(answers), minlength=target.vocab_size)
     added, removed = exchange(vocab_D.cpu(), counts_V, target.stop_ids)
     before = miss_rate(vocab_D, answers)
@@ -176,7 +176,7 @@ def extract(draft: Draft, original_D: Tensor) -> dict[str, Tensor]:
 
     All are empty for a draft that still has it.
     """
-    vocab_D, original = _reduced(draft).cpu(), original_D.cpu()
+    vocab_D, original = reduced_vocabulary(draft).cpu(), original_D.cpu()
     new = ~torch.isin(vocab_D, original)
     rows_DH = _head(draft).weight.detach().cpu()
     return {
@@ -193,7 +193,7 @@ def attach(draft: Draft, private: Mapping[str, Tensor]) -> None:
     In the second case only the new rows are written, into the parameter that is there, so that an
     optimizer keeps hold of it. Raises ValueError for a draft of any other vocabulary.
     """
-    vocab_D = _reduced(draft)
+    vocab_D = reduced_vocabulary(draft)
     added = private[ADDED].to(vocab_D.device)
     new = torch.isin(vocab_D, added)
     if int(new.sum()) == len(added) and not torch.isin(vocab_D, private[REMOVED].to(added)).any():
@@ -245,7 +245,7 @@ def row_mask(draft: Draft, added_M: Tensor) -> RemovableHandle:
     The head must require a gradient already. An optimizer's weight decay would still move the kept
     rows: do not decay this tensor.
     """
-    vocab_D = _reduced(draft)
+    vocab_D = reduced_vocabulary(draft)
     new_D1 = torch.isin(vocab_D, added_M.to(vocab_D))[:, None]
     handle: RemovableHandle = _head(draft).weight.register_hook(lambda grad: grad * new_D1)
     return handle
@@ -256,12 +256,14 @@ def row_mask(draft: Draft, added_M: Tensor) -> RemovableHandle:
 
 def _replace(draft: Draft, added_M: Tensor, removed_M: Tensor, new_MH: Tensor) -> None:
     head = _head(draft)
-    ids, rows = exchanged(_reduced(draft), head.weight.detach(), added_M, removed_M, new_MH)
+    ids, rows = exchanged(
+        reduced_vocabulary(draft), head.weight.detach(), added_M, removed_M, new_MH
+    )
     draft.draft_vocab = ids
     head.weight = nn.Parameter(rows, requires_grad=head.weight.requires_grad)
 
 
-def _reduced(draft: Draft) -> Tensor:
+def reduced_vocabulary(draft: Draft) -> Tensor:
     """The draft vocabulary [D]; UserError when it is the target's own."""
     if draft.draft_vocab is None or "d2t" not in draft.stored_state():
         raise UserError(

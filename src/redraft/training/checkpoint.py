@@ -32,6 +32,7 @@ class TrainState:
     last_loss: float
     seconds: float
     precision: str = ""
+    evaluation_seconds: float = 0.0
     average: dict[str, Tensor] = field(default_factory=dict)
 
     def best_tau(self) -> float:
@@ -61,6 +62,7 @@ def save_checkpoint(
         "last_loss": state.last_loss,
         "seconds": state.seconds,
         "precision": state.precision,
+        "evaluation_seconds": state.evaluation_seconds,
     }
     text = json.dumps(about)
     metadata = {"about": text, "sum": _sum(text, tensors)}

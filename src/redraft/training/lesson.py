@@ -43,6 +43,7 @@ class Lesson:
     offset_N: Tensor
     teacher_logits: Callable[[slice], Tensor]
     chunked: bool
+    seconds: float = 0.0  # that reading it took
     teachers: dict[int, Teacher] = field(default_factory=dict)
 
     @property

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from ..config import TrainConfig
 from ..drafts.base import Draft
@@ -31,6 +32,10 @@ RISE = 0.001
 """Held-out tau must rise by this much to count as progress."""
 
 
+class DivergedError(UserError):
+    """The loss stopped being finite."""
+
+
 @dataclass
 class Member:
     """`kept` are tensors of the private part that were fitted before training and stay;
@@ -45,7 +50,9 @@ class Member:
     planned: int
     first_vocab: Tensor | None = None
     retargeted: Retargeted | None = None
+    hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
     fitted: Fitted = field(default_factory=lambda: Fitted({}))
+    diverged: bool = False
     state: TrainState = field(init=False)
     per_step: float = 0.0  # operations of a training step, per token
     per_reading: float = 0.0  # operations of a rollout without a backward pass
@@ -72,7 +79,7 @@ class Member:
         return count
 
     def done(self) -> bool:
-        return self.state.step >= self.planned or self.stalled()
+        return self.diverged or self.state.step >= self.planned or self.stalled()
 
     def stalled(self) -> bool:
         """Whether the last `patience` evaluations brought no rise over those before them."""
@@ -107,9 +114,9 @@ class Member:
             loss, count = rollout_loss(lesson, self.draft, c, state.step)
         state.last_loss = loss.item()
         if not math.isfinite(state.last_loss):
-            raise UserError(
+            raise DivergedError(
                 f"the loss became {state.last_loss} at step {state.step} (learning rate "
-                f"{peak_rate(c, self.draft):g}); lower --lr or use --precision fp32. Everything "
+                f"{peak_rate(c, self.draft):g}); lower train.lr or set train.precision fp32. Everything "
                 "finished before this step is kept"
             )
         loss.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +125,7 @@ class Member:
         state.step += 1
         state.supervised_tokens += count
         self._average()
-        state.seconds += time.monotonic() - began
+        state.seconds += lesson.seconds + time.monotonic() - began
 
     def note_tau(self, tau: float) -> None:
         """Record an evaluation of the present tensors, and keep them if they are the best so far."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..private.lora import stored_name
 from ..target import Target
 from .lesson import VALUES
 
@@ -40,7 +41,9 @@ def predict_peak(
         draft = member.draft
         vocab = target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
         inner = sum(
-            p.shape[0] for n, p in draft.named_parameters() if n.endswith("gate_proj.weight")
+            p.shape[0]
+            for n, p in draft.named_parameters()
+            if stored_name(n).endswith("gate_proj.weight")
         )
         own = batch_tokens * (4 * (24 * draft.hidden_size + 4 * inner) + 12 * heads * longest)
         own += 3 * 4 * min(batch_tokens * vocab, VALUES)

@@ -14,8 +14,8 @@ from ..methods import PARTS, Method, read_method
 AUTO_LR = 0.4
 """The automatic peak learning rate is this over the hidden size: 1e-4 at 4096, as published."""
 PRIVATE_LR = 4.0
-"""Times that where only some of the draft is trained: in docs/results/methods.md every such part did
-best at rates at least two to four times those of whole drafts."""
+"""Times that where only some of the draft is trained: the rates tuned for such rows of the methods
+bench (`rate` in docs/results/methods.jsonl) are two to four times those of whole drafts."""
 
 
 def peak_rate(config: TrainConfig, draft: Draft) -> float:

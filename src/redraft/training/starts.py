@@ -14,7 +14,6 @@ from ..batches import collate
 from ..config import TrainConfig
 from ..console import say
 from ..drafts.base import Draft
-from ..errors import UserError
 from ..methods import Method
 from ..private.expert import widenable
 from ..private.part import put
@@ -22,7 +21,7 @@ from ..private.refresh import renewed
 from ..private.relay import SHARES, DownFit, FeatureMap, folded, mapped_layer, maps_features
 from ..records import Answer
 from ..target import Target
-from .lesson import Lesson, read_lesson, rollout_loss
+from .lesson import VALUES, Lesson, read_lesson, rollout_loss
 
 FITTED_ON = 32
 """Batches whose features the map is fitted on."""
@@ -55,12 +54,11 @@ def fit_starts(
 ) -> Fitted:
     """Fit the method's starts in place.
 
-    Raises UserError without the base model, and for a draft that a start does not apply to.
+    `base` is there for every method that has a start (see `fitness.py`).
     """
     changed: dict[str, Tensor] = {}
     read = searched = 0
     began = time.monotonic()
-    need_base(method, base)
     if "refresh" in method.starts and base is not None:
         found = renewed(draft, base, target)
         if not found:
@@ -85,20 +83,12 @@ def fit_starts(
     return Fitted(tensors, read, searched, time.monotonic() - began)
 
 
-def need_base(method: Method, base: Target | None) -> None:
-    """Raise UserError for a method that compares the target with its base, where none is named."""
-    if method.starts and base is None:
-        raise UserError(
-            f"method {method.name} compares the target with the model it was tuned from: name that "
-            "with --base"
-        )
-
-
 def _lesson(
     target: Target, draft: Draft, answers: Sequence[Answer], indices: Sequence[int]
 ) -> Lesson:
     batch = collate([answers[i] for i in indices], target.device)
-    return read_lesson(target, batch, draft.taps)
+    # All are held at once: where logits would be many, final states are kept instead.
+    return read_lesson(target, batch, draft.taps, VALUES // FITTED_ON)
 
 
 def _map_features(

@@ -6,11 +6,14 @@ pulled towards the target's. Batches, learning rates and evaluations are decided
 never by the clock, so that a resumed run ends where an uninterrupted one does.
 
 A gang is several private parts of one shared draft on one stream of batches: the target reads each
-batch once, and every member takes its own step on it. Its members end as they would alone.
+batch once, and every member takes its own step on it. Its members end as they would alone in the
+same precision.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from ..batches import collate, plan_epochs
 from ..config import TrainConfig, read_width
@@ -33,14 +37,15 @@ from ..faults import point
 from ..formats.folders import state_hash
 from ..measuring.acceptance import pooled_tau
 from ..measuring.replay import check_overrun, replay_each
-from ..methods import read_method
+from ..methods import Method, read_method
 from ..private.part import declare, fused_parameters, prepare, put
-from ..private.vocabulary import HEAD, retarget, row_mask
+from ..private.vocabulary import HEAD, Retargeted, retarget, row_mask
 from ..records import Answer, TrainRecord
 from ..target import Target
 from .checkpoint import load_checkpoint, save_checkpoint
+from .fitness import check_fits
 from .lesson import Lesson, read_lesson, rollout_loss
-from .member import Member
+from .member import DivergedError, Member
 from .memory import peak_memory, predict_peak, restart_peak
 from .optimize import make_optimizer
 from .precision import choose_precision
@@ -139,6 +144,8 @@ def _train(
         _key(config, plan, target, base, draft, answers, heldout, k)
         for draft, config in zip(drafts, configs, strict=True)
     ]
+    for draft, config in zip(drafts, configs, strict=True):
+        check_fits(draft, config, target, base)
     restart_peak(target.device)
     members = [_member(stream, d, config, base) for d, config in zip(drafts, configs, strict=True)]
     folders = [_folder(checkpoints, i, len(members)) for i in range(len(members))]
@@ -147,6 +154,7 @@ def _train(
             found = load_checkpoint(folder, member.trainable, member.optimizer, key)
             member.state = found or member.state
     precision = _precision(stream, members)
+    del stream.first_lessons
     predicted = predict_peak(target, members, c.batch_tokens, max(lengths))
     _announce(members, plan, precision, predicted)
 
@@ -167,12 +175,23 @@ def _train(
             lesson = stream.lesson(at)
             active = [member for member in active if member.state.step == at]
             for member in active:
-                member.learn(lesson, precision)
+                _learn(member, lesson, precision, len(members))
             if (at + 1) % every == 0 or at + 1 == len(plan):
                 evaluate(active)
             point("training: after a step")
             progress.advance(1, _note(members))
     return [_finished(stream, member, len(members), precision, predicted) for member in members]
+
+
+def _learn(member: Member, lesson: Lesson, precision: str, gang: int) -> None:
+    """A step. A member of a gang that diverges ends where it was best; alone, that is an error."""
+    try:
+        member.learn(lesson, precision)
+    except DivergedError as problem:
+        if gang == 1:
+            raise
+        member.diverged = True
+        say(f"{member.config.method}: {problem}; the others go on")
 
 
 class _Stream:
@@ -186,9 +205,12 @@ class _Stream:
         plan: list[list[int]],
     ):
         self.target, self.taps, self.answers, self.plan = target, taps, answers, plan
-        self.seconds = 0.0
         self.per_token = 0.0
-        self.began = time.monotonic()
+
+    @functools.cached_property
+    def first_lessons(self) -> list[Lesson]:
+        """What members look at before they train, read once for all."""
+        return [self.lesson(at) for at in range(min(CALIBRATION_BATCHES, len(self.plan)))]
 
     def lesson(self, at: int) -> Lesson:
         began = time.monotonic()
@@ -200,8 +222,7 @@ class _Stream:
             with FlopCounterMode(display=False) as counter:
                 lesson = read_lesson(self.target, batch, self.taps)
             self.per_token = counter.get_total_flops() / batch.tokens_BT.numel()
-        self.seconds += time.monotonic() - began
-        return lesson
+        return dataclasses.replace(lesson, seconds=time.monotonic() - began)
 
     def length(self, steps: int) -> int:
         """Real tokens of the first steps."""
@@ -215,70 +236,80 @@ class _Stream:
 def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None) -> Member:
     """A draft with its private part attached, at its start."""
     method = read_method(config.method)
-    if config.loss == "paper" and draft.taps != (stream.target.num_layers,):
-        raise UserError(
-            f"--loss paper compares the draft's states with the target's last hidden ones, which a "
-            f"{draft.kind} draft does not have; use kl, tv, lk or ce"
-        )
-    lessons = [stream.lesson(at) for at in range(min(CALIBRATION_BATCHES, len(stream.plan)))]
+    lessons = stream.first_lessons
 
     @torch.no_grad()
     def calibrate() -> None:
+        steps = config.rollout if draft.feeds_back else 1
         for lesson in lessons:
             batch = lesson.batch
-            steps = config.rollout if draft.feeds_back else 1
             for _ in draft.rollout(batch.tokens_BT, lesson.features_BTF, batch.first, steps):
                 pass
 
-    first = draft.draft_vocab
-    width = read_width(config.width) or 1
-    if method.expert and config.width == "auto":
-        raise UserError(
-            "--width auto compares several experts beside one draft; name a width here, for "
-            "example --width 64"
-        )
+    first = draft.draft_vocab if config.vocab == "retarget" else None
     trainable = prepare(
         draft,
         method,
-        width=resolve_width(width, shared_width(draft)) if method.expert else 1,
+        width=_width(draft, config) if method.expert else 1,
         rank=config.rank,
         init=config.init,
         seed=config.seed,
         calibrate=calibrate,
     )
-    retargeted = None
-    if config.vocab == "retarget":
-        retargeted = retarget(draft, stream.target, stream.answers)
-        say(
-            f"vocabulary: {len(retargeted.added)} of {len(first)} tokens exchanged; the answers' share "  # type: ignore[arg-type]
-            f"outside it {retargeted.missed_before:.1%} -> {retargeted.missed_after:.1%}"
-        )
-        if retargeted.changed and not method.owns(HEAD):
-            head = draft.get_parameter(HEAD)
-            head.requires_grad_(True)
-            trainable.append((HEAD, head))
-            row_mask(draft, retargeted.added)
-        elif retargeted.changed:  # the head is another tensor now
-            trainable = declare(draft, method)
+    retargeted = hook = None
+    if first is not None:
+        retargeted, hook = _retarget(stream, draft, method, len(first), trainable)
     fitted = fit_starts(stream.target, base, draft, method, config, stream.answers, stream.plan)
-    kept = dict(fitted.tensors)
-    for name, _ in trainable:
-        kept.pop(name, None)
-    optimizer = make_optimizer(trainable, method, config, draft) if trainable else None
+    trained = {name for name, _ in trainable}
     member = Member(
         draft,
         method,
         config,
         trainable,
-        optimizer,
-        kept,
+        make_optimizer(trainable, method, config, draft) if trainable else None,
+        {name: tensor for name, tensor in fitted.tensors.items() if name not in trained},
         len(stream.plan) if trainable and config.epochs else 0,
-        first if retargeted is not None else None,
+        first,
         retargeted,
+        hook,
         fitted,
     )
     member.count(lessons[0])
     return member
+
+
+def _width(draft: Draft, config: TrainConfig) -> int:
+    width = read_width(config.width)
+    if width is None:
+        raise UserError(
+            "train.width auto compares several experts beside one draft; name a width here, for "
+            "example 64"
+        )
+    return resolve_width(width, shared_width(draft))
+
+
+def _retarget(
+    stream: _Stream,
+    draft: Draft,
+    method: Method,
+    size: int,
+    trainable: list[tuple[str, nn.Parameter]],
+) -> tuple[Retargeted, RemovableHandle | None]:
+    """Exchange tokens; new rows join `trainable`, and a hook holds the head's other rows in place."""
+    found = retarget(draft, stream.target, stream.answers)
+    say(
+        f"vocabulary: {len(found.added)} of {size} tokens exchanged; the answers' share outside it "
+        f"{found.missed_before:.1%} -> {found.missed_after:.1%}"
+    )
+    if not found.changed:
+        return found, None
+    if method.owns(HEAD):  # the head is another tensor now, and all of it trains
+        trainable[:] = declare(draft, method)
+        return found, None
+    head = draft.get_parameter(HEAD)
+    head.requires_grad_(True)
+    trainable.append((HEAD, head))
+    return found, row_mask(draft, found.added)
 
 
 def _finished(
@@ -286,13 +317,14 @@ def _finished(
 ) -> Trained:
     """The best tensors, put back into the draft, and the record.
 
-    In a gang the seconds are the member's own and the stream's, as if it had trained alone.
+    Seconds are those of its start, its steps, the readings of the batches it stepped on, and its
+    share of the evaluations.
     """
     state, draft = member.state, member.draft
     put(draft, state.best)
     read = stream.length(state.step)
-    seconds = state.seconds + stream.seconds * (state.step / max(len(stream.plan), 1))
-    seconds += member.fitted.seconds
+    if member.hook is not None:
+        member.hook.remove()
     record = TrainRecord(
         method=member.config.method,
         trained_parameters=member.trained_parameters(),
@@ -304,8 +336,8 @@ def _finished(
         final_loss=state.last_loss if math.isfinite(state.last_loss) else 0.0,
         heldout_tau=tuple(state.heldout_tau),
         best_step=state.best_step,
-        seconds=seconds if gang > 1 else time.monotonic() - stream.began,
-        tokens_per_second=read / max(seconds, 1e-9),
+        seconds=state.seconds + state.evaluation_seconds + member.fitted.seconds,
+        tokens_per_second=read / max(state.seconds, 1e-9),
         precision=precision,
         predicted_peak_mb=predicted,
         peak_mb=peak_memory(stream.target.device),
@@ -327,12 +359,13 @@ def _announce(
         say(f"training {member.trained_parameters():,} parameters ({member.config.method})")
         if member.state.step:
             say(f"continuing at step {member.state.step} of {len(plan)}")
-    say(f"{len(plan)} steps, {precision}, about {predicted:,.0f} MB at the peak")
+    steps = max(member.planned for member in members)
+    say(f"{steps} steps, {precision}, about {predicted:,.0f} MB at the peak")
 
 
 def _precision(stream: _Stream, members: Sequence[Member]) -> str:
     """Decided once, by the first member that trains: a resumed run computes as it began."""
-    training = [member for member in members if member.optimizer]
+    training = [member for member in members if member.planned]
     if not training:
         return "fp32"
     first = training[0]
@@ -348,7 +381,6 @@ def _precision(stream: _Stream, members: Sequence[Member]) -> str:
         precision = choose_precision(stream.target.device, step)
     for member in training:
         member.state.precision = precision
-    stream.seconds = 0.0  # what was tried out is not training
     return precision
 
 
@@ -359,7 +391,11 @@ def _evaluate(target: Target, members: Sequence[Member], heldout: Sequence[Answe
         found = replay_each(target, [m.draft for m in some], heldout, k)
         return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
 
-    for member, tau in zip(members, taus(members), strict=True):
+    began = time.monotonic()
+    found = taus(members)
+    for member in members:
+        member.state.evaluation_seconds += (time.monotonic() - began) / len(members)
+    for member, tau in zip(members, found, strict=True):
         if member.state.average:
             with member.averaged():
                 (averaged,) = taus([member])
@@ -400,7 +436,7 @@ def _key(
         asdict(config),
         plan,
         target.fingerprint(),
-        base and base.fingerprint(),
+        base.fingerprint() if base and read_method(config.method).starts else None,
         draft.taps,
         state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
         [[a.id, a.tokens] for a in answers],
