@@ -77,6 +77,12 @@ class RegenerateConfig:
         "'regenerate': the target writes the answers; 'original': take those in the prompts file",
         choices=("regenerate", "original"),
     )
+    turns: str = _opt(
+        "all",
+        "of a conversation, 'all': each user turn is answered, on top of the target's own earlier "
+        "answers; 'last': only the last one, with the turns before it as they are in the file",
+        choices=("all", "last"),
+    )
     seed: int = _opt(0, "seed of the sampled answers")
 
 

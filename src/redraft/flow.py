@@ -17,6 +17,7 @@ from typing import Any
 
 from .config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from .console import say
+from .data.pool import Picked
 from .data.prompts import PromptSet, read_prompts, split_prompts
 from .data.regenerate import answer_inputs, read_answers, regenerate
 from .data.select import select
@@ -97,9 +98,9 @@ def adapt(
     # What does not fit is refused before anything is paid for.
     refuse_routed(getattr(shared.config, "routed", None))
     check_fits(shared.build(target), resolved.config.train, target, base)
-    everything = read_prompts(prompts, target, limit)
-    say(everything.summary())
     c = resolved.config
+    everything = read_prompts(prompts, target, limit, c.regenerate.turns)
+    say(everything.summary())
     elsewhere = {
         name: read_prompts(file, target, c.measure.eval_limit)
         for name, file in (off_domain or {}).items()
@@ -144,7 +145,10 @@ def _ask(
     own = eval_prompts and read_prompts(eval_prompts, target, c.measure.eval_limit)
     files = [*([own] if own else []), *elsewhere.values()]
     measured_on = {prompt.tokens for file in files for prompt in file.prompts}
-    rest = [prompt for prompt in everything.prompts if prompt.tokens not in measured_on]
+    rest = Picked(
+        everything.prompts,
+        (i for i, prompt in enumerate(everything.prompts) if prompt.tokens not in measured_on),
+    )
     if len(rest) < len(everything.prompts):
         say(f"{len(everything.prompts) - len(rest)} prompts are measured on, so not trained on")
     evaluation = 0 if own else c.measure.eval_limit
@@ -292,7 +296,7 @@ def _report(
         prompts={
             "source": prompts.source,
             "kept": len(prompts.prompts),
-            "left_out": len(prompts.left_out),
+            "left_out": prompts.left_out_count,
             "answered": len(answers),
             "trained_on": part.card["samples"],
         },

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-CLOCKED = ("seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
-"""The fields of a `TrainRecord` that differ when the same work is done again."""
+CLOCKED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
+"""The fields of a `TrainRecord` and of a checkpoint that differ when the same work is done again."""
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -28,12 +28,33 @@ class Prompt:
     """One prompt as the target's chat template renders it.
 
     `tokens` are token ids, generation prompt included. `reference` is the answer that came with
-    the row, if one did; it is used only where original answers are asked for.
+    the row, if one did; it is used only where original answers are asked for. A conversation of
+    several turns goes on with `later`: `history` are the messages in `tokens`, and each of `later`
+    is the reply that the row had (or None), then what is asked after it (see `data/turns.py`).
     """
 
     id: str
     tokens: tuple[int, ...]
     reference: tuple[int, ...] | None = None
+    history: tuple[dict[str, Any], ...] = ()
+    later: tuple[tuple[dict[str, Any] | None, ...], ...] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+
+    def to_row(self) -> list[Any]:
+        """As plain JSON types."""
+        return [self.id, self.tokens, self.reference, self.history, self.later, self.tools]
+
+    @staticmethod
+    def from_row(row: list[Any]) -> Prompt:
+        name, tokens, reference, history, later, tools = row
+        return Prompt(
+            name,
+            tuple(tokens),
+            None if reference is None else tuple(reference),
+            tuple(history),
+            tuple(tuple(turns) for turns in later),
+            None if tools is None else tuple(tools),
+        )
 
 
 @dataclass(frozen=True)

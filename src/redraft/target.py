@@ -115,10 +115,17 @@ class Target:
         features = [output.hidden_states[tap] for tap in taps]
         return Reading(torch.cat(features, dim=-1), output.logits)
 
-    def render(self, messages: Sequence[dict[str, str]], *, answered: bool = False) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        answered: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation under the target's chat template.
 
         With `answered` the last (assistant) message is included and no generation prompt follows.
+        `tools` are the functions that the target may call, as JSON schemas.
         Raises UserError when there is no chat template, ValueError when it refuses the roles.
         """
         if self.template is None and not getattr(self.tokenizer, "chat_template", None):
@@ -129,6 +136,7 @@ class Target:
         try:
             rendered = self.tokenizer.apply_chat_template(
                 list(messages),
+                tools=list(tools) if tools else None,
                 chat_template=self.template,
                 add_generation_prompt=not answered,
                 tokenize=True,

@@ -15,7 +15,7 @@ from redraft.data.prompts import read_prompts, split_prompts
 from redraft.data.regenerate import read_answers, regenerate
 from redraft.data.select import select, within_budget
 from redraft.errors import UserError
-from redraft.formats.chat import messages_of
+from redraft.formats.chat import understand
 from redraft.records import Answer, Prompt
 from redraft.target import Target
 from tests.conftest import write_prompts
@@ -38,10 +38,10 @@ from tests.conftest import write_prompts
     ],
 )
 def test_every_known_shape_is_the_same_conversation(row: dict[str, object]) -> None:
-    assert messages_of(row) == [
+    assert understand(row).messages == (
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "a"},
-    ]
+    )
 
 
 def test_bad_lines_are_counted_and_the_rest_is_kept(target: Target, tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_answers_to_something_else_are_not_continued(target: Target, tmp_path: P
 
 def test_splits_are_disjoint_and_keyed_by_the_seed() -> None:
     prompts = [Prompt(str(i), (i,)) for i in range(40)]
-    parts = split_prompts(prompts, 64, 8, seed=0)
+    parts = [list(p) for p in split_prompts(prompts, 64, 8, seed=0)]
     assert [len(p) for p in parts] == [22, 8, 10]
     assert sorted(p.id for part in parts for p in part) == sorted(p.id for p in prompts)
-    assert parts == split_prompts(prompts, 64, 8, seed=0)
-    assert parts != split_prompts(prompts, 64, 8, seed=1)
+    assert parts == [list(p) for p in split_prompts(prompts, 64, 8, seed=0)]
+    assert parts != [list(p) for p in split_prompts(prompts, 64, 8, seed=1)]
     with pytest.raises(UserError, match="7 prompts are too few"):
         split_prompts(prompts[:7], 64, 8, seed=0)
 

@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
-from . import bench, drafts, engine, generate, job, recipes, stages
+from . import bench, drafts, engine, generate, job, prompts, recipes, stages
 
 app = typer.Typer(
     name="redraft",
@@ -35,6 +35,7 @@ for command in (
     job.report,
 ):
     app.command()(command)
+app.add_typer(prompts.app, name="prompts")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")
 

@@ -67,7 +67,7 @@ def regenerate(
     from ..data.regenerate import regenerate as run
 
     loaded = load(target, target_adapter, chat_template, dtype)
-    found = read_prompts(prompts, loaded, limit)
+    found = read_prompts(prompts, loaded, limit, c.turns)
     say(found.summary())
     answers = run(loaded, found.prompts, Path(out), c, overrun)
     finish(
@@ -77,7 +77,7 @@ def regenerate(
             "answers": len(answers),
             "tokens": sum(a.length for a in answers),
             "unfinished": sum(a.finish == "length" for a in answers),
-            "left_out": len(found.left_out),
+            "left_out": found.left_out_count,
             "out": out,
         },
     )
@@ -266,7 +266,7 @@ def measure(
         seed=seed,
     ).acceptance
     if as_json:
-        print_json({**to_json(measured), "left_out": len(found.left_out)})
+        print_json({**to_json(measured), "left_out": found.left_out_count})
     else:
         print_acceptance(measured)
 

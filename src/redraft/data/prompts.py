@@ -1,78 +1,200 @@
-"""Prompts: JSONL rows in, rendered through the target's own chat template.
+"""Prompts: rows in, rendered through the target's own chat template.
 
-A row that cannot be used is counted and its line named; the rest is kept.
+A row that cannot be used is counted and its number named; the rest is kept. Rows are read one at a
+time and what is kept lies in a pool on disk, so that a file of any size can be read.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ..errors import UserError
-from ..formats.chat import Message, messages_of, split_answer
+from ..formats.chat import Understood, last_supervised, understand
 from ..records import Prompt
 from ..target import Target
+from .pool import Picked, PromptPool
+from .rows import read_rows
+from .turns import check_room, first_turn
 
-SHORTEST_ROOM = 32
-"""A prompt must leave this many positions of the context for its answer."""
+TURN_NAME = re.compile(r"#\d+$")
+"""How later turns are named (see `turns.py`); a row's own name of that form is altered."""
+REASONS_KEPT = 1000
+"""Rows left out are all counted; this many are named."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts kept, and for each row left out: line number and reason."""
+    """The prompts kept, and for each row left out (the first thousand) its number and the reason.
+
+    `shapes` counts the rows by what they were understood to be; `notes` is what the template did to
+    rows that were kept.
+    """
 
     source: str
-    prompts: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
     left_out: tuple[tuple[int, str], ...]
+    left_out_count: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         text = f"{len(self.prompts)} prompts from {self.source}"
         if self.left_out:
             line, reason = self.left_out[0]
-            text += f"; {len(self.left_out)} left out (first: line {line}: {reason})"
-        return text
+            text += f"; {self.left_out_count} left out (first: line {line}: {reason})"
+        return "\n  ".join([text, *self.notes])
 
 
-def read_prompts(source: str, target: Target, limit: int | None = None) -> PromptSet:
-    """Read and render a JSONL file (optionally gzip).
+def read_prompts(
+    source: str, target: Target, limit: int | None = None, turns: str = "all"
+) -> PromptSet:
+    """Read and render a file or data set (see `rows.py`), up to `limit` prompts.
 
-    Rows that cannot be used, and repeats of a prompt, are left out and counted. Raises UserError
-    when no prompt is left.
+    Rows that cannot be used, and repeats of a prompt, are left out and counted. `turns` as in
+    `turns.first_turn`. Raises UserError when no prompt is left.
     """
-    prompts: list[Prompt] = []
-    left_out: list[tuple[int, str]] = []
-    seen: set[str] = set()
-    rendered: dict[tuple[int, ...], str] = {}
-    for number, line in _lines(source):
-        if limit is not None and len(prompts) >= limit:
+    reader = PromptReader(target, turns)
+    for number, row in read_rows(source):
+        if limit is not None and len(reader.pool) >= limit:
             break
+        reader.take(number, row)
+    if not len(reader.pool):
+        reasons = "\n  ".join(f"{source}, line {n}: {why}" for n, why in reader.left_out[:5])
+        raise UserError(
+            f"{source}: no prompts left after reading {reader.refused} lines\n  {reasons}".rstrip()
+        )
+    return PromptSet(
+        source,
+        reader.pool,
+        tuple(reader.left_out),
+        reader.refused,
+        dict(reader.shapes),
+        reader.notes(),
+    )
+
+
+class PromptReader:
+    """Takes rows one by one. What it remembers of each prompt is a few dozen bytes."""
+
+    def __init__(self, target: Target, turns: str = "all"):
+        self.target, self.turns = target, turns
+        self.pool = PromptPool()
+        self.shapes: Counter[str] = Counter()
+        self.left_out: list[tuple[int, str]] = []
+        self.refused = 0
+        self.system_rows = self.unjoined_rows = 0
+        self._names: set[int] = set()
+        self._rendered: dict[int, int] = {}
+        self._drops_system: bool | None = None
+
+    def take(self, number: int, row: object) -> Prompt | None:
+        """The row's prompt, now in the pool; None when the row was left out."""
         try:
-            row = json.loads(line)
+            if isinstance(row, ValueError):
+                raise row
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+            understood = understand(row)
             name = str(row.get("id", f"line-{number}"))
-            name = name if name not in seen else f"{name}@{number}"
-            prompt = _render(name, messages_of(row), target)
-            if prompt.tokens in rendered:
-                raise ValueError(f"the same prompt as {rendered[prompt.tokens]}")
-            prompts.append(prompt)
-            seen.add(name)
-            rendered[prompt.tokens] = name
-        except json.JSONDecodeError as problem:
-            reason = "the line is empty" if not line.strip() else f"not valid JSON: {problem.msg}"
-            left_out.append((number, reason))
+            if hash(name) in self._names or TURN_NAME.search(name):
+                name = f"{name}@{number}"
+            prompt = self._render(name, understood)
+            whole = hash((prompt.tokens, json.dumps(prompt.later)))
+            same = self.pool[self._rendered[whole]] if whole in self._rendered else None
+            if same and (same.tokens, same.later) == (prompt.tokens, prompt.later):
+                raise ValueError(f"the same prompt as {same.id}")
         except ValueError as problem:
-            left_out.append((number, str(problem)))
-    if not prompts:
-        reasons = "\n  ".join(f"{source}, line {n}: {why}" for n, why in left_out[:5])
-        raise UserError(
-            f"{source}: no prompts left after reading {len(left_out)} lines\n  {reasons}".rstrip()
+            self.refused += 1
+            if len(self.left_out) < REASONS_KEPT:
+                self.left_out.append((number, str(problem)))
+            return None
+        self._rendered[whole] = len(self.pool)
+        if "id" in row:
+            self._names.add(hash(name))
+        self.shapes[understood.shape] += 1
+        self.pool.add(prompt)
+        return prompt
+
+    def notes(self) -> tuple[str, ...]:
+        notes = []
+        if self._drops_system:
+            notes.append(
+                f"the chat template drops system prompts: {self.system_rows} rows have one that "
+                "the target never sees; pass the template it is served with (--chat-template)"
+            )
+        if self.unjoined_rows:
+            notes.append(
+                f"in {self.unjoined_rows} rows the answer in the file does not continue the prompt "
+                "under this template (it renders the two together otherwise), so it cannot be used"
+            )
+        return tuple(notes)
+
+    def _render(self, name: str, found: Understood) -> Prompt:
+        if found.tokens is not None:
+            return self._of_tokens(name, found)
+        if found.text is not None:
+            return self._of_text(name, found.text)
+        prompt = first_turn(name, found.messages, found.tools, self.target, self.turns)
+        if found.messages[0]["role"] == "system":
+            self.system_rows += 1
+            if self._drops_system is None:
+                without = self.target.render(found.messages[1:2])
+                self._drops_system = self.target.render(found.messages[:2]) == without
+        if found.messages[-1]["role"] == "assistant" and not (prompt.reference or prompt.later):
+            self.unjoined_rows += 1
+        return prompt
+
+    def _of_tokens(self, name: str, found: Understood) -> Prompt:
+        tokens = found.tokens or ()
+        if max(tokens) >= self.target.vocab_size or min(tokens) < 0:
+            raise ValueError(
+                f"input_ids go up to {max(tokens)}, the target's vocabulary has "
+                f"{self.target.vocab_size}: it was tokenised for another model"
+            )
+        if found.supervised is None:
+            return Prompt(name, check_room(self.target, tokens))
+        begin, end = last_supervised(found.supervised)
+        if begin == 0:
+            raise ValueError("loss_mask marks the first token, so there is no prompt before it")
+        return Prompt(name, check_room(self.target, tokens[:begin]), tokens[begin:end])
+
+    def _of_text(self, name: str, text: str) -> Prompt:
+        """Text is taken as rendered already: the target continues it, after the last place where
+        the template would have it answer, if the text has one."""
+        asks = generation_prompt(self.target)
+        at = text.rfind(asks) + len(asks) if asks and asks in text else len(text)
+        tokens = tuple(encode(self.target, text[:at]))
+        reply = tuple(self.target.tokenizer.encode(text[at:], add_special_tokens=False))
+        return Prompt(name, check_room(self.target, tokens), reply or None)
+
+
+def generation_prompt(target: Target) -> str:
+    """What the chat template writes to have the target answer; empty when it writes nothing."""
+    if target.template is None and not getattr(target.tokenizer, "chat_template", None):
+        return ""
+    asked = [{"role": "user", "content": "x"}]
+    without, begun = (
+        str(
+            target.tokenizer.apply_chat_template(
+                asked, chat_template=target.template, add_generation_prompt=add, tokenize=False
+            )
         )
-    return PromptSet(source, tuple(prompts), tuple(left_out))
+        for add in (False, True)
+    )
+    return begun[len(without) :] if begun.startswith(without) else ""
+
+
+def encode(target: Target, text: str) -> list[int]:
+    """Token ids of rendered text; a beginning-of-text token it already has is not doubled."""
+    begin = target.tokenizer.bos_token
+    doubled = bool(begin) and text.startswith(begin)
+    ids: list[int] = target.tokenizer.encode(text, add_special_tokens=not doubled)
+    return ids
 
 
 def split_prompts(
@@ -90,38 +212,9 @@ def split_prompts(
     order = list(range(len(prompts)))
     random.Random(f"split/{seed}").shuffle(order)
     evaluation, heldout = (min(n, len(prompts) // 4) for n in (evaluation, heldout))
-    shuffled = [prompts[i] for i in order]
+    shuffled = Picked(prompts, order)
     return (
         shuffled[evaluation + heldout :],
         shuffled[evaluation : evaluation + heldout],
         shuffled[:evaluation],
     )
-
-
-def _render(name: str, messages: list[Message], target: Target) -> Prompt:
-    asked, reply = split_answer(messages)
-    if not asked or asked[-1]["role"] == "assistant":
-        raise ValueError("the conversation does not end in a user turn or one answer to it")
-    tokens = tuple(target.render(asked))
-    if len(tokens) + SHORTEST_ROOM > target.max_positions:
-        raise ValueError(
-            f"the prompt is {len(tokens)} tokens long, the target's context is {target.max_positions}"
-        )
-    reference = None
-    if reply is not None:
-        whole = target.render([*asked, reply], answered=True)
-        if tuple(whole[: len(tokens)]) == tokens:
-            reference = tuple(whole[len(tokens) :])
-    return Prompt(name, tokens, reference)
-
-
-def _lines(source: str) -> Iterator[tuple[int, str]]:
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"prompts {source}: no such file; expected JSONL, optionally .gz")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as stream:  # type: ignore[operator]
-            yield from enumerate(stream, 1)
-    except (OSError, EOFError, UnicodeDecodeError) as problem:
-        raise UserError(f"prompts {source} could not be read to the end: {problem}") from None

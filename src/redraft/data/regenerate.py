@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,42 @@ from ..files import append_lines, write_text
 from ..formats.folders import read_json
 from ..records import Answer, Prompt
 from ..target import Target
+from .turns import next_turn
 
 
 def regenerate(
     target: Target, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, overrun: int = 0
 ) -> list[Answer]:
-    """Answer every prompt into the file `out`, continuing what is there; answers in file order."""
+    """Answer every prompt into the file `out`, continuing what is there; answers in file order.
+
+    Conversations are answered turn by turn: all first turns, then all second ones, and so on.
+    """
     _claim(out, answer_inputs(target, prompts, config, overrun))
     if config.answers == "original":
         return _write_originals(prompts, out, config.max_new_tokens, target)
-    done = {answer.id for answer in read_answers(out)} if out.exists() else set()
+    asked = prompts
+    while len(asked):
+        done = {answer.id: answer for answer in read_answers(out)} if out.exists() else {}
+        _answer_round(target, asked, done, out, config, overrun)
+        asked = _next_round(target, asked, out)
+    return read_answers(out)
+
+
+def _answer_round(
+    target: Target,
+    prompts: Sequence[Prompt],
+    done: Container[str],
+    out: Path,
+    config: RegenerateConfig,
+    overrun: int,
+) -> None:
+    """Append the answers to prompts that are not among `done`."""
     plan = plan_generation(prompts, config.batch_size)
     left = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
-    if done:
-        say(f"{out.name}: {len(done)} of {len(prompts)} answers are there already")
+    if there := sum(prompt.id in done for prompt in prompts):
+        say(f"{out.name}: {there} of {len(prompts)} answers are there already")
+    if not left:
+        return
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
     batches = generate_answers(
         target,
@@ -52,7 +74,28 @@ def regenerate(
             append_lines(out, [answer.to_line() for answer in answers if answer.id not in done])
             tokens += sum(answer.length for answer in answers)
             progress.advance(len(answers), f"{tokens:,} tokens")
-    return read_answers(out)
+
+
+def _next_round(target: Target, asked: Sequence[Prompt], out: Path) -> list[Prompt]:
+    """The next turns of the conversations that go on."""
+    going_on = [prompt for prompt in asked if prompt.later]
+    if not going_on:
+        return []
+    said = {answer.id: answer for answer in read_answers(out)}
+    found, ended = [], []
+    for prompt in going_on:
+        try:
+            turn = next_turn(prompt, said[prompt.id], target)
+        except ValueError as problem:
+            ended.append(str(problem))
+            continue
+        if turn is None:
+            ended.append(f"answer {prompt.id} was cut by its length")
+        else:
+            found.append(turn)
+    if ended:
+        say(f"{len(ended)} conversations end early (first: {ended[0]})")
+    return found
 
 
 def answer_inputs(
@@ -60,10 +103,12 @@ def answer_inputs(
 ) -> dict[str, Any]:
     """All that an answer depends on (the batch size is not among it)."""
     settings = {k: v for k, v in asdict(config).items() if k != "batch_size"}
-    rows = json.dumps([(p.id, p.tokens, p.reference) for p in prompts])
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt.to_row()).encode())
     return {
         "target": target.fingerprint(),
-        "prompts": hashlib.sha256(rows.encode()).hexdigest()[:16],
+        "prompts": digest.hexdigest()[:16],
         "overrun": overrun,
         **settings,
     }
@@ -117,7 +162,7 @@ def _write_originals(
     prompts: Sequence[Prompt], out: Path, longest: int, target: Target
 ) -> list[Answer]:
     """The answers that came with the prompts, as they are."""
-    kept = [p for p in prompts if p.reference]
+    kept = list(_with_references(prompts, target))
     if not kept:
         raise UserError(
             "answers=original needs rows that hold an answer (an assistant turn after the prompt); "
@@ -132,3 +177,16 @@ def _write_originals(
         answers.append(Answer(prompt.id, prompt.tokens, tokens, len(tokens), finish))
     write_text(out, "".join(a.to_line() + "\n" for a in answers))
     return answers
+
+
+def _with_references(prompts: Sequence[Prompt], target: Target) -> Iterator[Prompt]:
+    """Every turn that came with an answer, asked after the answers that came before it."""
+    for prompt in prompts:
+        turn: Prompt | None = prompt
+        while turn is not None:
+            if turn.reference:
+                yield turn
+            try:
+                turn = next_turn(turn, None, target)
+            except ValueError:  # no room in the context for the turns from here on
+                turn = None

@@ -1,10 +1,14 @@
-"""Publishing an exported folder on the Hugging Face Hub."""
+"""The Hugging Face Hub: publishing an exported folder, and finding the files of a data set."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+
+PARQUET_BRANCH = "refs/convert/parquet"
+"""Where the Hub keeps every data set as Parquet: config/split/number.parquet."""
 
 
 def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
@@ -25,3 +29,56 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
             "and can be uploaded again"
         ) from None
     return str(address)
+
+
+def looks_like_hub(source: str) -> bool:
+    """Whether a prompts source names a data set on the Hub rather than a file."""
+    name = source.split(":")[0]
+    owner, slash, rest = name.partition("/")
+    known = name.endswith((".jsonl", ".json", ".parquet", ".gz"))
+    return (
+        bool(slash and owner and rest)
+        and "/" not in rest
+        and owner[0] not in ".~"
+        and (not known and not Path(source).exists())
+    )
+
+
+def dataset_files(source: str) -> Iterator[Path]:
+    """The Parquet files of `owner/name[:config/split]` on the Hub, fetched one after the other.
+
+    Config and split may be left out where there is one to choose, or one named default and train.
+    Raises UserError listing the choices, or with the Hub's own words when it refuses.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repo, _, choice = source.partition(":")
+    config, _, split = choice.rpartition("/")
+    where = {"repo_type": "dataset", "revision": PARQUET_BRANCH}
+    try:
+        names = HfApi().list_repo_files(repo, **where)
+        files = sorted(n for n in names if n.endswith(".parquet") and n.count("/") == 2)
+        config = _one_of(source, "config", config, {n.split("/")[0] for n in files}, "default")
+        files = [n for n in files if n.split("/")[0] == config]
+        split = _one_of(source, "split", split, {n.split("/")[1] for n in files}, "train")
+        for name in files:
+            if name.split("/")[1] == split:
+                yield Path(hf_hub_download(repo, name, **where))
+    except (HfHubHTTPError, HFValidationError, OSError) as problem:
+        raise UserError(
+            f"prompts {source}: no such file, and the Hub gave no data set of that name ({problem})"
+        ) from None
+
+
+def _one_of(source: str, what: str, asked: str, found: set[str], usual: str) -> str:
+    if asked in found:
+        return asked
+    if not asked and len(found) == 1:
+        return found.pop()
+    if not asked and usual in found:
+        return usual
+    raise UserError(
+        f"prompts {source}: the data set has no {what} '{asked or usual}'; it has "
+        f"{', '.join(sorted(found)) or 'none'}; name one as owner/name:config/split"
+    )

@@ -1,0 +1,113 @@
+"""Looking at prompts before anything is paid for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..console import set_quiet
+from .flags import (
+    AdapterFlag,
+    DtypeFlag,
+    JsonFlag,
+    LimitFlag,
+    QuietFlag,
+    TargetFlag,
+    TemplateFlag,
+    load,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from ..data.inspection import Inspection, Span
+
+app = typer.Typer(help="Look at prompts before anything is paid for.", no_args_is_help=True)
+
+
+@app.callback()
+def root() -> None:
+    """Look at prompts before anything is paid for."""
+
+
+@app.command()
+def inspect(
+    prompts: Annotated[str, typer.Argument(help="prompts file, or a data set on the Hub")],
+    target: TargetFlag,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="rows to show rendered")] = 3,
+    turns: Annotated[
+        str, typer.Option("--turns", help="of a conversation: all user turns, or the last")
+    ] = "all",
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    limit: LimitFlag = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Show what is understood of a prompts file: rendered rows, special tokens, and mistakes.
+
+    Example: redraft prompts inspect prompts.jsonl --target ./my-model
+    """
+    set_quiet(quiet)
+    from ..config import check_value, stage_fields
+    from ..data.inspection import inspect_prompts
+    from ..data.prompts import read_prompts
+    from ..errors import UserError
+
+    try:
+        check_value(stage_fields()["regenerate.turns"][1], turns)
+    except ValueError as problem:
+        raise UserError(f"--turns {problem}") from None
+    loaded = load(target, target_adapter, chat_template, dtype)
+    found = inspect_prompts(read_prompts(prompts, loaded, limit, turns), loaded, rows)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        _print(found)
+
+
+def _print(found: Inspection) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    out = Console(highlight=False)
+    for row in found.rows:
+        text = Text(f"{row.id}: {row.prompt_tokens} tokens", style="bold")
+        text.append(f", answer in the file {row.answer_tokens}" if row.answer_tokens else "")
+        text.append(f", {row.turns} turns to answer" if row.turns > 1 else "")
+        out.print(text)
+        body = Text()
+        for span in row.spans:
+            body.append(_visible(span), style=_style(span))
+        out.print(body, soft_wrap=True)
+        out.print()
+    legend = Text("special tokens ⟨so⟩", style="magenta")
+    legend.append("  supervised «so»", style="green")
+    out.print(legend)
+    low, middle, high = found.prompt_lengths
+    kinds = ", ".join(f"{count} {shape}" for shape, count in found.shapes.items())
+    out.print(f"{found.kept} prompts ({kinds}) of {low} to {high} tokens, median {middle}")
+    if found.answer_lengths:
+        low, middle, high = found.answer_lengths
+        out.print(f"answers in the file: {low} to {high} tokens, median {middle}")
+    if found.conversations:
+        out.print(f"{found.conversations} conversations of several turns")
+    if found.left_out:
+        out.print(f"{found.left_out} rows left out:")
+        for reason, count in found.reasons.items():
+            out.print(f"  {count}: {reason}", markup=False)
+    for warning in found.warnings:
+        out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _visible(span: Span) -> str:
+    """Marked by signs as well as by colour, for a log file and for a colour-blind eye."""
+    if span.special:
+        return f"⟨{span.text}⟩"
+    return f"«{span.text}»" if span.supervised else span.text
+
+
+def _style(span: Span) -> str:
+    return "magenta" if span.special else "green" if span.supervised else ""

@@ -1,0 +1,122 @@
+"""A conversation, turn by turn: what is asked first, and what after the target has answered.
+
+The target answers each user turn in its own words, so a later turn is asked on top of the target's
+earlier answers, not of those in the file. A reply that calls a tool is kept as the file has it: the
+tool's result, which follows, belongs to that call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..formats.chat import Message
+from ..records import Answer, Prompt
+from ..target import Target
+
+SHORTEST_ROOM = 32
+"""A prompt must leave this many positions of the context for its answer."""
+
+
+def first_turn(
+    name: str,
+    messages: Sequence[Message],
+    tools: tuple[Message, ...] | None,
+    target: Target,
+    turns: str,
+) -> Prompt:
+    """The prompt that a conversation begins with; its later turns are in the prompt.
+
+    `turns` is 'all', or 'last' for one prompt with all turns before the last reply as they stand.
+    Raises ValueError when nothing is asked, the template refuses, or the context is too short.
+    """
+    edges = [at for at in range(1, len(messages)) if _answered_at(messages, at)]
+    if turns == "last":
+        edges = [at for at in edges if at + 1 == len(messages) and _is(messages[at], "assistant")]
+    if not edges or not _is(messages[-1], "assistant") or edges[-1] + 1 != len(messages):
+        edges.append(len(messages))
+    asked = tuple(messages[: edges[0]])
+    if _is(asked[-1], "assistant"):
+        raise ValueError("the conversation does not end in a user turn or one answer to it")
+    later = tuple(
+        _with_reply(messages[begin:end]) for begin, end in zip(edges, edges[1:], strict=False)
+    )
+    reply = messages[edges[0]] if edges[0] < len(messages) else None
+    reply = reply if reply and _is(reply, "assistant") else None
+    tokens = render_prompt(target, asked, tools)
+    reference = reply and reference_of(target, asked, reply, tools, tokens)
+    return Prompt(name, tokens, reference or None, asked if later else (), later, tools)
+
+
+def _answered_at(messages: Sequence[Message], at: int) -> bool:
+    """Whether the target answers before message `at`: it is a reply that no tool's result follows,
+    or a user's turn after another that has no reply in the file."""
+    if _is(messages[at], "assistant"):
+        return at + 1 == len(messages) or not _is(messages[at + 1], "tool")
+    return _is(messages[at], "user") and _is(messages[at - 1], "user")
+
+
+def _with_reply(messages: Sequence[Message]) -> tuple[Message | None, ...]:
+    """What follows a place where the target answers, with the reply in the file (None) first."""
+    return tuple(messages) if _is(messages[0], "assistant") else (None, *messages)
+
+
+def _is(message: Message, role: str) -> bool:
+    return bool(message["role"] == role)
+
+
+def next_turn(prompt: Prompt, answer: Answer | None, target: Target) -> Prompt | None:
+    """What is asked after `answer` was given (None: the reply in the file); None at the end.
+
+    A turn that follows an answer cut by its length is not asked. Raises ValueError as `first_turn`.
+    """
+    if not prompt.later or (answer and answer.finish != "stop"):
+        return None
+    (reply, *others), *later = prompt.later
+    if answer is not None:
+        said = [token for token in answer.answer if token not in target.stop_ids]
+        text = target.tokenizer.decode(said, skip_special_tokens=True)
+        reply = {"role": "assistant", "content": text}
+    if reply is None:
+        return None
+    history = (*prompt.history, reply, *(message for message in others if message))
+    follows = later[0][0] if later else None
+    tokens = render_prompt(target, history, prompt.tools)
+    reference = follows and reference_of(target, history, follows, prompt.tools, tokens)
+    name, _, number = prompt.id.rpartition("#")
+    name = f"{name}#{int(number) + 1}" if name and number.isdigit() else f"{prompt.id}#2"
+    return dataclasses.replace(
+        prompt,
+        id=name,
+        tokens=tokens,
+        reference=reference or None,
+        history=history if later else (),
+        later=tuple(later),
+    )
+
+
+def render_prompt(
+    target: Target, messages: Sequence[Message], tools: tuple[Message, ...] | None
+) -> tuple[int, ...]:
+    """Token ids of what is asked. Raises ValueError when too little of the context is left."""
+    return check_room(target, tuple(target.render(messages, tools=tools)))
+
+
+def check_room(target: Target, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    if len(tokens) + SHORTEST_ROOM > target.max_positions:
+        raise ValueError(
+            f"the prompt is {len(tokens)} tokens long, the target's context is {target.max_positions}"
+        )
+    return tokens
+
+
+def reference_of(
+    target: Target,
+    asked: Sequence[Message],
+    reply: Message,
+    tools: tuple[Message, ...] | None,
+    tokens: tuple[int, ...],
+) -> tuple[int, ...] | None:
+    """The reply's tokens after `tokens`; None where the template renders the two together otherwise."""
+    whole = target.render([*asked, reply], answered=True, tools=tools)
+    return tuple(whole[len(tokens) :]) if tuple(whole[: len(tokens)]) == tokens else None

@@ -1,0 +1,145 @@
+"""Files of every kind give the same rows, one at a time, and say where they end early."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft.data.pool import Picked, PromptPool
+from redraft.data.prompts import PromptReader
+from redraft.data.rows import read_rows
+from redraft.errors import UserError
+from redraft.formats import hub
+from redraft.records import Prompt
+from redraft.target import Target
+
+ROWS: list[dict[str, Any]] = [
+    {"id": f"r{i}", "prompt": f"Say {i}.", "weight": 0.5} for i in range(600)
+]
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"p.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=100)
+    elif kind.startswith("json."):
+        path.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        path.write_bytes(gzip.compress(lines) if kind.endswith(".gz") else lines)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "json.gz", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    path = write(tmp_path, kind)
+    assert list(read_rows(str(path))) == list(enumerate(ROWS, 1))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if kind == "jsonl":
+        *whole, (number, last) = read_rows(str(path))
+        assert isinstance(last, ValueError)
+        assert "not valid JSON" in str(last)
+        assert len(whole) == number - 1
+    else:
+        with pytest.raises(UserError, match="could not be read to the end"):
+            list(read_rows(str(path)))
+
+
+def test_json_lines_in_a_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert [row["prompt"] for _, row in read_rows(str(path))] == ["a", "b"]
+
+
+@pytest.fixture
+def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of two configs, the first with two files, as the Hub lists and gives them."""
+    import huggingface_hub
+
+    file = write(tmp_path, "parquet")
+    names = [
+        "README.md",
+        "default/train/0000.parquet",
+        "default/train/0001.parquet",
+        "other/test/0000.parquet",
+    ]
+
+    class Api:
+        def list_repo_files(self, repo: str, **where: str) -> list[str]:
+            assert where == {"repo_type": "dataset", "revision": "refs/convert/parquet"}
+            if repo != "org/chats":
+                raise OSError("404 not found")
+            return names
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **where: str(file))
+    return file
+
+
+@pytest.mark.usefixtures("on_the_hub")
+def test_a_data_set_on_the_hub_is_read_file_after_file() -> None:
+    rows = list(read_rows("org/chats"))
+    assert [number for number, _ in rows] == list(range(1, 1201))
+    assert len(list(read_rows("org/chats:other/test"))) == 600
+    with pytest.raises(UserError, match=r"no split 'valid'; it has train; name one as owner/name"):
+        list(read_rows("org/chats:default/valid"))
+    with pytest.raises(UserError, match=r"no config 'mine'; it has default, other"):
+        list(read_rows("org/chats:mine/train"))
+    with pytest.raises(UserError, match=r"no such file, and the Hub gave no data set of that name"):
+        list(read_rows("org/none"))
+
+
+def test_what_is_a_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    assert hub.looks_like_hub("org/name")
+    assert hub.looks_like_hub("org/name:config/split")
+    for path in ("org/name.jsonl", "./name", str(tmp_path / "x"), "prompts.json.gz", "a/b/c"):
+        assert not hub.looks_like_hub(path)
+    with pytest.raises(UserError, match=r"no such file; expected JSONL, JSON"):
+        list(read_rows("org/name.jsonl"))
+
+
+def test_a_pool_gives_back_what_was_put_in_from_memory_and_from_disk() -> None:
+    prompts = [
+        Prompt("a", (1, 2), (3,)),
+        Prompt(
+            "é#", (4,), None, ({"role": "user", "content": "ü\n"},), ((None, {"role": "user"}),)
+        ),
+        Prompt("c", (5,), None, tools=({"name": "f"},)),
+    ]
+    for memory in (1 << 20, 1):
+        pool = PromptPool(prompts, memory)
+        assert list(pool) == prompts
+        assert pool[-1] == prompts[-1]
+        assert list(pool[1:]) == prompts[1:]
+        picked = Picked(pool, [2, 0])
+        assert [p.id for p in picked] == ["c", "a"]
+        assert [p.id for p in picked[1:]] == ["a"]
+        assert pool[0] == prompts[0]
+
+
+def test_memory_does_not_grow_with_the_file(target: Target) -> None:
+    """Twenty times the rows: the pool goes to disk, and what stays is a few dozen bytes a row."""
+
+    def peak(count: int) -> float:
+        reader = PromptReader(target)
+        reader.pool = PromptPool(memory=1 << 16)
+        tracemalloc.start()
+        for number in range(count):
+            reader.take(number, {"input_ids": [number % 250, number // 250, *range(100)]})
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(reader.pool) == count
+        return found
+
+    few, many = peak(250), peak(5000)
+    assert (many - few) / 4750 < 300  # bytes; the tokens alone are 102 pointers
