@@ -90,9 +90,30 @@ class RegenerateConfig:
 class SelectConfig:
     """Which answered prompts are trained on."""
 
-    select: str = _opt("random", "scoring method", choices=("random",))
+    select: str = _opt(
+        "random",
+        "score: random; draft_loss and rejection (where the draft fails); flatness (of the target's "
+        "distributions); shift and mahalanobis (how the target's states left the base's; needs the base)",
+        choices=("random", "draft_loss", "rejection", "flatness", "shift", "mahalanobis"),
+    )
+    by: str = _opt(
+        "answers",
+        "what is scored: 'answers', all of which are generated, or 'prompts', of which only those "
+        "chosen are answered",
+        choices=("answers", "prompts"),
+    )
     budget: str = _opt(
         "1.0", "how many samples to keep: a count (500), a share (0.5) or tokens (20000t)"
+    )
+    duplicates: float = _opt(
+        0.8,
+        "samples that share this much of their 5-token runs (Jaccard) with a better one come last; 0: "
+        "not looked for",
+        low=0.0,
+        high=1.0,
+    )
+    coverage: int = _opt(
+        0, "spread the budget over this many clusters of like samples; 0: by score alone", low=0
     )
     seed: int = _opt(0, "seed of the selection")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from .config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from .console import say
 from .data.pool import Picked
 from .data.prompts import PromptSet, read_prompts, split_prompts
-from .data.regenerate import answer_inputs, read_answers, regenerate
-from .data.select import select
+from .data.regenerate import answer_inputs, prompts_hash, read_answers, regenerate
+from .data.scoring import NEEDS, Scorers, as_samples, check_scorers
+from .data.select import read_selection, select, write_selection
 from .drafts.base import Draft
 from .errors import UserError
-from .files import write_text
 from .formats.folders import read_json
 from .formats.load import StoredDraft, load_draft, read_draft
 from .formats.private_part import load_private, read_training, save_private
@@ -33,6 +33,7 @@ from .methods import PARTS, Method, read_method
 from .records import (
     Acceptance,
     AdaptReport,
+    Answer,
     Prompt,
     TrainRecord,
     acceptance,
@@ -97,8 +98,9 @@ def adapt(
     shared = read_draft(_source_of(draft))
     # What does not fit is refused before anything is paid for.
     refuse_routed(getattr(shared.config, "routed", None))
-    check_fits(shared.build(target), resolved.config.train, target, base)
-    c = resolved.config
+    c, built = resolved.config, shared.build(target)
+    check_fits(built, c.train, target, base)
+    check_scorers(c.select, Scorers(target, base, built, c.measure.k))
     everything = read_prompts(prompts, target, limit, c.regenerate.turns)
     say(everything.summary())
     elsewhere = {
@@ -109,8 +111,7 @@ def adapt(
     with RunFolder.open(out) as run:
         _refuse_other_method(run.path, read_method(c.train.method))
         run.write_json("run.json", _describe(target, shared, everything, resolved))
-        answered = _regenerate(run, target, asked, elsewhere, c)
-        selected = _select(run, answered["adapt"], c)
+        answered, selected = _answer_and_select(run, target, shared, base, asked, elsewhere, c)
         trained = _train(run, [selected, answered["heldout"]], target, shared, c, base)
         exported = _export(run, trained, target, shared, c)
         _measure(run, exported, answered, target, shared, c)
@@ -197,17 +198,45 @@ def _regenerate(
     return keys
 
 
-def _select(run: RunFolder, answered: str, c: AdaptConfig) -> str:
-    def work() -> None:
-        scored = select(read_answers(run.path / "answers" / "adapt.jsonl"), c.select)
-        lines = "".join(json.dumps(asdict(s)) + "\n" for s in scored)
-        write_text(run.path / "selection.jsonl", lines)
-        kept = [s for s in scored if s.kept]
-        say(
-            f"select: kept {len(kept)} of {len(scored)} answers, {sum(s.tokens for s in kept):,} tokens"
-        )
+def _answer_and_select(
+    run: RunFolder,
+    target: Target,
+    shared: StoredDraft,
+    base: Target | None,
+    asked: tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]],
+    elsewhere: dict[str, PromptSet],
+    c: AdaptConfig,
+) -> tuple[dict[str, str], str]:
+    """Answers, then the choice among them; or a choice among the prompts, and only their answers.
 
-    return run.stage("select", {"answers": answered, **asdict(c.select)}, ["selection.jsonl"], work)
+    Returns each answers file's stage key, and the key of what is trained on.
+    """
+
+    def choose(pool: Callable[[], Sequence[Answer]], pool_key: str) -> str:
+        def work() -> None:
+            asks_draft = "draft" in NEEDS[c.select.select]
+            draft = load_draft(str(shared.folder), target) if asks_draft else None
+            found = select(pool(), c.select, Scorers(target, base, draft, c.measure.k))
+            write_selection(run.path / "selection.jsonl", found)
+            cost = {"tokens": found.tokens, "flops": found.flops, "seconds": found.seconds}
+            run.write_json("selection.cost.json", cost)
+            say(f"select: {found.summary()}")
+
+        known = {"target": target.fingerprint(), "draft": shared.hash(), "k": c.measure.k}
+        known["base"] = base.fingerprint() if base else None
+        asks = {name: known[name] for name in (*NEEDS[c.select.select], "k")}
+        inputs = {"pool": pool_key, **asks, **asdict(c.select)}
+        return run.stage("select", inputs, ["selection.jsonl"], work)
+
+    if c.select.by == "prompts":
+        choose(lambda: as_samples(asked[0]), prompts_hash(asked[0]))
+        kept = {s.id for s in read_selection(run.path / "selection.jsonl") if s.kept}
+        chosen = Picked(asked[0], (i for i, p in enumerate(asked[0]) if p.id in kept))
+        answered = _regenerate(run, target, (chosen, *asked[1:]), elsewhere, c)
+        return answered, answered["adapt"]
+    answered = _regenerate(run, target, asked, elsewhere, c)
+    answers = run.path / "answers" / "adapt.jsonl"
+    return answered, choose(lambda: read_answers(answers), answered["adapt"])
 
 
 def _train(
@@ -219,9 +248,8 @@ def _train(
     base: Target | None,
 ) -> str:
     def work() -> None:
-        samples = chosen_answers(
-            read_answers(run.path / "answers" / "adapt.jsonl"), run.path / "selection.jsonl"
-        )
+        selection = run.path / "selection.jsonl" if c.select.by == "answers" else None
+        samples = chosen_answers(read_answers(run.path / "answers" / "adapt.jsonl"), selection)
         heldout = read_answers(run.path / "answers" / "heldout.jsonl")
         part = train_private(
             target, shared, samples, heldout, c.train, c.measure.k, run.path / "checkpoints", base
@@ -307,6 +335,7 @@ def _report(
         cost={
             "unique_generated_tokens": generated,
             "supervised_tokens": trained.supervised_tokens,
+            "scored": read_json(run.path / "selection.cost.json"),
             "seconds": run.seconds(),
         },
         config=asdict(resolved.config),

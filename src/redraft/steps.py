@@ -13,6 +13,7 @@ import torch
 from .config import TrainConfig, read_width
 from .console import say
 from .data.regenerate import read_answers
+from .data.select import read_selection
 from .drafts.base import Draft
 from .drafts.new import new_draft
 from .errors import UserError
@@ -125,13 +126,7 @@ def chosen_answers(answers: Sequence[Answer], selection: Path | None) -> list[An
     """The answers that a selection file keeps; all of them without one."""
     if selection is None:
         return list(answers)
-    try:
-        rows = [json.loads(line) for line in selection.read_text(encoding="utf-8").splitlines()]
-        kept = {row["id"] for row in rows if row["kept"]}
-    except (ValueError, KeyError, TypeError) as problem:
-        raise UserError(
-            f"{selection} is damaged ({problem}); write it again with redraft select"
-        ) from None
+    kept = {sample.id for sample in read_selection(selection) if sample.kept}
     return [answer for answer in answers if answer.id in kept and answer.length >= 2]
 
 

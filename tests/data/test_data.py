@@ -181,13 +181,13 @@ def test_answer_files_name_their_mistakes(tmp_path: Path) -> None:
 
 def test_selection_is_keyed_by_id_and_fits_the_budget() -> None:
     answers = [Answer(f"a{i}", (1,), tuple(range(10)), 10, "stop") for i in range(20)]
-    scored = select(answers, SelectConfig(budget="0.25"))
+    scored = select(answers, SelectConfig(budget="0.25")).samples
     kept = {s.id for s in scored if s.kept}
     assert len(kept) == 5
     assert min(s.score for s in scored if s.kept) > max(s.score for s in scored if not s.kept)
-    shuffled = select(answers[::-1], SelectConfig(budget="0.25"))
+    shuffled = select(answers[::-1], SelectConfig(budget="0.25")).samples
     assert {s.id for s in shuffled if s.kept} == kept
-    assert {s.id for s in select(answers, SelectConfig(budget="0.25", seed=1)) if s.kept} != kept
+    assert {s.id for s in select(answers, SelectConfig(budget="0.25", seed=1)).kept} != kept
 
 
 @pytest.mark.parametrize(

@@ -137,5 +137,24 @@ def finish(as_json: bool, text: str, content: dict[str, Any]) -> None:
         typer.echo(text)
 
 
+def print_examples(examples: Any) -> None:
+    """On stderr, as the result proper goes to stdout."""
+    for example in examples:
+        sample = example.sample
+        fate = "kept" if sample.kept else "left out"
+        if sample.duplicate_of:
+            fate += f", like {sample.duplicate_of}"
+        typer.echo(
+            f"{example.where}, rank {example.rank}: {sample.score:.4g} ({fate}) {sample.id}\n"
+            f"  {_shortened(example.prompt)}\n  -> {_shortened(example.answer)}",
+            err=True,
+        )
+
+
+def _shortened(text: str, most: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+
+
 def print_json(content: Any) -> None:
     typer.echo(json.dumps(content))

@@ -33,6 +33,7 @@ from .flags import (
     finish,
     k_from,
     load,
+    print_examples,
     print_json,
     with_settings,
 )
@@ -85,32 +86,86 @@ def regenerate(
 
 @with_settings("select")
 def select(
-    answers: Annotated[str, typer.Option("--answers", help="answers file of `regenerate`")],
     out: Annotated[str, typer.Option("--out", help="selection file (JSONL) to write")],
     settings: Any,
+    answers: Annotated[
+        str | None, typer.Option("--answers", help="answers file of `regenerate`")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="with --by prompts: the file to choose from")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="target model, for every score but random")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="the draft in use, for draft_loss and rejection")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="what the target was tuned from, for the shifts")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="draft tokens per step of rejection")] = 4,
+    examples: Annotated[
+        bool, typer.Option("--explain", help="print samples from the top, the middle, the bottom")
+    ] = False,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    limit: LimitFlag = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Choose the answers worth training on, within a budget.
+    """Choose the samples worth training on, within a budget: answers, or prompts not yet answered.
 
-    Example: redraft select --answers answers.jsonl --out selection.jsonl --budget 0.5
+    Example: redraft select --answers answers.jsonl --out selection.jsonl --select rejection
+    --target ./my-model --draft org/EAGLE3-base --budget 0.5 --explain
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.select
-    from dataclasses import asdict
-
+    from ..data.explain import explain
+    from ..data.prompts import read_prompts
     from ..data.regenerate import read_answers
+    from ..data.scoring import Scorers, as_samples
     from ..data.select import select as run
-    from ..files import write_text
+    from ..data.select import write_selection
+    from ..formats.load import load_draft
 
-    scored = run(read_answers(Path(answers)), c)
-    write_text(Path(out), "".join(json.dumps(asdict(s)) + "\n" for s in scored))
-    kept = [s for s in scored if s.kept]
-    tokens = sum(s.tokens for s in kept)
+    given, missing = (prompts, "--prompts") if c.by == "prompts" else (answers, "--answers")
+    if given is None:
+        raise UserError(f"--by {c.by} chooses among {c.by}: name them with {missing}")
+    loaded = load(target, target_adapter, chat_template, dtype) if target else None
+    if c.by == "answers":
+        pool = read_answers(Path(given))[:limit]
+    elif loaded:
+        found = read_prompts(given, loaded, limit)
+        say(found.summary())
+        pool = as_samples(found.prompts)
+    if loaded is None and (c.by == "prompts" or examples):
+        flag = "--explain" if examples else "--by prompts"
+        raise UserError(f"{flag} needs the target's tokenizer: name the target with --target")
+    models = Scorers(
+        loaded,
+        load(base, None, None, dtype) if base else None,
+        load_draft(draft, loaded) if draft and loaded else None,
+        k,
+    )
+    selection = run(pool, c, models)
+    write_selection(Path(out), selection)
+    if examples and loaded:
+        print_examples(explain(selection.samples, {s.id: s for s in pool}, loaded))
     finish(
         as_json,
-        f"kept {len(kept)} of {len(scored)} answers, {tokens:,} tokens, in {out}",
-        {"kept": len(kept), "scored": len(scored), "tokens": tokens, "out": out},
+        f"{selection.summary()}, in {out}",
+        {
+            "kept": len(selection.kept),
+            "scored": len(selection.samples),
+            "tokens": sum(s.tokens for s in selection.kept),
+            "scoring": {
+                "tokens": selection.tokens,
+                "flops": selection.flops,
+                "seconds": selection.seconds,
+            },
+            "out": out,
+        },
     )
 
 

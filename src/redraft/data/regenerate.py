@@ -103,15 +103,19 @@ def answer_inputs(
 ) -> dict[str, Any]:
     """All that an answer depends on (the batch size is not among it)."""
     settings = {k: v for k, v in asdict(config).items() if k != "batch_size"}
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(prompt.to_row()).encode())
     return {
         "target": target.fingerprint(),
-        "prompts": digest.hexdigest()[:16],
+        "prompts": prompts_hash(prompts),
         "overrun": overrun,
         **settings,
     }
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt.to_row()).encode())
+    return digest.hexdigest()[:16]
 
 
 def _claim(out: Path, inputs: dict[str, Any]) -> None:

@@ -1,44 +1,118 @@
-"""Selection: which answered prompts are worth training on, within a budget.
+"""Selection: which samples are worth training on, within a budget.
 
-A score is a pure function; samples are taken from the highest score down until the budget is
-full. Here: `random`, the baseline that every other score has to beat.
+Samples are taken from the highest score down until the budget is full (see `scores.py`). Near-
+duplicates of a better sample come last; with coverage the clusters take turns.
 """
 
 from __future__ import annotations
 
-import random
+import itertools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from ..config import SelectConfig
+from ..console import say
 from ..errors import UserError
+from ..files import write_text
 from ..records import Answer
+from .alike import clusters, near_duplicates
+from .scoring import Scorers, score
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One sample's score and fate, as written to selection.jsonl."""
+    """One sample's score and fate, as written to selection.jsonl, in the order in which they are kept.
+
+    `tokens` are those that were scored: the answer's, or the prompt's when prompts are.
+    """
 
     id: str
     score: float
     tokens: int
     kept: bool
+    duplicate_of: str | None = None
+    cluster: int | None = None
 
 
-def select(answers: Sequence[Answer], config: SelectConfig) -> list[Scored]:
-    """Score every answer and keep the best within the budget; in order of falling score."""
-    scores = random_scores(answers, config.seed)
-    order = sorted(range(len(answers)), key=lambda i: (-scores[i], answers[i].id))
-    kept = set(within_budget([answers[i].length for i in order], config.budget))
-    return [
-        Scored(answers[i].id, scores[i], answers[i].length, rank in kept)
+@dataclass(frozen=True)
+class Selection:
+    """All samples in order, and what scoring them cost (see `scoring.Scores`)."""
+
+    samples: list[Scored]
+    tokens: int
+    flops: float
+    seconds: float
+
+    @property
+    def kept(self) -> list[Scored]:
+        return [sample for sample in self.samples if sample.kept]
+
+    def summary(self) -> str:
+        kept, copies = self.kept, sum(s.duplicate_of is not None for s in self.samples)
+        text = f"kept {len(kept)} of {len(self.samples)}, {sum(s.tokens for s in kept):,} tokens"
+        if copies:
+            text += (
+                f"; {copies} near-duplicates, {sum(s.duplicate_of is not None for s in kept)} kept"
+            )
+        return text
+
+
+def select(
+    samples: Sequence[Answer], config: SelectConfig, models: Scorers | None = None
+) -> Selection:
+    """Score every sample and keep the best within the budget, in order of falling worth.
+
+    Raises UserError when a score lacks a model, and for a budget that keeps nothing.
+    """
+    if config.by == "prompts" and config.budget.strip().endswith("t"):
+        raise UserError(
+            f"budget '{config.budget}' counts answers' tokens, and with --by prompts there are no "
+            "answers yet; use a count (500) or a share (0.5)"
+        )
+    found = score(samples, config, models or Scorers())
+    order = sorted(range(len(samples)), key=lambda i: (-found.values[i], samples[i].id))
+    tokens = [(*s.prompt, *s.answer) for s in samples]
+    groups = clusters(tokens, config.coverage, config.seed) if config.coverage else None
+    if groups:
+        order = _taking_turns(order, groups)
+    copies: dict[int, int] = {}
+    if config.duplicates and len(within_budget([s.length for s in samples], config.budget)) < len(
+        samples
+    ):
+        copies = near_duplicates(tokens, order, config.duplicates)
+        order.sort(key=lambda i: i in copies)
+    kept = set(within_budget([samples[i].length for i in order], config.budget))
+    rows = [
+        Scored(
+            samples[i].id,
+            found.values[i],
+            samples[i].length,
+            rank in kept,
+            samples[copies[i]].id if i in copies else None,
+            groups[i] if groups else None,
+        )
         for rank, i in enumerate(order)
     ]
+    if len(kept) < (wanted := _count_of(config.budget)):
+        say(f"the budget asks for {wanted} samples, the pool has {len(kept)}: all are kept")
+    return Selection(rows, found.tokens, found.flops, found.seconds)
 
 
-def random_scores(answers: Sequence[Answer], seed: int) -> list[float]:
-    """A uniform draw per sample, keyed by its id, so that it does not depend on the order."""
-    return [random.Random(f"{seed}/{answer.id}").random() for answer in answers]
+def write_selection(path: Path, selection: Selection) -> None:
+    write_text(path, "".join(json.dumps(asdict(s)) + "\n" for s in selection.samples))
+
+
+def read_selection(path: Path) -> list[Scored]:
+    """Raises UserError when the file is damaged."""
+    try:
+        rows = path.read_text(encoding="utf-8").splitlines()
+        return [Scored(**json.loads(line)) for line in rows]
+    except (OSError, ValueError, TypeError) as problem:
+        raise UserError(
+            f"{path} is damaged ({problem}); write it again with redraft select"
+        ) from None
 
 
 def within_budget(lengths: Sequence[int], budget: str) -> range:
@@ -68,3 +142,17 @@ def within_budget(lengths: Sequence[int], budget: str) -> range:
     if kept <= 0:
         raise UserError(f"budget '{budget}' keeps none of the {len(lengths)} samples")
     return range(kept)
+
+
+def _count_of(budget: str) -> int:
+    """How many samples a budget asks for, where it is a count."""
+    return int(budget) if budget.strip().isdigit() else 0
+
+
+def _taking_turns(order: Sequence[int], groups: Sequence[int]) -> list[int]:
+    """The best of each cluster, then the second best of each, and so on."""
+    queues: dict[int, list[int]] = {}
+    for i in order:
+        queues.setdefault(groups[i], []).append(i)
+    rounds = itertools.zip_longest(*queues.values())
+    return [i for turn in rounds for i in turn if i is not None]
