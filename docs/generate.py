@@ -155,9 +155,9 @@ def main() -> int:
             if "--check" not in sys.argv:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
-                if path.stem == "methods":
-                    draw_figures()
-    if stale and "--check" in sys.argv:
+    if "--check" not in sys.argv:
+        draw_figures()
+    elif stale:
         print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
         return 1
     return 0

@@ -16,7 +16,11 @@ RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "methods.jsonl"
 READING = RESULTS / "methods-reading.md"
 """Written by hand, from the tables below it."""
-SIZES = {"nano": "templated text, 1.5 M parameters", "micro": "real data, 3.7 M parameters"}
+SIZES = {
+    "nano": "templated text, 1.5 M parameters",
+    "pico": "templated text, 0.7 M parameters",
+    "micro": "real data, 3.7 M parameters",
+}
 PAIRS = [
     (("expert-wide", REGENERATED), ("lora-matched", REGENERATED)),
     (("expert-wide", ORIGINAL), ("lora-matched", ORIGINAL)),
@@ -36,9 +40,20 @@ SHOWN = {
     "lora-16": "#3366aa",
     "expert+fc": "#0b6e4f",
     "full": "#b5651d",
+    "small with head and hard labels": "#a03070",
     "dedicated": "#222222",
 }
-BEYOND = ("small with low-rank head", "with low-rank head", "all of these", "full with hard labels")
+BEYOND = (
+    "small with low-rank head",
+    "small with head and hard labels",
+    "with low-rank head",
+    "hard labels",
+    "all of these",
+    "full with hard labels",
+)
+BELOW = ("expert+fc", "hard labels")
+UNNAMED = ("lora-16", "lora-matched", "with low-rank head", "full")
+"""Points that lie on others; the table has them."""
 """Ideas that the frontier shows beside the table's rows."""
 LADDER = ("lora4", "sft-tenth", "sft", "pretrained")
 COMMANDS = """The commands, for nano (pico alike; cells that are there are not run again):
@@ -248,7 +263,7 @@ def draw_figures() -> None:
     for axis, size in zip(axes[0], sizes, strict=True):
         _frontier(axis, cells, size)
     _save(figure, "methods-frontier.svg")
-    figure, axis = pyplot.subplots(figsize=(6, 3.4))
+    figure, axis = pyplot.subplots(figsize=(8, 3.4))
     _ladder(axis, cells)
     _save(figure, "methods-ladder.svg")
 
@@ -272,9 +287,13 @@ def _frontier(axis: Any, cells: Cells, size: str) -> None:
             x = 100 * some[0].trained_parameters / whole
             error = [[share.value - share.low], [share.high - share.value]]
             axis.errorbar(x, share.value, error, color=colour, marker=mark, ms=4, lw=1, capsize=2)
-            if kind == REGENERATED:
-                place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
-                axis.annotate(row, (x, share.value), **place)
+            if kind == REGENERATED and row not in UNNAMED:
+                place = {
+                    "xytext": (-5 if x > 50 else 5, -9 if row in BELOW else 3),
+                    "textcoords": "offset points",
+                    "fontsize": 7,
+                }
+                axis.annotate(row, (x, share.value), ha="right" if x > 50 else "left", **place)
     axis.axvline(10, color="#999", lw=0.8, ls=":")
     axis.axhline(0.9, color="#999", lw=0.8, ls=":")
     axis.set_xscale("log")
@@ -300,5 +319,5 @@ def _ladder(axis: Any, cells: Cells) -> None:
     axis.set_xticks(range(len(rungs)), rungs)
     axis.set_ylabel("tau, greedy, K = 4")
     axis.set_title("nano: from a weak to a strong fine-tune")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     axis.grid(alpha=0.3)

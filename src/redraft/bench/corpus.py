@@ -114,13 +114,18 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Member:
-    """A fine-tune of the base on a domain. `rate` is a share of the size's fine-tuning rate."""
+    """A fine-tune of the base on a domain. `rate` is a share of the size's fine-tuning rate.
+
+    `replay` is how many chats of each other general domain it learns beside, with the base's own
+    answers: there the target says what the base said, and the base's draft keeps its acceptance.
+    """
 
     says: str
     rate: float
     domain: str = TUNED
     lora_rank: int | None = None
     plain_text: bool = False
+    replay: int = 0
 
 
 MEMBERS = {
@@ -130,6 +135,10 @@ MEMBERS = {
     "pretrained": Member("continued pre-training on running text", 1.0, plain_text=True),
     "sft-medical": Member("full SFT on patients' records or questions", 1.0, domain="medical"),
     "sft-code": Member("full SFT on code", 1.0, domain="code"),
+    "replay": Member("SFT at 0.3 of the rate, beside the base's own answers", 0.3, replay=500),
+    "replay-medical": Member(
+        "the same on patients' records or questions", 0.3, domain="medical", replay=500
+    ),
 }
 
 

@@ -211,7 +211,9 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
         lora = LoraConfig(
             r=row.lora_rank, lora_alpha=2 * row.lora_rank, target_modules="all-linear"
         )
-        model = get_peft_model(model, lora)
+        with torch.random.fork_rng():
+            torch.manual_seed(corpus.seed + 1)
+            model = get_peft_model(model, lora)
     else:
         model.requires_grad_(True)
     domain = corpus.named(row.domain)
@@ -221,6 +223,9 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
         examples = packed(rows, s.window)
     else:
         examples = [_supervised(tokenizer, c) for c in corpus.tune_chats(domain)]
+        if row.replay:
+            replayed = _replayed(out, corpus, domain, row.replay)
+            examples = examples[: len(replayed)] + replayed
     fit(
         model,
         examples,
@@ -231,6 +236,20 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
         label=name,
     )
     _save(out / "members" / name, model, tokenizer)
+
+
+def _replayed(out: Path, corpus: Corpus, domain: str, count: int) -> list[Example]:
+    """Questions of the other general domains with the base's own greedy answers, to be learned."""
+    base = load_target(str(out / "base"))
+    asked = [
+        Prompt(sample.id, tuple(base.render(list(sample.messages[:-1]))))
+        for other in corpus.general
+        if other != domain
+        for sample in corpus.chats(other, count, "tune")
+    ]
+    longest = corpus.size.answer_tokens
+    answers = answer_all(base, asked, longest, 0, Sampling(), batch_size=128)
+    return [([*a.prompt, *a.answer], [IGNORE] * len(a.prompt) + list(a.answer)) for a in answers]
 
 
 def draft_folder(kind: str) -> str:
@@ -334,7 +353,7 @@ def family_prompts(
         prompt
         for domain in domains
         for prompt in read_prompts(
-            str(out / "prompts" / f"{domain}-{split}.jsonl"), target, count
+            str(out / "prompts" / f"{domain}-{split}.jsonl"), target, count, "last"
         ).prompts
     ]
 

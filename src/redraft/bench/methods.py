@@ -143,13 +143,14 @@ class _Bench:
         missing = [row for row in rows if not self._path(member, row, answers, seed).is_file()]
         if missing:
             self._load(member)
-            groups: dict[tuple[str, str, Any], list[str]] = {}
+            groups: dict[tuple[str, str, Any, float], list[str]] = {}
             for row in missing:
                 r = ALL[row]
-                groups.setdefault((r.draft, r.pool, r.settings.get("epochs")), []).append(row)
-            for (draft, pool, _), some in groups.items():
+                key = (r.draft, r.pool, r.settings.get("epochs"), r.share)
+                groups.setdefault(key, []).append(row)
+            for (draft, pool, _, share), some in groups.items():
                 say(f"{self.size} {member}, {answers} answers, seed {seed}: {', '.join(some)}")
-                self._run(member, some, answers, seed, draft, pool)
+                self._run(member, some, answers, seed, draft, pool, share)
         found = []
         for row in rows:
             text = self._path(member, row, answers, seed).read_text(encoding="utf-8")
@@ -164,13 +165,20 @@ class _Bench:
             self.member, self.target = member, load_member(self.family, member)
 
     def _run(
-        self, member: str, rows: list[str], answers: str, seed: int, draft: str, pool: str
+        self,
+        member: str,
+        rows: list[str],
+        answers: str,
+        seed: int,
+        draft: str,
+        pool: str,
+        share: float,
     ) -> None:
         """Train the rows as a gang, measure them together, write their cells."""
         shared = self._shared(draft)
         built = shared.build(self._target(), torch.float32)
         used = self._pool(member, answers)
-        used = used if pool == "whole" else used[: self.scale.answers]
+        used = used if pool == "whole" else used[: round(share * self.scale.answers)]
         heldout = self._asked(member, "heldout")
         learning = [row for row in rows if ALL[row].settings]
         configs = {row: self._config(built, row, self._rate(row, built), seed) for row in learning}
@@ -337,7 +345,7 @@ class _Bench:
         overrun: int,
     ) -> list[Answer]:
         file = self.out / "answers" / self.size / member / f"{name}.jsonl"
-        asked = read_prompts(str(prompts), self._target(), count).prompts
+        asked = read_prompts(str(prompts), self._target(), count, "last").prompts
         done = file.with_suffix(".seconds.json")
         if not done.is_file():
             began = time.monotonic()

@@ -20,7 +20,7 @@ class Row:
     `settings` are training settings; `width` a share of the shared FFN; `matched` asks for the LoRA
     rank whose parameters come closest to an expert of that share. `tuned` rows have
     their learning rate chosen. `draft` names the draft it starts from (`eagle3`, `eagle`, or `paper`,
-    the stage 1 of the paper's recipe). `pool` is `adapt` or `whole`.
+    the stage 1 of the paper's recipe). `pool` is `adapt` or `whole`, of which a `share` is trained on.
     """
 
     says: str
@@ -30,6 +30,7 @@ class Row:
     draft: str = "eagle3"
     answers: tuple[str, ...] = ANSWERS
     pool: str = "adapt"
+    share: float = 1.0
     tuned: bool = True
 
 
@@ -113,7 +114,17 @@ IDEAS: dict[str, Row] = {
     "small with low-rank head": _part(
         "lora+head-lora+norms", "rank 8 everywhere, the head too", rank=8, lr_parts="norms=0.3"
     ),
-    "relay and hard labels": _part("relay+expert+fc+norms", "both of those", width=WIDE, loss="ce"),
+    "small with head and hard labels": _part(
+        "lora+head-lora+norms", "both of those", rank=8, lr_parts="norms=0.3", loss="ce"
+    ),
+    "a tenth of everything": Row(
+        "the same on four fifths of the answers",
+        {"method": "lora+head-lora+norms", "rank": 8, "lr_parts": "norms=0.3", "loss": "ce"},
+        share=0.8,
+    ),
+    "relay and hard labels": _part(
+        "relay+expert+fc+norms", "closed-form start, hard labels", width=WIDE, loss="ce"
+    ),
     "all of these": _part(
         "relay+expert+fc+norms+head-lora", "hard labels too", width=WIDE, rank=16, loss="ce"
     ),
@@ -149,6 +160,8 @@ ALL = {**ROWS, **IDEAS}
 TUNED_LIKE = {
     "all but head for longer": "all but head",
     "small with low-rank head": "lora-8",
+    "small with head and hard labels": "lora-8",
+    "a tenth of everything": "lora-8",
     "full with hard labels": "full",
     "dedicated": "scratch",
     "eagle dedicated": "scratch",

@@ -230,3 +230,55 @@ def bench_methods(
         print_json({"cells": [to_json(cell) for cell in cells]})
     else:
         print_cells(cells)
+
+
+@app.command("selection")
+def bench_selection(
+    family: Annotated[str, typer.Option("--family", help="folder of `redraft bench family`")],
+    out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
+    member: Annotated[str, typer.Option("--member", help="fine-tune of the family")] = "replay",
+    ways: Annotated[
+        str, typer.Option("--ways", help="ways to select, joined by ; (all: every one)")
+    ] = "all",
+    budgets: Annotated[str, typer.Option("--budgets", help="shares of the pool")] = "0.02,0.1,0.5",
+    schedules: Annotated[
+        str, typer.Option("--schedules", help="steps, epochs: what all cells have equal")
+    ] = "steps,epochs",
+    seeds: Annotated[str, typer.Option("--seeds", help="training seeds")] = "1,2,3",
+    data: Annotated[
+        str | None, typer.Option("--data", help="folder of real data (default: $REDRAFT_DATA)")
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option("--record", help="also write every cell of --out to this JSONL file"),
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Ways to select on a pool of known mixture: tau where the target drifted and where it did not.
+
+    Example: redraft bench selection --family family --out selection --member replay
+    """
+    set_quiet(quiet)
+    from ..bench.selection import WAYS, print_selection, read_selection_cells
+    from ..bench.selection import bench_selection as run
+    from ..files import write_text
+    from ..records import to_json
+
+    cells = run(
+        Path(family),
+        Path(out),
+        member=member,
+        ways=list(WAYS) if ways == "all" else ways.split(";"),
+        budgets=budgets.split(","),
+        schedules=schedules.split(","),
+        seeds=_numbers("--seeds", seeds),
+        data=data,
+    )
+    if record:
+        lines = [json.dumps(to_json(c)) + "\n" for c in read_selection_cells(Path(out))]
+        write_text(Path(record), "".join(lines))
+    if as_json:
+        print_json({"cells": [to_json(cell) for cell in cells]})
+    else:
+        print_selection(cells)
