@@ -17,6 +17,7 @@ from typing import Any
 
 from .config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from .console import say
+from .data.ownership import ownership
 from .data.pool import Picked
 from .data.prompts import PromptSet, read_prompts, split_prompts
 from .data.regenerate import answer_inputs, prompts_hash, read_answers, regenerate
@@ -68,8 +69,9 @@ class AdaptResult:
 def adapt(
     target: Target,
     draft: Draft | str,
-    prompts: str,
+    prompts: str | None = None,
     *,
+    answers: str | None = None,
     out: str | Path = "redraft-run",
     method: str | None = None,
     config: Resolved | None = None,
@@ -80,6 +82,8 @@ def adapt(
 ) -> AdaptResult:
     """Re-align a draft with `target` on `prompts`, in the run folder `out`.
 
+    `answers` is a file of prompts with answers that are trained on as they are, in place of
+    `prompts`; whether they are the target's own is measured and said.
     `draft` is a folder, a Hub id, or what `load_draft` returned. Tau is measured before and after on
     `eval_prompts`, a file of its own, or on prompts kept aside from `prompts`. `off_domain` names
     further files (label -> path) that are measured but never trained on. `base` is the model that
@@ -95,13 +99,14 @@ def adapt(
         if not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"off-domain name '{name}': use letters, digits, - and _")
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
+    source, resolved = _source(prompts, answers, resolved)
     shared = read_draft(_source_of(draft))
     # What does not fit is refused before anything is paid for.
     refuse_routed(getattr(shared.config, "routed", None))
     c, built = resolved.config, shared.build(target)
     check_fits(built, c.train, target, base)
     check_scorers(c.select, Scorers(target, base, built, c.measure.k))
-    everything = read_prompts(prompts, target, limit, c.regenerate.turns)
+    everything = read_prompts(source, target, limit, c.regenerate.turns)
     say(everything.summary())
     elsewhere = {
         name: read_prompts(file, target, c.measure.eval_limit)
@@ -117,6 +122,22 @@ def adapt(
         _measure(run, exported, answered, target, shared, c)
         report = _report(run, target, shared, everything, resolved)
         return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
+
+
+def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tuple[str, Resolved]:
+    """The file that is adapted on, and the settings with the answers taken as they are if given."""
+    if (prompts is None) == (answers is None):
+        raise UserError(
+            "name either prompts, which the target answers, or answers that are used as they are "
+            "(--prompts FILE or --answers FILE)"
+        )
+    if answers is None:
+        return str(prompts), resolved
+    config = dataclasses.replace(
+        resolved.config,
+        regenerate=dataclasses.replace(resolved.config.regenerate, answers="original"),
+    )
+    return answers, Resolved(config, {**resolved.origins, "regenerate.answers": "--answers"})
 
 
 def _refuse_other_method(folder: Path, method: Method) -> None:
@@ -191,7 +212,11 @@ def _regenerate(
             config: RegenerateConfig = config,
             overrun: int = overrun,
         ) -> None:
-            regenerate(target, prompts, run.path / file, config, overrun)
+            found = regenerate(target, prompts, run.path / file, config, overrun)
+            if config.answers == "original":
+                measured = ownership(target, found)
+                run.write_json("ownership.json", asdict(measured))
+                say(measured.describe())
 
         continues = [file, f"answers/{name}.about.json"]
         keys[name] = run.stage(f"regenerate {name}", inputs, [file], work, continues)
@@ -327,6 +352,7 @@ def _report(
             "left_out": prompts.left_out_count,
             "answered": len(answers),
             "trained_on": part.card["samples"],
+            **_ownership(run, resolved),
         },
         before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
         after=acceptance(json.loads((run.path / "measure/eval-after.json").read_text())),
@@ -345,6 +371,13 @@ def _report(
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)
     return report
+
+
+def _ownership(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+    """What was measured of answers that were taken as they are."""
+    if resolved.config.regenerate.answers != "original":
+        return {}
+    return {"given_answers": read_json(run.path / "ownership.json")}
 
 
 def _source_of(draft: Draft | str) -> str:

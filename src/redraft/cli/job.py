@@ -17,7 +17,6 @@ from .flags import (
     DtypeFlag,
     JsonFlag,
     LimitFlag,
-    PromptsFlag,
     QuietFlag,
     TargetFlag,
     TemplateFlag,
@@ -48,8 +47,17 @@ def demo(
 def adapt(
     target: TargetFlag,
     draft: DraftFlag,
-    prompts: PromptsFlag,
     out: Annotated[str, typer.Option("--out", help="run folder; run again to resume")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", help="prompts that the target answers: file, or data set on the Hub"
+        ),
+    ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option("--answers", help="prompts with answers (production logs), used as they are"),
+    ] = None,
     method: Annotated[str | None, typer.Option("--method", help="private part")] = None,
     width: Annotated[
         str | None, typer.Option("--width", help="private neurons: 64, 0.25 of the shared, or auto")
@@ -106,6 +114,7 @@ def adapt(
         loaded,
         draft,
         prompts,
+        answers=answers,
         out=out,
         config=resolved,
         limit=limit,

@@ -2,7 +2,7 @@
 
 Known shapes: `messages` and `conversations` (role/content or from/value), `prompt` (text or messages),
 `instruction` with optional `input` and `output`, `question` with optional `answer`, `text` (rendered
-already), and pre-tokenised `input_ids` with optional `loss_mask`.
+already), pre-tokenised `input_ids` with optional `loss_mask`, and lines of redraft's answers files.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def understand(row: Mapping[str, Any]) -> Understood:
     row = {key: value for key, value in row.items() if value is not None}
     if "input_ids" in row:
         return _tokenised(row)
+    if "tokens" in row and "prompt" in row and "length" in row:
+        return _answered(row)
     for shape in ("messages", "conversations", "prompt"):
         if isinstance(row.get(shape), list):
             answer = row.get("completion", row.get("response")) if shape == "prompt" else None
@@ -86,6 +88,14 @@ def _tokenised(row: Mapping[str, Any]) -> Understood:
         raise ValueError(f"loss_mask does not mark each of the {len(tokens)} input_ids")
     supervised = None if mask is None else tuple(bool(m) for m in mask)
     return Understood("input_ids", tokens=tuple(tokens), supervised=supervised)
+
+
+def _answered(row: Mapping[str, Any]) -> Understood:
+    """A line of an answers file of redraft's."""
+    prompt, said = row["prompt"], row["tokens"][: row["length"]]
+    found = _tokenised({"input_ids": [*prompt, *said]})
+    marks = (False,) * len(prompt) + (True,) * len(said)
+    return Understood("answer", tokens=found.tokens, supervised=marks)
 
 
 def _pair(row: Mapping[str, Any], shape: str, user: str, assistant: Any) -> Understood:
