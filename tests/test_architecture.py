@@ -23,6 +23,7 @@ LAYERS = [
     {"report", "run_folder"},
     {"engines"},
     {"steps", "custom_generate"},
+    {"rounds"},
     {"flow"},
     {"bench"},
     {"cli", "__init__", "__main__"},

@@ -103,7 +103,15 @@ class SelectConfig:
         choices=("answers", "prompts"),
     )
     budget: str = _opt(
-        "1.0", "how many samples to keep: a count (500), a share (0.5) or tokens (20000t)"
+        "1.0",
+        "how many samples to keep: a count (500), a share (0.5) or tokens (20000t); 'auto': prompts are "
+        "answered in rounds until held-out tau stops rising",
+    )
+    least_gain: float = _opt(
+        0.02,
+        "with budget auto: the rise of held-out tau, as a share of it, that a doubling of the answers "
+        "must bring for another",
+        low=0.0,
     )
     duplicates: float = _opt(
         0.8,

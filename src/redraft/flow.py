@@ -42,6 +42,7 @@ from .records import (
     versions,
 )
 from .report.page import write_page
+from .rounds import AUTO, answer_in_rounds, in_order
 from .run_folder import RunFolder
 from .steps import chosen_answers, fuse_draft, train_private
 from .target import Target
@@ -106,6 +107,7 @@ def adapt(
     c, built = resolved.config, shared.build(target)
     check_fits(built, c.train, target, base)
     check_scorers(c.select, Scorers(target, base, built, c.measure.k))
+    _check_auto(c)
     everything = read_prompts(source, target, limit, c.regenerate.turns)
     say(everything.summary())
     elsewhere = {
@@ -116,12 +118,33 @@ def adapt(
     with RunFolder.open(out) as run:
         _refuse_other_method(run.path, read_method(c.train.method))
         run.write_json("run.json", _describe(target, shared, everything, resolved))
-        answered, selected = _answer_and_select(run, target, shared, base, asked, elsewhere, c)
-        trained = _train(run, [selected, answered["heldout"]], target, shared, c, base)
+        if c.select.budget == AUTO:
+            answered = _regenerate(run, target, (), asked[1:], elsewhere, c)
+            order = in_order(asked[0], c.select.seed)
+            trained = answer_in_rounds(run, target, shared, base, order, answered["heldout"], c)
+        else:
+            answered, selected = _answer_and_select(run, target, shared, base, asked, elsewhere, c)
+            trained = _train(run, [selected, answered["heldout"]], target, shared, c, base)
         exported = _export(run, trained, target, shared, c)
         _measure(run, exported, answered, target, shared, c)
         report = _report(run, target, shared, everything, resolved)
         return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
+
+
+def _check_auto(c: AdaptConfig) -> None:
+    """Rounds ask in an order that is known beforehand, and of the target."""
+    if c.select.budget == AUTO and (
+        c.select.select != "random" or c.regenerate.answers != "regenerate"
+    ):
+        raise UserError(
+            "--budget auto asks prompts in a random order until answers stop paying: leave out "
+            + (
+                "--answers"
+                if c.regenerate.answers != "regenerate"
+                else f"--select {c.select.select}"
+            )
+            + ", or name a budget (500, 0.5 or 20000t)"
+        )
 
 
 def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tuple[str, Resolved]:
@@ -181,11 +204,12 @@ def _ask(
 def _regenerate(
     run: RunFolder,
     target: Target,
-    asked: Sequence[Sequence[Prompt]],
+    adapt: Sequence[Prompt],
+    aside: Sequence[Sequence[Prompt]],
     elsewhere: dict[str, PromptSet],
     c: AdaptConfig,
 ) -> dict[str, str]:
-    """The target answers every prompt; one stage per file, so that one more file costs only itself.
+    """The target answers every prompt, those to `adapt` on and those kept `aside`; one stage per file, so that one more file costs only itself.
 
     What is measured is answered greedily, with an overrun of K. Returns each file's stage key.
     """
@@ -196,9 +220,9 @@ def _regenerate(
         max_new_tokens=c.measure.eval_new_tokens,
     )
     jobs = {
-        "adapt": (asked[0], c.regenerate, 0),
-        "heldout": (asked[1], greedy, c.measure.k),
-        "eval": (asked[2], greedy, c.measure.k),
+        **({"adapt": (adapt, c.regenerate, 0)} if len(adapt) else {}),
+        "heldout": (aside[0], greedy, c.measure.k),
+        "eval": (aside[1], greedy, c.measure.k),
         **{f"off-{n}": (p.prompts, greedy, c.measure.k) for n, p in elsewhere.items()},
     }
     keys = {}
@@ -257,9 +281,9 @@ def _answer_and_select(
         choose(lambda: as_samples(asked[0]), prompts_hash(asked[0]))
         kept = {s.id for s in read_selection(run.path / "selection.jsonl") if s.kept}
         chosen = Picked(asked[0], (i for i, p in enumerate(asked[0]) if p.id in kept))
-        answered = _regenerate(run, target, (chosen, *asked[1:]), elsewhere, c)
+        answered = _regenerate(run, target, chosen, asked[1:], elsewhere, c)
         return answered, answered["adapt"]
-    answered = _regenerate(run, target, asked, elsewhere, c)
+    answered = _regenerate(run, target, asked[0], asked[1:], elsewhere, c)
     answers = run.path / "answers" / "adapt.jsonl"
     return answered, choose(lambda: read_answers(answers), answered["adapt"])
 
@@ -361,7 +385,7 @@ def _report(
         cost={
             "unique_generated_tokens": generated,
             "supervised_tokens": trained.supervised_tokens,
-            "scored": read_json(run.path / "selection.cost.json"),
+            **_choice_cost(run, resolved),
             "seconds": run.seconds(),
         },
         config=asdict(resolved.config),
@@ -371,6 +395,13 @@ def _report(
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)
     return report
+
+
+def _choice_cost(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+    """What choosing cost, or what answering in rounds saved."""
+    if resolved.config.select.budget == AUTO:
+        return {"rounds": read_json(run.path / "rounds.json")}
+    return {"scored": read_json(run.path / "selection.cost.json")}
 
 
 def _ownership(run: RunFolder, resolved: Resolved) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def within_budget(lengths: Sequence[int], budget: str) -> range:
     except ValueError:
         raise UserError(
             f"budget '{budget}' is not a count (500), a share between 0 and 1 (0.5) or a number of "
-            "tokens (20000t)"
+            "tokens (20000t); auto is for redraft adapt, which answers in rounds"
         ) from None
     if kept <= 0:
         raise UserError(f"budget '{budget}' keeps none of the {len(lengths)} samples")
