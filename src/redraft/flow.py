@@ -18,7 +18,13 @@ from typing import Any
 from .config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from .console import say
 from .data.prompts import PromptSet, read_prompts, split_prompts
-from .data.regenerate import answer_inputs, read_answers, regenerate
+from .data.regenerate import (
+    answer_inputs,
+    check_backend,
+    endpoints_of,
+    read_answers,
+    regenerate,
+)
 from .data.select import select
 from .drafts.base import Draft
 from .errors import UserError
@@ -95,6 +101,7 @@ def adapt(
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     shared = read_draft(_source_of(draft))
     # What does not fit is refused before anything is paid for.
+    check_backend(resolved.config.regenerate, 0)
     refuse_routed(getattr(shared.config, "routed", None))
     check_fits(shared.build(target), resolved.config.train, target, base)
     everything = read_prompts(prompts, target, limit)
@@ -161,11 +168,15 @@ def _regenerate(
 ) -> dict[str, str]:
     """The target answers every prompt; one stage per file, so that one more file costs only itself.
 
-    What is measured is answered greedily, with an overrun of K. Returns each file's stage key.
+    What is measured is answered greedily, with an overrun of K, and in this process: endpoints give
+    no overrun, and their words part from the target's at near-ties. Returns each file's stage key.
     """
+    if c.regenerate.endpoints:
+        say("the answers to adapt on come from the endpoints; those measured on, from this process")
     greedy = dataclasses.replace(
         c.regenerate,
         answers="regenerate",
+        endpoints="",
         temperature=0.0,
         max_new_tokens=c.measure.eval_new_tokens,
     )
@@ -273,6 +284,7 @@ def _report(
 ) -> AdaptReport:
     part = load_private(run.path / "private")
     answers = read_answers(run.path / "answers" / "adapt.jsonl")
+    served = endpoints_of(run.path / "answers" / "adapt.jsonl")
     trained = TrainRecord(**read_training(run.path / "private"))
     generated = sum(
         answer.length
@@ -295,6 +307,7 @@ def _report(
             "left_out": len(prompts.left_out),
             "answered": len(answers),
             "trained_on": part.card["samples"],
+            **({"answered_by_endpoints": served} if served else {}),
         },
         before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
         after=acceptance(json.loads((run.path / "measure/eval-after.json").read_text())),
