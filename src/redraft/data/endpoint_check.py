@@ -217,6 +217,8 @@ async def _compare_weights(
                 raise UserError(f"{endpoint.url} {problem}: it serves another model") from None
             raise
         returns_ids &= not heard.retold
+        if heard.doubtful:
+            continue  # tokens that the server did not choose say nothing about it
         own, best = await asyncio.to_thread(_read, target, prompt, heard.answer.tokens)
         gaps += [b - o for o, b in zip(own, best, strict=True)]
         given = (first_choice(reply).get("logprobs") or {}).get("token_logprobs")
@@ -224,6 +226,9 @@ async def _compare_weights(
             apart += [abs(float(g) - o) for g, o in zip(given, own, strict=True)]
         else:
             complete = False
+    if not gaps:
+        skipped.append("the weights (no text that it wrote gives its tokens again)")
+        return returns_ids, 0, None, 0.0
     gap = sum(gaps) / len(gaps)
     difference = sum(apart) / len(apart) if complete else None
     if not complete:

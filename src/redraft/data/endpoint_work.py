@@ -41,7 +41,7 @@ class Station:
     well: asyncio.Event = field(default_factory=asyncio.Event)
     ill: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def fail(self, problem: EndpointError, limit: int = ILL_AFTER) -> None:
+    def fail(self, problem: EndpointError, limit: int) -> None:
         """Count a failure; after `limit` in a row, or where the server says so, it rests."""
         self.failures += 1
         if self.failures >= limit or isinstance(problem, Busy):

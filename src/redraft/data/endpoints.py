@@ -2,8 +2,8 @@
 
 Each server has `concurrency` places, which take the next prompt as soon as they are free, so that its
 batch stays full to the end. A prompt whose request fails goes back in the line, for any server. A
-server that fails three times in a row rests, longer each time, and is checked again before it goes on:
-what comes back after a restart may be another model. When no server is well, the pool waits for
+server that fails three times in a row, or that nobody reaches, rests, longer each time, and is checked
+again before it goes on: what comes back after a restart may be another model. When no server is well, the pool waits for
 `patience` seconds and then gives up; what was answered is the caller's already.
 
 The requests run in an event loop on a thread of their own, so this works inside a notebook too, and
@@ -31,7 +31,7 @@ from ..target import Target
 from .completion import Asking, Heard
 from .endpoint import Endpoint, EndpointError, Refused, Trouble, connect, key_for
 from .endpoint_check import Findings, check, describe, remarks
-from .endpoint_work import FIRST_REST, Station, Work
+from .endpoint_work import FIRST_REST, ILL_AFTER, Station, Work
 
 TICK = 0.25
 """Seconds between two looks at how things are."""
@@ -218,7 +218,7 @@ class Endpoints:
                     work.give_up(prompt, f"{station.url} refused it ({problem})")
             except Trouble as problem:
                 work.give_back(prompt, problem, station)
-                station.fail(problem)
+                station.fail(problem, ILL_AFTER if problem.reached else 1)
                 await asyncio.sleep(random.uniform(0, FIRST_REST) * 2**station.failures / 4)
             else:
                 station.succeed()
