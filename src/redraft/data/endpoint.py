@@ -117,17 +117,28 @@ class Endpoint:
         return text.replace(self.key, "***") if self.key else text
 
 
-def connect(concurrency: int, timeout: float) -> httpx.AsyncClient:
-    """A client for `concurrency` requests at a time to one server, and a few more beside them.
+def connect(url: str, concurrency: int, timeout: float) -> httpx.AsyncClient:
+    """A client for `concurrency` requests at a time to a server, and a few more beside them.
 
-    It belongs to the event loop that uses it, and is closed by whoever made it.
+    It belongs to the event loop that uses it, and is closed by whoever made it. A server on this
+    machine is reached past the proxies of the environment. Raises UserError for a proxy of no use.
     """
-    limits = httpx.Limits(
-        max_connections=concurrency + 4, max_keepalive_connections=concurrency + 4
-    )
-    return httpx.AsyncClient(
-        limits=limits, timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS, pool=None)
-    )
+    most = concurrency + 4
+    try:
+        return httpx.AsyncClient(
+            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
+            timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS, pool=None),
+            trust_env=not _near(url),
+        )
+    except (ImportError, ValueError, httpx.InvalidURL):  # the message might hold a password
+        raise UserError(
+            f"{url}: a proxy named in the environment (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) cannot be "
+            "used; expected an http:// or https:// URL, or the server's name in NO_PROXY"
+        ) from None
+
+
+def _near(url: str) -> bool:
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def key_for(url: str) -> str | None:
@@ -135,9 +146,8 @@ def key_for(url: str) -> str | None:
 
     OPENAI_API_KEY may be meant for another server, so it is never sent in the clear over a network.
     """
-    parts = urlsplit(url)
-    near = parts.hostname in ("localhost", "127.0.0.1", "::1")
-    names = (KEY, OTHER_KEY) if near or parts.scheme == "https" else (KEY,)
+    private = _near(url) or urlsplit(url).scheme == "https"
+    names = (KEY, OTHER_KEY) if private else (KEY,)
     for name in names:
         key = os.environ.get(name, "").strip()
         if key:

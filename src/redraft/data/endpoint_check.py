@@ -7,8 +7,8 @@ the weights  the server continues a few prompts greedily, with log-probabilities
              what it wrote.
 
 On the same tokens the same weights give the same log-probabilities up to rounding: fp32 against fp16
-differs by 0.001 nats a token on average, against bf16 by 0.01, and another fine-tune of the same base,
-by 0.5 to 8, because it also writes what the target would not. What lies within `SAME` is taken for the
+differs by 0.001 nats a token on average, against bf16 by 0.01, and another fine-tune of the same base
+by 0.8 to 8, because it also writes what the target would not. What lies within `SAME` is taken for the
 target, so a copy of it that was trained a few steps further is not told apart.
 
 Shapes: T tokens, V vocabulary.

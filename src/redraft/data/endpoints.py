@@ -107,7 +107,7 @@ class Endpoints:
         async with contextlib.AsyncExitStack() as clients:
             try:
                 for station in self._stations:
-                    client = connect(self.config.concurrency, self.config.timeout)
+                    client = connect(station.url, self.config.concurrency, self.config.timeout)
                     await clients.enter_async_context(client)
                     key = key_for(station.url)
                     endpoint = Endpoint(station.url, client, self.config.timeout, key)
@@ -161,8 +161,9 @@ class Endpoints:
             if known or not station.ill.is_set():
                 station.failures = 0
                 station.well.set()
-                if station.problem and not known:
-                    say(f"{station.url} answers again")
+                if not known:
+                    if station.problem:
+                        say(f"{station.url} answers again")
                     station.problem = ""
             await station.ill.wait()
             self._say_once(station)
