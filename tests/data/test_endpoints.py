@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -16,16 +17,16 @@ from typing import Any
 
 import pytest
 
-from redraft import console
-from redraft.cli import main
-from redraft.config import RegenerateConfig, resolve
+from redraft import console, flow
+from redraft.cli import job, main, stages
+from redraft.config import RegenerateConfig, read_endpoints, resolve
 from redraft.data import endpoint_work, endpoints
 from redraft.data import regenerate as regenerate_module
-from redraft.data.endpoint import _seconds, key_for
+from redraft.data.endpoint import _seconds, connect, key_for
 from redraft.data.regenerate import endpoints_of, read_answers, regenerate
 from redraft.errors import UserError
 from redraft.files import append_lines
-from redraft.records import Answer, Prompt
+from redraft.records import AdaptReport, Answer, Prompt, to_json
 from redraft.target import Target
 from tests.conftest import write_prompts
 from tests.data.conftest import TOKENS, own, settings
@@ -199,7 +200,10 @@ def test_down_for_good_says_what_is_written_and_what_to_do(
             regenerate_watching(kill, target, prompts, tmp_path / "a.jsonl", config)
     kept = len(read_answers(tmp_path / "a.jsonl"))
     text = str(failed.value)
-    assert text.startswith(f"no endpoint answered for 0.3 s:\n  {server.url} cannot be reached (")
+    refused = os.strerror(errno.ECONNREFUSED)
+    assert text.startswith(
+        f"no endpoint answered for 0.3 s:\n  {server.url} cannot be reached ({refused})"
+    )
     assert (
         f"{kept} answers of this run are written, {len(prompts) - kept} are missing: run the same "
         "command again" in text
@@ -377,6 +381,77 @@ def test_answers_are_written_while_others_are_under_way(
     assert seen == [len(prompts) - 1]
 
 
+def test_rounds_share_one_check(
+    target: Target, prompts: list[Prompt], brain: Brain, tmp_path: Path
+) -> None:
+    """A conversation is answered in rounds; the second does not look at the servers again."""
+    with FakeOpenAI(brain).running() as server:
+        pool = endpoints.Endpoints(target, settings(server))
+        first = [a for answers in pool.answers(prompts[:10]) for a in answers]
+        second = [a for answers in pool.answers(prompts[10:]) for a in answers]
+        assert list(pool.answers([])) == []
+    assert server.checks == 1
+    check_whole(first + second, own(target, prompts, tmp_path))
+
+
+@pytest.mark.slow
+def test_adapt_asks_the_endpoints_for_what_it_trains_on(
+    target: Target, draft_folder: Path, brain: Brain, tmp_path: Path, told: list[str]
+) -> None:
+    source, run = write_prompts(tmp_path / "p.jsonl", 24), tmp_path / "run"
+    changes = {
+        "regenerate.max_new_tokens": 12,
+        "train.width": 4,
+        "train.epochs": 1,
+        "train.rollout": 2,
+        "train.evaluations": 1,
+        "measure.k": 2,
+        "measure.eval_limit": 4,
+        "measure.heldout": 4,
+        "measure.eval_new_tokens": 10,
+    }
+    with FakeOpenAI(brain).running() as server:
+        layers = [("test", {**changes, "regenerate.endpoints": server.url})]
+        result = flow.adapt(target, str(draft_folder), str(source), out=run, config=resolve(layers))
+        moved = [("test", {**changes, "regenerate.endpoints": "http://127.0.0.1:9"})]
+        again = flow.adapt(target, str(draft_folder), str(source), out=run, config=resolve(moved))
+    files = {n: read_answers(run / "answers" / f"{n}.jsonl") for n in ("adapt", "heldout", "eval")}
+    assert set(server.asked) == {a.prompt for a in files["adapt"]}
+    assert result.worked
+    assert not again.worked, "another address of the same answers is no reason to ask again"
+    assert all(len(a.tokens) > a.length for a in files["eval"]), "measured without an overrun"
+    assert list(result.report.prompts["answered_by_endpoints"]) == [server.url]
+    page = (run / "report.html").read_text()
+    assert f"at <code>{server.url}</code> (not repeatable bit for bit)" in page
+    assert list(AdaptReport.from_json(to_json(result.report)).prompts["answered_by_endpoints"])
+
+
+def test_flags_of_both_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--endpoint may be given several times, and each setting of the pool has its flag."""
+    seen: dict[str, Any] = {}
+
+    def stop(layers: Any) -> Any:
+        seen.update(layers[-1][1])
+        raise UserError("seen")
+
+    flags = "--endpoint http://a:1 --endpoint http://b:2/v1 --concurrency 5 --timeout 9 "
+    flags += "--endpoint-model tuned"
+    for module, command in (
+        (stages, f"regenerate --target T --prompts P --out O {flags} --patience 3"),
+        (job, f"adapt --target T --draft D --prompts P --out O {flags}"),
+    ):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "resolve", stop)
+            patch.setattr(sys, "argv", ["redraft", *command.split()])
+            with pytest.raises(SystemExit):
+                main()
+        assert seen["regenerate.endpoints"] == "http://a:1,http://b:2/v1"
+        assert seen["regenerate.endpoint_model"] == "tuned"
+        assert (seen["regenerate.concurrency"], seen["regenerate.timeout"]) == (5, 9.0)
+    assert read_endpoints(seen["regenerate.endpoints"]) == ("http://a:1", "http://b:2")
+
+
 # -- settings and secrets -------------------------------------------------------------------------
 
 
@@ -451,6 +526,14 @@ def test_a_wrong_key_is_told_without_it(
             regenerate(target, prompts, tmp_path / "a.jsonl", settings(server))
     assert "sk-wrong" not in str(failed.value)
     assert not server.asked
+
+
+def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "gopher://me:secret@proxy:1")
+    with pytest.raises(UserError, match="a proxy named in the environment") as failed:
+        connect("http://gpu-box:8000", 1, 1.0)
+    assert "secret" not in str(failed.value)
+    assert connect("http://127.0.0.1:8000", 1, 1.0) is not None
 
 
 def test_pauses_as_servers_write_them() -> None:

@@ -78,18 +78,26 @@ class Endpoint:
         self, verb: str, path: str, body: dict[str, Any] | None, timeout: float
     ) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        request = self.client.request(verb, self.url + path, json=body, headers=headers)
+        request = asyncio.ensure_future(
+            self.client.request(verb, self.url + path, json=body, headers=headers)
+        )
         try:
-            # httpx bounds the silence between two bytes, not the whole reply.
-            reply = await asyncio.wait_for(request, timeout)
-        except (asyncio.TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout):
+            # httpx bounds the silence between two bytes, not the whole reply; and asyncio.wait_for
+            # before Python 3.12 swallows a cancellation that meets the reply.
+            await asyncio.wait({request}, timeout=timeout)
+            if not request.done():
+                raise Trouble(f"gave no whole reply within {timeout:g} s")
+            reply = request.result()
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise Trouble(f"gave no whole reply within {timeout:g} s") from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as problem:
-            said = str(problem) or f"no connection within {CONNECT_SECONDS:g} s"
+            said = _cause(problem) or f"no connection within {CONNECT_SECONDS:g} s"
             raise Trouble(f"cannot be reached ({said})", reached=False) from None
         except httpx.RequestError as problem:
             said = self._blank(str(problem)) or type(problem).__name__
             raise Trouble(f"broke off its reply ({said})") from None
+        finally:
+            request.cancel()
         return self._read(reply)
 
     def _read(self, reply: httpx.Response) -> dict[str, Any]:
@@ -135,6 +143,17 @@ def connect(url: str, concurrency: int, timeout: float) -> httpx.AsyncClient:
             f"{url}: a proxy named in the environment (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) cannot be "
             "used; expected an http:// or https:// URL, or the server's name in NO_PROXY"
         ) from None
+
+
+def _cause(problem: BaseException) -> str:
+    """What the system said beneath an error of the HTTP client, else what the client says."""
+    said, inner = str(problem), problem.__cause__ or problem.__context__
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno:
+            # asyncio words a refused connection in its own way; names not found have negative numbers
+            said = os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
+        inner = inner.__cause__ or inner.__context__
+    return said
 
 
 def _near(url: str) -> bool:

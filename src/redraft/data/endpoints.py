@@ -121,9 +121,7 @@ class Endpoints:
             except BaseException as problem:  # noqa: BLE001 - the caller's thread raises it again
                 out.put(problem)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await _end(tasks)
 
     async def _watch(
         self, work: Work, tasks: list[asyncio.Task[None]], stop: threading.Event
@@ -285,6 +283,17 @@ class Endpoints:
             f"no endpoint answered for {patience:g} s:\n  {states}\n{answered} answers of this run are "
             f"written, {work.open} are missing: run the same command again to ask for these alone"
         )
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel tasks until all of them have ended; what they raised is known or of no interest."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=TICK)
+        left = {task for task in left if not task.done()}
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _drain(
