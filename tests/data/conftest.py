@@ -32,8 +32,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def brain(target: Target) -> Brain:
-    return Brain(target)
+def brain(target: Target, prompts: list[Prompt]) -> Brain:
+    """What the target answers, known before a test's clock runs."""
+    found = Brain(target)
+    for prompt in prompts:
+        found.answer(prompt.tokens)
+    return found
 
 
 @pytest.fixture

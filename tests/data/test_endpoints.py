@@ -107,7 +107,7 @@ def test_sampled_answers_are_seeded_by_prompt_and_say_how_they_were_drawn(
         Wrong(text='{"choices": [{"text": "", "token_ids": [], "finish_reason": "length"}]}'),
         Wrong(text='{"choices": [{"text": "x", "token_ids": [9999], "finish_reason": "stop"}]}'),
         Wrong(text='{"choices": [{"finish_reason": "stop"}]}'),
-        Wrong(delay=0.6),
+        Wrong(delay=1.5),
     ],
     ids=lambda w: f"{w.status}-{w.half}-{w.delay}-{(w.text or '')[:24]}-{len(w.headers)}",
 )
@@ -116,7 +116,8 @@ def test_a_failure_now_and_then_costs_no_answer(
 ) -> None:
     server = FakeOpenAI(brain, wrong=lambda n, b: wrong if n % 5 == 1 else None)
     with server.running():
-        found = regenerate(target, prompts, tmp_path / "a.jsonl", settings(server, timeout=0.4))
+        seconds = 0.8 if wrong.delay else 60.0
+        found = regenerate(target, prompts, tmp_path / "a.jsonl", settings(server, timeout=seconds))
     check_whole(found, own(target, prompts, tmp_path))
     failed = len([n for n in range(1, len(server.bodies) + 1) if n % 5 == 1])
     assert sum(server.asked.values()) == len(prompts) + failed
