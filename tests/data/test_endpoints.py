@@ -161,6 +161,24 @@ def test_a_server_that_dies_and_comes_back_goes_on(
     assert max(server.asked.values()) <= 2  # only what was under way is asked again
 
 
+def test_every_place_works_again_after_a_restart(
+    target: Target, prompts: list[Prompt], brain: Brain, tmp_path: Path
+) -> None:
+    """All requests fail at once when a server is killed, which must not send its places to sleep."""
+    with FakeOpenAI(brain, wrong=lambda n, b: Wrong(delay=0.1)).running() as server:
+
+        def restart(answers: list[Answer]) -> None:
+            if answers and server.checks == 1:
+                server.die()
+                time.sleep(0.2)
+                server.most = 0
+                server.start()
+
+        config = settings(server, concurrency=6)
+        regenerate_watching(restart, target, prompts, tmp_path / "a.jsonl", config)
+    assert server.most == 6
+
+
 def test_another_model_after_the_restart_is_not_asked(
     target: Target, prompts: list[Prompt], brain: Brain, other: Target, tmp_path: Path
 ) -> None:

@@ -218,7 +218,10 @@ class Endpoints:
             except Trouble as problem:
                 work.give_back(prompt, problem, station)
                 station.fail(problem, ILL_AFTER if problem.reached else 1)
-                await asyncio.sleep(random.uniform(0, FIRST_REST) * 2**station.failures / 4)
+                # All places may fail at once, so the count may be far above the one that matters.
+                await asyncio.sleep(
+                    random.uniform(0, FIRST_REST) * min(station.failures, ILL_AFTER)
+                )
             else:
                 station.succeed()
                 station.answered += 1
