@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -60,6 +61,33 @@ def read_shares(text: str) -> dict[str, float]:
     return shares
 
 
+def read_endpoints(text: str) -> tuple[str, ...]:
+    """The servers in `endpoints`, each as its root URL: without a last slash or /v1.
+
+    Raises ValueError for what is no http(s) URL, for one named twice, and for a user, password or
+    query in it, which would be stored with the settings and are therefore not repeated.
+    """
+    found: list[str] = []
+    for url in filter(None, (part.strip() for part in text.split(","))):
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(
+                f"takes no user, password or query in a URL, because settings are stored; give {shown} "
+                "and put the key into the environment variable REDRAFT_API_KEY"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                "takes URLs of OpenAI-compatible servers (http://127.0.0.1:8000, "
+                f"https://host/v1); got '{shown if parts.netloc else url}'"
+            )
+        root = shown.rstrip("/").removesuffix("/v1").rstrip("/")
+        if root in found:
+            raise ValueError(f"names {root} twice; --concurrency sets the requests to one server")
+        found.append(root)
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class RegenerateConfig:
     """The target answers the prompts."""
@@ -84,6 +112,21 @@ class RegenerateConfig:
         choices=("all", "last"),
     )
     seed: int = _opt(0, "seed of the sampled answers")
+    endpoints: str = _opt(
+        "",
+        "OpenAI-compatible servers of the target that write the answers, as URLs; none: this process does",
+        check=read_endpoints,
+        flag="endpoint",
+        many=True,
+    )
+    endpoint_model: str = _opt(
+        "", "the target's name at the endpoints; '': the only one they serve"
+    )
+    concurrency: int = _opt(32, "requests under way at each endpoint", low=1, high=4096)
+    timeout: float = _opt(600.0, "longest wait for one answer of an endpoint, in seconds", low=0.1)
+    patience: float = _opt(
+        600.0, "longest wait for an endpoint to come back when all are down, in seconds", low=0.0
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,14 @@ from .console import say
 from .data.ownership import ownership
 from .data.pool import Picked
 from .data.prompts import PromptSet, read_prompts, split_prompts
-from .data.regenerate import answer_inputs, prompts_hash, read_answers, regenerate
+from .data.regenerate import (
+    answer_inputs,
+    check_backend,
+    endpoints_of,
+    prompts_hash,
+    read_answers,
+    regenerate,
+)
 from .data.scoring import NEEDS, Scorers, as_samples, check_scorers
 from .data.select import read_selection, select, write_selection
 from .drafts.base import Draft
@@ -103,6 +110,7 @@ def adapt(
     source, resolved = _source(prompts, answers, resolved)
     shared = read_draft(_source_of(draft))
     # What does not fit is refused before anything is paid for.
+    check_backend(resolved.config.regenerate, 0)
     refuse_routed(getattr(shared.config, "routed", None))
     c, built = resolved.config, shared.build(target)
     check_fits(built, c.train, target, base)
@@ -209,13 +217,19 @@ def _regenerate(
     elsewhere: dict[str, PromptSet],
     c: AdaptConfig,
 ) -> dict[str, str]:
-    """The target answers every prompt, those to `adapt` on and those kept `aside`; one stage per file, so that one more file costs only itself.
+    """The target answers every prompt, those to `adapt` on and those kept `aside`.
 
-    What is measured is answered greedily, with an overrun of K. Returns each file's stage key.
+    One stage per file, so that one more file costs only itself.
+
+    What is measured is answered greedily, with an overrun of K, and in this process: endpoints give
+    no overrun, and their words part from the target's at near-ties. Returns each file's stage key.
     """
+    if c.regenerate.endpoints:
+        say("the answers to adapt on come from the endpoints; those measured on, from this process")
     greedy = dataclasses.replace(
         c.regenerate,
         answers="regenerate",
+        endpoints="",
         temperature=0.0,
         max_new_tokens=c.measure.eval_new_tokens,
     )
@@ -354,6 +368,9 @@ def _report(
 ) -> AdaptReport:
     part = load_private(run.path / "private")
     answers = read_answers(run.path / "answers" / "adapt.jsonl")
+    folder = run.path / "answers"
+    files = [folder / "adapt.jsonl", *sorted(folder.glob("round-*.jsonl"))]
+    served = {url: about for file in files for url, about in endpoints_of(file).items()}
     trained = TrainRecord(**read_training(run.path / "private"))
     generated = sum(
         answer.length
@@ -377,6 +394,7 @@ def _report(
             "answered": len(answers),
             "trained_on": part.card["samples"],
             **_ownership(run, resolved),
+            **({"answered_by_endpoints": served} if served else {}),
         },
         before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
         after=acceptance(json.loads((run.path / "measure/eval-after.json").read_text())),

@@ -60,6 +60,24 @@ DraftTokenFlag = Annotated[
     ),
 ]
 
+EndpointFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        help="OpenAI-compatible server of the target that writes the answers to adapt on; repeatable "
+        "(key: $REDRAFT_API_KEY)",
+    ),
+]
+EndpointModelFlag = Annotated[
+    str | None, typer.Option("--endpoint-model", help="the target's name at the endpoints")
+]
+ConcurrencyFlag = Annotated[
+    int | None, typer.Option("--concurrency", help="requests under way at each endpoint")
+]
+TimeoutFlag = Annotated[
+    float | None, typer.Option("--timeout", help="longest wait for one answer of an endpoint, s")
+]
+
 
 def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a flag for every setting of these stages; the command receives those that were given as
@@ -71,7 +89,7 @@ def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[...,
 
         @functools.wraps(command)
         def wrapper(**given: Any) -> None:
-            settings = {key: given.pop(name) for name, key in by_name.items()}
+            settings = {key: joined(given.pop(name)) for name, key in by_name.items()}
             command(settings={k: v for k, v in settings.items() if v is not None}, **given)
 
         signature = inspect.signature(command, eval_str=True)
@@ -82,13 +100,16 @@ def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[...,
             choices = field.metadata.get("choices")
             text = f"{field.metadata['help']} [default: {field.default}]"
             text += f" (one of: {', '.join(choices)})" if choices else ""
-            flag = typer.Option(f"--{field.name.replace('_', '-')}", help=text, show_default=False)
+            spelled = field.metadata.get("flag", field.name).replace("_", "-")
+            text += "; repeatable" if field.metadata.get("many") else ""
+            flag = typer.Option(f"--{spelled}", help=text, show_default=False)
+            kind: Any = list[str] if field.metadata.get("many") else kinds[str(field.type)]
             own.append(
                 inspect.Parameter(
                     name,
                     inspect.Parameter.KEYWORD_ONLY,
                     default=None,
-                    annotation=Annotated[kinds[str(field.type)] | None, flag],
+                    annotation=Annotated[kind | None, flag],
                 )
             )
         ordered = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -97,6 +118,11 @@ def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[...,
         return wrapper
 
     return wrap
+
+
+def joined(given: Any) -> Any:
+    """A repeatable flag as the setting's text; no flag at all as None."""
+    return ",".join(given) or None if isinstance(given, list) else given
 
 
 def load(source: str, adapter: str | None, template: str | None, dtype: str) -> Any:

@@ -13,13 +13,18 @@ from ..errors import UserError
 from .flags import (
     AdapterFlag,
     BaseFlag,
+    ConcurrencyFlag,
     DraftFlag,
     DtypeFlag,
+    EndpointFlag,
+    EndpointModelFlag,
     JsonFlag,
     LimitFlag,
     QuietFlag,
     TargetFlag,
     TemplateFlag,
+    TimeoutFlag,
+    joined,
     load,
     print_json,
 )
@@ -84,6 +89,10 @@ def adapt(
         list[str] | None,
         typer.Option("--off-domain", help="name=FILE of prompts measured but not trained on"),
     ] = None,
+    endpoint: EndpointFlag = None,
+    endpoint_model: EndpointModelFlag = None,
+    concurrency: ConcurrencyFlag = None,
+    timeout: TimeoutFlag = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
     dtype: DtypeFlag = "auto",
@@ -104,6 +113,10 @@ def adapt(
         "train.vocab": vocab,
         "select.select": select,
         "select.budget": budget,
+        "regenerate.endpoints": joined(endpoint),
+        "regenerate.endpoint_model": endpoint_model,
+        "regenerate.concurrency": concurrency,
+        "regenerate.timeout": timeout,
     }
     resolved = _resolve(config, assignments, {k: v for k, v in flags.items() if v is not None})
     elsewhere = _pairs(off_domain or [], "--off-domain")

@@ -58,15 +58,20 @@ def regenerate(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """The target answers the prompts through its own chat template.
+    """The target answers the prompts through its own chat template, here or behind endpoints.
+
+    An endpoint's API key is read from $REDRAFT_API_KEY and stored nowhere.
 
     Example: redraft regenerate --target ./my-model --prompts prompts.jsonl --out answers.jsonl
+    --endpoint http://127.0.0.1:8000
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.regenerate
     from ..data.prompts import read_prompts
+    from ..data.regenerate import check_backend
     from ..data.regenerate import regenerate as run
 
+    check_backend(c, overrun)
     loaded = load(target, target_adapter, chat_template, dtype)
     found = read_prompts(prompts, loaded, limit, c.turns)
     say(found.summary())

@@ -1,14 +1,17 @@
 """Regeneration: the target answers the prompts, and each batch is on disk before the next begins.
 
 An answers file is JSONL, one `Answer` per line. Written lines are never asked for again: batches
-are planned from the prompts alone, so a resumed run redoes only what is missing.
+are planned from the prompts alone, so a resumed run redoes only what is missing. The target answers
+in this process, or behind the endpoints that serve it (`endpoints.py`): same prompts, same file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Container, Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,56 +27,53 @@ from ..records import Answer, Prompt
 from ..target import Target
 from .turns import next_turn
 
+NO_INPUTS = ("batch_size", "endpoints", "endpoint_model", "concurrency", "timeout", "patience")
+"""The settings that no answer depends on."""
+ENDPOINTS = "answered_by_endpoints"
+"""Where the record beside an answers' file says which servers gave some of them."""
+
 
 def regenerate(
     target: Target, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, overrun: int = 0
 ) -> list[Answer]:
     """Answer every prompt into the file `out`, continuing what is there; answers in file order.
 
-    Conversations are answered turn by turn: all first turns, then all second ones, and so on.
+    The answers come from this process, or from the endpoints that `config` names; a file may be
+    begun by the one and continued by the other. Conversations are answered turn by turn: all first
+    turns, then all second ones, and so on.
     """
+    check_backend(config, overrun)
     _claim(out, answer_inputs(target, prompts, config, overrun))
     if config.answers == "original":
         return _write_originals(prompts, out, config.max_new_tokens, target)
+    backend = _Served(target, config, out) if config.endpoints else _Own(target, config, overrun)
     asked = prompts
     while len(asked):
-        done = {answer.id: answer for answer in read_answers(out)} if out.exists() else {}
-        _answer_round(target, asked, done, out, config, overrun)
+        _answer_round(backend, asked, out)
         asked = _next_round(target, asked, out)
     return read_answers(out)
 
 
-def _answer_round(
-    target: Target,
-    prompts: Sequence[Prompt],
-    done: Container[str],
-    out: Path,
-    config: RegenerateConfig,
-    overrun: int,
-) -> None:
-    """Append the answers to prompts that are not among `done`."""
-    plan = plan_generation(prompts, config.batch_size)
-    left = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
-    if there := sum(prompt.id in done for prompt in prompts):
-        say(f"{out.name}: {there} of {len(prompts)} answers are there already")
+def _answer_round(backend: _Own | _Served, prompts: Sequence[Prompt], out: Path) -> None:
+    """Append the answers to those prompts that have none in the file."""
+    done = {answer.id for answer in read_answers(out)} if out.exists() else set()
+    left = sum(prompt.id not in done for prompt in prompts)
+    if left < len(prompts):
+        say(f"{out.name}: {len(prompts) - left} of {len(prompts)} answers are there already")
     if not left:
         return
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-    batches = generate_answers(
-        target,
-        prompts,
-        left,
-        sampling=sampling,
-        max_new_tokens=config.max_new_tokens,
-        overrun=overrun,
-        seed=config.seed,
-    )
-    tokens = 0
-    with Progress(f"answers ({out.stem})", sum(map(len, left)), "answers") as progress:
+    tokens, began = 0, time.monotonic()
+    with (
+        Progress(f"answers ({out.stem})", left, "answers") as progress,
+        contextlib.closing(backend.answers(prompts, done)) as batches,
+    ):
         for answers in batches:
-            append_lines(out, [answer.to_line() for answer in answers if answer.id not in done])
+            if answers:
+                append_lines(out, [answer.to_line() for answer in answers])
             tokens += sum(answer.length for answer in answers)
-            progress.advance(len(answers), f"{tokens:,} tokens")
+            rate = tokens / max(time.monotonic() - began, 1e-9)
+            note = f"{tokens:,} tokens, {rate:,.0f}/s  {backend.health()}"
+            progress.advance(len(answers), note.rstrip())
 
 
 def _next_round(target: Target, asked: Sequence[Prompt], out: Path) -> list[Prompt]:
@@ -98,11 +98,82 @@ def _next_round(target: Target, asked: Sequence[Prompt], out: Path) -> list[Prom
     return found
 
 
+def check_backend(config: RegenerateConfig, overrun: int) -> None:
+    """Raise UserError for settings that endpoints cannot follow."""
+    if config.endpoints and overrun:
+        raise UserError(
+            f"--overrun {overrun} asks for the target's own tokens past each answer's end, which an "
+            "endpoint does not give; leave out --endpoint for answers to be replayed, or --overrun "
+            "for answers to train on"
+        )
+    if config.endpoints and config.answers == "original":
+        raise UserError(
+            "answers=original takes the answers in the prompts file, so no endpoint is asked; leave out "
+            "one of the two"
+        )
+
+
+class _Own:
+    """Answers from the target in this process, in batches planned from all prompts."""
+
+    def __init__(self, target: Target, config: RegenerateConfig, overrun: int):
+        self.target, self.config, self.overrun = target, config, overrun
+
+    def answers(
+        self, prompts: Sequence[Prompt], done: set[str]
+    ) -> Generator[list[Answer], None, None]:
+        """The answers to those prompts whose id is not in `done`, batch by batch."""
+        c = self.config
+        plan = plan_generation(prompts, c.batch_size)
+        batches = generate_answers(
+            self.target,
+            prompts,
+            [batch for batch in plan if not all(prompts[i].id in done for i in batch)],
+            sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
+            max_new_tokens=c.max_new_tokens,
+            overrun=self.overrun,
+            seed=c.seed,
+        )
+        for answers in batches:
+            yield [answer for answer in answers if answer.id not in done]
+
+    def health(self) -> str:
+        return ""
+
+
+class _Served:
+    """Answers from endpoints; what these are is noted beside the answers' file."""
+
+    def __init__(self, target: Target, config: RegenerateConfig, out: Path):
+        from .endpoints import Endpoints  # here, because most runs need no HTTP client
+
+        self.pool, self.about = Endpoints(target, config), _about(out)
+
+    def answers(
+        self, prompts: Sequence[Prompt], done: set[str]
+    ) -> Generator[list[Answer], None, None]:
+        """The answers to those prompts whose id is not in `done`, as they come."""
+        noted: dict[str, Any] = {}
+        with contextlib.closing(
+            self.pool.answers([prompt for prompt in prompts if prompt.id not in done])
+        ) as batches:
+            for answers in batches:
+                if noted != self.pool.about:
+                    noted = dict(self.pool.about)
+                    known = read_json(self.about)
+                    known[ENDPOINTS] = {**known.get(ENDPOINTS, {}), **noted}
+                    write_text(self.about, json.dumps(known, indent=2) + "\n")
+                yield answers
+
+    def health(self) -> str:
+        return self.pool.health()
+
+
 def answer_inputs(
     target: Target, prompts: Sequence[Prompt], config: RegenerateConfig, overrun: int
 ) -> dict[str, Any]:
-    """All that an answer depends on (the batch size is not among it)."""
-    settings = {k: v for k, v in asdict(config).items() if k != "batch_size"}
+    """All that an answer depends on: not who computes it, nor how many at a time."""
+    settings = {k: v for k, v in asdict(config).items() if k not in NO_INPUTS}
     return {
         "target": target.fingerprint(),
         "prompts": prompts_hash(prompts),
@@ -120,7 +191,8 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
 
 def _claim(out: Path, inputs: dict[str, Any]) -> None:
     """Refuse to continue a file that holds answers to something else."""
-    about = out.with_suffix(".about.json")
+    about = _about(out)
+    served: dict[str, Any] = {}
     if out.exists() and about.exists():
         try:
             known = read_json(about)
@@ -132,11 +204,23 @@ def _claim(out: Path, inputs: dict[str, Any]) -> None:
                 f"{out} holds answers made with other {', '.join(changed)}; name another file, or "
                 "remove it to answer anew"
             )
+        served = {key: known[key] for key in (ENDPOINTS,) if key in known}
     elif out.exists():
         raise UserError(
             f"{out} exists and was not written by `redraft regenerate`; name another file"
         )
-    write_text(about, json.dumps(inputs, indent=2) + "\n")
+    write_text(about, json.dumps({**inputs, **served}, indent=2) + "\n")
+
+
+def endpoints_of(answers: Path) -> dict[str, Any]:
+    """The endpoints that gave some of the answers in a file: URL -> what was found of it."""
+    about = _about(answers)
+    found: dict[str, Any] = read_json(about).get(ENDPOINTS, {}) if about.is_file() else {}
+    return found
+
+
+def _about(out: Path) -> Path:
+    return out.with_suffix(".about.json")
 
 
 def read_answers(path: Path) -> list[Answer]:
