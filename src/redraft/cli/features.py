@@ -78,8 +78,11 @@ def features(
         float | None, typer.Option("--max-gb", help="refuse to write more than this", min=0.0)
     ] = None,
     shard_mb: Annotated[
-        int, typer.Option("--shard-mb", help="largest shard of a store; twice this is held", min=1)
-    ] = 256,
+        float,
+        typer.Option(
+            "--shard-mb", help="largest shard of a store; about thrice this is held", min=1
+        ),
+    ] = 256.0,
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", help="tokens that the target reads at a time", min=1)
     ] = 4096,

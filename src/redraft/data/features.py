@@ -44,7 +44,7 @@ class Plan:
     out: Path
     layout: str = "redraft"
     max_gb: float = float("inf")
-    shard_mb: int = 256
+    shard_mb: float = 256.0
     batch_tokens: int = 4096
 
 

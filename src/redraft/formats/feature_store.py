@@ -59,7 +59,7 @@ class StoreWriter(FeatureWriter):
         super().__init__(folder, about, answers)
         if not (folder / ANSWERS).is_file():
             write_text(folder / ANSWERS, lines_of(answers))
-        most = max(about.shard_mb * 1_000_000 // about.token_bytes, 1)
+        most = max(int(about.shard_mb * 1e6) // about.token_bytes, 1)
         self.groups = []
         filled = most
         for batch in self.batches:

@@ -36,7 +36,7 @@ class FeatureAbout:
     taps: tuple[int, ...]
     pre_norm: bool
     answers_hash: str
-    shard_mb: int
+    shard_mb: float
     batch_tokens: int
 
     @property
