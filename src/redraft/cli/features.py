@@ -67,6 +67,13 @@ def features(
             "--from", help="take stored or captured features instead of running the target's layers"
         ),
     ] = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            "--capture",
+            help="address of a running vLLM that captures hidden states, e.g. http://localhost:8000",
+        ),
+    ] = None,
     check: Annotated[
         str | None,
         typer.Option("--check", help="check stored features: every checksum, some rows' states"),
@@ -103,7 +110,7 @@ def features(
         loaded = load(target, target_adapter, chat_template, dtype)
         _check(loaded, check, taps, allow_pickle, as_json)
         return
-    from ..data.features import GB, Plan, convert_features, write_features
+    from ..data.features import GB, Plan, capture_features, convert_features, write_features
     from ..data.regenerate import read_answers
 
     if out is None:
@@ -122,9 +129,16 @@ def features(
                 f"{beside.check_says(rows or stored.answers()):.1%} of the answers' tokens are the likeliest"
             )
         done = convert_features(beside, stored, rows if answers else None, plan, beside.normed)
+    elif not answers:
+        raise UserError("--answers is needed: the rows whose features are to be stored")
+    elif capture is not None:
+        beside = load_beside([], None, False, target, target_adapter, chat_template, dtype)
+        wanted = _wanted_taps(beside, draft, taps)
+        from ..engines.capture import Capture
+
+        server = Capture(capture, wanted, beside.num_layers, beside.dtype)
+        done = capture_features(beside, server, rows, wanted, plan, beside.normed)
     else:
-        if not answers:
-            raise UserError("--answers is needed: the rows whose features are to be stored")
         loaded = load(target, target_adapter, chat_template, dtype)
         done = write_features(loaded, rows, _wanted_taps(loaded, draft, taps), plan)
     from ..records import to_json

@@ -109,14 +109,30 @@ def convert_features(
         found = {}
         for row in rows:
             length = len(chosen[row].prompt) + len(chosen[row].tokens)
-            states_SLH = source.states(places[row], length)
-            if source.pre_norm and not pre_norm:
-                last_SH = normed(states_SLH[:, -1]).to(states_SLH)
-                states_SLH = torch.cat([states_SLH[:, :-1], last_SH[:, None]], 1)
-            found[row] = states_SLH
-        return found
+            found[row] = source.states(places[row], length)
+        return found if source.pre_norm == pre_norm else _normed(found, normed)
 
     return _fill(about, chosen, plan, read, dict)
+
+
+def capture_features(
+    target: Target,
+    capture: Callable[[Sequence[Sequence[int]]], list[Tensor]],
+    answers: Sequence[Answer],
+    taps: Sequence[int],
+    plan: Plan,
+    normed: Callable[[Tensor], Tensor],
+) -> Written:
+    """The same from an engine: `capture` gives the states [S, L+1, H] of rows of token ids, the last
+    before the final norm. Nothing is asked of the target but what it is."""
+    about = _about(target, answers, taps, plan, plan.layout != "specforge")
+
+    def read(rows: Sequence[int]) -> dict[int, Tensor]:
+        tokens = [(*answers[row].prompt, *answers[row].tokens) for row in rows]
+        found = dict(zip(rows, capture(tokens), strict=True))
+        return found if about.pre_norm else _normed(found, normed)
+
+    return _fill(about, answers, plan, read, dict)
 
 
 @torch.no_grad()
@@ -151,6 +167,14 @@ def compare_features(target: Target, rows: FeatureRows, count: int = 4) -> dict[
         for name, apart in zip(worst, apart_L.tolist(), strict=True):
             worst[name] = max(worst[name], apart)
     return worst
+
+
+def _normed(states: dict[int, Tensor], normed: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
+    """The same with hs[n] for the state before the final norm."""
+    return {
+        row: torch.cat([one[:, :-1], normed(one[:, -1]).to(one)[:, None]], 1)
+        for row, one in states.items()
+    }
 
 
 def _fill(
