@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,49 +107,102 @@ def features(
     --out features
     """
     set_quiet(quiet)
-    if check is not None:
-        loaded = load(target, target_adapter, chat_template, dtype)
-        _check(loaded, check, taps, allow_pickle, as_json)
-        return
-    from ..data.features import GB, Plan, capture_features, convert_features, write_features
+    from ..data.features import GB, Plan
     from ..data.regenerate import read_answers
-
-    if out is None:
-        raise UserError("--out is needed: the folder to write features to")
-    plan = Plan(
-        Path(out), layout, float("inf") if max_gb is None else max_gb, shard_mb, batch_tokens
-    )
-    rows = [answer for file in answers or () for answer in read_answers(Path(file))]
-    if source is not None:
-        beside = load_beside(
-            [source], taps, allow_pickle, target, target_adapter, chat_template, dtype
-        )
-        (stored,) = beside.features
-        if stored.layout != "redraft":
-            say(
-                f"{beside.check_says(rows or stored.answers()):.1%} of the answers' tokens are the likeliest"
-            )
-        done = convert_features(beside, stored, rows if answers else None, plan, beside.normed)
-    elif not answers:
-        raise UserError("--answers is needed: the rows whose features are to be stored")
-    elif capture is not None:
-        beside = load_beside([], None, False, target, target_adapter, chat_template, dtype)
-        wanted = _wanted_taps(beside, draft, taps)
-        from ..engines.capture import Capture
-
-        server = Capture(capture, wanted, beside.num_layers, beside.dtype)
-        done = capture_features(beside, server, rows, wanted, plan, beside.normed)
-    else:
-        loaded = load(target, target_adapter, chat_template, dtype)
-        done = write_features(loaded, rows, _wanted_taps(loaded, draft, taps), plan)
     from ..records import to_json
 
+    asked = _Asked(target, target_adapter, chat_template, dtype, draft, taps, allow_pickle)
+    if check is not None:
+        _check(asked.load(), check, taps, allow_pickle, as_json)
+        return
+    if out is None:
+        raise UserError("--out is needed: the folder to write features to")
+    rows = [answer for file in answers or () for answer in read_answers(Path(file))]
+    if not rows and source is None:
+        raise UserError("--answers is needed: the rows whose features are to be stored")
+    most = float("inf") if max_gb is None else max_gb
+    plan = Plan(Path(out), layout, most, shard_mb, batch_tokens)
+    if source is not None:
+        done = asked.convert(source, rows if answers else None, plan)
+    elif capture is not None:
+        done = asked.capture(capture, rows, plan)
+    else:
+        done = asked.write(rows, plan)
     finish(
         as_json,
         f"features of {done.samples} answers, {done.tokens:,} tokens, {done.size / GB:,.3f} GB in {out} "
         f"({done.predicted / GB:,.3f} predicted)",
         {**to_json(done), "out": out},
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The target and the taps that the flags describe, and the three places features come from."""
+
+    target: str
+    adapter: str | None
+    template: str | None
+    dtype: str
+    draft: str | None
+    taps: str | None
+    allow_pickle: bool
+
+    def load(self) -> Any:
+        return load(self.target, self.adapter, self.template, self.dtype)
+
+    def write(self, answers: list[Any], plan: Any) -> Any:
+        """From the target itself."""
+        from ..data.features import write_features
+
+        target = self.load()
+        return write_features(target, answers, self.wanted(target), plan)
+
+    def capture(self, address: str, answers: list[Any], plan: Any) -> Any:
+        """From a running vLLM."""
+        from ..data.features import capture_features
+        from ..engines.capture import Capture
+
+        bare = self._beside([])
+        taps = self.wanted(bare)
+        server = Capture(address, taps, bare.num_layers, bare.dtype)
+        return capture_features(bare, server, answers, taps, plan, bare.normed)
+
+    def convert(self, folder: str, answers: list[Any] | None, plan: Any) -> Any:
+        """From stored features, whose last state has to say their answers."""
+        from ..data.features import convert_features
+
+        beside = self._beside([folder])
+        (stored,) = beside.features
+        said = beside.check_says(stored.answers() if answers is None else answers)
+        say(f"the stored states make {said:.1%} of the answers' tokens the likeliest")
+        return convert_features(beside, stored, answers, plan, beside.normed)
+
+    def wanted(self, target: Any) -> tuple[int, ...]:
+        """The taps that the draft reads of the target, or those named, or the usual ones."""
+        from ..formats.load import read_draft
+        from ..target import check_taps, default_taps
+
+        if self.draft is not None and self.taps is not None:
+            raise UserError("--draft says which taps it reads; name --taps or --draft, not both")
+        if self.draft is not None:
+            taps = read_draft(self.draft).build(target).taps
+            return tuple(tap for tap in taps if tap != target.num_layers)  # that is stored anyway
+        named = taps_from(self.taps)
+        if named is None:
+            return default_taps(target.num_layers)
+        return check_taps(named, target.num_layers)
+
+    def _beside(self, folders: list[str]) -> Any:
+        return load_beside(
+            folders,
+            self.taps,
+            self.allow_pickle,
+            self.target,
+            self.adapter,
+            self.template,
+            self.dtype,
+        )
 
 
 def load_beside(
@@ -177,22 +231,6 @@ def taps_from(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(word) for word in text.split(",") if text)
     except ValueError:
         raise UserError(f"--taps takes layer numbers, for example 2,4,5; got '{text}'") from None
-
-
-def _wanted_taps(target: Any, draft: str | None, taps: str | None) -> tuple[int, ...]:
-    """The taps that a draft reads of the target, or those named, or the usual ones."""
-    from ..formats.load import read_draft
-    from ..target import check_taps, default_taps
-
-    if draft is not None and taps is not None:
-        raise UserError("--draft says which taps it reads; name --taps or --draft, not both")
-    if draft is not None:
-        wanted = read_draft(draft).build(target).taps
-        return tuple(tap for tap in wanted if tap != target.num_layers)  # that is stored anyway
-    named = taps_from(taps)
-    if named is None:
-        return default_taps(target.num_layers)
-    return check_taps(named, target.num_layers)
 
 
 def _check(target: Any, folder: str, taps: str | None, allow_pickle: bool, as_json: bool) -> None:

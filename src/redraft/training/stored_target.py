@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,13 @@ class StoredTarget(Target):
         return normed
 
     def check_says(self, answers: Sequence[Answer]) -> float:
-        """Share of greedy answers' tokens that the stored states make the likeliest.
+        """Share of stored greedy answers' tokens that the stored states make the likeliest.
 
         Raises UserError where that is hardly any: states shifted, of another layer, or of another
         model. Answers that were sampled or written by others are likelier or less, and pass.
         """
-        some = [a for a in answers if a.temperature == 0 and a.length > 1][:LOOKED_AT]
+        greedy = (a for a in answers if a.temperature == 0 and a.length > 1 and self._holds(a))
+        some = list(islice(greedy, LOOKED_AT))
         hits = total = 0
         for answer in some:
             tokens_T = torch.tensor([*answer.prompt, *answer.answer], device=self.device)
@@ -122,6 +124,10 @@ class StoredTarget(Target):
                 "right layer, and are the answers this target's own?"
             )
         return hits / total if total else 1.0
+
+    def _holds(self, answer: Answer) -> bool:
+        tokens = np.array([*answer.prompt, *answer.answer])
+        return any(rows.index.find(tokens)[1] == len(tokens) for rows in self.features)
 
     def _look_up(self, tokens_BT: Tensor, taps: Sequence[int]) -> tuple[Tensor, bool]:
         """Stored states [B, T, L+1, H] of rows, and whether the last is the one before the norm."""
