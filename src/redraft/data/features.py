@@ -160,7 +160,7 @@ def compare_features(target: Target, rows: FeatureRows, count: int = 4) -> dict[
     worst = dict.fromkeys([*(f"hs[{tap}]" for tap in rows.taps), "last"], 0.0)
     spread = np.linspace(0, len(rows.tokens) - 1, min(count, len(rows.tokens))).astype(int)
     for row in spread.tolist():
-        tokens_1T = torch.from_numpy(rows.tokens[row])[None].to(target.device)
+        tokens_1T = torch.from_numpy(rows.tokens[row])[None].long().to(target.device)
         own_SLH = read_states(target, norm, tokens_1T, rows.taps, rows.pre_norm)[0].float().cpu()
         stored_SLH = rows.states(row).float()
         apart_L = (stored_SLH - own_SLH).norm(dim=(0, 2)) / own_SLH.norm(dim=(0, 2))

@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -83,16 +84,18 @@ class StoreWriter(FeatureWriter):
     def has(self, group: int) -> bool:
         return _shard(group) in self._done
 
-    def write(self, group: int, states: Mapping[int, Tensor]) -> None:
+    def write(self, group: int, states: dict[int, Tensor]) -> None:
+        tokens = [torch.from_numpy(row_tokens(self.answers[row])) for row in states]
+        about = self.about
+        shape = (sum(map(len, tokens)), len(about.taps) + 1, about.hidden_size)
+        whole = torch.empty(shape, dtype=about.torch_dtype)
         rows, at = [], 0
-        for row, one in states.items():
+        for row in list(states):
+            one = states.pop(row)
+            whole[at : at + len(one)] = one
             rows.append([row, at, len(one), _crc(one)])
             at += len(one)
-        whole = {
-            TOKENS: torch.cat([torch.from_numpy(row_tokens(self.answers[row])) for row in states]),
-            STATES: torch.cat(list(states.values())),
-        }
-        content = save(whole, {"taps": json.dumps(self.about.taps)})
+        content = save({TOKENS: torch.cat(tokens), STATES: whole}, {"taps": json.dumps(about.taps)})
         name = _shard(group)
         write_bytes(self.folder / name, content)
         point("features: shard written")
@@ -164,15 +167,13 @@ class FeatureStore(FeatureRows):
         self.taps, self.pre_norm = self.about.taps, self.about.pre_norm
         self.dtype, self.hidden_size = self.about.torch_dtype, self.about.hidden_size
         self._check_small_files()
-        self._answers = [
-            Answer.from_line(line)
-            for line in (folder / ANSWERS).read_text(encoding="utf-8").splitlines()
-        ]
-        self.tokens = [row_tokens(answer) for answer in self._answers]
+        with (folder / ANSWERS).open(encoding="utf-8") as lines:
+            self.tokens = [row_tokens(Answer.from_line(line)).astype(np.int32) for line in lines]
         self._checked: set[int] = set()
 
     def answers(self) -> list[Answer]:
-        return self._answers
+        with (self.folder / ANSWERS).open(encoding="utf-8") as lines:
+            return [Answer.from_line(line) for line in lines]
 
     def states(self, row: int, stop: int | None = None) -> Tensor:
         file, begin, length, crc = self._rows[row]

@@ -78,8 +78,8 @@ class FeatureWriter(ABC):
         """Whether a group is there already."""
 
     @abstractmethod
-    def write(self, group: int, states: Mapping[int, Tensor]) -> None:
-        """Write the states [S, L+1, H] of a group's rows, by row."""
+    def write(self, group: int, states: dict[int, Tensor]) -> None:
+        """Write the states [S, L+1, H] of a group's rows, by row; the mapping is used up."""
 
     @abstractmethod
     def finish(self, witness: Callable[[], Mapping[str, Tensor]]) -> None:

@@ -59,7 +59,7 @@ class SpecForgeRows(FeatureRows):
                 f"{folder} holds SpecForge's features, which are pickles ({self._paths[0].name}). Opening "
                 "a pickle can run code of whoever made it; if you trust it, say so with --allow-pickle"
             )
-        # Four rows at a time: a file is read whole, its states in two halves of it.
+        # A batch asks for a few rows, and for each of them once.
         self._load = lru_cache(4)(_load)
         first = self._load(self._paths[0])
         self.dtype, self.hidden_size = first["hidden_state"].dtype, first["hidden_state"].shape[-1]
@@ -103,7 +103,7 @@ class SpecForgeWriter(FeatureWriter):
     def has(self, group: int) -> bool:
         return all(self._path(row).is_file() for batch in self.groups[group] for row in batch)
 
-    def write(self, group: int, states: Mapping[int, Tensor]) -> None:
+    def write(self, group: int, states: dict[int, Tensor]) -> None:
         for row, one in states.items():
             content = {
                 "input_ids": torch.from_numpy(row_tokens(self.answers[row])),
@@ -133,9 +133,11 @@ def _files(folder: Path) -> list[Path]:
 def _load(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, through the loader that refuses everything else."""
     try:
-        content = path.read_bytes()
-        raw = gzip.decompress(content) if path.suffix == ".gz" else content
-        found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        if path.suffix == ".gz":
+            raw = io.BytesIO(gzip.decompress(path.read_bytes()))
+            found = torch.load(raw, map_location="cpu", weights_only=True)
+        else:  # mapped: what is not looked at is not read
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, zlib.error) as problem:
         raise UserError(f"{path} cannot be read: {problem}; copy it again") from None
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError) as problem:

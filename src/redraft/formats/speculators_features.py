@@ -129,7 +129,7 @@ class SpeculatorsWriter(FeatureWriter):
     def has(self, group: int) -> bool:
         return all(self._path(row).is_file() for batch in self.groups[group] for row in batch)
 
-    def write(self, group: int, states: Mapping[int, Tensor]) -> None:
+    def write(self, group: int, states: dict[int, Tensor]) -> None:
         import torch
 
         for row, one in states.items():

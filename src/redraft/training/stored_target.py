@@ -190,7 +190,7 @@ class StoredTarget(Target):
         witness = rows.witness()
         if not witness:
             return
-        tokens_1T = torch.from_numpy(rows.tokens[int(witness["row"])])[None].to(self.device)
+        tokens_1T = torch.from_numpy(rows.tokens[int(witness["row"])])[None].long().to(self.device)
         logits_PV = self.read(tokens_1T, ()).logits_BTV[0, witness["positions"]].float().cpu()
         worst = float((logits_PV - witness["logits"]).abs().max() / witness["logits"].abs().max())
         if not worst <= WITNESSED.get(self.dtype, COARSE):
