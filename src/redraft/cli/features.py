@@ -87,8 +87,8 @@ def features(
     ] = None,
     shard_mb: Annotated[
         float,
-        typer.Option("--shard-mb", help="largest shard of a store; twice this is held", min=1),
-    ] = 256.0,
+        typer.Option("--shard-mb", help="largest shard of a store; four times this is held", min=1),
+    ] = 128.0,
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", help="tokens that the target reads at a time", min=1)
     ] = 4096,

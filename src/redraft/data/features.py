@@ -44,7 +44,7 @@ class Plan:
     out: Path
     layout: str = "redraft"
     max_gb: float = float("inf")
-    shard_mb: float = 256.0
+    shard_mb: float = 128.0
     batch_tokens: int = 4096
 
 
@@ -190,6 +190,7 @@ def _fill(
         writer = WRITERS[plan.layout](plan.out, about, answers)
         size = writer.size()
         _check_room(writer, size, plan)
+        writer.begin()
         left = [group for group in range(len(writer.groups)) if not writer.has(group)]
         tokens = sum(writer.lengths)
         say(

@@ -58,8 +58,6 @@ class StoreWriter(FeatureWriter):
 
     def __init__(self, folder: Path, about: FeatureAbout, answers: Sequence[Answer]):
         super().__init__(folder, about, answers)
-        if not (folder / ANSWERS).is_file():
-            write_text(folder / ANSWERS, lines_of(answers))
         most = max(int(about.shard_mb * 1e6) // about.token_bytes, 1)
         self.groups = []
         filled = most
@@ -71,8 +69,15 @@ class StoreWriter(FeatureWriter):
             self.groups[-1].append(batch)
             filled += tokens
         self._done = self._read_done()
-        if len(self._done) < len(self.groups):
-            remove(folder / MANIFEST)  # a finished store lost a shard
+
+    def begin(self) -> None:
+        super().begin()
+        if all(map(self.has, range(len(self.groups)))) and (self.folder / MANIFEST).is_file():
+            return
+        remove(self.folder / MANIFEST)  # of a finished store that lost a shard
+        write_text(self.folder / ANSWERS, lines_of(self.answers))
+        lines = "".join(f"{json.dumps(line)}\n" for line in self._done.values())
+        write_text(self.folder / SHARDS, lines)
 
     def size(self) -> int:
         listed = len(lines_of(self.answers)) + ROW * len(self.answers)
@@ -123,7 +128,7 @@ class StoreWriter(FeatureWriter):
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
     def _read_done(self) -> dict[str, dict[str, Any]]:
-        """The lines of the shards that are whole; the file keeps these lines alone."""
+        """The lines of the shards that are whole."""
         path = self.folder / SHARDS
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         done = {}
@@ -134,9 +139,6 @@ class StoreWriter(FeatureWriter):
                 continue  # a line cut short by an interruption: its shard is written again
             if _size(self.folder / found["file"]) == found["bytes"]:
                 done[found["file"]] = found
-        kept = "".join(f"{json.dumps(line)}\n" for line in done.values())
-        if kept != text:
-            write_text(path, kept)
         return done
 
 

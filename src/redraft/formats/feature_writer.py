@@ -58,12 +58,18 @@ class FeatureWriter(ABC):
     """Rows to hand over together, as batches to read one after another."""
 
     def __init__(self, folder: Path, about: FeatureAbout, answers: Sequence[Answer]):
-        """Raises UserError for a folder that holds something else."""
+        """Writes nothing yet. Raises UserError for a folder that holds something else."""
         self.folder, self.about, self.answers = folder, about, answers
-        self._claim()
+        self._check_claim()
         self.lengths = [len(answer.prompt) + len(answer.tokens) for answer in answers]
         self.batches = plan_once(self.lengths, about.batch_tokens)
         self.groups = [[batch] for batch in self.batches]
+
+    def begin(self) -> None:
+        """Make the folder this job's: what it is of is written first."""
+        text = json.dumps(asdict(self.about), indent=2) + "\n"
+        if not (self.folder / self.claim).is_file():
+            write_text(self.folder / self.claim, text)
 
     @abstractmethod
     def size(self) -> int:
@@ -86,9 +92,10 @@ class FeatureWriter(ABC):
         """Write what makes the folder whole, last. `witness` gives what readers check their logits by,
         or nothing."""
 
-    def _claim(self) -> None:
+    def _check_claim(self) -> None:
         path = self.folder / self.claim
         about = json.loads(json.dumps(asdict(self.about)))
+        about.pop("target")  # by whatever path; `target_hash` says which
         if path.is_file():
             known = read_json(path)
             changed = sorted(key for key in about if known.get(key) != about[key])
@@ -104,7 +111,6 @@ class FeatureWriter(ABC):
                 f"--out {self.folder} holds other files ({', '.join(sorted(others)[:3])}); name an "
                 "empty folder"
             )
-        write_text(path, json.dumps(about, indent=2) + "\n")
 
 
 def lines_of(answers: Sequence[Answer]) -> str:
