@@ -36,6 +36,7 @@ COMMANDS = [
             "adapt",
             "regenerate",
             "select",
+            "features",
             "train",
             "measure",
             "generate",

@@ -13,7 +13,7 @@ LAYERS = [
     {"files", "methods"},
     {"records", "config", "console", "lock"},
     {"target", "batches", "slots"},
-    {"model_cache"},
+    {"model_cache", "final_norm"},
     {"drafts"},
     {"private", "decode"},
     {"formats"},

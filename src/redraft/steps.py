@@ -27,6 +27,7 @@ from .private.fuse import fuse, home_of
 from .private.part import PrivatePart
 from .records import Answer, TrainRecord, to_json
 from .target import Target
+from .training.stored_target import StoredTarget
 from .training.train import Trained, train, train_gang
 from .training.widths import candidate_widths, shared_width, smallest_good
 
@@ -154,6 +155,9 @@ def train_command(
             f"some with redraft regenerate --overrun {k}"
         )
     held = read_answers(heldout)
+    if isinstance(target, StoredTarget):
+        said = target.check_says(chosen)
+        say(f"the stored states make {said:.1%} of the answers' tokens the likeliest")
     if draft is not None:
         shared = read_draft(draft)
         part = train_private(target, shared, chosen, held, config, k, out / "checkpoints", base)

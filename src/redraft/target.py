@@ -20,6 +20,9 @@ from torch import Tensor
 
 from .errors import UserError
 
+SAMPLES, BLOCK = 64, 4096
+"""Blocks of a weight file that `weights_hash` looks at, and their bytes."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -156,6 +159,11 @@ class Target:
         parts += [self.template_hash(), str(dtype or self.dtype), str(self.revision)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
+    def weights_hash(self) -> str:
+        """Identifies the weights alone, wherever their folder lies (see `weights_hash`)."""
+        parts = [weights_hash(source) for source in self.sources]
+        return hashlib.sha256(" ".join([*parts, str(self.revision)]).encode()).hexdigest()[:16]
+
     def template_hash(self) -> str:
         text = self.template or str(getattr(self.tokenizer, "chat_template", None))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -217,6 +225,22 @@ def load_target(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    torch_dtype = checked_source(source, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"target {source} could not be loaded: {problem}") from problem
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    sources = [source] if adapter is None else [source, adapter]
+    return Target(model.to(device), tokenizer, sources, read_template(chat_template))
+
+
+def checked_source(source: str, dtype: str) -> torch.dtype | str:
+    """The dtype to load in ('auto' stays). Raises UserError for no model folder, and no dtype."""
     where = Path(source)
     if (where.exists() or source.startswith((".", "/"))) and not (where / "config.json").is_file():
         raise UserError(
@@ -228,22 +252,16 @@ def load_target(
         raise UserError(
             f"unknown dtype '{dtype}'; known: auto, float32, bfloat16, float16, float64"
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"target {source} could not be loaded: {problem}") from problem
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    sources = [source] if adapter is None else [source, adapter]
-    template = None
-    if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise UserError(f"--chat-template {chat_template}: no such file")
-        template = Path(chat_template).read_text(encoding="utf-8")
-    return Target(model.to(device), tokenizer, sources, template)
+    return torch_dtype
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of a chat template's file, where one is named."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise UserError(f"--chat-template {path}: no such file")
+    return Path(path).read_text(encoding="utf-8")
 
 
 def fingerprint(source: str) -> str:
@@ -267,6 +285,27 @@ def fingerprint(source: str) -> str:
             digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
         elif path.suffix in (".json", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def weights_hash(source: str) -> str:
+    """A short hash of a local model's weights that a copy has too, without reading all of them.
+
+    From each weight file's name, size and SAMPLES blocks spread over it; a Hub id stands for itself.
+    """
+    folder = Path(source)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(source.encode())
+        return digest.hexdigest()[:16]
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".pt"):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as stream:
+                for i in range(SAMPLES):
+                    stream.seek(max(size - BLOCK, 0) * i // (SAMPLES - 1))
+                    digest.update(stream.read(BLOCK))
     return digest.hexdigest()[:16]
 
 

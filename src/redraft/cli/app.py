@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
-from . import bench, drafts, engine, generate, job, prompts, recipes, stages
+from . import bench, drafts, engine, features, generate, job, prompts, recipes, stages
 
 app = typer.Typer(
     name="redraft",
@@ -26,6 +26,7 @@ for command in (
     job.adapt,
     stages.regenerate,
     stages.select,
+    features.features,
     stages.train,
     stages.measure,
     generate.generate,

@@ -11,6 +11,7 @@ import typer
 from ..config import resolve
 from ..console import say, set_quiet
 from ..errors import UserError
+from .features import FeaturesFlag, FeatureTapsFlag, PickleFlag, load_beside, taps_from
 from .flags import (
     AcceptanceFlag,
     AdapterFlag,
@@ -205,6 +206,9 @@ def train(
         int | None, typer.Option("--draft-width", help="scratch without --draft: FFN neurons")
     ] = None,
     base: BaseFlag = None,
+    features: FeaturesFlag = None,
+    feature_taps: FeatureTapsFlag = None,
+    allow_pickle: PickleFlag = False,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
     dtype: DtypeFlag = "auto",
@@ -220,7 +224,12 @@ def train(
     c = resolve([("flag", settings)]).config.train
     from ..steps import train_command
 
-    loaded = load(target, target_adapter, chat_template, dtype)
+    if features:
+        loaded = load_beside(
+            features, feature_taps, allow_pickle, target, target_adapter, chat_template, dtype
+        )
+    else:
+        loaded = load(target, target_adapter, chat_template, dtype)
     record = train_command(
         loaded,
         draft=draft,
@@ -231,7 +240,7 @@ def train(
         config=c,
         k=k,
         kind=kind,
-        taps=_taps(taps),
+        taps=taps_from(taps),
         draft_vocab=draft_vocab,
         draft_width=draft_width,
         base=load(base, None, None, dtype) if base else None,
@@ -329,12 +338,3 @@ def measure(
         print_json({**to_json(measured), "left_out": found.left_out_count})
     else:
         print_acceptance(measured)
-
-
-def _taps(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(f"--taps takes layer numbers, for example 2,4,5; got '{text}'") from None

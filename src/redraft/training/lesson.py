@@ -72,7 +72,10 @@ class Lesson:
 def read_lesson(
     target: Target, batch: Batch, taps: tuple[int, ...], values: int = VALUES
 ) -> Lesson:
-    """Run the target over a batch. It computes as it will be served, also under autocast."""
+    """Run the target over a batch. It computes as it will be served, also under autocast.
+
+    Features of padding are zeros, whether the target is run or its stored features are read.
+    """
     row_N, label_N, offset_N = batch.labels()
     if not len(label_N):
         raise UserError(
@@ -100,13 +103,19 @@ def read_lesson(
                     logits: Tensor = target.head(states_NH[at])
                     return logits
 
-                return Lesson(batch, features, row_N, label_N, offset_N, from_states, True)
+                return Lesson(
+                    batch, _unpadded(batch, features), row_N, label_N, offset_N, from_states, True
+                )
             # This model does more to its logits than its head: take them as it gives them.
         reading = target.read(batch.tokens_BT, taps)
         logits_NV = reading.logits_BTV[row_N, label_N - 1]
-    return Lesson(
-        batch, reading.features_BTF, row_N, label_N, offset_N, lambda at: logits_NV[at], False
-    )
+    features = _unpadded(batch, reading.features_BTF)
+    return Lesson(batch, features, row_N, label_N, offset_N, lambda at: logits_NV[at], False)
+
+
+def _unpadded(batch: Batch, features_BTF: Tensor) -> Tensor:
+    at_T = torch.arange(features_BTF.shape[1], device=features_BTF.device)
+    return features_BTF.masked_fill((at_T >= batch.ends_B[:, None])[..., None], 0.0)
 
 
 def rollout_loss(

@@ -1,6 +1,7 @@
 """Training private parts: one loop with explicit arguments, for one part or a gang of them.
 
-The target runs inside the loop (its features are streamed, nothing is stored). Each draft is rolled
+The target runs inside the loop and its features are streamed; beside stored ones (`stored_target.py`)
+they are read instead. Each draft is rolled
 out over several steps on the true tokens and its own states, and each step's distribution is
 pulled towards the target's. Batches, learning rates and evaluations are decided by step numbers,
 never by the clock, so that a resumed run ends where an uninterrupted one does.

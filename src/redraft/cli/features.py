@@ -1,0 +1,255 @@
+"""Stored features as commands: write them, take them from elsewhere, check them; and train beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..console import Progress, say, set_quiet
+from ..errors import UserError
+from .flags import (
+    AdapterFlag,
+    DtypeFlag,
+    JsonFlag,
+    QuietFlag,
+    TargetFlag,
+    TemplateFlag,
+    finish,
+    load,
+)
+
+FeaturesFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features",
+        help="stored features of the answers (may be repeated): the target's layers are not loaded",
+    ),
+]
+FeatureTapsFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--feature-taps",
+        help="hs[] indices that foreign features hold, which do not say so themselves, e.g. 2,14,25",
+    ),
+]
+PickleFlag = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="open SpecForge's .ckpt files: pickles can run code; only tensors are accepted from them",
+    ),
+]
+APART = 0.1
+"""Relative difference at which stored states are no longer this target's."""
+
+
+def features(
+    target: TargetFlag,
+    answers: Annotated[
+        list[str] | None,
+        typer.Option("--answers", help="answers file of `regenerate` (may be repeated)"),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="folder to write; run again to resume")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="store what this draft reads of the target")
+    ] = None,
+    taps: Annotated[
+        str | None,
+        typer.Option("--taps", help="or these hs[] indices, e.g. 2,14,25 ('' for none)"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="take stored or captured features instead of running the target's layers"
+        ),
+    ] = None,
+    capture: Annotated[
+        str | None,
+        typer.Option(
+            "--capture",
+            help="address of a running vLLM that captures hidden states, e.g. http://localhost:8000",
+        ),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option("--check", help="check stored features: every checksum, some rows' states"),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option("--layout", help="layout to write: redraft, speculators or specforge")
+    ] = "redraft",
+    max_gb: Annotated[
+        float | None, typer.Option("--max-gb", help="refuse to write more than this", min=0.0)
+    ] = None,
+    shard_mb: Annotated[
+        float,
+        typer.Option("--shard-mb", help="largest shard of a store; four times this is held", min=1),
+    ] = 128.0,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", help="tokens that the target reads at a time", min=1)
+    ] = 4096,
+    allow_pickle: PickleFlag = False,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Store what the target's layers say of the answers, to train without the target beside the draft.
+
+    Example: redraft features --target ./my-model --draft org/EAGLE3-base --answers answers.jsonl
+    --out features
+    """
+    set_quiet(quiet)
+    from ..data.features import GB, Plan
+    from ..data.regenerate import read_answers
+    from ..records import to_json
+
+    asked = _Asked(target, target_adapter, chat_template, dtype, draft, taps, allow_pickle)
+    if check is not None:
+        _check(asked.load(), check, taps, allow_pickle, as_json)
+        return
+    if out is None:
+        raise UserError("--out is needed: the folder to write features to")
+    rows = [answer for file in answers or () for answer in read_answers(Path(file))]
+    if not rows and source is None:
+        raise UserError("--answers is needed: the rows whose features are to be stored")
+    most = float("inf") if max_gb is None else max_gb
+    plan = Plan(Path(out), layout, most, shard_mb, batch_tokens)
+    if source is not None:
+        done = asked.convert(source, rows if answers else None, plan)
+    elif capture is not None:
+        done = asked.capture(capture, rows, plan)
+    else:
+        done = asked.write(rows, plan)
+    finish(
+        as_json,
+        f"features of {done.samples} answers, {done.tokens:,} tokens, {done.size / GB:,.3f} GB in {out} "
+        f"({done.predicted / GB:,.3f} predicted)",
+        {**to_json(done), "out": out},
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The target and the taps that the flags describe, and the three places features come from."""
+
+    target: str
+    adapter: str | None
+    template: str | None
+    dtype: str
+    draft: str | None
+    taps: str | None
+    allow_pickle: bool
+
+    def load(self) -> Any:
+        return load(self.target, self.adapter, self.template, self.dtype)
+
+    def write(self, answers: list[Any], plan: Any) -> Any:
+        """From the target itself."""
+        from ..data.features import write_features
+
+        target = self.load()
+        return write_features(target, answers, self.wanted(target), plan)
+
+    def capture(self, address: str, answers: list[Any], plan: Any) -> Any:
+        """From a running vLLM."""
+        from ..data.features import capture_features
+        from ..engines.capture import Capture
+
+        bare = self._beside([])
+        taps = self.wanted(bare)
+        server = Capture(address, taps, bare.num_layers, bare.dtype)
+        return capture_features(bare, server, answers, taps, plan, bare.normed)
+
+    def convert(self, folder: str, answers: list[Any] | None, plan: Any) -> Any:
+        """From stored features, whose last state has to say their answers."""
+        from ..data.features import convert_features
+
+        beside = self._beside([folder])
+        (stored,) = beside.features
+        said = beside.check_says(stored.answers() if answers is None else answers)
+        say(f"the stored states make {said:.1%} of the answers' tokens the likeliest")
+        return convert_features(beside, stored, answers, plan, beside.normed)
+
+    def wanted(self, target: Any) -> tuple[int, ...]:
+        """The taps that the draft reads of the target, or those named, or the usual ones."""
+        from ..formats.load import read_draft
+        from ..target import check_taps, default_taps
+
+        if self.draft is not None and self.taps is not None:
+            raise UserError("--draft says which taps it reads; name --taps or --draft, not both")
+        if self.draft is not None:
+            taps = read_draft(self.draft).build(target).taps
+            return tuple(tap for tap in taps if tap != target.num_layers)  # that is stored anyway
+        named = taps_from(self.taps)
+        if named is None:
+            return default_taps(target.num_layers)
+        return check_taps(named, target.num_layers)
+
+    def _beside(self, folders: list[str]) -> Any:
+        return load_beside(
+            folders,
+            self.taps,
+            self.allow_pickle,
+            self.target,
+            self.adapter,
+            self.template,
+            self.dtype,
+        )
+
+
+def load_beside(
+    folders: list[str],
+    taps: str | None,
+    allow_pickle: bool,
+    target: str,
+    adapter: str | None,
+    template: str | None,
+    dtype: str,
+) -> Any:
+    """The target that the flags describe without its layers, beside stored features."""
+    from ..formats.feature_layouts import open_features
+    from ..training.stored_target import load_stored_target
+
+    named = taps_from(taps)
+    rows = [open_features(Path(folder), named, unpickle=allow_pickle) for folder in folders]
+    return load_stored_target(target, rows, adapter=adapter, chat_template=template, dtype=dtype)
+
+
+def taps_from(text: str | None) -> tuple[int, ...] | None:
+    """The numbers that --taps names; none for ''."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(",") if text)
+    except ValueError:
+        raise UserError(f"--taps takes layer numbers, for example 2,4,5; got '{text}'") from None
+
+
+def _check(target: Any, folder: str, taps: str | None, allow_pickle: bool, as_json: bool) -> None:
+    from ..data.features import compare_features
+    from ..formats.feature_layouts import open_features
+    from ..formats.feature_store import FeatureStore
+
+    rows = open_features(Path(folder), taps_from(taps), unpickle=allow_pickle)
+    if isinstance(rows, FeatureStore):
+        with Progress("checksums", rows.shards(), "shards") as progress:
+            for name in rows.check():
+                progress.advance(1, name)
+    apart = compare_features(target, rows)
+    said = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+    if not max(apart.values()) < APART:
+        raise UserError(
+            f"{folder}: its states are not what target {target.name} says of these rows (relative "
+            f"difference {said}): another target, other taps, or shifted"
+        )
+    finish(
+        as_json,
+        f"{len(rows.tokens)} rows in {folder} are whole; against the target, relative difference {said}",
+        {"rows": len(rows.tokens), "difference": apart, "layout": rows.layout},
+    )
