@@ -22,6 +22,7 @@ from decode_page import decode_page
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from repair_page import demo_output, measured_table, results_page
+from selection_page import draw_selection, selection_page
 
 from redraft.config import recipe_names, stage_fields
 from redraft.methods import PARTS
@@ -69,6 +70,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "results" / "repair.md": results_page(),
         ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "results" / "methods.md": methods_page(),
+        ROOT / "docs" / "results" / "selection.md": selection_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),
@@ -158,6 +160,7 @@ def main() -> int:
                 path.write_text(text, encoding="utf-8")
     if "--check" not in sys.argv:
         draw_figures()
+        draw_selection()
     elif stale:
         print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
         return 1

@@ -51,10 +51,10 @@ BEYOND = (
     "all of these",
     "full with hard labels",
 )
+"""Ideas that the frontier shows beside the table's rows."""
 BELOW = ("expert+fc", "hard labels")
 UNNAMED = ("lora-16", "lora-matched", "with low-rank head", "full")
 """Points that lie on others; the table has them."""
-"""Ideas that the frontier shows beside the table's rows."""
 LADDER = ("lora4", "sft-tenth", "sft", "pretrained")
 COMMANDS = """The commands, for nano (pico alike; cells that are there are not run again):
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,7 +148,7 @@ IDEAS: dict[str, Row] = {
     "all but head": _part("fc+norms+attention+ffn", "everything but the head"),
 }
 for _name, _row in list(IDEAS.items()):
-    IDEAS[_name] = Row(_row.says, _row.settings, _row.width, _row.matched, answers=(REGENERATED,))
+    IDEAS[_name] = dataclasses.replace(_row, answers=(REGENERATED,))
 IDEAS["answers at 0.7"] = Row(
     "expert+fc+norms on answers sampled at 0.7",
     {"method": "expert+fc+norms"},
