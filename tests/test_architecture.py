@@ -24,6 +24,7 @@ LAYERS = [
     {"engines"},
     {"steps", "custom_generate"},
     {"rounds"},
+    {"summary"},
     {"flow"},
     {"bench"},
     {"cli", "__init__", "__main__"},

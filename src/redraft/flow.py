@@ -9,7 +9,6 @@ What is measured as "after" is the exported folder, read back as an engine would
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from .data.prompts import PromptSet, read_prompts, split_prompts
 from .data.regenerate import (
     answer_inputs,
     check_backend,
-    endpoints_of,
     prompts_hash,
     read_answers,
     regenerate,
@@ -34,7 +32,7 @@ from .drafts.base import Draft
 from .errors import UserError
 from .formats.folders import read_json
 from .formats.load import StoredDraft, load_draft, read_draft
-from .formats.private_part import load_private, read_training, save_private
+from .formats.private_part import load_private, save_private
 from .formats.routed import refuse_routed
 from .measuring.measure import measure_answers
 from .methods import PARTS, Method, read_method
@@ -43,15 +41,13 @@ from .records import (
     AdaptReport,
     Answer,
     Prompt,
-    TrainRecord,
-    acceptance,
     to_json,
     versions,
 )
-from .report.page import write_page
 from .rounds import AUTO, answer_in_rounds, in_order
 from .run_folder import RunFolder
 from .steps import chosen_answers, fuse_draft, train_private
+from .summary import report_of
 from .target import Target
 from .training.fitness import check_fits
 
@@ -135,7 +131,7 @@ def adapt(
             trained = _train(run, [selected, answered["heldout"]], target, shared, c, base)
         exported = _export(run, trained, target, shared, c)
         _measure(run, exported, answered, target, shared, c)
-        report = _report(run, target, shared, everything, resolved)
+        report = report_of(run, target, shared, everything, resolved)
         return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
 
 
@@ -361,72 +357,6 @@ def _measure(
 
     inputs = {"exported": exported, "answers": measured, "k": c.measure.k}
     run.stage("measure", inputs, ["measure"], work)
-
-
-def _report(
-    run: RunFolder, target: Target, shared: StoredDraft, prompts: PromptSet, resolved: Resolved
-) -> AdaptReport:
-    part = load_private(run.path / "private")
-    answers = read_answers(run.path / "answers" / "adapt.jsonl")
-    folder = run.path / "answers"
-    files = [folder / "adapt.jsonl", *sorted(folder.glob("round-*.jsonl"))]
-    served = {url: about for file in files for url, about in endpoints_of(file).items()}
-    trained = TrainRecord(**read_training(run.path / "private"))
-    generated = sum(
-        answer.length
-        for name in ("adapt", "heldout")
-        for answer in read_answers(run.path / "answers" / f"{name}.jsonl")
-        if name == "heldout" or resolved.config.regenerate.answers == "regenerate"
-    )
-    off = {
-        path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
-        for path in sorted((run.path / "measure").glob("off-*.json"))
-    }
-    report = AdaptReport(
-        target=target.name,
-        shared=str(shared.folder),
-        private=str(run.path / "private"),
-        draft=str(run.path / "draft"),
-        prompts={
-            "source": prompts.source,
-            "kept": len(prompts.prompts),
-            "left_out": prompts.left_out_count,
-            "answered": len(answers),
-            "trained_on": part.card["samples"],
-            **_ownership(run, resolved),
-            **({"answered_by_endpoints": served} if served else {}),
-        },
-        before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
-        after=acceptance(json.loads((run.path / "measure/eval-after.json").read_text())),
-        off_domain=off,
-        train=trained,
-        cost={
-            "unique_generated_tokens": generated,
-            "supervised_tokens": trained.supervised_tokens,
-            **_choice_cost(run, resolved),
-            "seconds": run.seconds(),
-        },
-        config=asdict(resolved.config),
-        origins=resolved.origins,
-        versions=versions(),
-    )
-    run.write_json("report.json", to_json(report))
-    write_page(run.path / "report.html", report)
-    return report
-
-
-def _choice_cost(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
-    """What choosing cost, or what answering in rounds saved."""
-    if resolved.config.select.budget == AUTO:
-        return {"rounds": read_json(run.path / "rounds.json")}
-    return {"scored": read_json(run.path / "selection.cost.json")}
-
-
-def _ownership(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
-    """What was measured of answers that were taken as they are."""
-    if resolved.config.regenerate.answers != "original":
-        return {}
-    return {"given_answers": read_json(run.path / "ownership.json")}
 
 
 def _source_of(draft: Draft | str) -> str:

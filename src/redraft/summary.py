@@ -1,0 +1,86 @@
+"""The report of a run, put together from what its stages left in the folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from .config import Resolved
+from .data.prompts import PromptSet
+from .data.regenerate import endpoints_of, read_answers
+from .formats.folders import read_json
+from .formats.load import StoredDraft
+from .formats.private_part import load_private, read_training
+from .records import AdaptReport, TrainRecord, acceptance, to_json, versions
+from .report.page import write_page
+from .rounds import AUTO
+from .run_folder import RunFolder
+from .target import Target
+
+
+def report_of(
+    run: RunFolder, target: Target, shared: StoredDraft, prompts: PromptSet, resolved: Resolved
+) -> AdaptReport:
+    """Make report.json and report.html anew, and return the record."""
+    part = load_private(run.path / "private")
+    answers = read_answers(run.path / "answers" / "adapt.jsonl")
+    folder = run.path / "answers"
+    files = [folder / "adapt.jsonl", *sorted(folder.glob("round-*.jsonl"))]
+    served = {url: about for file in files for url, about in endpoints_of(file).items()}
+    trained = TrainRecord(**read_training(run.path / "private"))
+    generated = sum(
+        answer.length
+        for name in ("adapt", "heldout")
+        for answer in read_answers(run.path / "answers" / f"{name}.jsonl")
+        if name == "heldout" or resolved.config.regenerate.answers == "regenerate"
+    )
+    off = {
+        path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
+        for path in sorted((run.path / "measure").glob("off-*.json"))
+    }
+    report = AdaptReport(
+        target=target.name,
+        shared=str(shared.folder),
+        private=str(run.path / "private"),
+        draft=str(run.path / "draft"),
+        prompts={
+            "source": prompts.source,
+            "kept": len(prompts.prompts),
+            "left_out": prompts.left_out_count,
+            "answered": len(answers),
+            "trained_on": part.card["samples"],
+            **_ownership(run, resolved),
+            **({"answered_by_endpoints": served} if served else {}),
+        },
+        before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
+        after=acceptance(json.loads((run.path / "measure/eval-after.json").read_text())),
+        off_domain=off,
+        train=trained,
+        cost={
+            "unique_generated_tokens": generated,
+            "supervised_tokens": trained.supervised_tokens,
+            **_choice_cost(run, resolved),
+            "seconds": run.seconds(),
+        },
+        config=asdict(resolved.config),
+        origins=resolved.origins,
+        versions=versions(),
+    )
+    run.write_json("report.json", to_json(report))
+    write_page(run.path / "report.html", report)
+    return report
+
+
+def _choice_cost(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+    """What choosing cost, or what answering in rounds saved."""
+    if resolved.config.select.budget == AUTO:
+        return {"rounds": read_json(run.path / "rounds.json")}
+    return {"scored": read_json(run.path / "selection.cost.json")}
+
+
+def _ownership(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+    """What was measured of answers that were taken as they are."""
+    if resolved.config.regenerate.answers != "original":
+        return {}
+    return {"given_answers": read_json(run.path / "ownership.json")}
