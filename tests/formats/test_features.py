@@ -309,7 +309,7 @@ def test_the_dataset_needs_pyarrow(
     import sys
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="needs pyarrow: pip install 'redraft\[parquet\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'redraft\[parquet\]'"):
         write_features(target, answers, TAPS, Plan(tmp_path / "s", "speculators"))
 
 
