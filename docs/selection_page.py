@@ -184,5 +184,8 @@ def _panel(axis: Any, groups: dict[tuple[str, str], list[SelectionCell]], of: St
         axis.errorbar(
             xs, [t.value for t in taus], error, label=way, color=colour, marker="o", ms=4, capsize=2
         )
+    budgets = sorted({100 * float(budget) for budget, _ in groups})
     axis.set_xscale("log")
+    axis.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    axis.minorticks_off()
     axis.set_xlabel("kept, % of the pool")
