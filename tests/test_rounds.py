@@ -78,9 +78,12 @@ def test_prompts_are_answered_until_it_stops_paying(
     found = result.report.cost["rounds"]
     assert [r["prompts"] for r in found["rounds"]] == [0, 8, 16, 28][: 4 if asked == 28 else 3]
     assert found["rounds"][0]["tokens"] == 0
-    answered = read_answers(tmp_path / "run" / "answers" / "adapt.jsonl")
+    answered = read_answers(tmp_path / "run" / "answers" / "rounds.jsonl")
     assert len(answered) == len({a.id for a in answered}) == asked
     assert found["prompts_saved"] == 28 - asked
+    cost = result.report.cost
+    assert cost["supervised_tokens"] > result.report.train.supervised_tokens
+    assert cost["unique_generated_tokens"] > sum(a.length for a in answered)  # held-out ones too
     taus = [r["heldout_tau"] for r in found["rounds"][1:]]
     best = 1 + taus.index(max(taus))
     kept = tmp_path / "run" / "private" / "model.safetensors"
@@ -96,6 +99,21 @@ def test_prompts_are_answered_until_it_stops_paying(
     assert run().worked
     assert read_json(tmp_path / "run" / "rounds.json") == before
     assert json.loads((tmp_path / "run" / "report.json").read_text())["cost"]["rounds"] == before
+
+
+def test_a_budget_and_rounds_in_one_folder_keep_each_others_answers(
+    target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "FIRST", 8)
+    prompts = str(write_prompts(tmp_path / "p.jsonl", 40))
+    paid: dict[str, bytes] = {}
+    for budget in ("auto", "0.5", "auto", "0.5"):
+        config = resolve([("test", {**SETTINGS, "select.budget": budget})])
+        flow.adapt(target, str(draft_folder), prompts, out=tmp_path / "run", config=config)
+        files = (tmp_path / "run" / "answers").glob("*.jsonl")
+        now = {file.name: file.read_bytes() for file in files}
+        assert now.items() >= {n: b for n, b in paid.items() if n != "rounds.jsonl"}.items()
+        paid |= now
 
 
 @pytest.mark.parametrize(

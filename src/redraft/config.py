@@ -45,6 +45,24 @@ def read_width(text: str) -> int | float | None:
     )
 
 
+def read_budget(text: str) -> tuple[str, float]:
+    """`budget` as ('auto', 0), ('tokens', n), ('share', s) or ('count', n). Raises ValueError."""
+    word = text.strip()
+    try:
+        if word == "auto":
+            return "auto", 0
+        kind = "tokens" if word.endswith("t") else "share" if "." in word else "count"
+        number = float(word) if kind == "share" else int(word.removesuffix("t"))
+        if number > 0 and (kind != "share" or number <= 1):
+            return kind, number
+    except ValueError:
+        pass
+    raise ValueError(
+        "is not a count (500), a share between 0 and 1 (0.5), a number of tokens (20000t) or auto; "
+        f"got '{text}'"
+    )
+
+
 def read_shares(text: str) -> dict[str, float]:
     """`lr_parts` by part. Raises ValueError for what is no part or no positive number."""
     shares: dict[str, float] = {}
@@ -149,6 +167,7 @@ class SelectConfig:
         "1.0",
         "how many samples to keep: a count (500), a share (0.5) or tokens (20000t); 'auto': prompts are "
         "answered in rounds until held-out tau stops rising",
+        check=read_budget,
     )
     least_gain: float = _opt(
         0.02,

@@ -120,10 +120,12 @@ class Waiting:
         if self._status is not None:
             self._status.stop()
 
-    def tick(self) -> None:
-        """Still waiting: call this now and then."""
+    def tick(self, done: int = 0, unit: str = "") -> None:
+        """Still waiting: call this now and then, with what has been done so far if it is counted."""
         now = time.monotonic()
         text = f"{self.label}: {now - self._started:.0f} s"
+        if unit:
+            text += f", {done:,} {unit}, {done / max(now - self._started, 1e-9):,.0f}/s"
         if self._status is not None:
             self._status.update(text)
         elif not _quiet and now - self._logged > LOG_EVERY_SECONDS:

@@ -51,6 +51,9 @@ from .summary import report_of
 from .target import Target
 from .training.fitness import check_fits
 
+WHOLE = 1 << 30
+"""As `max_new_tokens`: answers are as long as they are, within the target's context."""
+
 
 @dataclass(frozen=True)
 class AdaptResult:
@@ -115,7 +118,7 @@ def adapt(
     everything = read_prompts(source, target, limit, c.regenerate.turns)
     say(everything.summary())
     elsewhere = {
-        name: read_prompts(file, target, c.measure.eval_limit)
+        name: read_prompts(file, target, c.measure.eval_limit, c.regenerate.turns)
         for name, file in (off_domain or {}).items()
     }
     asked = _ask(target, everything, eval_prompts, elsewhere, c)
@@ -136,18 +139,20 @@ def adapt(
 
 
 def _check_auto(c: AdaptConfig) -> None:
-    """Rounds ask in an order that is known beforehand, and of the target."""
-    if c.select.budget == AUTO and (
-        c.select.select != "random" or c.regenerate.answers != "regenerate"
-    ):
+    """Rounds ask the target, in a random order."""
+    if c.select.budget != AUTO:
+        return
+    wrong = {
+        "--answers": c.regenerate.answers != "regenerate",
+        f"--select {c.select.select}": c.select.select != "random",
+        "select.by=prompts": c.select.by != "answers",
+        "select.coverage": bool(c.select.coverage),
+    }
+    if any(wrong.values()):
         raise UserError(
             "--budget auto asks prompts in a random order until answers stop paying: leave out "
-            + (
-                "--answers"
-                if c.regenerate.answers != "regenerate"
-                else f"--select {c.select.select}"
-            )
-            + ", or name a budget (500, 0.5 or 20000t)"
+            f"{', '.join(name for name, there in wrong.items() if there)}, or name a budget (500, "
+            "0.5 or 20000t)"
         )
 
 
@@ -160,11 +165,14 @@ def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tup
         )
     if answers is None:
         return str(prompts), resolved
+    changed: dict[str, Any] = {"answers": "original"}
+    if resolved.origins["regenerate.max_new_tokens"] == "default":
+        changed["max_new_tokens"] = WHOLE  # as long as they are
     config = dataclasses.replace(
-        resolved.config,
-        regenerate=dataclasses.replace(resolved.config.regenerate, answers="original"),
+        resolved.config, regenerate=dataclasses.replace(resolved.config.regenerate, **changed)
     )
-    return answers, Resolved(config, {**resolved.origins, "regenerate.answers": "--answers"})
+    origins = {f"regenerate.{name}": "--answers" for name in changed}
+    return answers, Resolved(config, {**resolved.origins, **origins})
 
 
 def _refuse_other_method(folder: Path, method: Method) -> None:
@@ -191,7 +199,9 @@ def _ask(
     c: AdaptConfig,
 ) -> tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]]:
     """Disjoint prompts to adapt on, to stop early by, and to measure on."""
-    own = eval_prompts and read_prompts(eval_prompts, target, c.measure.eval_limit)
+    own = eval_prompts and read_prompts(
+        eval_prompts, target, c.measure.eval_limit, c.regenerate.turns
+    )
     files = [*([own] if own else []), *elsewhere.values()]
     measured_on = {prompt.tokens for file in files for prompt in file.prompts}
     rest = Picked(

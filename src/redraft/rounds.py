@@ -21,21 +21,24 @@ from .data.pool import Picked
 from .data.regenerate import answer_inputs, read_answers, regenerate
 from .data.scores import random_score
 from .files import write_text
+from .formats.folders import read_json
 from .formats.load import StoredDraft
-from .formats.private_part import load_private, save_private
+from .formats.private_part import load_private, read_training, save_private
 from .records import Answer, Prompt, TrainRecord
 from .run_folder import RunFolder
 from .steps import train_private
 from .target import Target
 
 AUTO = "auto"
+ANSWERS = "answers/rounds.jsonl"
+"""All rounds' answers. Not the file of a run with a budget, whose answers stay as they are."""
 FIRST = 64
 """Prompts of the first round; a sixteenth of the pool where that is more."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """All so far: prompts asked, tokens generated for them, and the best held-out tau. `prompts` 0 is
+    """All so far: prompts asked, tokens trained on of their answers, and the best held-out tau. `prompts` 0 is
     the draft as it was reused."""
 
     prompts: int
@@ -73,7 +76,7 @@ def answer_in_rounds(
 ) -> str:
     """Answer and train until it stops paying; `prompts` are in the order in which they are asked.
 
-    `heldout` is the stage key of answers/heldout.jsonl. Leaves the answers in answers/adapt.jsonl and
+    `heldout` is the stage key of answers/heldout.jsonl. Leaves the answers in answers/rounds.jsonl and
     the best round's part in private/, and returns the key of the latter.
     """
     rounds: list[Round] = []
@@ -162,12 +165,19 @@ def _kept(run: RunFolder, rounds: Sequence[Round], keys: Sequence[str]) -> str:
 
     def work() -> None:
         lines = [answer.to_line() + "\n" for answer in _answers(run, len(rounds) - 1)]
-        write_text(run.path / "answers" / "adapt.jsonl", "".join(lines))
+        write_text(run.path / ANSWERS, "".join(lines))
         save_private(run.path / "private", load_private(run.path / "rounds" / str(best)))
         say(f"kept round {best}, held-out tau {rounds[best].heldout_tau:.3f}")
 
-    outputs = ["answers/adapt.jsonl", "private/model.safetensors", "private/private.json"]
+    outputs = [ANSWERS, "private/model.safetensors", "private/private.json"]
     return run.stage("train", {"rounds": list(keys), "best": best}, outputs, work)
+
+
+def trained_in_all(run: RunFolder) -> int:
+    """Supervised tokens of all rounds' trainings, those not kept included."""
+    rounds = len(read_json(run.path / "rounds.json")["rounds"])
+    records = [read_training(run.path / "rounds" / str(number)) for number in range(1, rounds)]
+    return sum(record["supervised_tokens"] for record in records)
 
 
 def _answers(run: RunFolder, upto: int) -> list[Answer]:

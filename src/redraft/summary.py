@@ -14,7 +14,7 @@ from .formats.load import StoredDraft
 from .formats.private_part import load_private, read_training
 from .records import AdaptReport, TrainRecord, acceptance, to_json, versions
 from .report.page import write_page
-from .rounds import AUTO
+from .rounds import ANSWERS, AUTO, trained_in_all
 from .run_folder import RunFolder
 from .target import Target
 
@@ -24,17 +24,13 @@ def report_of(
 ) -> AdaptReport:
     """Make report.json and report.html anew, and return the record."""
     part = load_private(run.path / "private")
-    answers = read_answers(run.path / "answers" / "adapt.jsonl")
-    folder = run.path / "answers"
-    files = [folder / "adapt.jsonl", *sorted(folder.glob("round-*.jsonl"))]
-    served = {url: about for file in files for url, about in endpoints_of(file).items()}
+    in_rounds = resolved.config.select.budget == AUTO
+    answers = read_answers(run.path / (ANSWERS if in_rounds else "answers/adapt.jsonl"))
+    files = (run.path / "answers").glob("round-*.jsonl" if in_rounds else "adapt.jsonl")
+    served = {url: about for file in sorted(files) for url, about in endpoints_of(file).items()}
     trained = TrainRecord(**read_training(run.path / "private"))
-    generated = sum(
-        answer.length
-        for name in ("adapt", "heldout")
-        for answer in read_answers(run.path / "answers" / f"{name}.jsonl")
-        if name == "heldout" or resolved.config.regenerate.answers == "regenerate"
-    )
+    paid = read_answers(run.path / "answers" / "heldout.jsonl")
+    paid += answers if resolved.config.regenerate.answers == "regenerate" else []
     off = {
         path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
         for path in sorted((run.path / "measure").glob("off-*.json"))
@@ -58,8 +54,8 @@ def report_of(
         off_domain=off,
         train=trained,
         cost={
-            "unique_generated_tokens": generated,
-            "supervised_tokens": trained.supervised_tokens,
+            "unique_generated_tokens": sum(answer.length for answer in paid),
+            "supervised_tokens": trained_in_all(run) if in_rounds else trained.supervised_tokens,
             **_choice_cost(run, resolved),
             "seconds": run.seconds(),
         },

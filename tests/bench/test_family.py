@@ -42,7 +42,8 @@ def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]])
     for name, row in manifest["members"].items():
         assert row["reused"]["steps"] > 0
         assert (out / "members" / name).is_dir()
-        assert row["domain"] == {"sft-medical": "records", "sft-code": "code"}.get(name, "math")
+        other = {"sft-medical": "records", "replay-medical": "records", "sft-code": "code"}
+        assert row["domain"] == other.get(name, "math")
         target = load_member(out, name)
         assert target.hidden_size == SIZES["tiny"].shape.hidden
     assert manifest["members"]["lora4"]["adapter"] is not None

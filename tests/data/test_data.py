@@ -7,9 +7,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from redraft import console
 from redraft.config import RegenerateConfig, SelectConfig
 from redraft.data.prompts import read_prompts, split_prompts
 from redraft.data.regenerate import read_answers, regenerate
@@ -140,6 +142,50 @@ def test_splits_are_disjoint_and_keyed_by_the_seed() -> None:
         split_prompts(prompts[:7], 64, 8, seed=0)
 
 
+def test_equal_first_turns_are_on_one_side_of_the_split() -> None:
+    later: Any = (({"role": "assistant"}, {"role": "user"}),)
+    prompts = [Prompt(f"{i}/{n}", (i,), None, (), later * n) for i in range(30) for n in (0, 1)]
+    adapt, heldout, evaluation = split_prompts(prompts, 15, 15, seed=0)
+    for one, other in ((adapt, heldout), (adapt, evaluation), (heldout, evaluation)):
+        assert not {p.tokens for p in one} & {p.tokens for p in other}
+    assert len(evaluation) == 15
+
+
+def test_given_names_do_not_meet_our_own(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": "a"}, {"id": "line-1", "prompt": "b"}, {"id": "x#2", "prompt": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [p.id for p in read_prompts(str(path), target).prompts]
+    assert names == ["line-1", "line-1@2", "x#2@3"]
+
+
+def test_a_last_line_without_its_end_is_kept_if_it_is_whole(tmp_path: Path) -> None:
+    lines = [Answer(f"a{i}", (1,), (2, 3), 2, "stop").to_line() for i in range(2)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    assert [a.id for a in read_answers(path)] == ["a0", "a1"]
+    assert path.read_text() == "\n".join([*lines, ""])
+    path.write_text(lines[0])
+    assert [a.id for a in read_answers(path)] == ["a0"]
+    path.write_text(f"{lines[0]}\n{lines[1][:20]}")
+    assert [a.id for a in read_answers(path)] == ["a0"]
+    assert path.read_text() == f"{lines[0]}\n"
+
+
+def test_long_originals_are_cut_aloud(
+    target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [Prompt("a", (5,) * 200, (7,) * 100), Prompt("b", (5,), (7,) * 10)]
+    console.set_quiet(False)
+    try:
+        config = RegenerateConfig(answers="original", max_new_tokens=1 << 30)
+        found = regenerate(target, prompts, tmp_path / "a.jsonl", config)
+    finally:
+        console.set_quiet(True)
+    assert [a.length for a in found] == [56, 10]
+    assert "1 of 2 answers are longer than max_new_tokens" in capsys.readouterr().err
+
+
 def test_regeneration_resumes_without_asking_twice(target: Target, tmp_path: Path) -> None:
     prompts = read_prompts(str(write_prompts(tmp_path / "p.jsonl", 10)), target).prompts
     config = RegenerateConfig(max_new_tokens=10, batch_size=4, temperature=0.7)
@@ -197,13 +243,13 @@ def test_budgets(budget: str, kept: int) -> None:
     assert len(within_budget([10, 10, 10, 10], budget)) == kept
 
 
-@pytest.mark.parametrize("budget", ["lots", "1.5", "-0.2", "5x", ""])
+@pytest.mark.parametrize("budget", ["lots", "1.5", "-0.2", "5x", "", "0", "20%", "5k"])
 def test_budgets_that_are_none(budget: str) -> None:
     with pytest.raises(UserError, match="is not a count"):
         within_budget([10], budget)
 
 
-@pytest.mark.parametrize("budget", ["0", "5t", "0.01"])
+@pytest.mark.parametrize("budget", ["5t", "0.01"])
 def test_budgets_that_keep_nothing(budget: str) -> None:
     with pytest.raises(UserError, match="keeps none of the 1 samples"):
         within_budget([10], budget)

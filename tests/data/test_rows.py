@@ -55,6 +55,18 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> No
             list(read_rows(str(path)))
 
 
+def test_marks_of_byte_order_and_damage(tmp_path: Path) -> None:
+    for name, text in (("p.json", json.dumps(ROWS)), ("p.jsonl", json.dumps(ROWS[0]) + "\n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert next(read_rows(str(tmp_path / name))) == (1, ROWS[0])
+    path = write(tmp_path, "jsonl.gz")
+    content = bytearray(path.read_bytes())
+    content[200:260] = bytes(60)
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="could not be read to the end"):
+        list(read_rows(str(path)))
+
+
 def test_json_lines_in_a_json_file(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')

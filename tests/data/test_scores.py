@@ -157,13 +157,13 @@ def test_prompts_are_scored_on_their_own_tokens(prompts: list[Prompt], models: S
         (
             SelectConfig(select="shift"),
             lambda m: replace(m, base=None),
-            r"compares the target with the model it was tuned from: name it with --base, or select "
-            r"by flatness, draft_loss, rejection or random",
+            r"asks the model that the target was tuned from: name it with --base, or select by random "
+            r"or flatness or draft_loss or rejection$",
         ),
         (
             SelectConfig(select="rejection"),
             lambda m: replace(m, draft=None),
-            "with its draft: name it with --draft",
+            "asks the draft in use: name it with --draft, or select by random or flatness or shift",
         ),
         (
             SelectConfig(select="rejection", by="prompts"),

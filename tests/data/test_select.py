@@ -16,7 +16,7 @@ from redraft.config import SelectConfig, resolve
 from redraft.data.alike import clusters, near_duplicates
 from redraft.data.explain import explain
 from redraft.data.regenerate import read_answers
-from redraft.data.select import read_selection, select, write_selection
+from redraft.data.select import read_selection, select, within_budget, write_selection
 from redraft.errors import UserError
 from redraft.records import Answer
 from redraft.target import Target
@@ -53,6 +53,7 @@ def test_alike_is_measured_in_shared_runs() -> None:
     assert near_duplicates(tokens, [0, 1, 2], 0.8) == {1: 0}  # 91 runs of 101; 46 of 146
     assert near_duplicates(tokens, [2, 1, 0], 0.8) == {0: 1}
     assert near_duplicates(tokens, [0, 1, 2], 0.2) == {1: 0, 2: 0}
+    assert near_duplicates([*tokens, tokens[0]], [0, 1, 2, 3], 1.0) == {3: 0}  # exact copies alone
 
 
 def test_coverage_lets_clusters_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +75,13 @@ def test_coverage_lets_clusters_take_turns(monkeypatch: pytest.MonkeyPatch) -> N
     assert len({s.cluster for s in spread.samples}) == 3
 
 
+def test_tokens_pass_over_what_does_not_fit() -> None:
+    assert within_budget([300, 50, 200, 30], "200t") == [1, 3]
+
+
 def test_budgets_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="nothing to choose from"):
+        select([], SelectConfig(coverage=3))
     with pytest.raises(UserError, match=r"'200t' counts answers' tokens, and with --by prompts"):
         select(POOL, SelectConfig(budget="200t", by="prompts"))
     console.set_quiet(False)
@@ -125,13 +132,13 @@ def test_the_command_scores_and_explains(
     scores = [s.score for s in read_selection(tmp_path / "s.jsonl") if not s.duplicate_of]
     assert scores == sorted(scores, reverse=True)
     for extra, message in (
-        ([], "compares the target with its draft"),
+        ([], "--select rejection asks the target: name it with --target, or select by random"),
         (["--by", "prompts"], "--by prompts chooses among prompts: name them with --prompts"),
-        (["--explain"], "--explain needs the target's tokenizer"),
+        (["--select", "random", "--explain"], "--explain needs the target's tokenizer"),
     ):
         failed = CliRunner().invoke(app, [*arguments, *extra])
         assert isinstance(failed.exception, UserError)
-        assert message in str(failed.exception) or "name it with --target" in str(failed.exception)
+        assert message in str(failed.exception)
 
 
 def test_prompts_chosen_first_are_the_only_ones_answered(

@@ -76,7 +76,38 @@ def test_a_reply_that_calls_a_tool_is_kept(target: Target) -> None:
     talk = [user("a"), call, {"role": "tool", "content": "7"}, says("A"), user("b"), says("B")]
     first = first_turn("x", talk, ({"name": "f"},), target, "all")
     assert list(first.tokens) == target.render(talk[:3])
-    assert len(first.later) == 1
+    assert [len(turn) for turn in first.later] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("talk", "replies"),
+    [
+        ([user("a"), says("A")], ["A"]),
+        ([user("a"), says("A"), user("b"), says("B")], ["A", "B"]),
+        ([user("a"), says("A"), user("b"), says("B"), user("c"), says("C")], ["A", "B", "C"]),
+        ([user("a"), user("b"), says("B")], [None]),
+        (TALK, ["A", "B", None]),
+    ],
+)
+def test_every_reply_of_a_file_is_somebodys_reference(
+    talk: list[Any], replies: list[str | None], target: Target
+) -> None:
+    turn: Prompt | None = first_turn("x", talk, None, target, "all")
+    found = []
+    while turn is not None:
+        text = (
+            target.tokenizer.decode(turn.reference, skip_special_tokens=True)[:1]
+            if turn.reference
+            else None
+        )
+        found.append(text)
+        turn = next_turn(turn, None, target)
+    assert found == replies
+
+
+def test_single_turns_carry_no_history(target: Target) -> None:
+    single = first_turn("x", [user("a"), says("A")], None, target, "all")
+    assert (single.history, single.later) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -99,6 +130,7 @@ def test_a_reply_that_calls_a_tool_is_kept(target: Target) -> None:
         ({"input_ids": [1, "a"]}, "input_ids is not a list of token ids"),
         ({"input_ids": [1, 2], "loss_mask": [0]}, "loss_mask does not mark each of the 2"),
         ({"text": " "}, "the text is empty"),
+        ({"prompt": [1, 2], "tokens": 345, "length": 2}, "not those of an answer record"),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], reason: str) -> None:
@@ -114,6 +146,13 @@ def test_more_shapes(target: Target) -> None:
     assert understand({"prompt": "a", "system": "s"}).messages[0]["role"] == "system"
     tools = understand({"prompt": "a", "tools": '[{"name": "f"}]'}).tools
     assert tools == ({"name": "f"},)
+    calls = [{"function": {"name": "f", "arguments": '{"city": "P"}'}, "id": None}]
+    row = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": calls}]}
+    called = understand(row).messages[1]["tool_calls"]
+    assert called == [{"function": {"name": "f", "arguments": {"city": "P"}}}]
+    assert (
+        understand({"prompt": "a", "completion": "A", "tokens": 345, "length": 9}).shape == "prompt"
+    )
     mixed = {"messages": [{"role": "user", "content": "a", "tool_calls": None}]}
     assert understand(mixed).messages == (user("a"),)
 

@@ -73,7 +73,10 @@ def adapt(
     ] = None,
     select: Annotated[str | None, typer.Option("--select", help="selection score")] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", help="samples kept: 500, 0.5 or 20000t")
+        str | None,
+        typer.Option(
+            "--budget", help="samples kept: 500, 0.5 or 20000t; auto: until answers stop paying"
+        ),
     ] = None,
     config: Annotated[
         str | None, typer.Option("--config", help="recipe name or YAML file of settings")

@@ -20,7 +20,8 @@ def near_duplicates(
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    # The index cannot be made for more than 0.98; what it finds is compared again below.
+    index = MinHashLSH(threshold=min(threshold, 0.98), num_perm=PERMUTATIONS)
     found: dict[int, int] = {}
     hashes: dict[int, tuple[int, MinHash]] = {}  # rank and hash of those not found alike
     for at in order:

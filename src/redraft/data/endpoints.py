@@ -51,6 +51,7 @@ class Endpoints:
         self.config = config
         self.about: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Findings] = {}
+        self._dropped: set[str] = set()
         self._said: set[str] = set()
         self._marks: collections.Counter[str] = collections.Counter()
         self._stations: list[Station] = []
@@ -101,7 +102,9 @@ class Endpoints:
         """All of one call: start, watch, end. Whatever ends it is put into `out` last."""
         work = Work(collections.deque(prompts), len(prompts))
         self._stations = [
-            Station(url, self._found.get(url)) for url in read_endpoints(self.config.endpoints)
+            Station(url, self._found.get(url))
+            for url in read_endpoints(self.config.endpoints)
+            if url not in self._dropped
         ]
         tasks: list[asyncio.Task[None]] = []
         async with contextlib.AsyncExitStack() as clients:
@@ -266,6 +269,7 @@ class Endpoints:
         if station.findings is None and not station.rests:
             raise UserError(reason)
         station.dropped, station.problem = True, reason
+        self._dropped.add(station.url)
         station.well.clear()
         say(f"{reason}\nit is not asked any more")
 

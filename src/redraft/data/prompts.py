@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..console import Waiting
 from ..errors import UserError
 from ..formats.chat import Understood, last_supervised, understand
 from ..records import Prompt
@@ -21,8 +22,9 @@ from .pool import Picked, PromptPool
 from .rows import read_rows
 from .turns import check_room, first_turn
 
-TURN_NAME = re.compile(r"#\d+$")
-"""How later turns are named (see `turns.py`); a row's own name of that form is altered."""
+GIVEN_NAME = re.compile(r"#\d+$|^line-\d+$")
+"""How later turns (see `turns.py`) and rows without an id are named; a row's own name of that form is
+altered."""
 REASONS_KEPT = 1000
 """Rows left out are all counted; this many are named."""
 
@@ -59,10 +61,12 @@ def read_prompts(
     `turns.first_turn`. Raises UserError when no prompt is left.
     """
     reader = PromptReader(target, turns)
-    for number, row in read_rows(source):
-        if limit is not None and len(reader.pool) >= limit:
-            break
-        reader.take(number, row)
+    with Waiting(f"reading {source}") as waiting:
+        for number, row in read_rows(source):
+            if limit is not None and len(reader.pool) >= limit:
+                break
+            reader.take(number, row)
+            waiting.tick(number, "rows")
     if not len(reader.pool):
         reasons = "\n  ".join(f"{source}, line {n}: {why}" for n, why in reader.left_out[:5])
         raise UserError(
@@ -100,9 +104,10 @@ class PromptReader:
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
             understood = understand(row)
-            name = str(row.get("id", f"line-{number}"))
-            if hash(name) in self._names or TURN_NAME.search(name):
+            name = str(row.get("id", ""))
+            if hash(name) in self._names or GIVEN_NAME.search(name):
                 name = f"{name}@{number}"
+            name = name or f"line-{number}"
             prompt = self._render(name, understood)
             whole = hash((prompt.tokens, json.dumps(prompt.later)))
             same = self.pool[self._rendered[whole]] if whole in self._rendered else None
@@ -202,7 +207,9 @@ def split_prompts(
 ) -> tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]]:
     """Disjoint prompts to adapt on, to stop early by, and to measure on.
 
-    The last two take at most a quarter of the prompts each. Raises UserError with fewer than 8.
+    The last two take at most a quarter of the prompts each. Conversations that begin with the same
+    words are one prompt at their first turn: of those, only what is measured on is kept, then what
+    training is stopped by. Raises UserError with fewer than 8.
     """
     if len(prompts) < 8:
         raise UserError(
@@ -213,8 +220,12 @@ def split_prompts(
     random.Random(f"split/{seed}").shuffle(order)
     evaluation, heldout = (min(n, len(prompts) // 4) for n in (evaluation, heldout))
     shuffled = Picked(prompts, order)
-    return (
-        shuffled[evaluation + heldout :],
-        shuffled[evaluation : evaluation + heldout],
-        shuffled[:evaluation],
-    )
+    measured = shuffled[:evaluation]
+    stopping = _without(shuffled[evaluation : evaluation + heldout], measured)
+    return _without(shuffled[evaluation + heldout :], measured, stopping), stopping, measured
+
+
+def _without(prompts: Sequence[Prompt], *others: Sequence[Prompt]) -> Picked:
+    """The prompts whose tokens are not those of another."""
+    taken = {prompt.tokens for some in others for prompt in some}
+    return Picked(prompts, (i for i, prompt in enumerate(prompts) if prompt.tokens not in taken))

@@ -224,7 +224,8 @@ def _about(out: Path) -> Path:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The answers of a file. A last line cut short by an interruption is dropped from the file."""
+    """The answers of a file. A last line cut short by an interruption is dropped from the file; a
+    whole one is given its line end."""
     if not path.is_file():
         raise UserError(f"answers {path}: no such file; `redraft regenerate` writes one")
     try:
@@ -233,6 +234,8 @@ def read_answers(path: Path) -> list[Answer]:
         raise UserError(f"{path} is damaged ({problem}); remove it to answer anew") from None
     whole, _, rest = text.rpartition("\n")
     if rest:
+        if _is_whole(rest):
+            whole = f"{whole}\n{rest}" if whole else rest
         write_text(path, whole + "\n" if whole else "")
     answers = []
     for number, line in enumerate(whole.splitlines(), 1):
@@ -246,6 +249,14 @@ def read_answers(path: Path) -> list[Answer]:
     return answers
 
 
+def _is_whole(line: str) -> bool:
+    try:
+        Answer.from_line(line)
+    except (ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def _write_originals(
     prompts: Sequence[Prompt], out: Path, longest: int, target: Target
 ) -> list[Answer]:
@@ -257,13 +268,21 @@ def _write_originals(
             f"none of the {len(prompts)} prompts has one"
         )
     answers = []
+    cut = 0
     for prompt in kept:
-        tokens = (prompt.reference or ())[:longest]
+        room = min(longest, target.max_positions - len(prompt.tokens))
+        cut += len(prompt.reference or ()) > room
+        tokens = (prompt.reference or ())[:room]
         end = next((i for i, t in enumerate(tokens) if t in target.stop_ids), len(tokens) - 1)
         tokens = tokens[: end + 1]  # templates may write more after the stop token
         finish = "stop" if tokens[-1] in target.stop_ids else "length"
         answers.append(Answer(prompt.id, prompt.tokens, tokens, len(tokens), finish))
     write_text(out, "".join(a.to_line() + "\n" for a in answers))
+    if cut:
+        say(
+            f"{cut} of {len(kept)} answers are longer than max_new_tokens ({longest}) or the target's "
+            f"context ({target.max_positions}), and were cut"
+        )
     return answers
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..formats.hub import dataset_files, looks_like_hub
 Read = Iterator[tuple[int, Any]]
 """Rows and their numbers, from 1; in place of a row that cannot be read, the ValueError that says why."""
 PARQUET_ROWS = 256
+BOM = b"\xef\xbb\xbf"
 
 
 def read_rows(source: str) -> Read:
@@ -42,7 +44,7 @@ def _of_file(path: Path) -> Read:
     with closing(_reader(path)(path)) as rows:  # type: ignore[type-var]
         try:
             yield from rows
-        except (OSError, EOFError, UnicodeDecodeError) as problem:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as problem:
             raise UserError(f"prompts {path} could not be read to the end: {problem}") from None
 
 
@@ -62,8 +64,8 @@ def _open(path: Path) -> IO[bytes]:
 def _begins_with(path: Path, sign: bytes) -> bool:
     try:
         with _open(path) as stream:
-            return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(sign)
-    except (OSError, EOFError):
+            return stream.read(4096).removeprefix(BOM).lstrip(b" \t\r\n").startswith(sign)
+    except (OSError, EOFError, zlib.error):
         return False  # reading it whole will say what is wrong
 
 
@@ -83,6 +85,8 @@ def _json_array(path: Path) -> Read:
     import ijson
 
     with _open(path) as stream:
+        if stream.read(len(BOM)) != BOM:
+            stream.seek(0)
         try:
             yield from enumerate(ijson.items(stream, "item", use_float=True), 1)
         except ijson.JSONError as problem:

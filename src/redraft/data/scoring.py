@@ -72,17 +72,21 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
+ROLES = {
+    "target": "the target",
+    "base": "the model that the target was tuned from",
+    "draft": "the draft in use",
+}
+
+
 def check_scorers(config: SelectConfig, models: Scorers) -> None:
     """Raise UserError when a score lacks a model, or has one that it cannot use."""
     for name in NEEDS[config.select]:
         if getattr(models, name) is None:
-            instead = [
-                s for s, needs in NEEDS.items() if set(needs) <= {"target", "draft"} and needs
-            ]
+            can = [s for s, needs in NEEDS.items() if all(getattr(models, n) for n in needs)]
             raise UserError(
-                f"--select {config.select} compares the target with "
-                f"{'the model it was tuned from' if name == 'base' else 'its draft'}: name it with "
-                f"--{name}, or select by {', '.join(instead)} or random"
+                f"--select {config.select} asks {ROLES[name]}: name it with --{name}, or select by "
+                f"{' or '.join(can)}"
             )
     target, base = models.target, models.base
     if target and base and config.select in ("shift", "mahalanobis"):

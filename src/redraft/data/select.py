@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..config import SelectConfig
+from ..config import SelectConfig, read_budget
 from ..console import say
 from ..errors import UserError
 from ..files import write_text
@@ -71,6 +71,8 @@ def select(
             f"budget '{config.budget}' counts answers' tokens, and with --by prompts there are no "
             "answers yet; use a count (500) or a share (0.5)"
         )
+    if not samples:
+        raise UserError("there is nothing to choose from: no answers, or no prompts")
     found = score(samples, config, models or Scorers())
     order = sorted(range(len(samples)), key=lambda i: (-found.values[i], samples[i].id))
     tokens = [(*s.prompt, *s.answer) for s in samples]
@@ -115,33 +117,30 @@ def read_selection(path: Path) -> list[Scored]:
         ) from None
 
 
-def within_budget(lengths: Sequence[int], budget: str) -> range:
+def within_budget(lengths: Sequence[int], budget: str) -> list[int]:
     """Ranks kept under a budget: a count ('500'), a share ('0.5') or tokens ('20000t').
 
-    Raises UserError for anything else, and for a budget that keeps nothing.
+    A sample that is longer than the tokens left is passed over. Raises UserError for anything else,
+    and for a budget that keeps nothing.
     """
-    text = budget.strip()
     try:
-        if text.endswith("t"):
-            room, kept = int(text[:-1]), 0
-            while kept < len(lengths) and room >= lengths[kept]:
-                room -= lengths[kept]
-                kept += 1
-        elif "." in text:
-            share = float(text)
-            if not 0 < share <= 1:
-                raise ValueError
-            kept = round(share * len(lengths))
-        else:
-            kept = min(int(text), len(lengths))
-    except ValueError:
-        raise UserError(
-            f"budget '{budget}' is not a count (500), a share between 0 and 1 (0.5) or a number of "
-            "tokens (20000t); auto is for redraft adapt, which answers in rounds"
-        ) from None
-    if kept <= 0:
+        kind, number = read_budget(budget)
+    except ValueError as problem:
+        raise UserError(f"budget {problem}") from None
+    if kind == "auto":
+        raise UserError("budget 'auto' answers prompts in rounds, which redraft adapt does")
+    if kind == "tokens":
+        kept, room = [], int(number)
+        for rank, length in enumerate(lengths):
+            if length <= room:
+                room -= length
+                kept.append(rank)
+    else:
+        count = round(number * len(lengths)) if kind == "share" else int(number)
+        kept = list(range(min(count, len(lengths))))
+    if not kept:
         raise UserError(f"budget '{budget}' keeps none of the {len(lengths)} samples")
-    return range(kept)
+    return kept
 
 
 def _count_of(budget: str) -> int:

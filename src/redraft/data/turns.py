@@ -14,6 +14,7 @@ from ..formats.chat import Message
 from ..records import Answer, Prompt
 from ..target import Target
 
+Later = tuple[tuple[Message | None, ...], ...]
 SHORTEST_ROOM = 32
 """A prompt must leave this many positions of the context for its answer."""
 
@@ -33,16 +34,15 @@ def first_turn(
     edges = [at for at in range(1, len(messages)) if _answered_at(messages, at)]
     if turns == "last":
         edges = [at for at in edges if at + 1 == len(messages) and _is(messages[at], "assistant")]
-    if not edges or not _is(messages[-1], "assistant") or edges[-1] + 1 != len(messages):
-        edges.append(len(messages))
+    edges.append(len(messages))
     asked = tuple(messages[: edges[0]])
     if _is(asked[-1], "assistant"):
         raise ValueError("the conversation does not end in a user turn or one answer to it")
     later = tuple(
         _with_reply(messages[begin:end]) for begin, end in zip(edges, edges[1:], strict=False)
     )
-    reply = messages[edges[0]] if edges[0] < len(messages) else None
-    reply = reply if reply and _is(reply, "assistant") else None
+    reply = later[0][0] if later else None
+    later = _going_on(later)
     tokens = render_prompt(target, asked, tools)
     reference = reply and reference_of(target, asked, reply, tools, tokens)
     return Prompt(name, tokens, reference or None, asked if later else (), later, tools)
@@ -61,6 +61,11 @@ def _with_reply(messages: Sequence[Message]) -> tuple[Message | None, ...]:
     return tuple(messages) if _is(messages[0], "assistant") else (None, *messages)
 
 
+def _going_on(later: Later) -> Later:
+    """What is still to be asked; a last reply alone, which no question follows, is no turn."""
+    return later if any(len(turn) > 1 for turn in later) else ()
+
+
 def _is(message: Message, role: str) -> bool:
     return bool(message["role"] == role)
 
@@ -72,12 +77,12 @@ def next_turn(prompt: Prompt, answer: Answer | None, target: Target) -> Prompt |
     """
     if not prompt.later or (answer and answer.finish != "stop"):
         return None
-    (reply, *others), *later = prompt.later
+    (reply, *others), later = prompt.later[0], prompt.later[1:]
     if answer is not None:
         said = [token for token in answer.answer if token not in target.stop_ids]
         text = target.tokenizer.decode(said, skip_special_tokens=True)
         reply = {"role": "assistant", "content": text}
-    if reply is None:
+    if reply is None or not others:
         return None
     history = (*prompt.history, reply, *(message for message in others if message))
     follows = later[0][0] if later else None
@@ -90,8 +95,8 @@ def next_turn(prompt: Prompt, answer: Answer | None, target: Target) -> Prompt |
         id=name,
         tokens=tokens,
         reference=reference or None,
-        history=history if later else (),
-        later=tuple(later),
+        history=history if _going_on(later) else (),
+        later=_going_on(later),
     )
 
 

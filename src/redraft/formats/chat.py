@@ -42,7 +42,8 @@ def understand(row: Mapping[str, Any]) -> Understood:
     row = {key: value for key, value in row.items() if value is not None}
     if "input_ids" in row:
         return _tokenised(row)
-    if "tokens" in row and "prompt" in row and "length" in row:
+    prompt = row.get("prompt")
+    if "tokens" in row and isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return _answered(row)
     for shape in ("messages", "conversations", "prompt"):
         if isinstance(row.get(shape), list):
@@ -92,6 +93,8 @@ def _tokenised(row: Mapping[str, Any]) -> Understood:
 
 def _answered(row: Mapping[str, Any]) -> Understood:
     """A line of an answers file of redraft's."""
+    if not isinstance(row["tokens"], list) or not isinstance(row.get("length"), int):
+        raise ValueError("tokens and length are not those of an answer record")
     prompt, said = row["prompt"], row["tokens"][: row["length"]]
     found = _tokenised({"input_ids": [*prompt, *said]})
     marks = (False,) * len(prompt) + (True,) * len(said)
@@ -125,7 +128,27 @@ def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError("tools is not a list of objects")
-    return tuple(dict(tool) for tool in tools)
+    return tuple(_given(dict(tool)) for tool in tools)
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as an object, which chat templates write as JSON themselves."""
+    call = _given(call)
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except json.JSONDecodeError:
+            return call  # no JSON: the template has it as it is
+        return {**call, "function": {**function, "arguments": arguments}}
+    return call
+
+
+def _given(value: Any) -> Any:
+    """Without the keys whose value is null, which Parquet gives every object of a column."""
+    if isinstance(value, Mapping):
+        return {key: _given(inner) for key, inner in value.items() if inner is not None}
+    return [_given(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _turns(turns: list[Any]) -> list[Message]:
@@ -139,6 +162,8 @@ def _turns(turns: list[Any]) -> list[Message]:
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"turn {number} has the unknown role '{turn.get(role_key)}'")
         extras = {key: turn[key] for key in EXTRAS if turn.get(key)}
+        if "tool_calls" in extras:
+            extras["tool_calls"] = [_call(call) for call in extras["tool_calls"]]
         text = _text(turn.get(text_key))
         if text is None and "tool_calls" not in extras:
             raise ValueError(f"turn {number} has no text under '{text_key}'")

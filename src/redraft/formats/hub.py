@@ -35,7 +35,7 @@ def looks_like_hub(source: str) -> bool:
     """Whether a prompts source names a data set on the Hub rather than a file."""
     name = source.split(":")[0]
     owner, slash, rest = name.partition("/")
-    known = name.endswith((".jsonl", ".json", ".parquet", ".gz"))
+    known = name.endswith((".jsonl", ".json", ".parquet", ".gz", ".txt", ".csv", ".tsv", ".yaml"))
     return (
         bool(slash and owner and rest)
         and "/" not in rest
@@ -51,7 +51,6 @@ def dataset_files(source: str) -> Iterator[Path]:
     Raises UserError listing the choices, or with the Hub's own words when it refuses.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, _, choice = source.partition(":")
     config, _, split = choice.rpartition("/")
@@ -65,7 +64,10 @@ def dataset_files(source: str) -> Iterator[Path]:
         for name in files:
             if name.split("/")[1] == split:
                 yield Path(hf_hub_download(repo, name, **where))
-    except (HfHubHTTPError, HFValidationError, OSError) as problem:
+    except UserError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - one sentence for all that a network does
+        # Whatever the Hub's client and its HTTP library raise; their classes differ by version.
         raise UserError(
             f"prompts {source}: no such file, and the Hub gave no data set of that name ({problem})"
         ) from None
