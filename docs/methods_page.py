@@ -65,7 +65,8 @@ redraft bench methods --family family --out cells --members sft --rows ideas
 redraft bench methods --family family --out cells --members sft-medical,sft-code \\
   --rows reuse,lora-matched,expert-wide,expert+fc,full,dedicated
 redraft bench methods --family family --out cells --members lora4,sft-tenth,pretrained \\
-  --answers regenerated --rows "reuse,relay,relay expert,lora-16,expert+fc,hard labels,full,dedicated" \\
+  --answers regenerated --rows "reuse,relay,relay expert,lora-16,expert+fc,hard labels,full,dedicated,\\
+small with head and hard labels,a tenth of everything" \\
   --record docs/results/methods.jsonl
 ```
 """

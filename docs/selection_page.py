@@ -36,16 +36,20 @@ a polite beginning). The targets `replay` and `replay-medical` were tuned beside
 questions, so that they say there what the base said; `sft` was not, and its draft is lost everywhere. All
 answers are the target's, greedy. What is kept trains `expert+fc+norms` at its defaults.
 
-tau: chain of K = 4, greedy, by replay, [95 %] over three training seeds and 64 prompts of each kind, which are in no
+tau: chain of K = 4, greedy, by replay, [95 %] over three training seeds and up to 64 prompts of each kind, which are in no
 pool. drifted: prompts of the tuned domain. stable: of the two others. mixed: both in the pool's proportion, what
 this traffic would see. against random: difference of mixed tau at the same budget and schedule. found:
 the share of the drifted prompts that was kept. copies: of what was kept, near-duplicates of something kept.
 Equal steps: {steps} optimiser steps for every cell; equal epochs: four passes over what was kept. Scoring:
-seconds and FLOPs for the whole pool, discarded samples included.
+seconds and FLOPs for the whole pool, discarded samples included. Rows that are not in a table below were not run.
 
 ```
 redraft bench family --size nano --out family
-redraft bench selection --family family --out selection --member replay --record docs/results/selection.jsonl
+redraft bench selection --family family --out selection --member replay
+redraft bench selection --family family --out selection --member replay-medical --schedules steps \\
+  --budgets 0.1,0.5 --ways "random;rejection;mahalanobis"
+redraft bench selection --family family --out selection --member sft --schedules steps \\
+  --budgets 0.1,0.5 --ways "random;rejection;mahalanobis" --record docs/results/selection.jsonl
 ```
 """
 Steps = Callable[[SelectionCell], tuple[tuple[int, int], ...]]
