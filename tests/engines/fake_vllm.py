@@ -65,6 +65,9 @@ class Handler(BaseHTTPRequestHandler):
             number = requests
         if number == PLAN.get("die_at_request"):
             print("torch.OutOfMemoryError: the fake ran out of memory", flush=True)
+            if "last_words" in PLAN:
+                self.reply(200, PLAN["last_words"])
+                self.wfile.flush()
             os._exit(9)
         if PLAN.get("refuse"):
             self.reply(400, json.dumps({"error": {"message": PLAN["refuse"], "code": 400}}))

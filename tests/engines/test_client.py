@@ -48,8 +48,11 @@ def test_answers_come_in_order_and_are_counted(fake: FakeEngine, tmp_path: Path)
     assert acceptance.per_position == (16 / 24, 8 / 16, 1.0)
 
 
-def test_an_engine_that_dies_while_answering(fake: FakeEngine, tmp_path: Path) -> None:
-    fake.plan(answers=ANSWERS, die_at_request=3)
+@pytest.mark.parametrize("words", [{}, {"last_words": ""}, {"last_words": '{"choices": [{"ind'}])
+def test_an_engine_that_dies_while_answering(
+    fake: FakeEngine, tmp_path: Path, words: dict[str, str]
+) -> None:
+    fake.plan(answers=ANSWERS, die_at_request=3, **words)
     with pytest.raises(UserError) as caught:
         with asking(fake, tmp_path) as client:
             client.complete_all(PROMPTS, 4, (), concurrency=2)

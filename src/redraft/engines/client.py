@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from ..console import Progress
 from ..errors import UserError
@@ -40,8 +40,12 @@ class Client:
             "stop_token_ids": list(stop_ids),
             "return_token_ids": True,
         }
-        answer = json.loads(self._request("POST", "/v1/completions", json.dumps(body)))
-        tokens: list[int] | None = answer["choices"][0].get("token_ids")
+        text = self._request("POST", "/v1/completions", json.dumps(body))
+        try:
+            tokens: list[int] | None = json.loads(text)["choices"][0].get("token_ids")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            # A dying server's last answer may be a status line and nothing more.
+            self._no_answer("/v1/completions", f"no completion: {text[:100]!r}")
         if tokens is None:
             raise UserError(
                 f"{self.server.name} answers without token ids; expected `token_ids` because of "
@@ -90,13 +94,9 @@ class Client:
         try:
             connection.request(verb, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
-            text = response.read().decode("utf-8")
+            text = response.read().decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as problem:
-            _let_it_end(self.server)
-            self.server.check_alive()
-            raise UserError(
-                f"{self.server.name} did not answer {path}: {problem!r}; its log: {self.server.log}"
-            ) from None
+            self._no_answer(path, repr(problem))
         finally:
             connection.close()
         if response.status != 200:
@@ -105,6 +105,14 @@ class Client:
                 f"its log: {self.server.log}"
             )
         return text
+
+    def _no_answer(self, path: str, what: str) -> NoReturn:
+        """Raise UserError: the server has died, or it answered `path` with `what`."""
+        _let_it_end(self.server)
+        self.server.check_alive()
+        raise UserError(
+            f"{self.server.name} did not answer {path}: {what}; its log: {self.server.log}"
+        ) from None
 
 
 def _let_it_end(server: Server) -> None:
