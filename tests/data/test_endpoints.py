@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from redraft.config import RegenerateConfig, read_endpoints, resolve
 from redraft.data import endpoint_work, endpoints
 from redraft.data import regenerate as regenerate_module
 from redraft.data.endpoint import _seconds, connect, key_for
+from redraft.data.prompts import read_prompts
 from redraft.data.regenerate import endpoints_of, read_answers, regenerate
 from redraft.errors import UserError
 from redraft.files import append_lines
@@ -60,6 +62,36 @@ def test_answers_are_those_of_this_process(
     assert about["logprob_difference"] < 1e-3
     assert f"{server.url}: 'tiny' is the target (log-probabilities 0.0000 nats apart" in told[0]
     assert not any("NOTE" in line for line in told)
+
+
+def test_a_turn_too_long_for_the_server_ends_its_conversation(
+    target: Target, tmp_path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = tuple(range(2, target.vocab_size, 3))  # so that a random model ends its answers
+    monkeypatch.setattr(Target, "stop_ids", property(lambda self: often))
+    brain = Brain(target, 150)
+    words = "more "
+    for name, times in (("long", 2), ("short", 1)):
+        write_talk(tmp_path / f"{name}.jsonl", name, [words, words * 8 * times])
+    talks = [
+        read_prompts(str(tmp_path / f"{name}.jsonl"), target).prompts[0]
+        for name in ("long", "short")
+    ]
+    out, whole = tmp_path / "a.jsonl", own(target, talks, tmp_path, max_new_tokens=150)
+    context = len(whole["long#2"].prompt) + 31  # one less than a prompt has to leave room for
+    assert len(whole["short#2"].prompt) + 32 <= context, "the short one fits to its end"
+    with FakeOpenAI(brain, context=context).running() as server:
+        config = settings(server, max_new_tokens=150)
+        found = {a.id for a in regenerate(target, talks, out, config)}
+    assert found == {"long", "short", "short#2"}
+    (line,) = [line for line in told if "end early" in line]
+    assert f"the endpoints' context is {context}" in line
+    # a run that is continued knows the context, though no server of it is asked again
+    kept = [line for line in out.read_text().splitlines(keepends=True) if "#" not in line]
+    out.write_text("".join(kept))
+    with FakeOpenAI(brain, context=context).running() as server:
+        again = regenerate(target, talks, out, settings(server, max_new_tokens=150))
+    assert {a.id for a in again} == found
 
 
 def test_places_are_kept_full_and_bounded(
@@ -562,6 +594,14 @@ def test_pauses_as_servers_write_them() -> None:
     assert _seconds("nan") is None
     assert _seconds("soon") is None
     assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def write_talk(path: Path, name: str, said: list[str]) -> None:
+    """A conversation of user turns, each answered with a word."""
+    turns = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "A"}] for text in said
+    ]
+    path.write_text(json.dumps({"id": name, "messages": sum(turns, [])}) + "\n")
 
 
 def regenerate_watching(

@@ -71,6 +71,7 @@ def describe(found: Findings) -> dict[str, Any]:
     return {
         "model": found.model,
         "version": found.server,
+        "context": None if found.context == UNBOUNDED else found.context,
         "token_ids": "from the server" if found.returns_ids else "from its text",
         "compared_tokens": found.compared,
         "logprob_difference": None if found.difference is None else round(found.difference, 6),

@@ -162,11 +162,13 @@ class PromptReader:
                 f"{self.target.vocab_size}: it was tokenised for another model"
             )
         if found.supervised is None:
-            return Prompt(name, check_room(self.target, tokens))
+            return Prompt(name, check_room(tokens, self.target.max_positions))
         begin, end = last_supervised(found.supervised)
         if begin == 0:
             raise ValueError("loss_mask marks the first token, so there is no prompt before it")
-        return Prompt(name, check_room(self.target, tokens[:begin]), tokens[begin:end])
+        return Prompt(
+            name, check_room(tokens[:begin], self.target.max_positions), tokens[begin:end]
+        )
 
     def _of_text(self, name: str, text: str) -> Prompt:
         """Text is taken as rendered already: the target continues it, after the last place where
@@ -175,7 +177,7 @@ class PromptReader:
         at = text.rfind(asks) + len(asks) if asks and asks in text else len(text)
         tokens = tuple(encode(self.target, text[:at]))
         reply = tuple(self.target.tokenizer.encode(text[at:], add_special_tokens=False))
-        return Prompt(name, check_room(self.target, tokens), reply or None)
+        return Prompt(name, check_room(tokens, self.target.max_positions), reply or None)
 
 
 def generation_prompt(target: Target) -> str:

@@ -25,7 +25,7 @@ from ..files import append_lines, write_text
 from ..formats.folders import read_json
 from ..records import Answer, Prompt
 from ..target import Target
-from .turns import next_turn
+from .turns import check_room, next_turn
 
 NO_INPUTS = ("batch_size", "endpoints", "endpoint_model", "concurrency", "timeout", "patience")
 """The settings that no answer depends on."""
@@ -50,7 +50,7 @@ def regenerate(
     asked = prompts
     while len(asked):
         _answer_round(backend, asked, out)
-        asked = _next_round(target, asked, out)
+        asked = _next_round(target, asked, out, backend.context())
     return read_answers(out)
 
 
@@ -76,8 +76,8 @@ def _answer_round(backend: _Own | _Served, prompts: Sequence[Prompt], out: Path)
             progress.advance(len(answers), note.rstrip())
 
 
-def _next_round(target: Target, asked: Sequence[Prompt], out: Path) -> list[Prompt]:
-    """The next turns of the conversations that go on."""
+def _next_round(target: Target, asked: Sequence[Prompt], out: Path, context: int) -> list[Prompt]:
+    """The next turns of the conversations that go on, in a context of so many tokens."""
     going_on = [prompt for prompt in asked if prompt.later]
     if not going_on:
         return []
@@ -86,6 +86,8 @@ def _next_round(target: Target, asked: Sequence[Prompt], out: Path) -> list[Prom
     for prompt in going_on:
         try:
             turn = next_turn(prompt, said[prompt.id], target)
+            if turn is not None:
+                check_room(turn.tokens, context, "the endpoints' context")
         except ValueError as problem:
             ended.append(str(problem))
             continue
@@ -137,6 +139,9 @@ class _Own:
         for answers in batches:
             yield [answer for answer in answers if answer.id not in done]
 
+    def context(self) -> int:
+        return self.target.max_positions
+
     def health(self) -> str:
         return ""
 
@@ -147,7 +152,7 @@ class _Served:
     def __init__(self, target: Target, config: RegenerateConfig, out: Path):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
-        self.pool, self.about = Endpoints(target, config), _about(out)
+        self.pool, self.out, self.about = Endpoints(target, config), out, _about(out)
 
     def answers(
         self, prompts: Sequence[Prompt], done: set[str]
@@ -164,6 +169,11 @@ class _Served:
                     known[ENDPOINTS] = {**known.get(ENDPOINTS, {}), **noted}
                     write_text(self.about, json.dumps(known, indent=2) + "\n")
                 yield answers
+
+    def context(self) -> int:
+        """The shortest context among the endpoints asked so far, before an interruption too."""
+        known = [about.get("context") for about in endpoints_of(self.out).values()]
+        return min((c for c in known if c), default=self.pool.asking.target.max_positions)
 
     def health(self) -> str:
         return self.pool.health()

@@ -104,14 +104,15 @@ def render_prompt(
     target: Target, messages: Sequence[Message], tools: tuple[Message, ...] | None
 ) -> tuple[int, ...]:
     """Token ids of what is asked. Raises ValueError when too little of the context is left."""
-    return check_room(target, tuple(target.render(messages, tools=tools)))
+    return check_room(tuple(target.render(messages, tools=tools)), target.max_positions)
 
 
-def check_room(target: Target, tokens: tuple[int, ...]) -> tuple[int, ...]:
-    if len(tokens) + SHORTEST_ROOM > target.max_positions:
-        raise ValueError(
-            f"the prompt is {len(tokens)} tokens long, the target's context is {target.max_positions}"
-        )
+def check_room(
+    tokens: tuple[int, ...], context: int, whose: str = "the target's context"
+) -> tuple[int, ...]:
+    """The tokens of a prompt. Raises ValueError when too little of the context is left."""
+    if len(tokens) + SHORTEST_ROOM > context:
+        raise ValueError(f"the prompt is {len(tokens)} tokens long, {whose} is {context}")
     return tokens
 
 
