@@ -170,7 +170,7 @@ class SelectConfig:
         check=read_budget,
     )
     least_gain: float = _opt(
-        0.02,
+        0.05,
         "with budget auto: the rise of held-out tau, as a share of it, that a doubling of the answers "
         "must bring for another",
         low=0.0,

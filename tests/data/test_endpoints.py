@@ -598,10 +598,11 @@ def test_pauses_as_servers_write_them() -> None:
 
 def write_talk(path: Path, name: str, said: list[str]) -> None:
     """A conversation of user turns, each answered with a word."""
-    turns = [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": "A"}] for text in said
-    ]
-    path.write_text(json.dumps({"id": name, "messages": sum(turns, [])}) + "\n")
+    messages = []
+    for text in said:
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": "A"})
+    path.write_text(json.dumps({"id": name, "messages": messages}) + "\n")
 
 
 def regenerate_watching(

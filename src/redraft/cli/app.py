@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
-from . import bench, drafts, engine, features, generate, job, prompts, recipes, stages
+from . import bench, check, drafts, engine, features, generate, job, prompts, recipes, stages
 
 app = typer.Typer(
     name="redraft",
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 for command in (
     job.demo,
+    check.check,
     job.adapt,
     stages.regenerate,
     stages.select,

@@ -282,3 +282,42 @@ def bench_selection(
         print_json({"cells": [to_json(cell) for cell in cells]})
     else:
         print_selection(cells)
+
+
+@app.command("triage")
+def bench_triage(
+    family: Annotated[
+        list[str], typer.Option("--family", help="folder of `bench family`; repeatable")
+    ],
+    out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
+    members: Annotated[
+        str | None, typer.Option("--members", help="fine-tunes, comma-separated (default: all)")
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            "--record", help="also write the cases to this JSON file, for `check --cases`"
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """What `redraft check` sees of each fine-tune, and what then came out: the cases it predicts from.
+
+    Example: redraft bench triage --family family --out triage --record cases.json
+    """
+    set_quiet(quiet)
+    from ..bench.triage import bench_triage as run
+    from ..bench.triage import print_cases
+    from ..triage.outlook import as_json as table
+
+    cases = run(
+        [Path(folder) for folder in family],
+        Path(out),
+        members.split(",") if members else None,
+        Path(record) if record else None,
+    )
+    if as_json:
+        print_json(table(cases))
+    else:
+        print_cases(cases)

@@ -68,9 +68,17 @@ def pooled_tau(traces: Sequence[Steps]) -> float:
     return 1 + sum(t.gained for t in traces) / sum(t.steps for t in traces)
 
 
+def resampled_tau(traces: Sequence[Steps], seed: int = 0) -> Any:
+    """Tau under RESAMPLES draws of the prompts, float64 [RESAMPLES]. Equal seeds draw equal prompts."""
+    accepted = np.array([t.gained for t in traces], dtype=float)
+    steps = np.array([t.steps for t in traces], dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(traces), (RESAMPLES, len(traces)))
+    return 1 + accepted[draws].sum(1) / steps[draws].sum(1)
+
+
 def bootstrap_tau(traces: Sequence[Steps], seed: int = 0) -> tuple[float, float]:
     """95 % interval of tau when prompts are resampled, numerator and denominator together."""
-    low, high = np.percentile(1 + _resampled_ratio(traces, seed), [2.5, 97.5])
+    low, high = np.percentile(resampled_tau(traces, seed), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -78,7 +86,7 @@ def bootstrap_difference(
     one: Sequence[Steps], other: Sequence[Steps], seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of tau(one) - tau(other) over the same resampled prompts."""
-    differences = _resampled_ratio(one, seed) - _resampled_ratio(other, seed)
+    differences = resampled_tau(one, seed) - resampled_tau(other, seed)
     low, high = np.percentile(differences, [2.5, 97.5])
     return float(low), float(high)
 
@@ -95,7 +103,7 @@ def bootstrap_recovery(
     difference in tau may be reported.
     """
     # All three walk the same prompts, so the same draws resample numerator and denominator.
-    a, r, d = (1 + _resampled_ratio(t, seed) for t in (adapted, reused, dedicated))
+    a, r, d = (resampled_tau(t, seed) for t in (adapted, reused, dedicated))
     gap = d - r
     if np.percentile(gap, 2.5) <= 0 or pooled_tau(dedicated) - pooled_tau(reused) <= 0.15:
         return None
@@ -119,10 +127,3 @@ def is_loop(tokens: Sequence[int]) -> bool:
         all(tail[i] == tail[i - period] for i in range(period, LOOP_WINDOW))
         for period in range(1, LONGEST_PERIOD + 1)
     )
-
-
-def _resampled_ratio(traces: Sequence[Steps], seed: int) -> Any:
-    accepted = np.array([t.gained for t in traces], dtype=float)
-    steps = np.array([t.steps for t in traces], dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(traces), (RESAMPLES, len(traces)))
-    return accepted[draws].sum(1) / steps[draws].sum(1)

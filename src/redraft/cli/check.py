@@ -1,0 +1,157 @@
+"""Whether a repair is worth it, told before any training."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import resolve
+from ..console import set_quiet
+from ..errors import UserError
+from .flags import (
+    AdapterFlag,
+    DtypeFlag,
+    JsonFlag,
+    PromptsFlag,
+    QuietFlag,
+    TemplateFlag,
+    load,
+    print_json,
+    with_settings,
+)
+
+
+@with_settings("train")
+def check(
+    prompts: PromptsFlag,
+    settings: Any,
+    target: Annotated[
+        str | None, typer.Option("--target", help="target model: folder or Hub id")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="draft model: folder or Hub id")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint",
+            help="a vLLM server that serves both, asked in place of the weights (key: $REDRAFT_API_KEY)",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="what the target was tuned from: retention, causes, refreshing"
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="requests served at a time")] = 1,
+    k: Annotated[int, typer.Option("--k", min=1, max=16, help="draft tokens per step")] = 4,
+    most: Annotated[
+        int, typer.Option("--most", min=1, help="most prompts answered; 16 where these suffice")
+    ] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
+    ] = 128,
+    published: Annotated[
+        float | None,
+        typer.Option(
+            "--published", min=1.0, help="the draft's tau on its base, where that is not at hand"
+        ),
+    ] = None,
+    worth: Annotated[
+        float, typer.Option("--worth", min=0.0, help="the share of speed that is worth some work")
+    ] = 0.1,
+    serve: Annotated[
+        int | None,
+        typer.Option(
+            "--serve", min=1, help="tokens that will be served: the least time in all decides"
+        ),
+    ] = None,
+    cases: Annotated[
+        str | None, typer.Option("--cases", help="known cases of `bench triage`, in place of ours")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="keep the answers here; run again to resume")
+    ] = None,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Is a repair worth it? From a few prompts: acceptance kept, its cause, speed, cost, a verdict.
+
+    Nothing is trained beyond a trial of its speed. The training settings are those a repair would use.
+
+    With --endpoint a server's own counters are read; no weights are needed, and less is known.
+
+    Example: redraft check --target ./my-model --draft org/EAGLE3-base --base org/base
+    --prompts prompts.jsonl --batch 4
+    """
+    set_quiet(quiet)
+    from ..formats.load import read_draft
+    from ..records import to_json
+    from ..triage.check import check as run
+    from ..triage.outlook import read_cases
+    from ..triage.screen import print_check, print_served
+    from ..triage.served import check_served
+
+    known = read_cases(Path(cases)) if cases else None
+    if endpoint:
+        _refuse({"--target": target, "--draft": draft, "--base": base, "--serve": serve})
+        served = check_served(
+            endpoint,
+            prompts,
+            rows=batch,
+            most=most,
+            max_new_tokens=max_new_tokens,
+            worth=worth,
+            published=published,
+            cases=known,
+        )
+        if as_json:
+            print_json(to_json(served))
+        else:
+            print_served(served)
+        return
+    if target is None or draft is None:
+        raise UserError(
+            "name what is checked: --target and --draft (folders or Hub ids), or --endpoint URL of the server "
+            "that serves them"
+        )
+    train = resolve([("flag", settings)]).config.train
+    loaded = load(target, target_adapter, chat_template, dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = run(
+            loaded,
+            read_draft(draft),
+            prompts,
+            Path(out or scratch),
+            base=load(base, None, None, dtype) if base else None,
+            k=k,
+            rows=batch,
+            most=most,
+            max_new_tokens=max_new_tokens,
+            worth=worth,
+            serve=serve,
+            published=published,
+            train=train,
+            cases=known,
+        )
+    if as_json:
+        print_json(to_json(found))
+    else:
+        print_check(found)
+
+
+def _refuse(given: dict[str, object]) -> None:
+    """What needs the weights cannot be told by a server."""
+    named = [flag for flag, value in given.items() if value is not None]
+    if named:
+        raise UserError(
+            f"--endpoint asks a server, which needs no weights and cannot use {', '.join(named)}: leave these "
+            "out, or leave out --endpoint"
+        )

@@ -1,0 +1,114 @@
+"""`redraft check`: from a target, a draft and a few prompts to a verdict on whether a repair is worth it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import TrainConfig
+from ..console import say
+from ..formats.load import StoredDraft
+from ..formats.routed import refuse_routed
+from ..measuring.cost import measure_cost
+from ..records import StepCost, versions
+from ..target import Target
+from .evidence import Evidence, gather
+from .outlook import RETRAIN, Case, outlook, read_cases
+from .pilot import TRIAL_PASSES, bills, training_rate
+from .verdict import WORTH, Pace, Verdict, decide
+
+RECOVERIES = (0.5, 0.9)
+"""Shares of the way to a draft trained anew at which the speed is told."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """All of a check, as `--json` prints it.
+
+    `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
+    trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
+    has on its base.
+    """
+
+    target: str
+    draft: str
+    base: str | None
+    k: int
+    evidence: Evidence
+    cost: StepCost
+    speeds: dict[str, float]
+    verdict: Verdict
+    cases: int
+    published: float | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+
+
+def check(
+    target: Target,
+    stored: StoredDraft,
+    prompts: str,
+    out: Path,
+    *,
+    base: Target | None = None,
+    k: int = 4,
+    rows: int = 1,
+    most: int = 64,
+    max_new_tokens: int = 128,
+    worth: float = WORTH,
+    serve: int | None = None,
+    published: float | None = None,
+    train: TrainConfig | None = None,
+    cases: Sequence[Case] | None = None,
+) -> Check:
+    """Measure, predict and decide; answers are kept in the folder `out`.
+
+    `prompts` is a file of them, of which up to `most` are answered. `rows` is the batch size that is served
+    with, `serve` the tokens that will be. Raises UserError for what does not fit, and for too few prompts.
+    """
+    refuse_routed(getattr(stored.config, "routed", None))
+    known = list(cases) if cases is not None else read_cases()
+    config = train or TrainConfig()
+    found = gather(
+        target,
+        stored,
+        prompts,
+        out,
+        base=base,
+        k=k,
+        most=most,
+        max_new_tokens=max_new_tokens,
+        train=config,
+    )
+    evidence = found.evidence
+    say("timing the steps of decoding, and a few of training")
+    longest = max((answer.prompt for answer in found.answers), key=len)
+    cost = measure_cost(target, stored.build(target), longest, most=k, rows=rows)
+    trial = dataclasses.replace(config, epochs=TRIAL_PASSES)
+    rate = training_rate(target, stored, found.answers, trial, k)
+    signs = evidence.signs()
+    if published is not None and "native" not in signs:
+        signs["native"] = published
+    seen = outlook(signs, k, found.draws, known)
+    refreshed = evidence.refreshed.seconds if evidence.refreshed else None
+    bill = bills(found.answers, evidence.answer_rate, rate, refreshed)
+    verdict = decide(seen, Pace.of(cost, k), bill, worth, serve)
+    anew = seen.interval(RETRAIN)[0]
+    taus = {"now": evidence.reused.tau}
+    taus |= {
+        f"{share:g}": evidence.reused.tau + share * (anew - evidence.reused.tau)
+        for share in RECOVERIES
+    }
+    return Check(
+        target=target.name,
+        draft=str(stored.folder),
+        base=base.name if base else None,
+        k=k,
+        evidence=evidence,
+        cost=cost,
+        speeds={name: tau / (k * cost.c + cost.v(k)) for name, tau in taus.items()},
+        verdict=verdict,
+        cases=len(known),
+        published=published,
+    )

@@ -1,0 +1,238 @@
+"""What a few requests show of a draft: acceptance now, on the base, with the states put back, and refreshed.
+
+Prompts are answered batch by batch, until the interval of tau is narrow enough or the prompts are used
+up. Answers lie in a folder; a check that is run again there asks only for what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import RegenerateConfig, TrainConfig
+from ..console import say
+from ..data.ownership import ownership
+from ..data.prompts import read_prompts
+from ..data.regenerate import regenerate
+from ..drafts.base import Draft
+from ..errors import UserError
+from ..formats.load import StoredDraft
+from ..measuring.acceptance import bootstrap_tau, pooled_tau, resampled_tau, summarise
+from ..measuring.replay import replay, replay_each
+from ..measuring.suspects import suspects
+from ..records import Acceptance, Answer, Prompt, StepTrace
+from ..steps import fuse_draft, train_private
+from ..target import Target
+from ..training.fitness import check_fits
+from .causes import Causes, find_causes
+from .kinship import Changes, compare
+from .outlook import KEEP, REFRESH
+
+LEAST = 8
+"""Prompts below which chance decides."""
+BATCH = 16
+"""Prompts answered at a time; the first batch is the default's whole cost."""
+NARROW = 0.05
+"""Half the interval of tau, as a share of tau, at which no further prompt is asked."""
+REFRESHING = "relay+refresh+expert"
+
+
+Interval = tuple[float, float, float]
+"""A figure and its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """A repair in closed form: fitted on one half of the answers, measured on the other, beside reuse."""
+
+    method: str
+    tau: float
+    reused: float
+    difference: tuple[float, float]
+    prompts: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was measured of a draft on its target. What needs a base is None without one.
+
+    `retention` is tau over `native`'s tau, with a 95 % interval over prompts. `entropy` is the target's, in nats
+    per token along its answers; `answer_rate` is in tokens per second. `suspects` say what may be
+    wrong with the draft's files.
+    """
+
+    prompts: int
+    reused: Acceptance
+    entropy: float
+    answer_tokens: int
+    answer_rate: float
+    suspects: tuple[str, ...]
+    native: Acceptance | None = None
+    retention: Interval | None = None
+    changes: Changes | None = None
+    causes: Causes | None = None
+    refreshed: Refreshed | None = None
+
+    def signs(self) -> dict[str, float]:
+        """What the outlook is predicted from."""
+        found = {"reused": self.reused.tau, "entropy": self.entropy}
+        if self.native:
+            found["native"] = self.native.tau
+        if self.causes:
+            found["words"] = self.causes.words
+        return found
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Evidence with the answers behind it, and tau as draws by action that was tried."""
+
+    evidence: Evidence
+    answers: list[Answer]
+    draws: dict[str, Any]
+
+
+def gather(
+    target: Target,
+    stored: StoredDraft,
+    source: str,
+    out: Path,
+    *,
+    base: Target | None = None,
+    k: int = 4,
+    most: int = 64,
+    max_new_tokens: int = 128,
+    train: TrainConfig | None = None,
+) -> Gathered:
+    """Measure on up to `most` prompts of the file `source`, with answers in the folder `out`.
+
+    Raises UserError for a draft of another family, a base that is not the target's parent, and for
+    too few prompts.
+    """
+    draft = stored.build(target)
+    found = list(read_prompts(source, target, most, "last").prompts)
+    theirs = list(read_prompts(source, base, most, "last").prompts) if base else []
+    changes = compare(target, base, found, theirs) if base else None
+    answers, traces, rate = _answer(target, draft, found, out, k, max_new_tokens)
+    draws = {KEEP: resampled_tau(traces)}
+    evidence = Evidence(
+        prompts=len(traces),
+        reused=_summary(traces, answers, k),
+        entropy=ownership(target, answers).expected,
+        answer_tokens=sum(answer.length for answer in answers),
+        answer_rate=rate,
+        suspects=tuple(suspects(target, stored, answers, k)),
+    )
+    if base is None:
+        return Gathered(evidence, answers, draws)
+    asked = {answer.id for answer in answers}
+    native = _answered(
+        base, [p for p in theirs if p.id in asked], out / "native.jsonl", k, max_new_tokens
+    )
+    on_base = _walked(replay(base, stored.build(base), native, k))
+    refreshed, rise = _refresh(target, base, stored, answers, k, train or TrainConfig())
+    if refreshed:
+        draws[REFRESH] = draws[KEEP] + rise
+    evidence = dataclasses.replace(
+        evidence,
+        native=_summary(on_base, native, k),
+        retention=_retention(traces, on_base),
+        changes=changes,
+        causes=find_causes(target, base, stored, answers, native, k),
+        refreshed=refreshed,
+    )
+    return Gathered(evidence, answers, draws)
+
+
+def _answer(
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[Prompt],
+    out: Path,
+    k: int,
+    max_new_tokens: int,
+) -> tuple[list[Answer], list[StepTrace], float]:
+    """Answers and steps of as many prompts as it takes, and the rate of answering in tokens/s."""
+    answers: list[Answer] = []
+    traces: list[StepTrace] = []
+    began, had = time.monotonic(), 0
+    for at in range(0, len(prompts), BATCH):
+        some = prompts[at : at + BATCH]
+        file = out / f"answers-{at + 1}-{at + len(some)}.jsonl"
+        had += file.exists()
+        answers += _answered(target, some, file, k, max_new_tokens)
+        traces = _walked(replay(target, draft, answers, k)) if answers else []
+        if len(traces) >= BATCH // 2 and _narrow(traces):
+            break
+    seconds = time.monotonic() - began
+    if len(traces) < LEAST:
+        raise UserError(
+            f"{len(traces)} prompts with an answer to draft for are too few for any verdict: expected "
+            f"{LEAST} at least, {BATCH} or more are better; {len(prompts)} prompts were read"
+        )
+    tokens = sum(answer.length for answer in answers)
+    if had:
+        say("the answers were there already: the rate of answering is that of reading them")
+    return answers, traces, tokens / max(seconds, 1e-9)
+
+
+def _answered(
+    target: Target, prompts: Sequence[Prompt], file: Path, k: int, max_new_tokens: int
+) -> list[Answer]:
+    config = RegenerateConfig(max_new_tokens=max_new_tokens)
+    return [a for a in regenerate(target, prompts, file, config, overrun=k) if a.length >= 2]
+
+
+def _narrow(traces: Sequence[StepTrace]) -> bool:
+    low, high = bootstrap_tau(traces)
+    return (high - low) / 2 <= NARROW * pooled_tau(traces)
+
+
+def _walked(traces: Sequence[StepTrace]) -> list[StepTrace]:
+    return [trace for trace in traces if trace.accepted]
+
+
+def _summary(traces: Sequence[StepTrace], answers: Sequence[Answer], k: int) -> Acceptance:
+    return summarise(traces, answers, k=k, mode="replay", seconds=0.0)
+
+
+def _retention(ours: Sequence[StepTrace], native: Sequence[StepTrace]) -> Interval:
+    """Resampled apart, which is a little wider than in pairs: the two may leave out other prompts."""
+    low, high = np.percentile(resampled_tau(ours, 0) / resampled_tau(native, 1), [2.5, 97.5])
+    return pooled_tau(ours) / pooled_tau(native), float(low), float(high)
+
+
+def _refresh(
+    target: Target,
+    base: Target,
+    stored: StoredDraft,
+    answers: Sequence[Answer],
+    k: int,
+    train: TrainConfig,
+) -> tuple[Refreshed | None, Any]:
+    """What closed forms bring, and the rise in tau as draws; None for a draft that has none."""
+    config = dataclasses.replace(train, method=REFRESHING, epochs=0.0)
+    try:
+        check_fits(stored.build(target), config, target, base)
+    except UserError as problem:
+        say(f"refresh was not tried: {problem}")
+        return None, None
+    half = len(answers) // 2
+    began = time.monotonic()
+    part = train_private(target, stored, answers[:half], answers[half:], config, k, base=base)
+    seconds = time.monotonic() - began
+    drafts = [stored.build(target), fuse_draft(stored, part, target).build(target)]
+    was, now = map(_walked, replay_each(target, drafts, answers[half:], k))
+    rise = resampled_tau(now) - resampled_tau(was)
+    low, high = np.percentile(rise, [2.5, 97.5])
+    interval = (float(low), float(high))
+    return Refreshed(
+        REFRESHING, pooled_tau(now), pooled_tau(was), interval, len(now), seconds
+    ), rise

@@ -1,0 +1,161 @@
+"""What tau each action would bring, predicted from what was seen, with an error that was measured.
+
+The prediction is a linear model (Bayesian ridge) of a few signs, fitted on cases whose outcome is known:
+a table that `redraft bench triage` writes. Its error is what it erred by on fine-tunes of a kind that it was
+not fitted on; a prediction's draws are the prediction with each of those errors added.
+
+Tau between 1 and K+1 is handled as z = log((tau - 1) / (K + 1 - tau)), its place on the whole line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import BayesianRidge
+
+from ..errors import UserError
+
+KEEP, REFRESH, ADAPT, RETRAIN = ACTIONS = ("keep", "refresh", "adapt", "retrain")
+"""What can be done with a draft, the cheapest first."""
+PREDICTED = (ADAPT, RETRAIN)
+"""Refreshing takes no training, so it is tried instead of predicted."""
+SIGNS = (
+    ("reused", "entropy", "native", "words"),
+    ("reused", "entropy", "native"),
+    ("reused", "entropy"),
+    ("reused", "native"),
+    ("reused",),
+)
+"""The signs that a prediction may rest on (see `Case`); the first set that is there whole is taken."""
+FEWEST = 8
+"""Cases that a prediction needs at least."""
+SHIPPED = Path(__file__).with_name("calibration.json")
+EDGE = 0.02
+"""Tau is kept this far from 1 and from K+1, where z has no end."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fine-tune whose outcome is known. `kind` is how it was tuned, `family` the models it belongs to.
+
+    `signs` are tau as reused, of the base's draft on its base (native), on the target's answers as the base
+    reads them (words), and the target's entropy along its answers in nats per token, from `asked` prompts.
+    `taus` are measured by action, with 95 % `intervals` over other prompts. `plain` is plain decoding in
+    tokens/s, and `step` what a speculative step costs in plain ones, where it was measured.
+    """
+
+    name: str
+    family: str
+    kind: str
+    k: int
+    signs: dict[str, float]
+    taus: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    asked: int
+    plain: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Tau by action as draws, all [N], of one joint distribution. `cases` is how many it rests on."""
+
+    draws: dict[str, Any]
+    cases: int
+
+    def interval(self, action: str) -> tuple[float, float, float]:
+        """Median and 95 % interval."""
+        low, middle, high = np.percentile(self.draws[action], [2.5, 50, 97.5])
+        return float(middle), float(low), float(high)
+
+
+def read_cases(path: Path = SHIPPED) -> list[Case]:
+    """Known cases from a JSON file. Raises UserError for a file that holds none."""
+    try:
+        return [Case(**row) for row in json.loads(path.read_text(encoding="utf-8"))["cases"]]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise UserError(
+            f"{path}: no table of known cases ({problem}); `redraft bench triage --record` writes one"
+        ) from None
+
+
+def as_json(cases: Sequence[Case]) -> dict[str, Any]:
+    """The table that `read_cases` reads."""
+    return {"cases": [asdict(case) for case in cases]}
+
+
+def predict(
+    signs: Mapping[str, float], k: int, cases: Sequence[Case]
+) -> tuple[dict[str, float], Any]:
+    """Predicted z by action, and the errors [C, actions] made on kinds that were left out.
+
+    Raises UserError when the table is too small or has one kind only.
+    """
+    names = next(names for names in SIGNS if all(name in signs for name in names))
+    if len(cases) < FEWEST or len({case.kind for case in cases}) < 3:
+        raise UserError(
+            f"a prediction needs {FEWEST} known cases of three kinds at least, the table has "
+            f"{len(cases)}; add some with `redraft bench triage`"
+        )
+    x, y = _matrix(cases, names), _outcomes(cases)
+    errors = np.empty_like(y)
+    for kind in {case.kind for case in cases}:
+        out = np.array([case.kind == kind for case in cases])
+        errors[out] = y[out] - _fit(x[~out], y[~out], x[out])
+    new = np.array([[_sign(name, signs, k) for name in names]])
+    return dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True)), errors
+
+
+def outlook(
+    signs: Mapping[str, float],
+    k: int,
+    measured: Mapping[str, Any],
+    cases: Sequence[Case],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Outlook:
+    """Draws of tau by action: `measured` ones (keep, and refresh where it was tried) resampled from
+    their own draws, the others predicted."""
+    middle, errors = predict(signs, k, cases)
+    rng = np.random.default_rng(seed)
+    drawn = errors[rng.integers(0, len(errors), draws)]
+    found = {name: rng.choice(np.asarray(values), draws) for name, values in measured.items()}
+    for at, action in enumerate(PREDICTED):
+        found[action] = tau_of(middle[action] + drawn[:, at], k)
+    return Outlook({name: found[name] for name in ACTIONS if name in found}, len(cases))
+
+
+def z_of(tau: float, k: int) -> float:
+    """A tau's place on the whole line."""
+    inside = min(max(tau, 1 + EDGE), k + 1 - EDGE)
+    return math.log((inside - 1) / (k + 1 - inside))
+
+
+def tau_of(z: Any, k: int) -> Any:
+    """The tau at a place on the whole line, the inverse of `z_of`; arrays of any shape."""
+    return 1 + k / (1 + np.exp(-np.asarray(z)))
+
+
+def _sign(name: str, signs: Mapping[str, float], k: int) -> float:
+    return signs[name] if name == "entropy" else z_of(signs[name], k)
+
+
+def _matrix(cases: Sequence[Case], names: Sequence[str]) -> Any:
+    return np.array([[_sign(name, case.signs, case.k) for name in names] for case in cases])
+
+
+def _outcomes(cases: Sequence[Case]) -> Any:
+    return np.array([[z_of(case.taus[action], case.k) for action in PREDICTED] for case in cases])
+
+
+def _fit(x: Any, y: Any, new: Any) -> Any:
+    """Predictions [N, actions] of a ridge on standardised signs, its strength chosen by evidence."""
+    centre, scale = x.mean(0), x.std(0) + 1e-9
+    models = [BayesianRidge().fit((x - centre) / scale, column) for column in y.T]
+    return np.stack([model.predict((new - centre) / scale) for model in models], 1)

@@ -1,0 +1,63 @@
+"""What a repair would cost on this machine, from a trial of each of its parts.
+
+The rate of answers is that of the requests already answered. For training, the private part learns a few
+batches of those answers and is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config import TrainConfig
+from ..formats.load import StoredDraft
+from ..records import Answer
+from ..target import Target
+from ..training.train import train
+from .outlook import ADAPT, KEEP, REFRESH, RETRAIN
+from .verdict import Bill
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An action's size: prompts that the target answers, and passes of training over the answers."""
+
+    prompts: int
+    epochs: float
+
+
+PLANS = {ADAPT: Plan(256, 4.0), RETRAIN: Plan(1024, 4.0)}
+"""What `redraft bench triage` did for the outcomes in the table of known cases."""
+TRIAL_PASSES = 2.0
+
+
+def training_rate(
+    target: Target, stored: StoredDraft, answers: Sequence[Answer], config: TrainConfig, k: int
+) -> float:
+    """Answer tokens per second that a private part learns from, on a few batches of `answers`."""
+    draft = stored.build(target, torch.float32)
+    trained = train(target, draft, answers, answers[:1], config, k=k)
+    return trained.record.supervised_tokens / max(trained.record.seconds, 1e-9)
+
+
+def bills(
+    answers: Sequence[Answer],
+    answer_rate: float,
+    train_rate: float,
+    refresh_seconds: float | None,
+) -> dict[str, Bill]:
+    """The bill of every action. Rates are in tokens per second; None: refreshing was not tried.
+
+    A draft from nothing is taken to train at the rate of the private part: it costs less than the
+    target's reading, which both need.
+    """
+    mean = sum(answer.length for answer in answers) / len(answers)
+    found = {KEEP: Bill(0, 0.0)}
+    if refresh_seconds is not None:
+        found[REFRESH] = Bill(0, refresh_seconds)
+    for action, plan in PLANS.items():
+        tokens = round(plan.prompts * mean)
+        found[action] = Bill(tokens, tokens / answer_rate + plan.epochs * tokens / train_rate)
+    return found

@@ -1,0 +1,216 @@
+"""A check on one screen: what was measured, what it means, what it would cost, and the verdict."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from .check import Check
+from .evidence import NARROW, Evidence
+from .outlook import ADAPT, KEEP, REFRESH, RETRAIN
+from .served import ServedCheck
+from .verdict import Option, Verdict
+
+NOTED = 0.05
+"""A drop of tau by this share of native tau is named as a cause."""
+NOISY = 0.2
+"""A share of other tokens in a server's counters that is worth a word; a step counts its last tokens in
+full, which alone makes some."""
+PREDICTED_FROM = (
+    "predicted from {} fine-tunes of small models (docs/results/triage.md); train on a few hundred "
+    "answers and measure before you spend more"
+)
+SAYS = {
+    KEEP: "keep the draft as it is",
+    REFRESH: "refresh it in closed form (`redraft adapt --method relay+refresh+expert --set train.epochs=0`)",
+    ADAPT: "adapt it (`redraft adapt`)",
+    RETRAIN: "train a draft of its own (`redraft adapt --method scratch`)",
+}
+
+
+def print_check(check: Check, out: Console | None = None) -> None:
+    """The whole check in some twenty lines."""
+    out = out or Console(highlight=False)
+    e, cost = check.evidence, check.cost
+    lines = [("tau", f"{_acceptance(e)}, K={check.k}, greedy")]
+    lines.append(("retention", _retention(check)))
+    lines += [("cause" if at == 0 else "", text) for at, text in enumerate(causes(e))]
+    now, *others = (f"{speed:.2f}x {_at(name)}" for name, speed in check.speeds.items())
+    lines.append(
+        (
+            "speed here",
+            f"{now}, {', '.join(others)} (batch {cost.rows}: a draft step costs c = {cost.c:.2f} of a "
+            f"plain one, reading {check.k + 1} tokens v = {cost.v(check.k):.2f})",
+        )
+    )
+    if e.refreshed:
+        r = e.refreshed
+        low, high = r.difference
+        lines.append(
+            (
+                "closed form",
+                f"{r.method}, fitted in {r.seconds:.0f} s on half of the answers: tau {r.reused:.2f} -> "
+                f"{r.tau:.2f} on the other {r.prompts} (rise {low:+.2f} to {high:+.2f})",
+            )
+        )
+    for name, text in lines:
+        out.print(f"{name:<12} {text}", markup=False, soft_wrap=True)
+    print_verdict(check.verdict, out)
+    for note in notes(check):
+        out.print(f"  {note}", markup=False, soft_wrap=True)
+
+
+def print_verdict(v: Verdict, out: Console) -> None:
+    """The options as a table, and the verdict."""
+    out.print(_table(v))
+    out.print(
+        f"verdict      {v.action.upper()}: {SAYS[v.action]}; error probability {v.error:.2f}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def print_served(check: ServedCheck, out: Console | None = None) -> None:
+    """What a server shows, and the verdict."""
+    out = out or Console(highlight=False)
+    tau, low, high = check.tau
+    rates = " ".join(f"{rate:.2f}" for rate in check.per_position)
+    lines = [
+        f"{check.endpoint} serves {check.model} with {check.k} drafted tokens per step",
+        f"tau          {tau:.2f} [{low:.2f}, {high:.2f}] on {check.prompts} prompts, {check.answer_tokens:,} answer tokens",
+        f"accepted     {rates} at position 1..{check.k}, of the steps that got there",
+        f"speed here   {check.rate:,.0f} tokens/s with {check.rows} requests at a time",
+    ]
+    if check.published:
+        ends = (f"{end / check.published:.2f}" for end in check.tau)
+        lines.append("retention    {} [{}, {}] of the figure you gave".format(*ends))
+    if check.others > NOISY:
+        lines.append(f"NOTE: {check.others:.0%} of the counted tokens were of other requests")
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)
+    print_verdict(check.verdict, out)
+    out.print(
+        f"  not known from a server: {'; '.join(check.unknown)}", markup=False, soft_wrap=True
+    )
+    out.print(f"  {PREDICTED_FROM.format(check.cases)}", markup=False, soft_wrap=True)
+
+
+def causes(e: Evidence) -> list[str]:
+    """What was found to lower acceptance, the largest loss first, then what else differs."""
+    found = [(1e9, f"the draft's files may be misread: {text}") for text in e.suspects]
+    c, native = e.causes, e.native
+    if c and native:
+        words, states = native.tau - c.words, c.words - e.reused.tau
+        found.append(
+            (
+                words,
+                f"the answers moved: tau {native.tau:.2f} -> {c.words:.2f} on the target's answers as the base reads "
+                f"them ({c.agreement:.0%} of their tokens are the base's likeliest, KL {c.divergence:.2f} nats)",
+            )
+        )
+        found.append(
+            (
+                states,
+                f"the states moved: tau {c.words:.2f} -> {e.reused.tau:.2f} as the target reads them "
+                f"(cosine {c.cosine:.2f})",
+            )
+        )
+        if c.embedding is not None:
+            found.append(
+                (
+                    c.embedding - e.reused.tau,
+                    f"embedding and head moved: tau {c.embedding:.2f} with the base's in their place",
+                )
+            )
+        if c.missed > c.missed_native:
+            found.append(
+                (
+                    (c.missed - c.missed_native) * native.tau,
+                    f"the draft's reduced vocabulary misses {c.missed:.1%} of the answers' tokens "
+                    f"({c.missed_native:.1%} of the base's)",
+                )
+            )
+        noted = [(loss, text) for loss, text in found if loss >= NOTED * native.tau]
+        found = sorted(noted, key=lambda each: -each[0])
+    said = [text for _, text in found]
+    if c and c.left_out:
+        said.append(f"{c.left_out} answers use tokens that the base lacks, and were not compared")
+    if d := e.changes:
+        if d.template or d.renders:
+            said.append(
+                f"the chat template is another: {d.renders:.0%} of the prompts are rendered otherwise"
+            )
+        if d.added_tokens:
+            said.append(f"the vocabulary grew by {d.added_tokens} tokens")
+        said.append(
+            f"weights: the embedding moved by {d.embedding:.1%} of its norm, the head by {d.head:.1%}"
+        )
+    return said or ["not looked for: name the target's base with --base"]
+
+
+def notes(check: Check) -> list[str]:
+    """What one should know before acting on the verdict."""
+    e, said = check.evidence, []
+    low, high = e.reused.ci
+    if (high - low) / 2 > NARROW * e.reused.tau:
+        said.append(
+            f"tau is known to +- {(high - low) / 2:.2f} only; more prompts (--most) would narrow it"
+        )
+    if check.verdict.faster_plain:
+        said.append("none of the options beats plain decoding here: serve without a draft")
+    if e.native is None:
+        said.append("without --base neither causes nor the closed form are known")
+    said.append(PREDICTED_FROM.format(check.cases))
+    return said
+
+
+def _acceptance(e: Evidence) -> str:
+    low, high = e.reused.ci
+    return f"{e.reused.tau:.2f} [{low:.2f}, {high:.2f}] on {e.prompts} prompts, {e.answer_tokens:,} answer tokens"
+
+
+def _retention(check: Check) -> str:
+    e = check.evidence
+    if e.native and e.retention:
+        share, low, high = e.retention
+        return f"{share:.2f} [{low:.2f}, {high:.2f}] of the draft's tau on its base ({e.native.tau:.2f})"
+    if check.published:
+        low, high = (end / check.published for end in e.reused.ci)
+        share = e.reused.tau / check.published
+        return f"{share:.2f} [{low:.2f}, {high:.2f}] of the figure you gave ({check.published:.2f})"
+    return "not known: name the base with --base, or the draft's published tau with --published"
+
+
+def _at(name: str) -> str:
+    return "now" if name == "now" else f"at recovery {name}"
+
+
+def _table(verdict: Verdict) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in (
+        "option",
+        "tau [95 %]",
+        "speed-up",
+        "right",
+        "target tokens",
+        "time here",
+        "pays after",
+    ):
+        table.add_column(heading)
+    for option in verdict.options:
+        table.add_row(*_row(option))
+    return table
+
+
+def _row(o: Option) -> tuple[str, ...]:
+    tau, low, high = o.tau
+    pays = f"{o.payback_tokens:,} tokens" if o.payback_tokens is not None else "-"
+    return (
+        o.action,
+        f"{tau:.2f} [{low:.2f}, {high:.2f}]",
+        f"{o.speedup[0]:.2f}x" if o.speedup else "?",
+        f"{o.probability:.0%}",
+        f"{o.bill.tokens:,}",
+        f"{o.bill.seconds:,.0f} s" if o.bill.seconds is not None else "?",
+        pays,
+    )

@@ -1,0 +1,248 @@
+"""A check of a draft in use, through the server that uses it: no weights, some requests and its counters.
+
+vLLM counts drafts and accepted tokens; between two readings of its metrics lie our requests. What other
+clients ask in the meantime is counted too, so the check wants a quiet moment, and says when it had none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import httpx
+import numpy as np
+
+from ..console import Progress
+from ..data.endpoint import key_for
+from ..data.rows import read_rows
+from ..engines.counters import Counters, read_counters
+from ..errors import UserError
+from ..formats.chat import Understood, understand
+from .outlook import KEEP, Case, outlook, read_cases
+from .pilot import PLANS
+from .verdict import WORTH, Bill, Pace, Verdict, decide
+
+GROUPS = 8
+"""Groups of prompts, between which the counters are read: tau is resampled over groups."""
+REQUEST_SECONDS = 600.0
+SETTLE_SECONDS = 0.3
+"""Counters lag behind the answers."""
+RESAMPLES = 2000
+UNKNOWN = (
+    "speed-up over plain decoding (serve without the draft and compare, or `redraft check --target`)",
+    "the cause (needs the weights and --base)",
+    "what a refresh in closed form brings (the same)",
+    "seconds of training",
+)
+
+
+@dataclass(frozen=True)
+class ServedCheck:
+    """What a server shows. `tau` has a 95 % interval over groups of prompts; `per_position` is
+    conditional acceptance; `rate` is in tokens per second with `rows` requests at a time. `others` is the
+    share of the counted tokens that were not ours. `unknown` is what cannot be told from here."""
+
+    endpoint: str
+    model: str
+    k: int
+    prompts: int
+    answer_tokens: int
+    tau: tuple[float, float, float]
+    per_position: tuple[float, ...]
+    rate: float
+    rows: int
+    others: float
+    verdict: Verdict
+    cases: int
+    published: float | None
+    unknown: tuple[str, ...] = UNKNOWN
+
+
+def check_served(
+    url: str,
+    source: str,
+    *,
+    rows: int = 1,
+    most: int = 64,
+    max_new_tokens: int = 128,
+    worth: float = WORTH,
+    published: float | None = None,
+    cases: Sequence[Case] | None = None,
+    transport: httpx.BaseTransport | None = None,
+) -> ServedCheck:
+    """Ask `most` prompts of a file, `rows` at a time, of the server at `url` (its root).
+
+    Raises UserError for a server that cannot be reached, has no counters or does not speculate, and for
+    too few prompts.
+    """
+    known = list(cases) if cases is not None else read_cases()
+    asked = _read(source, most)
+    with httpx.Client(
+        base_url=url.rstrip("/"), timeout=REQUEST_SECONDS, headers=_key(url), transport=transport
+    ) as client:
+        server = _Server(url, client)
+        model = server.model()
+        counted, tokens, seconds = [], 0, 0.0
+        before = first = server.counters()
+        with (
+            Progress("asking", len(asked), "prompts") as progress,
+            ThreadPoolExecutor(rows) as pool,
+        ):
+            size = max(-(-len(asked) // GROUPS), 1)
+            for at in range(0, len(asked), size):
+                group = asked[at : at + size]
+                began = time.monotonic()
+                tokens += sum(pool.map(lambda u: server.ask(model, u, max_new_tokens), group))
+                seconds += time.monotonic() - began
+                now = server.settled()
+                counted.append(now.since(before))
+                before = now
+                progress.advance(len(group))
+    whole = before.since(first)
+    if whole.drafts == 0:
+        raise UserError(
+            f"{url} answered {len(asked)} prompts and drafted nothing: it serves {model} without speculation; "
+            "start it with --speculative-config, or check the weights with --target and --draft"
+        )
+    found, k = whole.acceptance(), len(whole.per_position)
+    draws = _resampled(counted)
+    signs = {"reused": found.tau} | ({"native": published} if published else {})
+    rate = tokens / max(seconds, 1e-9)
+    bills = {KEEP: Bill(0, 0.0)} | {
+        action: Bill(round(plan.prompts * tokens / len(asked)), None)
+        for action, plan in PLANS.items()
+    }
+    verdict = decide(
+        outlook(signs, k, {KEEP: draws}, known), Pace(rate / found.tau, None), bills, worth
+    )
+    low, high = np.percentile(draws, [2.5, 97.5])
+    # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
+    emitted = whole.accepted + whole.drafts
+    return ServedCheck(
+        endpoint=url,
+        model=model,
+        k=k,
+        prompts=len(asked),
+        answer_tokens=tokens,
+        tau=(found.tau, float(low), float(high)),
+        per_position=found.per_position,
+        rate=rate,
+        rows=rows,
+        others=max(1 - tokens / max(emitted, 1), 0.0),
+        verdict=verdict,
+        cases=len(known),
+        published=published,
+    )
+
+
+class _Server:
+    """The few requests that a check makes."""
+
+    def __init__(self, url: str, client: httpx.Client):
+        self.url, self.client = url, client
+
+    def model(self) -> str:
+        models = self._json("GET", "/v1/models").get("data") or [{}]
+        name = models[0].get("id")
+        if not isinstance(name, str):
+            raise UserError(f"{self.url}/v1/models names no model; expected an OpenAI-style list")
+        return name
+
+    def counters(self) -> Counters:
+        page = self._reply("GET", "/metrics").text
+        if "vllm:" not in page:
+            raise UserError(
+                f"{self.url}/metrics holds no counters of vLLM, from which acceptance is read; check the "
+                "weights instead: --target, --draft and --prompts"
+            )
+        return read_counters(page)
+
+    def settled(self) -> Counters:
+        """The counters, once they have come to rest."""
+        last = self.counters()
+        while True:
+            time.sleep(SETTLE_SECONDS)
+            now = self.counters()
+            if now == last:
+                return now
+            last = now
+
+    def ask(self, model: str, row: Understood, longest: int) -> int:
+        """The tokens of a greedy answer."""
+        body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": longest}
+        if row.messages:
+            path, body["messages"] = "/v1/chat/completions", _question(row)
+            body |= {"tools": list(row.tools)} if row.tools else {}
+        else:
+            path = "/v1/completions"
+            body["prompt"] = row.text if row.tokens is None else list(row.tokens)
+        usage = self._json("POST", path, body).get("usage") or {}
+        count = usage.get("completion_tokens")
+        if not isinstance(count, int):
+            raise UserError(f"{self.url}{path} does not say how many tokens it wrote (usage)")
+        return count
+
+    def _json(self, verb: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        reply = self._reply(verb, path, body)
+        try:
+            found = reply.json()
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.url}{path} replied with something that is no JSON object")
+        return found
+
+    def _reply(self, verb: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            reply = self.client.request(verb, path, json=body)
+        except httpx.HTTPError as problem:
+            raise UserError(
+                f"{self.url}{path} does not answer ({problem or type(problem).__name__})"
+            ) from None
+        if reply.status_code != 200:
+            raise UserError(
+                f"{self.url}{path} refused (HTTP {reply.status_code}): {reply.text.strip()[:300]}"
+            )
+        return reply
+
+
+def _key(url: str) -> dict[str, str]:
+    key = key_for(url)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _read(source: str, most: int) -> list[Understood]:
+    """The first rows that can be asked. Raises UserError when they are too few to resample."""
+    found: list[Understood] = []
+    for _, row in read_rows(source):
+        if isinstance(row, dict):
+            try:
+                found.append(understand(row))
+            except ValueError:
+                continue  # the count below says how many were of use
+        if len(found) == most:
+            break
+    if len(found) < GROUPS:
+        raise UserError(
+            f"{source} has {len(found)} prompts of use (asked for {most}): too few for any verdict, "
+            f"which needs {GROUPS} at least; `redraft prompts inspect` says what is wrong with the others"
+        )
+    return found
+
+
+def _question(row: Understood) -> list[dict[str, Any]]:
+    """The messages up to the last user turn."""
+    last = max((at for at, m in enumerate(row.messages) if m["role"] == "user"), default=-1)
+    return list(islice(row.messages, last + 1))
+
+
+def _resampled(groups: Sequence[Counters]) -> Any:
+    """Tau under draws of the groups, float64 [RESAMPLES]."""
+    accepted = np.array([group.accepted for group in groups], dtype=float)
+    drafts = np.array([group.drafts for group in groups], dtype=float)
+    draws = np.random.default_rng(0).integers(0, len(groups), (RESAMPLES, len(groups)))
+    return 1 + accepted[draws].sum(1) / np.maximum(drafts[draws].sum(1), 1)

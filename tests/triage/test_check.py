@@ -1,0 +1,134 @@
+"""The check as a whole: what it asks, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from redraft.cli.app import app
+from redraft.config import TrainConfig
+from redraft.data import regenerate as regenerate_module
+from redraft.errors import UserError
+from redraft.formats.load import read_draft
+from redraft.records import to_json
+from redraft.target import Target
+from redraft.triage import evidence as module
+from redraft.triage.check import check
+from redraft.triage.evidence import gather
+from redraft.triage.outlook import Case, as_json
+from tests.conftest import write_prompts
+
+QUICK = TrainConfig(batch_tokens=512)
+
+
+def test_a_check_of_a_fine_tune(
+    target: Target,
+    tuned: Callable[..., Target],
+    draft_folder: Path,
+    prompts_file: Path,
+    cases: list[Case],
+    tmp_path: Path,
+) -> None:
+    child, stored = tuned(0.02), read_draft(str(draft_folder))
+    found = check(
+        child,
+        stored,
+        str(prompts_file),
+        tmp_path / "out",
+        base=target,
+        most=20,
+        max_new_tokens=24,
+        train=QUICK,
+        cases=cases,
+    )
+    e = found.evidence
+    assert e.native is not None
+    assert e.retention is not None
+    assert e.retention[0] == pytest.approx(e.reused.tau / e.native.tau)
+    assert e.retention[1] < e.retention[0] < e.retention[2]
+    assert e.refreshed is not None
+    assert [option.action for option in found.verdict.options] == [
+        "keep",
+        "refresh",
+        "adapt",
+        "retrain",
+    ]
+    assert sum(option.probability for option in found.verdict.options) == pytest.approx(1.0)
+    step = 4 * found.cost.c + found.cost.v(4)
+    assert found.speeds["now"] == pytest.approx(e.reused.tau / step)
+    assert all(option.bill.seconds is not None for option in found.verdict.options)
+    json.dumps(to_json(found))
+
+
+def test_a_check_resumes_without_asking_twice(
+    target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts_file = write_prompts(tmp_path / "p.jsonl", 40)
+    monkeypatch.setattr(module, "NARROW", 0.0)  # never narrow enough: all are asked
+    asked: list[int] = []
+    true = regenerate_module.generate_answers
+
+    def counting(target: Target, prompts: Any, plan: Any, **more: Any) -> Any:
+        asked.append(sum(map(len, plan)))
+        return true(target, prompts, plan, **more)
+
+    monkeypatch.setattr(regenerate_module, "generate_answers", counting)
+    stored, out = read_draft(str(draft_folder)), tmp_path / "out"
+    gather(target, stored, str(prompts_file), out, most=20, max_new_tokens=16)
+    again = gather(target, stored, str(prompts_file), out, most=40, max_new_tokens=16)
+    assert again.evidence.prompts == 40
+    assert asked == [16, 4, 16, 8], "the first batch was asked again"
+
+
+def test_prompts_are_asked_until_tau_is_known(
+    target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 64)
+    stored = read_draft(str(draft_folder))
+    found = {}
+    for narrow in (10.0, 0.0):
+        monkeypatch.setattr(module, "NARROW", narrow)
+        seen = gather(target, stored, str(file), tmp_path / str(narrow), most=48, max_new_tokens=16)
+        found[narrow] = seen.evidence.prompts
+    assert found == {10.0: 16, 0.0: 48}
+
+
+def test_too_few_prompts_for_any_verdict(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 5)
+    with pytest.raises(
+        UserError, match="5 prompts with an answer to draft for are too few .* 8 at"
+    ):
+        gather(target, read_draft(str(draft_folder)), str(file), tmp_path / "out")
+
+
+def test_the_command(
+    target_folder: Path,
+    draft_folder: Path,
+    prompts_file: Path,
+    cases: list[Case],
+    tmp_path: Path,
+) -> None:
+    table = tmp_path / "cases.json"
+    table.write_text(json.dumps(as_json(cases)))
+    asked = ["check", "--prompts", str(prompts_file), "--cases", str(table), "--most", "16"]
+    asked += ["--max-new-tokens", "16", "--batch-tokens", "512"]
+    models = ["--target", str(target_folder), "--draft", str(draft_folder)]
+    run = CliRunner().invoke(app, [*asked, *models, "--base", str(target_folder)])
+    assert run.exit_code == 0, run.output
+    for word in ("retention    1.00", "speed here", "closed form", "verdict      ", "error prob"):
+        assert word in run.output
+    alone = CliRunner().invoke(app, [*asked, *models, "--json", "--published", "2.5"])
+    found = json.loads(alone.stdout)
+    assert found["evidence"]["native"] is None
+    assert [o["action"] for o in found["verdict"]["options"]] == ["keep", "adapt", "retrain"]
+    nothing = CliRunner().invoke(app, asked)
+    assert isinstance(nothing.exception, UserError)
+    both = CliRunner().invoke(app, [*asked, *models, "--endpoint", "http://127.0.0.1:1"])
+    assert "cannot use --target, --draft" in str(both.exception)

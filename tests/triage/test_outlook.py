@@ -1,0 +1,119 @@
+"""Predictions: the line is found, and the stated error is that of kinds never seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import BayesianRidge
+
+from redraft.errors import UserError
+from redraft.triage import outlook as module
+from redraft.triage.outlook import (
+    PREDICTED,
+    Case,
+    as_json,
+    outlook,
+    predict,
+    read_cases,
+    tau_of,
+    z_of,
+)
+from tests.triage.conftest import made_up_cases
+
+
+def test_tau_and_its_place_on_the_line() -> None:
+    for tau in (1.1, 2.5, 4.9):
+        assert tau_of(z_of(tau, 4), 4) == pytest.approx(tau)
+    assert z_of(3.0, 4) == 0.0  # half way between 1 and 5
+    assert z_of(1.0, 4) == pytest.approx(z_of(1.02, 4))
+    assert z_of(5.0, 4) == pytest.approx(-z_of(1.0, 4))
+
+
+def test_a_line_is_found(cases: list[Case]) -> None:
+    exact = made_up_cases(noise=0.0)
+    signs = {"reused": 1.5, "words": 2.0, "native": 3.0, "entropy": 1.0}
+    middle, errors = predict(signs, 4, exact)
+    true = 0.5 * z_of(1.5, 4) + 0.3 * z_of(2.0, 4) + 0.4
+    assert middle["adapt"] == pytest.approx(true, abs=0.01)
+    assert middle["retrain"] == pytest.approx(true + 0.5, abs=0.01)
+    assert np.abs(errors).max() < 0.05
+    assert np.abs(predict(signs, 4, cases)[1]).max() > 0.1
+
+
+def by_hand(cases: list[Case], skip_own_kind: bool) -> np.ndarray:
+    """The errors on each case by a model that did (or did not) see its kind, one case at a time."""
+    names = ("reused", "entropy", "native", "words")
+
+    def signs(case: Case) -> list[float]:
+        return [case.signs[n] if n == "entropy" else z_of(case.signs[n], 4) for n in names]
+
+    errors = []
+    for case in cases:
+        seen = [c for c in cases if not skip_own_kind or c.kind != case.kind]
+        x = np.array([signs(c) for c in seen])
+        middle, spread = x.mean(0), x.std(0)
+        row = []
+        for action in PREDICTED:
+            y = [z_of(c.taus[action], 4) for c in seen]
+            model = BayesianRidge().fit((x - middle) / spread, y)
+            guess = model.predict((np.array([signs(case)]) - middle) / spread)[0]
+            row.append(z_of(case.taus[action], 4) - guess)
+        errors.append(row)
+    return np.array(errors)
+
+
+def test_errors_are_those_on_kinds_left_out(cases: list[Case]) -> None:
+    _, errors = predict(cases[0].signs, 4, cases)
+    np.testing.assert_allclose(errors, by_hand(cases, True), atol=1e-6)
+    # an error that is told on the cases it was fitted on flatters itself, and is told apart
+    flattering = by_hand(cases, False)
+    assert np.abs(flattering).mean() < np.abs(errors).mean()
+    assert not np.allclose(flattering, errors, atol=1e-3)
+
+
+def test_intervals_hold_what_they_say() -> None:
+    """On new cases of the same making, 95 % intervals hold most outcomes; halved ones do not."""
+    known, new = made_up_cases(40), made_up_cases(60, seed=9)
+    held = narrow = 0
+    for case in new:
+        seen = outlook(case.signs, 4, {"keep": [case.signs["reused"]]}, known)
+        middle, low, high = seen.interval("adapt")
+        held += low <= case.taus["adapt"] <= high
+        narrow += abs(case.taus["adapt"] - middle) <= (high - low) / 8
+    assert held / len(new) >= 0.85
+    assert narrow / len(new) < 0.7
+
+
+def test_the_signs_that_are_there_are_used(cases: list[Case]) -> None:
+    signs = dict(cases[0].signs)
+    widths = []
+    for names in (("reused", "entropy", "native", "words"), ("reused",)):
+        seen = outlook({n: signs[n] for n in names}, 4, {"keep": [1.2, 1.3]}, cases)
+        assert set(seen.draws) == {"keep", "adapt", "retrain"}
+        assert set(np.round(seen.draws["keep"], 6)) == {1.2, 1.3}
+        _, low, high = seen.interval("adapt")
+        widths.append(high - low)
+    assert widths[1] > widths[0], "knowing less must not look surer"
+
+
+def test_tables_that_say_too_little(cases: list[Case], tmp_path: Path) -> None:
+    for few in (cases[:5], [c for c in cases if c.kind in ("sft", "lora")]):
+        with pytest.raises(UserError, match="a prediction needs 8 known cases of three kinds"):
+            predict(cases[0].signs, 4, few)
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps(as_json(cases)))
+    again = read_cases(file)
+    assert again == cases
+    file.write_text("{}")
+    with pytest.raises(UserError, match="no table of known cases"):
+        read_cases(file)
+
+
+def test_the_table_that_comes_with_redraft() -> None:
+    known = read_cases(module.SHIPPED)
+    assert len(known) >= module.FEWEST
+    assert len({case.kind for case in known}) >= 3
+    predict(known[0].signs, known[0].k, known)

@@ -1,0 +1,110 @@
+"""A check through a server: its counters, and everything that is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from redraft.errors import UserError
+from redraft.triage import served as module
+from redraft.triage.outlook import Case
+from redraft.triage.served import check_served
+from tests.conftest import write_prompts
+
+K = 3
+
+
+class FakeVllm:
+    """Every answer takes five steps, which accept 2, 1, 0, 3 and 0 of three tokens; the first token is the
+    prefill's. `stranger` adds steps of somebody else."""
+
+    def __init__(self, speculates: bool = True, counts: bool = True, stranger: int = 0):
+        self.speculates, self.counts, self.stranger = speculates, counts, stranger
+        self.lock, self.answered = threading.Lock(), 0
+        self.bodies: list[Any] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "tiny"}]})
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text=self.metrics())
+        with self.lock:
+            self.answered += 1
+            self.bodies.append((request.url.path, json.loads(request.content)))
+        return httpx.Response(200, json={"usage": {"completion_tokens": 1 + 5 + 6}})
+
+    def metrics(self) -> str:
+        if not self.counts:
+            return "process_cpu_seconds_total 3.0\n"
+        if not self.speculates:
+            return "vllm:generation_tokens_total 3.0\n"
+        n = self.answered * (1 + self.stranger)
+        totals = {"drafts": 5 * n, "draft_tokens": 15 * n, "accepted_tokens": 6 * n}
+        lines = [f'vllm:spec_decode_num_{k}_total{{engine="0"}} {v}.0' for k, v in totals.items()]
+        for at, count in enumerate((3, 2, 1)):
+            lines.append(
+                "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+                f'{{engine="0",position="{at}"}} {count * n}.0'
+            )
+        return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+
+
+def ask(fake: FakeVllm, prompts: Path, cases: list[Case], **more: Any) -> Any:
+    transport = httpx.MockTransport(fake)
+    return check_served("http://box:8000", str(prompts), cases=cases, transport=transport, **more)
+
+
+def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
+    fake = FakeVllm()
+    found = ask(fake, prompts_file, cases, most=20, rows=4)
+    assert found.tau == (2.2, 2.2, 2.2)  # 1 + 6 / 5, whichever prompts are drawn
+    assert found.per_position == (3 / 5, 2 / 3, 1 / 2)
+    assert (found.k, found.prompts, found.answer_tokens) == (K, 20, 240)
+    assert found.others == 0.0
+    assert len(fake.bodies) == 20
+    path, body = fake.bodies[0]
+    assert path == "/v1/chat/completions"
+    assert body["messages"][-1]["role"] == "user"
+    assert body["temperature"] == 0
+    assert all(option.speedup is None for option in found.verdict.options)
+    assert any("speed-up" in text for text in found.unknown)
+    busy = ask(FakeVllm(stranger=1), prompts_file, cases, most=20)
+    assert busy.others == pytest.approx(1 - 240 / 440)
+    given = ask(FakeVllm(), prompts_file, cases, most=20, published=3.0)
+    assert given.verdict != found.verdict, "the published figure tells nothing"
+
+
+@pytest.mark.parametrize(
+    ("fake", "message"),
+    [
+        (FakeVllm(speculates=False), "without speculation; start it with --speculative-config"),
+        (FakeVllm(counts=False), "/metrics holds no counters of vLLM"),
+        (lambda request: httpx.Response(503, text="loading"), r"refused \(HTTP 503\): loading"),
+        (lambda request: httpx.Response(200, text="<html>"), "no JSON object"),
+        (lambda request: httpx.Response(200, json={}), "names no model"),
+    ],
+)
+def test_servers_that_cannot_be_checked(
+    fake: Any, message: str, prompts_file: Path, cases: list[Case]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ask(fake, prompts_file, cases)
+
+
+def test_nobody_there_and_too_few_prompts(
+    prompts_file: Path, cases: list[Case], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="does not answer"):
+        check_served("http://127.0.0.1:9", str(prompts_file), cases=cases)
+    with pytest.raises(UserError, match="has 3 prompts of use .* needs 8 at least"):
+        ask(FakeVllm(), write_prompts(tmp_path / "few.jsonl", 3), cases)
