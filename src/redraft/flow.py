@@ -107,7 +107,7 @@ def adapt(
             raise UserError(f"off-domain name '{name}': use letters, digits, - and _")
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     source, resolved = _source(prompts, answers, resolved)
-    shared = read_draft(_source_of(draft))
+    shared = read_draft(_source_of(draft)).fitted(target)
     # What does not fit is refused before anything is paid for.
     check_backend(resolved.config.regenerate, 0)
     refuse_routed(getattr(shared.config, "routed", None))

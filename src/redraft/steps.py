@@ -159,7 +159,7 @@ def train_command(
         said = target.check_says(chosen)
         say(f"the stored states make {said:.1%} of the answers' tokens the likeliest")
     if draft is not None:
-        shared = read_draft(draft)
+        shared = read_draft(draft).fitted(target)
         part = train_private(target, shared, chosen, held, config, k, out / "checkpoints", base)
         save_private(out, part)
         return TrainRecord(**part.card["train"])

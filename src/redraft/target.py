@@ -168,9 +168,13 @@ class Target:
         text = self.template or str(getattr(self.tokenizer, "chat_template", None))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def tokenizer_hash(self) -> str:
-        """Identifies the mapping from token to id, whatever files it is stored in."""
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+    def tokenizer_hash(self, without: int = 0) -> str:
+        """Identifies the mapping from token to id, whatever files it is stored in.
+
+        `without` leaves out so many of the highest ids, to see what a grown vocabulary grew from.
+        """
+        tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        vocabulary = json.dumps(sorted(tokens[: len(tokens) - without]))
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 

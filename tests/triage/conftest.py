@@ -34,7 +34,7 @@ def made_up_cases(count: int = 25, noise: float = 0.1, seed: int = 0) -> list[Ca
         adapt, retrain = (float(t) for t in tau_of(ends, 4))
         taus = {"keep": signs["reused"], "refresh": signs["reused"], "adapt": adapt}
         taus["retrain"] = retrain
-        cases.append(Case(f"m{at}", "made up", kind, 4, signs, taus, {}, 16, 100.0, 1.5))
+        cases.append(Case(f"m{at}", "made up", kind, 4, signs, taus, {}, {}, 16, 100.0, 1.5))
     return cases
 
 

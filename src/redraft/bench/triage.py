@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +42,8 @@ EVALUATED = 128
 HELDOUT = 32
 LONGEST = 128
 """Tokens of an answer; a family's are shorter."""
+QUANTILES = np.linspace(0.0125, 0.9875, 40)
+"""Of what a check's prompts leave open, kept with a case."""
 TRAINING = TrainConfig(loss="ce", batch_tokens=512)
 
 
@@ -92,8 +95,10 @@ class _Bench:
         self.domain, self.kind = about["domain"], about["kind"]
         self.target, self.base = load_member(family, name), load_target(str(family / "base"))
         self.stored = read_draft(str(family / "draft"))
+        self.fitted = self.stored.fitted(self.target)
 
     def case(self) -> Case:
+        """What a check sees. Its prompts are not those that outcomes are measured on."""
         seen = gather(
             self.target,
             self.stored,
@@ -104,40 +109,52 @@ class _Bench:
             max_new_tokens=LONGEST,
             train=TRAINING,
         )
-        evaluated = self._answers("eval", EVALUATED)
-        stopped_by = self._answers("heldout", HELDOUT)
-        pool = self._answers("adapt", PLANS[RETRAIN].prompts)
-        shared = self.stored.build(self.target)
-        steps: dict[str, list[StepTrace]] = {
-            KEEP: replay(self.target, shared, evaluated, K),
-            REFRESH: self._refreshed(seen.answers, evaluated),
-            **{
-                action: self._trained(action, method, pool, stopped_by, evaluated)
-                for action, method in ((ADAPT, TRAINING.method), (RETRAIN, "scratch"))
-            },
-        }
-        used = {action: [t for t in traces if t.accepted] for action, traces in steps.items()}
-        prompt = max((answer.prompt for answer in evaluated), key=len)
-        cost = measure_cost(self.target, shared, prompt, most=K)
+        came = self.outcome(seen.answers)
+        prompt = max((answer.prompt for answer in seen.answers), key=len)
+        cost = measure_cost(self.target, self.stored.build(self.target), prompt, most=K)
         return Case(
             name=self.name,
             family=self.manifest["size"],
             kind=self.kind,
             k=K,
             signs=seen.evidence.signs(),
-            taus={action: pooled_tau(traces) for action, traces in used.items()},
-            intervals={action: bootstrap_tau(traces) for action, traces in used.items()},
+            seen={name: np.quantile(d, QUANTILES).tolist() for name, d in seen.draws.items()},
             asked=seen.evidence.prompts,
             plain=1 / cost.target,
             step=K * cost.c + cost.v(K),
+            **came,
         )
+
+    def outcome(self, few: list[Answer]) -> dict[str, Any]:
+        """Tau by action on prompts that nothing else saw; the dear part, kept in a file of its own."""
+        file = self.work / "outcome.json"
+        if file.is_file():
+            return read_json(file)
+        evaluated = self._answers("eval", EVALUATED)
+        stopped_by = self._answers("heldout", HELDOUT)
+        pool = self._answers("adapt", PLANS[RETRAIN].prompts)
+        steps: dict[str, list[StepTrace]] = {
+            KEEP: replay(self.target, self.stored.build(self.target), evaluated, K),
+            REFRESH: self._refreshed(few, evaluated),
+            **{
+                action: self._trained(action, method, pool, stopped_by, evaluated)
+                for action, method in ((ADAPT, TRAINING.method), (RETRAIN, "scratch"))
+            },
+        }
+        used = {action: [t for t in traces if t.accepted] for action, traces in steps.items()}
+        found = {
+            "taus": {action: pooled_tau(traces) for action, traces in used.items()},
+            "intervals": {action: bootstrap_tau(traces) for action, traces in used.items()},
+        }
+        write_text(file, json.dumps(found, indent=1) + "\n")
+        return found
 
     def _refreshed(self, answers: list[Answer], evaluated: list[Answer]) -> list[StepTrace]:
         config = dataclasses.replace(TRAINING, method=REFRESHING, epochs=0.0)
         part = train_private(
-            self.target, self.stored, answers, answers[-4:], config, K, base=self.base
+            self.target, self.fitted, answers, answers[-4:], config, K, base=self.base
         )
-        fused: StoredDraft = fuse_draft(self.stored, part, self.target)
+        fused: StoredDraft = fuse_draft(self.fitted, part, self.target)
         return replay(self.target, fused.build(self.target), evaluated, K)
 
     def _trained(

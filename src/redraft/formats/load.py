@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..drafts.base import Draft
+from ..drafts.eagle3 import Eagle3Config
 from ..drafts.table import Shape
 from ..drafts.token_lm import TokenLMConfig
 from ..errors import UserError
@@ -24,6 +25,7 @@ from . import eagle, eagle3, speculators, token_lm
 from .card import model_card
 from .exports import default_format, lay_out
 from .folders import find_folder, read_json, read_tensors, state_hash, write_folder
+from .grown import grew, grow
 from .padding import pad_ffn
 from .routed import refuse_routed
 
@@ -60,12 +62,25 @@ class StoredDraft:
         """A network computing in `dtype` (default: the target's, else as stored), bound to `target`."""
         if dtype is None:
             dtype = target.dtype if target is not None else _main_dtype(self.tensors)
-        draft: Draft = BUILDERS[self.kind](self.config, self.tensors, dtype)
+        fitting = self if target is None else self.fitted(target)
+        draft: Draft = BUILDERS[self.kind](fitting.config, fitting.tensors, dtype)
         draft.source = str(self.folder)
         if target is not None:
             check_tokenizer(self, target)
             draft.bind(target)
         return draft
+
+    def fitted(self, target: Target) -> StoredDraft:
+        """This draft under the vocabulary of a target whose own grew (see `grown.py`), else as it is."""
+        if not isinstance(self.config, Eagle3Config) or target.vocab_size <= self.config.vocab_size:
+            return self
+        if target.hidden_size != self.config.hidden_size or target.tokenizer is None:
+            return self  # of another family, as `bind` will say
+        recorded = self.provenance.get("tokenizer_hash")
+        if recorded is None or not grew(target, recorded):
+            return self
+        config, tensors = grow(self.config, self.tensors, target)
+        return dataclasses.replace(self, config=config, tensors=tensors)
 
     def with_tensors(self, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> StoredDraft:
         """This draft with other tensors, whose FFN may be wider."""
@@ -214,7 +229,8 @@ def check_tokenizer(stored: StoredDraft, target: Target) -> None:
     recorded = stored.provenance.get("tokenizer_hash")
     if target.tokenizer is None:
         return  # a bare model, in whose `generate` the draft runs
-    if recorded is not None and recorded != target.tokenizer_hash():
+    known = recorded in (None, target.tokenizer_hash())
+    if not known and not grew(target, str(recorded)):
         raise UserError(
             f"tokenizers differ: {stored.folder} was made for tokenizer {recorded}, target "
             f"{target.name} has {target.tokenizer_hash()}; token ids would mean other words"

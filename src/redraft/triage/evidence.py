@@ -137,7 +137,9 @@ def gather(
         base, [p for p in theirs if p.id in asked], out / "native.jsonl", k, max_new_tokens
     )
     on_base = _walked(replay(base, stored.build(base), native, k))
-    refreshed, rise = _refresh(target, base, stored, answers, k, train or TrainConfig())
+    refreshed, rise = _refresh(
+        target, base, stored.fitted(target), answers, k, train or TrainConfig()
+    )
     if refreshed:
         draws[REFRESH] = draws[KEEP] + rise
     evidence = dataclasses.replace(

@@ -46,7 +46,8 @@ class Case:
 
     `signs` are tau as reused, of the base's draft on its base (native), on the target's answers as the base
     reads them (words), and the target's entropy along its answers in nats per token, from `asked` prompts.
-    `taus` are measured by action, with 95 % `intervals` over other prompts. `plain` is plain decoding in
+    `seen` are quantiles of tau as kept and as refreshed, as those prompts leave it open.
+    `taus` are measured by action, with 95 % `intervals`, over other prompts. `plain` is plain decoding in
     tokens/s, and `step` what a speculative step costs in plain ones, where it was measured.
     """
 
@@ -56,7 +57,8 @@ class Case:
     k: int
     signs: dict[str, float]
     taus: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, list[float]]
+    seen: dict[str, list[float]]
     asked: int
     plain: float
     step: float
@@ -98,6 +100,7 @@ def predict(
     Raises UserError when the table is too small or has one kind only.
     """
     names = next(names for names in SIGNS if all(name in signs for name in names))
+    cases = [case for case in cases if all(name in case.signs for name in names)]
     if len(cases) < FEWEST or len({case.kind for case in cases}) < 3:
         raise UserError(
             f"a prediction needs {FEWEST} known cases of three kinds at least, the table has "

@@ -1,0 +1,152 @@
+"""How well a check predicts: every known case judged by a table that lacks its whole kind.
+
+Truth and verdict go by the same rule (`triage/verdict.py`), once on what was measured, once on what was
+predicted from a few prompts. Regret is what a policy leaves on the table, in tokens per second of plain decoding
+measured beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from ..triage.outlook import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Case, Outlook, outlook
+from ..triage.verdict import Bill, Pace, Verdict, cheapest_close, decide
+
+LEAST_GAP = 0.15
+"""Recovery is told where a draft trained anew gains at least this much tau."""
+WORTH = 0.1
+FREE = dict.fromkeys(ACTIONS, Bill(0, 0.0))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A case with the outlook that other kinds give it, the verdict on that, and the right one.
+
+    `recovery` is measured, `predicted` with a 95 % interval; None where the gap is too small.
+    """
+
+    case: Case
+    seen: Outlook
+    verdict: Verdict
+    right: str
+    recovery: float | None
+    predicted: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Over the cases with a recovery: mean absolute error, that of predicting the others' mean, rank
+    correlation, and the share of 95 % intervals that hold the measured recovery. Over all: the share of right
+    verdicts, and the mean of their stated error probabilities."""
+
+    cases: int
+    error: float
+    naive: float
+    spearman: float
+    coverage: float
+    right: float
+    stated: float
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Mean speed under a policy, its mean shortfall from the best action (tokens/s, and as a share), and how
+    many of the cases it repairs, and repairs though a cheaper action was close."""
+
+    name: str
+    speed: float
+    regret: float
+    share: float
+    repairs: int
+    needless: int
+
+
+def judge(cases: Sequence[Case]) -> list[Judged]:
+    """Every case that was seen with its base, by the cases of other kinds."""
+    found = []
+    for case in cases:
+        others = [other for other in cases if other.kind != case.kind]
+        seen = outlook(case.signs, case.k, case.seen, others)
+        pace = Pace(case.plain / case.step, 1 / case.step)
+        verdict = decide(seen, pace, FREE, WORTH)
+        gap = case.taus[RETRAIN] - case.taus[KEEP]
+        told = gap > LEAST_GAP
+        found.append(
+            Judged(
+                case,
+                seen,
+                verdict,
+                right_action(case),
+                (case.taus[ADAPT] - case.taus[KEEP]) / gap if told else None,
+                _recovery(seen) if told else None,
+            )
+        )
+    return found
+
+
+def right_action(case: Case) -> str:
+    """The cheapest action whose measured tau is within `WORTH` of the best."""
+    names = [action for action in ACTIONS if action in case.taus]
+    taus = np.array([[case.taus[action]] for action in names])
+    return names[int(cheapest_close(taus, WORTH)[0])]
+
+
+def calibration(judged: Sequence[Judged]) -> Calibration:
+    """The figures of all cases together."""
+    told = [j for j in judged if j.predicted is not None]
+    measured = np.array([j.recovery for j in told], dtype=float)
+    middle, low, high = np.array([j.predicted for j in told]).T
+    kinds = np.array([j.case.kind for j in told])
+    naive = [
+        abs(r - measured[kinds != kind].mean()) for r, kind in zip(measured, kinds, strict=True)
+    ]
+    return Calibration(
+        len(told),
+        float(np.abs(middle - measured).mean()),
+        float(np.mean(naive)),
+        float(spearmanr(middle, measured).statistic),
+        float(((low <= measured) & (measured <= high)).mean()),
+        float(np.mean([j.verdict.action == j.right for j in judged])),
+        float(np.mean([j.verdict.error for j in judged])),
+    )
+
+
+def policies(judged: Sequence[Judged]) -> list[Policy]:
+    """The verdict against doing always the same, and against knowing the right action."""
+    ways: dict[str, Callable[[Judged], str]] = {
+        "the verdict": lambda j: j.verdict.action,
+        "never adapt": lambda j: KEEP,
+        "always refresh": lambda j: REFRESH if REFRESH in j.case.taus else KEEP,
+        "always adapt": lambda j: ADAPT,
+        "always retrain": lambda j: RETRAIN,
+        "the right action, known beforehand": lambda j: j.right,
+    }
+    return [_policy(name, way, judged) for name, way in ways.items()]
+
+
+def _policy(name: str, way: Callable[[Judged], str], judged: Sequence[Judged]) -> Policy:
+    per_tau = np.array([j.case.plain / j.case.step for j in judged])
+    got = per_tau * np.array([j.case.taus[way(j)] for j in judged])
+    best = per_tau * np.array([max(j.case.taus.values()) for j in judged])
+    repaired = [j for j in judged if way(j) != KEEP]
+    return Policy(
+        name,
+        float(got.mean()),
+        float((best - got).mean()),
+        float(((best - got) / best).mean()),
+        len(repaired),
+        sum(ACTIONS.index(way(j)) > ACTIONS.index(j.right) for j in repaired),
+    )
+
+
+def _recovery(seen: Outlook) -> tuple[float, float, float]:
+    """Median and 95 % interval of recovery over the outlook's draws."""
+    keep, adapt, retrain = (seen.draws[action] for action in (KEEP, ADAPT, RETRAIN))
+    gap: Any = np.maximum(retrain - keep, LEAST_GAP)
+    low, middle, high = np.percentile((adapt - keep) / gap, [2.5, 50, 97.5])
+    return float(middle), float(low), float(high)

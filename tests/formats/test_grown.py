@@ -1,0 +1,107 @@
+"""A target with added tokens keeps its draft, which goes on saying the tokens it knew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from redraft.config import resolve
+from redraft.decode.sampling import Sampling
+from redraft.errors import UserError
+from redraft.flow import adapt
+from redraft.formats.load import StoredDraft, read_draft
+from redraft.measuring.measure import answer_all
+from redraft.measuring.replay import replay
+from redraft.records import Prompt
+from redraft.target import Target, load_target
+from tests.conftest import write_prompts
+
+
+@pytest.fixture(scope="module")
+def grown(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    """The target with three more tokens, which it never says."""
+    child = load_target(str(target_folder))
+    child.tokenizer.add_tokens(["<call>", "</call>", "<think>"])
+    child.model.resize_token_embeddings(len(child.tokenizer))
+    with torch.no_grad():
+        child.model.get_output_embeddings().weight[-3:] = 0.0
+    folder = tmp_path_factory.mktemp("grown")
+    child.model.save_pretrained(folder)
+    child.tokenizer.save_pretrained(folder)
+    return load_target(str(folder))
+
+
+def own_embedding(stored: StoredDraft, target: Target) -> StoredDraft:
+    embedded = {**stored.tensors, "embed_tokens.weight": target.embedding_VH.clone()}
+    return dataclasses.replace(stored, tensors=embedded)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_draft_does_as_before(
+    target: Target, grown: Target, prompts: list[Prompt], draft_folder: Path, own: bool
+) -> None:
+    stored = read_draft(str(draft_folder))
+    if own:
+        stored = own_embedding(stored, target)
+    assert stored.fitted(target) is stored
+    fitted = stored.fitted(grown)
+    assert fitted.config.vocab_size == target.vocab_size + 3
+    assert int(fitted.tensors["t2d"].sum()) == target.vocab_size
+    answers = answer_all(grown, prompts[:6], 16, 4, Sampling())
+    before = replay(target, stored.build(target), answers, 4)
+    assert replay(grown, stored.build(grown), answers, 4) == before
+    assert sum(trace.gained for trace in before) > 0
+    if own:
+        rows = fitted.tensors["embed_tokens.weight"][-3:]
+        assert torch.equal(rows, grown.embedding_VH[-3:])
+
+
+def test_a_grown_target_is_adapted_and_exported(
+    grown: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 24)
+    settings = {
+        "train.epochs": 1,
+        "train.batch_tokens": 512,
+        "measure.eval_limit": 4,
+        "measure.heldout": 4,
+        "measure.eval_new_tokens": 16,
+        "regenerate.max_new_tokens": 16,
+    }
+    resolved = resolve([("test", settings)])
+    found = adapt(grown, str(draft_folder), str(file), out=tmp_path / "run", config=resolved)
+    exported = read_draft(str(found.run / "draft"))
+    assert exported.config.vocab_size == grown.vocab_size
+    assert exported.fitted(grown) is exported
+
+
+def test_other_tokenizers_are_no_growth(
+    target: Target, tuned_tokens: Callable[[], Target], draft_folder: Path
+) -> None:
+    stranger = tuned_tokens()
+    stored = read_draft(str(draft_folder))
+    assert stored.fitted(stranger) is stored
+    with pytest.raises(UserError, match="tokenizers differ"):
+        stored.build(stranger)
+
+
+@pytest.fixture
+def tuned_tokens(target_folder: Path) -> Callable[[], Target]:
+    """A target whose tokenizer has as many tokens more, and one of the old ones under another id."""
+
+    def make() -> Target:
+        child = load_target(str(target_folder))
+        child.tokenizer.add_tokens(["<call>"])
+        child.model.resize_token_embeddings(len(child.tokenizer))
+        child.vocab_size += 1
+        true = child.tokenizer.get_vocab()
+        first, second = sorted(true, key=true.__getitem__)[10:12]
+        swapped = {**true, first: true[second], second: true[first]}
+        child.tokenizer.get_vocab = lambda: swapped
+        return child
+
+    return make
