@@ -23,6 +23,7 @@ from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from repair_page import demo_output, measured_table, results_page
 from selection_page import draw_selection, selection_page
+from triage_page import draw_triage, triage_page
 
 from redraft.config import recipe_names, stage_fields
 from redraft.methods import PARTS
@@ -34,6 +35,7 @@ COMMANDS = [
         [name]
         for name in (
             "demo",
+            "check",
             "adapt",
             "regenerate",
             "select",
@@ -53,6 +55,9 @@ COMMANDS = [
     ["bench", "repair"],
     ["bench", "decode"],
     ["bench", "methods"],
+    ["bench", "selection"],
+    ["bench", "triage"],
+    ["prompts", "inspect"],
 ]
 
 
@@ -71,6 +76,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "results" / "methods.md": methods_page(),
         ROOT / "docs" / "results" / "selection.md": selection_page(),
+        ROOT / "docs" / "results" / "triage.md": triage_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),
@@ -161,6 +167,7 @@ def main() -> int:
     if "--check" not in sys.argv:
         draw_figures()
         draw_selection()
+        draw_triage()
     elif stale:
         print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
         return 1
