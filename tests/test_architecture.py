@@ -23,7 +23,7 @@ LAYERS = [
     {"report", "run_folder"},
     {"engines"},
     {"steps", "custom_generate"},
-    {"rounds"},
+    {"rounds", "safety"},
     {"summary"},
     {"flow"},
     {"bench"},
