@@ -23,7 +23,7 @@ LAYERS = [
     {"report", "run_folder"},
     {"engines"},
     {"steps", "custom_generate"},
-    {"rounds", "triage"},
+    {"rounds", "triage", "safety"},
     {"summary"},
     {"flow"},
     {"bench"},

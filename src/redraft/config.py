@@ -272,6 +272,19 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class SafetyConfig:
+    """What is asked of safety prompts, where a file of them is named."""
+
+    temperature: float = _opt(
+        0.7, "sampling temperature of the seeded and sampled answers", low=1e-3
+    )
+    samples: int = _opt(8, "sampled answers per prompt, without and with the draft", low=1)
+    limit: int = _opt(200, "safety prompts used, from the file's beginning", low=1)
+    max_new_tokens: int = _opt(64, "longest sampled answer, in tokens", low=2)
+    seed: int = _opt(0, "seed of the sampled answers")
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """The stock checkpoint that is written."""
 
@@ -290,6 +303,7 @@ class AdaptConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
@@ -298,6 +312,7 @@ STAGES: dict[str, Any] = {
     "select": SelectConfig,
     "train": TrainConfig,
     "measure": MeasureConfig,
+    "safety": SafetyConfig,
     "export": ExportConfig,
 }
 

@@ -46,6 +46,7 @@ from .records import (
 )
 from .rounds import AUTO, answer_in_rounds, in_order
 from .run_folder import RunFolder
+from .safety import OFF, measure_safety, read_safety_prompts
 from .steps import chosen_answers, fuse_draft, train_private
 from .summary import report_of
 from .target import Target
@@ -85,6 +86,7 @@ def adapt(
     limit: int | None = None,
     eval_prompts: str | None = None,
     off_domain: dict[str, str] | None = None,
+    safety_prompts: str | None = None,
     base: Target | None = None,
 ) -> AdaptResult:
     """Re-align a draft with `target` on `prompts`, in the run folder `out`.
@@ -93,9 +95,10 @@ def adapt(
     `prompts`; whether they are the target's own is measured and said.
     `draft` is a folder, a Hub id, or what `load_draft` returned. Tau is measured before and after on
     `eval_prompts`, a file of its own, or on prompts kept aside from `prompts`. `off_domain` names
-    further files (label -> path) that are measured but never trained on. `base` is the model that
-    the target was tuned from, for the methods that compare the two (relay, refresh). Running
-    again in the same folder does only what is missing. Raises UserError for bad input, for a folder
+    further files (label -> path) that are measured but never trained on; `safety_prompts` is one more,
+    on which the target's answers with the exported draft are compared with those without any. `base`
+    is the model that the target was tuned from, for the methods that compare the two (relay, refresh).
+    Running again in the same folder does only what is missing. Raises UserError for bad input, for a folder
     that another process works in, and when the disk refuses a write.
     """
     if config is not None and method is not None:
@@ -105,6 +108,11 @@ def adapt(
     for name in off_domain or ():
         if not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"off-domain name '{name}': use letters, digits, - and _")
+        if name == OFF and safety_prompts:
+            raise UserError(
+                f"off-domain name '{name}' is that of --safety-prompts, whose tau is measured as well; "
+                "choose another"
+            )
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     source, resolved = _source(prompts, answers, resolved)
     shared = read_draft(_source_of(draft)).fitted(target)
@@ -121,6 +129,11 @@ def adapt(
         name: read_prompts(file, target, c.measure.eval_limit, c.regenerate.turns)
         for name, file in (off_domain or {}).items()
     }
+    safety = None
+    if safety_prompts:
+        safety = read_safety_prompts(safety_prompts, target, c.safety.limit)
+        say(safety.asked.summary())
+        elsewhere[OFF] = safety.asked
     asked = _ask(target, everything, eval_prompts, elsewhere, c)
     with RunFolder.open(out) as run:
         _refuse_other_method(run.path, read_method(c.train.method))
@@ -134,7 +147,12 @@ def adapt(
             trained = _train(run, [selected, answered["heldout"]], target, shared, c, base)
         exported = _export(run, trained, target, shared, c)
         _measure(run, exported, answered, target, shared, c)
-        report = report_of(run, target, shared, everything, resolved)
+        shown = None
+        if safety:
+            shown = measure_safety(
+                *(run, exported, answered[f"off-{OFF}"], target, safety, c, everything.prompts)
+            )
+        report = report_of(run, target, shared, everything, resolved, shown)
         return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
 
 

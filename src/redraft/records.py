@@ -362,6 +362,61 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class RefusalRates:
+    """How often one group of prompts is refused without and with the draft (see `measuring/refusals.py`).
+
+    Rates are shares of `prompts` times `samples` answers on each side; `difference` is drafted minus
+    plain. Intervals are 95 %. `detectable` is the difference found in 80 % of runs, None where none
+    could be.
+    """
+
+    group: str  # all, harmful, harmless, unlabelled
+    prompts: int
+    samples: int
+    plain: float
+    plain_ci: tuple[float, float]
+    drafted: float
+    drafted_ci: tuple[float, float]
+    difference: float
+    difference_ci: tuple[float, float]
+    p_value: float
+    detectable: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Safety:
+    """What the exported draft changes in the target's answers to safety prompts.
+
+    `greedy` and `seeded` compare answers token for token; `refusals` compares sampled ones, all
+    prompts first, then those flagged harmful and harmless. `temperature` and `max_new_tokens` are
+    those of seeded and sampled answers, `greedy_new_tokens` of greedy ones. `good` says that nothing
+    differs.
+    """
+
+    source: str
+    prompts: int
+    k: int
+    temperature: float
+    max_new_tokens: int
+    greedy_new_tokens: int
+    greedy: Lossless
+    seeded: Lossless
+    refusals: tuple[RefusalRates, ...]
+    good: bool
+    verdict: str
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> Safety:
+        row = dict(row)
+        row["greedy"], row["seeded"] = Lossless(**row["greedy"]), Lossless(**row["seeded"])
+        row["refusals"] = tuple(_refusal_rates(rates) for rates in row["refusals"])
+        row["notes"] = tuple(row["notes"])
+        return Safety(**row)
+
+
+@dataclass(frozen=True)
 class AdaptReport:
     """One adaptation, as report.json holds it and the terminal and HTML report show it.
 
@@ -382,10 +437,12 @@ class AdaptReport:
     config: dict[str, Any]
     origins: dict[str, str]
     versions: dict[str, str]
+    safety: Safety | None = None  # where safety prompts were named
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> AdaptReport:
         row = dict(row)
+        row["safety"] = Safety.from_json(row["safety"]) if row.get("safety") else None
         row["before"], row["after"] = acceptance(row["before"]), acceptance(row["after"])
         row["off_domain"] = {k: acceptance(v) for k, v in row["off_domain"].items()}
         row["train"] = TrainRecord(**row["train"])
@@ -396,6 +453,11 @@ def acceptance(row: dict[str, Any]) -> Acceptance:
     """An `Acceptance` from its JSON form."""
     low, high = row["ci"]
     return Acceptance(**{**row, "ci": (low, high), "per_position": tuple(row["per_position"])})
+
+
+def _refusal_rates(row: dict[str, Any]) -> RefusalRates:
+    intervals = {name: tuple(ends) for name, ends in row.items() if name.endswith("_ci")}
+    return RefusalRates(**{**row, **intervals})
 
 
 def _engine_speed(row: dict[str, Any]) -> EngineSpeed:

@@ -12,7 +12,7 @@ from .data.regenerate import endpoints_of, read_answers
 from .formats.folders import read_json
 from .formats.load import StoredDraft
 from .formats.private_part import load_private, read_training
-from .records import AdaptReport, TrainRecord, acceptance, to_json, versions
+from .records import AdaptReport, Safety, TrainRecord, acceptance, to_json, versions
 from .report.page import write_page
 from .rounds import ANSWERS, AUTO, trained_in_all
 from .run_folder import RunFolder
@@ -20,7 +20,12 @@ from .target import Target
 
 
 def report_of(
-    run: RunFolder, target: Target, shared: StoredDraft, prompts: PromptSet, resolved: Resolved
+    run: RunFolder,
+    target: Target,
+    shared: StoredDraft,
+    prompts: PromptSet,
+    resolved: Resolved,
+    safety: Safety | None = None,
 ) -> AdaptReport:
     """Make report.json and report.html anew, and return the record."""
     part = load_private(run.path / "private")
@@ -62,6 +67,7 @@ def report_of(
         config=asdict(resolved.config),
         origins=resolved.origins,
         versions=versions(),
+        safety=safety,
     )
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)

@@ -92,6 +92,13 @@ def adapt(
         list[str] | None,
         typer.Option("--off-domain", help="name=FILE of prompts measured but not trained on"),
     ] = None,
+    safety_prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--safety-prompts",
+            help="prompts on which the answers with the adapted draft are compared with those without",
+        ),
+    ] = None,
     endpoint: EndpointFlag = None,
     endpoint_model: EndpointModelFlag = None,
     concurrency: ConcurrencyFlag = None,
@@ -136,6 +143,7 @@ def adapt(
         limit=limit,
         eval_prompts=eval_prompts,
         off_domain=elsewhere,
+        safety_prompts=safety_prompts,
         base=load(base, None, None, dtype) if base else None,
     )
     if as_json:

@@ -10,8 +10,9 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..console import Waiting
 from ..errors import UserError
@@ -53,19 +54,26 @@ class PromptSet:
 
 
 def read_prompts(
-    source: str, target: Target, limit: int | None = None, turns: str = "all"
+    source: str,
+    target: Target,
+    limit: int | None = None,
+    turns: str = "all",
+    note: Callable[[Prompt, Any], None] | None = None,
 ) -> PromptSet:
     """Read and render a file or data set (see `rows.py`), up to `limit` prompts.
 
     Rows that cannot be used, and repeats of a prompt, are left out and counted. `turns` as in
-    `turns.first_turn`. Raises UserError when no prompt is left.
+    `turns.first_turn`. `note` is told each prompt kept and the row it came from. Raises UserError
+    when no prompt is left.
     """
     reader = PromptReader(target, turns)
     with Waiting(f"reading {source}") as waiting:
         for number, row in read_rows(source):
             if limit is not None and len(reader.pool) >= limit:
                 break
-            reader.take(number, row)
+            prompt = reader.take(number, row)
+            if prompt and note:
+                note(prompt, row)
             waiting.tick(number, "rows")
     if not len(reader.pool):
         reasons = "\n  ".join(f"{source}, line {n}: {why}" for n, why in reader.left_out[:5])

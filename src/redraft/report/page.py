@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..files import write_text
 from ..records import AdaptReport
-from .terminal import tau
+from .terminal import compared, refusal_cells, tau
 
 WIDTH, HEIGHT = 560, 150
 
@@ -21,6 +21,8 @@ def write_page(path: Path, report: AdaptReport) -> None:
     page = environment.get_template("page.html.j2").render(
         r=report,
         tau=tau,
+        compared=compared,
+        refusal_cells=refusal_cells,
         curve=curve(report.train.heldout_tau),
         rows=_rows(report),
         seconds=sum(report.cost["seconds"].values()),

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..formats.inspection import AS_IT_IS, Inspection, engines
-from ..records import Acceptance, AdaptReport, Lossless, Verification
+from ..records import Acceptance, AdaptReport, Lossless, RefusalRates, Safety, Verification
 
 
 def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
@@ -38,6 +38,8 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
     for name, before, after in rows:
         table.add_row(name, tau(before), tau(after), str(after.prompts))
     out.print(table)
+    if report.safety:
+        print_safety(report.safety, out)
     t = report.train
     out.print(
         f"trained {t.trained_parameters:,} of {t.draft_parameters:,} parameters in {t.steps} steps"
@@ -61,6 +63,48 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
             f"{rounds['pool']} prompts not asked, about {rounds['tokens_saved']:,} tokens saved"
         )
     out.print(f"draft  {report.draft}\nreport {report.draft.removesuffix('draft')}report.html")
+
+
+def print_safety(found: Safety, out: Console | None = None) -> None:
+    """Safety prompts with the exported draft against without any."""
+    out = out or Console(highlight=False)
+    table = Table(
+        title=f"{found.prompts} safety prompts, {found.refusals[0].samples} answers each at temperature "
+        f"{found.temperature:g}: refusals without and with the draft [95 %]"
+    )
+    for heading in ("prompts", "without", "with", "points", "found\nfrom"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("verdict")
+    for rates in found.refusals:
+        table.add_row(f"{rates.group}: {rates.prompts}", *refusal_cells(rates))
+    out.print(table)
+    out.print(
+        f"greedy answers: {compared(found.greedy)}; seeded at temperature {found.temperature:g}: "
+        f"{compared(found.seeded)}"
+    )
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False)
+    out.print(found.verdict, markup=False, style="green" if found.good else "red")
+
+
+def refusal_cells(rates: RefusalRates) -> tuple[str, str, str, str, str]:
+    """Both rates, their difference, the detectable difference (in points), and the verdict.
+
+    Intervals stand on a line of their own.
+    """
+    low, high = (100 * end for end in rates.difference_ci)
+    seen = "" if rates.detectable is None else f"{100 * rates.detectable:.1f}"
+    return (
+        _share(rates.plain, rates.plain_ci),
+        _share(rates.drafted, rates.drafted_ci),
+        f"{100 * rates.difference:+.1f}\n[{low:+.1f}, {high:+.1f}]",
+        seen,
+        rates.verdict,
+    )
+
+
+def _share(rate: float, ci: tuple[float, float]) -> str:
+    return f"{100 * rate:.1f} %\n[{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]"
 
 
 def print_inspection(found: Inspection, out: Console | None = None) -> None:
