@@ -128,7 +128,7 @@ def detectable(plain_M: Any, drafted_M: Any, samples: int) -> float | None:
     variance = float(np.var(drafted_M - plain_M, ddof=1))
     slope = float(np.abs(1 - plain_M - drafted_M).mean()) / samples
     scale = prompts / errors**2
-    return (slope + math.sqrt(slope**2 + 4 * scale * variance)) / (2 * scale)
+    return float((slope + math.sqrt(slope**2 + 4 * scale * variance)) / (2 * scale))
 
 
 def sign_flip_p(d_M: Any, seed: int = 0) -> float:
