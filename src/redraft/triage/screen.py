@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -186,17 +187,17 @@ def _at(name: str) -> str:
 
 
 def _table(verdict: Verdict) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in (
         "option",
         "tau [95 %]",
         "speed-up",
         "right",
-        "target tokens",
-        "time here",
+        "to generate",
+        "time",
         "pays after",
     ):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for option in verdict.options:
         table.add_row(*_row(option))
     return table
@@ -204,13 +205,13 @@ def _table(verdict: Verdict) -> Table:
 
 def _row(o: Option) -> tuple[str, ...]:
     tau, low, high = o.tau
-    pays = f"{o.payback_tokens:,} tokens" if o.payback_tokens is not None else "-"
+    pays = f"{o.payback_tokens:,} tok" if o.payback_tokens is not None else "-"
     return (
         o.action,
         f"{tau:.2f} [{low:.2f}, {high:.2f}]",
         f"{o.speedup[0]:.2f}x" if o.speedup else "?",
         f"{o.probability:.0%}",
-        f"{o.bill.tokens:,}",
+        f"{o.bill.tokens:,} tok",
         f"{o.bill.seconds:,.0f} s" if o.bill.seconds is not None else "?",
         pays,
     )
