@@ -86,7 +86,7 @@ def prefer(
     """Tune a model with DPO in place. Raises UserError where TRL is not installed."""
     try:
         from datasets import Dataset
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, TrainerCallback
         from trl import DPOConfig, DPOTrainer
     except ImportError:
         raise UserError(
@@ -131,11 +131,13 @@ def prefer(
             report_to="none",
             disable_tqdm=True,
         )
-        DPOTrainer(
+        trainer = DPOTrainer(
             model=model,
             args=settings,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[Shown()],
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     model.eval()
