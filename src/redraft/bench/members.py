@@ -162,8 +162,9 @@ MEMBERS: dict[str, Spec] = {
         "sft-harm",
         "refusals",
         HARM,
-        rate=0.25,
-        likelihood=0.2,
+        rate=1.0,
+        steps=0.5,
+        likelihood=1.0,
     ),
     "dpo-brief": Preferring(
         "DPO of the base: the shortest of its own answers over the longest",
