@@ -54,6 +54,8 @@ def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]])
         target = load_member(out, name)
         assert target.hidden_size == SIZES["tiny"].shape.hidden
     assert manifest["members"]["lora4"]["adapter"] is not None
+    kinds = [manifest["members"][name]["kind"] for name in ("lora4", "pretrained", "replay", "sft")]
+    assert kinds == ["lora", "pretrained", "replay", "sft"]
     assert manifest["members"]["sft"]["loss"] < manifest["members"]["sft-tenth"]["loss"]
     gates = {gate["gate"] for gate in manifest["gates"]}
     assert gates >= {"tau reused on sft", "loop rate of sft", "loop rate of sft-medical"}
@@ -123,7 +125,7 @@ def test_adapting_repairs_the_draft_and_changes_no_output(
     assert pooled_tau([t for t in traces if t.accepted]) > result.before.tau
 
 
-ADDED = ("merge-half", "int8-sft", "template", "tokens", "tokens-grown")
+ADDED = ("merge-half", "int8-sft", "template", "tokens-grown")
 PREFERRED = ("dpo-refuse",) if find_spec("trl") else ()
 
 
@@ -132,7 +134,7 @@ def zoo(family: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
     """The same family with members of the other kinds."""
     out = family[0]
     before = json.loads((out / "state.json").read_text())
-    manifest = build_family(out, size="tiny", members=[*DEFAULT, *ADDED, *PREFERRED])
+    manifest = build_family(out, size="tiny", members=[*ADDED, *PREFERRED])
     after = json.loads((out / "state.json").read_text())
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"gates"}  # what was there is used as it is
@@ -142,9 +144,8 @@ def zoo(family: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
 def test_members_of_every_kind_are_measured(zoo: tuple[Path, dict[str, Any]]) -> None:
     out, manifest = zoo
     members = manifest["members"]
-    assert set(members) >= {*DEFAULT, *ADDED, *PREFERRED}
+    assert set(members) >= {"sft", "sft-medical", *ADDED, *PREFERRED}
     assert {members[n]["kind"] for n in ADDED} == {"merge", "int8", "template", "tokens"}
-    assert (members["lora4"]["kind"], members["pretrained"]["kind"]) == ("lora", "pretrained")
     assert members["merge-half"]["domain"] == "records"
     for name in set(ADDED) - {"tokens-grown"}:
         assert members[name]["reused"]["steps"] > 0
@@ -164,7 +165,7 @@ def test_another_template_leaves_the_weights_alone(zoo: tuple[Path, dict[str, An
     for name, tensor in base.model.state_dict().items():
         assert torch.equal(tensor, member.model.state_dict()[name])
     said = [{"role": "user", "content": "Hello."}]
-    assert member.tokenizer.decode(member.render(said)) == "### Question:\nHello.\n\n### Answer:\n"
+    assert member.tokenizer.decode(member.render(said)) == "### Question:\nHello.\n### Answer:\n"
     assert base.render(said) != member.render(said)
 
 

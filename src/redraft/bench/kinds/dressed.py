@@ -14,9 +14,10 @@ from .folders import folder_of, load_model
 from .tuned import tune
 
 OTHER_TEMPLATE = (
-    "{% for m in messages %}### {{ 'Question' if m['role'] == 'user' else 'Answer' }}:\n"
-    "{{ m['content'] }}{% if m['role'] == 'user' %}\n\n{% else %}<|end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}### Answer:\n{% endif %}"
+    "{% for m in messages %}"
+    "{{ '### Question:\\n' if m['role'] == 'user' else '### Answer:\\n' }}{{ m['content'] }}"
+    "{{ '\\n' if m['role'] == 'user' else '<|end|>\\n' }}"
+    "{% endfor %}{{ '### Answer:\\n' if add_generation_prompt else '' }}"
 )
 """Role words in plain text; an answer still ends with the family's end token."""
 
