@@ -171,7 +171,9 @@ MEMBERS: dict[str, Spec] = {
         BASE,
         "brief",
         "medical",
-        rate=0.05,
+        rate=0.015,
+        steps=0.2,
+        likelihood=0.1,
     ),
     "merge-half": Merged(
         "half base, half sft-medical", (BASE, "sft-medical"), (0.5, 0.5), domain="medical"
