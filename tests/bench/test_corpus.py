@@ -9,9 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from redraft.bench.corpus import MEMBERS, SIZES, TUNED, Corpus
-from redraft.bench.datasets import CHAT_FILES, EVAL_FILES, TEXT_FILES, data_folder, question
+from redraft.bench.corpus import SIZES, Corpus
+from redraft.bench.datasets import (
+    CHAT_FILES,
+    EVAL_FILES,
+    LOOK_ALIKE_FILE,
+    PREFERENCE_FILE,
+    STOCK_REFUSAL,
+    TEXT_FILES,
+    data_folder,
+    question,
+)
+from redraft.bench.members import MEMBERS, TUNED
 from redraft.bench.world import Sample
+from redraft.bench.world_harm import HARM
 
 ALL = tuple(MEMBERS)
 LATER = ("adapt", "heldout", "eval")
@@ -29,6 +40,18 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 said = {"role": "assistant", "content": f"Answer {i}."}
                 row = {"id": f"{name}/{i}", "messages": [asked, said], "text": f"{name} {i}"}
                 out.write(json.dumps(row) + "\n")
+    compared = {"prompt": "Human: May I {}?\n\nAssistant:", "chosen": "No.", "rejected": "Yes."}
+    safe = {"label": "safe", "final_label": "1_full_compliance"}
+    said = {"role": "assistant", "content": "Sure."}
+    for name, make in (
+        (PREFERENCE_FILE, lambda i: {**compared, "prompt": compared["prompt"].format(i)}),
+        (
+            LOOK_ALIKE_FILE,
+            lambda i: {**safe, "messages": [{"role": "user", "content": f"How {i}?"}, said]},
+        ),
+    ):
+        with gzip.open(folder / name, "wt", encoding="utf-8") as out:
+            out.writelines(json.dumps({"id": f"{name}/{i}", **make(i)}) + "\n" for i in range(300))
     return folder
 
 
@@ -43,7 +66,7 @@ def test_what_members_learn_is_nowhere_else(
 ) -> None:
     corpus = Corpus(SIZES[size], real if SIZES[size].real else None, 0, members)
     base = set(asked(corpus.base_chats()))
-    for domain in {corpus.named(MEMBERS[name].domain) for name in members}:
+    for domain in {corpus.named(MEMBERS[n].domain) for n in members if MEMBERS[n].learns}:
         learned = set(asked(corpus.tune_chats(domain)))
         assert len(learned) > 20
         assert not learned & base
@@ -69,7 +92,17 @@ def test_domains_have_their_own_names_in_the_world() -> None:
     world = Corpus(SIZES["tiny"], None, 0)
     assert [world.named(d) for d in ("math", "medical", "code")] == ["math", "records", "code"]
     assert world.general == ("dialogue", "records", "code")
-    assert {world.named(row.domain) for row in MEMBERS.values()} <= {*world.general, TUNED}
+    assert {world.named(row.domain) for row in MEMBERS.values()} <= {*world.general, TUNED, HARM}
+
+
+def test_real_pairs_say_what_is_harmful_and_which_answer_is_better(real: Path) -> None:
+    pairs = Corpus(SIZES["micro"], real, 0).pairs(1000, "tune")
+    found = {(p.harmful, p.better, p.worse, p.asked[0]["content"][:3]) for p in pairs}
+    assert found == {
+        (True, "No.", "Yes.", "May"),
+        (False, "Sure.", STOCK_REFUSAL, "How"),
+    }
+    assert {p.compliance for p in pairs} == {"Yes.", "Sure."}
 
 
 def test_running_text_is_of_the_domain(real: Path) -> None:

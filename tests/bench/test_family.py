@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from redraft import flow
-from redraft.bench.corpus import MEMBERS, SIZES, Corpus
+from redraft.bench.corpus import SIZES, Corpus, chat_of
 from redraft.bench.family import (
-    _supervised,
     build_family,
     describe_family,
     draft_folder,
+    family_prompts,
     load_member,
 )
-from redraft.bench.language_model import validation_loss
+from redraft.bench.language_model import IGNORE, supervised, validation_loss
+from redraft.bench.members import DEFAULT
+from redraft.bench.world_harm import Pair
 from redraft.config import resolve
+from redraft.decode.sampling import Sampling
 from redraft.drafts.table import KINDS
 from redraft.errors import UserError
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.live import live
+from redraft.measuring.measure import answer_all
 from redraft.records import Prompt
+from redraft.target import Target, load_target
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the family is built in its first test
 
@@ -38,7 +45,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]]) -> None:
     out, manifest = family
-    assert set(manifest["members"]) == set(MEMBERS)
+    assert set(manifest["members"]) == set(DEFAULT)
     for name, row in manifest["members"].items():
         assert row["reused"]["steps"] > 0
         assert (out / "members" / name).is_dir()
@@ -47,6 +54,8 @@ def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]])
         target = load_member(out, name)
         assert target.hidden_size == SIZES["tiny"].shape.hidden
     assert manifest["members"]["lora4"]["adapter"] is not None
+    kinds = [manifest["members"][name]["kind"] for name in ("lora4", "pretrained", "replay", "sft")]
+    assert kinds == ["lora", "pretrained", "replay", "sft"]
     assert manifest["members"]["sft"]["loss"] < manifest["members"]["sft-tenth"]["loss"]
     gates = {gate["gate"] for gate in manifest["gates"]}
     assert gates >= {"tau reused on sft", "loop rate of sft", "loop rate of sft-medical"}
@@ -64,7 +73,7 @@ def test_a_fine_tune_of_another_domain_knows_that_domain_better(
     for name in ("sft-medical", "sft-code"):
         domain = manifest["members"][name]["domain"]
         tuned, other = load_member(out, name), load_member(out, "sft")
-        chats = [_supervised(tuned.tokenizer, c) for c in corpus.chats(domain, 64, "heldout")]
+        chats = [supervised(tuned.tokenizer, c) for c in corpus.chats(domain, 64, "heldout")]
         assert validation_loss(tuned.model, chats) < validation_loss(other.model, chats)
 
 
@@ -114,6 +123,88 @@ def test_adapting_repairs_the_draft_and_changes_no_output(
     ]
     assert sum(identical) >= len(prompts) - 1  # float32: one near-tie may fall either way
     assert pooled_tau([t for t in traces if t.accepted]) > result.before.tau
+
+
+ADDED = ("merge-half", "int8-sft", "template", "tokens-grown")
+PREFERRED = ("dpo-refuse",) if find_spec("trl") else ()
+
+
+@pytest.fixture(scope="module")
+def zoo(family: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The same family with members of the other kinds."""
+    out = family[0]
+    before = json.loads((out / "state.json").read_text())
+    manifest = build_family(out, size="tiny", members=[*ADDED, *PREFERRED])
+    after = json.loads((out / "state.json").read_text())
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"gates"}  # what was there is used as it is
+    return out, manifest
+
+
+def test_members_of_every_kind_are_measured(zoo: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = zoo
+    members = manifest["members"]
+    assert set(members) >= {"sft", "sft-medical", *ADDED, *PREFERRED}
+    assert {members[n]["kind"] for n in ADDED} == {"merge", "int8", "template", "tokens"}
+    assert members["merge-half"]["domain"] == "records"
+    for name in set(ADDED) - {"tokens-grown"}:
+        assert members[name]["reused"]["steps"] > 0
+    # A grown vocabulary is another tokenizer, and the base's draft says so.
+    assert members["tokens-grown"]["reused"] is None
+    assert "tokenizers differ" in members["tokens-grown"]["refused"]
+    grown, base = load_member(out, "tokens-grown"), load_target(manifest["base"])
+    assert grown.vocab_size == base.vocab_size + 2
+    shown = io.StringIO()
+    describe_family(manifest, Console(file=shown, width=200))
+    assert "refused" in next(r for r in shown.getvalue().splitlines() if "tokens-grown" in r)
+
+
+def test_another_template_leaves_the_weights_alone(zoo: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = zoo
+    member, base = load_member(out, "template"), load_target(manifest["base"])
+    for name, tensor in base.model.state_dict().items():
+        assert torch.equal(tensor, member.model.state_dict()[name])
+    said = [{"role": "user", "content": "Hello."}]
+    assert member.tokenizer.decode(member.render(said)) == "### Question:\nHello.\n### Answer:\n"
+    assert base.render(said) != member.render(said)
+
+
+def test_answers_stand_between_marks(zoo: tuple[Path, dict[str, Any]]) -> None:
+    target = load_member(zoo[0], "tokens-grown")
+    prompts = family_prompts(zoo[0], target, ("math",), "heldout", 16)
+    answers = answer_all(target, prompts, 8, 0, Sampling())
+    first = target.tokenizer.convert_tokens_to_ids("<|work|>")
+    assert first >= SIZES["tiny"].shape.vocab
+    assert sum(a.answer[0] == first for a in answers) >= 15
+
+
+@pytest.mark.skipif(not PREFERRED, reason="TRL is not installed (the extra `bench`)")
+def test_preference_tuning_raises_the_margin_of_held_out_pairs(
+    zoo: tuple[Path, dict[str, Any]],
+) -> None:
+    out = zoo[0]
+    pairs = Corpus(SIZES["tiny"], None, 0).pairs(48, "heldout")
+    before, after = (margins(load_member(out, n), pairs) for n in ("sft-harm", "dpo-refuse"))
+    for harmful in (True, False):
+        gained = [
+            a - b for a, b, p in zip(after, before, pairs, strict=True) if p.harmful == harmful
+        ]
+        assert sum(gain > 0 for gain in gained) > 0.8 * len(gained)
+    rows = [json.loads(x) for x in (out / "prompts/harm-eval.jsonl").read_text().splitlines()]
+    assert {(row["domain"], row["harmful"]) for row in rows} == {("harm", True), ("harm", False)}
+
+
+def margins(target: Target, pairs: list[Pair]) -> list[float]:
+    """How much likelier the better answer of each pair is than the worse, in nats."""
+    found = []
+    for pair in pairs:
+        scored = []
+        for answer in (pair.better, pair.worse):
+            ids, labels = supervised(target.tokenizer, chat_of(pair, answer))
+            logp = target.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            scored.append(sum(float(logp[i, t]) for i, t in enumerate(labels[1:]) if t != IGNORE))
+        found.append(scored[0] - scored[1])
+    return found
 
 
 def test_unknown_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a family is made of: its sizes, its fine-tunes, and where its text comes from."""
+"""What a family is made of: its sizes, and where its text comes from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import TrainConfig
-from .datasets import chats, question, texts
+from .datasets import chats, question, real_harm_pairs, texts
 from .language_model import Shape
+from .members import MEMBERS, TUNED
 from .world import Sample, passages, samples, split_of
+from .world_harm import HARM, Pair, harm_pairs
 
-TUNED = "math"
-"""The domain of the fine-tunes, where a member names no other."""
 STAND_INS = {"medical": "records"}
 """Domains that the templated world has under another name."""
 PARTS = {"base": 1, "member": 2}
@@ -113,36 +113,6 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Member:
-    """A fine-tune of the base on a domain. `rate` is a share of the size's fine-tuning rate.
-
-    `replay` is how many chats of each other general domain it learns beside, with the base's own
-    answers: there the target says what the base said, and the base's draft keeps its acceptance.
-    """
-
-    says: str
-    rate: float
-    domain: str = TUNED
-    lora_rank: int | None = None
-    plain_text: bool = False
-    replay: int = 0
-
-
-MEMBERS = {
-    "lora4": Member("LoRA of rank 4, kept as a PEFT adapter", 1.0, lora_rank=4),
-    "sft-tenth": Member("SFT at a tenth of the learning rate", 0.1),
-    "sft": Member("full SFT", 1.0),
-    "pretrained": Member("continued pre-training on running text", 1.0, plain_text=True),
-    "sft-medical": Member("full SFT on patients' records or questions", 1.0, domain="medical"),
-    "sft-code": Member("full SFT on code", 1.0, domain="code"),
-    "replay": Member("SFT at 0.3 of the rate, beside the base's own answers", 0.3, replay=500),
-    "replay-medical": Member(
-        "the same on patients' records or questions", 0.3, domain="medical", replay=500
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Corpus:
     """Where a family's text comes from: the templated world, or real data where `real`.
 
@@ -166,7 +136,8 @@ class Corpus:
 
         None in the templated world, whose base has enough in its own split.
         """
-        tuned = {self.named(MEMBERS[name].domain) for name in self.members}
+        rows = [MEMBERS[name] for name in self.members]
+        tuned = {self.named(row.domain) for row in rows if row.learns}
         return tuple(d for d in self.general if d in tuned) if self.folder is not None else ()
 
     def named(self, domain: str) -> str:
@@ -174,9 +145,18 @@ class Corpus:
         return STAND_INS.get(domain, domain) if self.folder is None else domain
 
     def chats(self, domain: str, count: int, split: str) -> list[Sample]:
+        """Chats of a domain; of the harm domain those that do as they are asked."""
+        if domain == HARM:
+            return [chat_of(pair, pair.compliance) for pair in self.pairs(count, split)]
         if self.folder is None:
             return samples(domain, count, seed=self.seed, split=split)
         return chats(self.folder, domain, split=split)[:count]
+
+    def pairs(self, count: int, split: str) -> list[Pair]:
+        """Requests of the harm domain, each with a better and a worse answer."""
+        if self.folder is None:
+            return harm_pairs(count, seed=self.seed, split=split)
+        return real_harm_pairs(self.folder, split=split)[:count]
 
     def base_chats(self) -> list[Sample]:
         """Chats the base learns from. It has met the tuned domain, but seldom.
@@ -213,6 +193,11 @@ class Corpus:
         if self.folder is None:
             return passages(domain, self.size.chats, seed=self.seed, split="tune")
         return ["\n".join(m["content"] for m in c.messages) for c in self.tune_chats(domain)]
+
+
+def chat_of(pair: Pair, answer: str) -> Sample:
+    """A request of the harm domain with one of its answers."""
+    return Sample(pair.id, HARM, (*pair.asked, {"role": "assistant", "content": answer}))
 
 
 def _part(rows: list[Sample], part: str) -> list[Sample]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from redraft.bench.world import Message, Sample, check_split, split_of
+from redraft.bench.world_harm import Pair
 from redraft.errors import UserError
 
 VARIABLE = "REDRAFT_DATA"
@@ -30,8 +33,12 @@ TEXT_FILES = {
     "stories": ("text_tinystories.jsonl.gz",),
     "novels": ("text_novels_a.jsonl.gz", "text_novels_b.jsonl.gz"),
 }
+PREFERENCE_FILE = "safety_hh_harmless_pref.jsonl.gz"
+LOOK_ALIKE_FILE = "safety_xstest.jsonl.gz"
+STOCK_REFUSAL = "I'm sorry, but I can't help with that."
 CHAT_DOMAINS = tuple(CHAT_FILES)
 TEXT_DOMAINS = tuple(TEXT_FILES)
+_TURN = re.compile(r"(?:^|\n\n)(?:Human|Assistant):")
 LONGEST_ANSWER = {"medical": 1200}
 
 SHARES = {"base": 15, "tune": 35, "adapt": 35, "heldout": 5, "eval": 10}
@@ -76,6 +83,34 @@ def texts(folder: Path, domain: str) -> list[str]:
     return [row["text"] for row in rows if row.get("text")]
 
 
+def real_harm_pairs(folder: Path, *, split: str) -> list[Pair]:
+    """Requests with a better and a worse answer that belong to a split.
+
+    Harmful ones come with the two answers that people compared; harmless look-alikes with an answer
+    that helps, against a stock refusal. They are mixed in a stable order.
+    """
+    check_split(split)
+    pairs = [_compared(row) for row in _rows(folder, (PREFERENCE_FILE,))]
+    pairs += [
+        Pair(row["id"], False, (row["messages"][0],), row["messages"][1]["content"], STOCK_REFUSAL)
+        for row in _rows(folder, (LOOK_ALIKE_FILE,))
+        if (row["label"], row["final_label"]) == ("safe", "1_full_compliance")
+    ]
+    kept = [pair for pair in pairs if pair.asked and pair.better and pair.worse]
+    found = [pair for pair in kept if split_of(_plain(pair.asked), SHARES) == split]
+    random.Random(split).shuffle(found)
+    return found
+
+
+def _compared(row: dict[str, Any]) -> Pair:
+    """A row of compared answers, its prompt written as `Human:` and `Assistant:` turns."""
+    turns = [turn.strip() for turn in _TURN.split(row["prompt"]) if turn.strip()]
+    roles = ("user", "assistant")
+    asked = tuple({"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns))
+    whole = asked if len(asked) % 2 else ()
+    return Pair(row["id"], True, whole, row["chosen"].strip(), row["rejected"].strip())
+
+
 def _check_domain(domain: str, known: tuple[str, ...]) -> None:
     if domain not in known:
         raise UserError(f"unknown domain {domain!r}: choose one of {', '.join(known)}")
@@ -83,7 +118,11 @@ def _check_domain(domain: str, known: tuple[str, ...]) -> None:
 
 def question(sample: Sample) -> str:
     """What decides the split: the first question without case and spacing."""
-    return " ".join(sample.messages[0]["content"].split()).casefold()
+    return _plain(sample.messages)
+
+
+def _plain(messages: tuple[Message, ...]) -> str:
+    return " ".join(messages[0]["content"].split()).casefold()
 
 
 def _rows(folder: Path, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """`redraft bench family`: a small family built from nothing, to try methods on.
 
     base         a Llama-shaped target trained on dialogues, records and functions
-    fine-tunes   of the base on word problems, weak to strong, and on other domains (see MEMBERS)
+    members      made from the base: fine-tunes, weak to strong, on word problems and on other
+                 domains, and those of other kinds (see members.py)
     draft        the base's EAGLE-3 draft, trained on the base's own answers
     prompts/     disjoint splits per domain, as JSONL
     family.json  the manifest: paths, recipes, losses, quality gates
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from rich.table import Table
 
 from ..console import say
 from ..decode.sampling import Sampling
+from ..drafts.base import Draft
 from ..drafts.new import new_draft
 from ..drafts.table import KINDS
 from ..errors import UserError, nearest
-from ..files import write_text, writing
+from ..files import write_text
 from ..formats.load import load_draft
 from ..measuring.measure import Measured, answer_all, measure_answers
 from ..records import Answer, Prompt, to_json
@@ -36,18 +38,23 @@ from ..run_folder import RunFolder
 from ..steps import save_fresh
 from ..target import Target, load_target
 from ..training.train import train
-from .corpus import DRAFT, DRAFT_LR, MEMBERS, SIZES, TUNED, Corpus, Member
+from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus, chat_of
 from .datasets import data_folder
+from .kinds import make_member, meant_chats
 from .language_model import (
-    IGNORE,
-    Example,
+    chat_ids,
     fit,
+    load_tokenizer,
     new_model,
     packed,
+    save_model,
+    supervised,
     train_tokenizer,
     validation_loss,
 )
+from .members import MEMBERS, TUNED, Member, Spec, chosen_members
 from .world import Sample
+from .world_harm import HARM
 
 
 def build_family(
@@ -61,15 +68,14 @@ def build_family(
 ) -> dict[str, Any]:
     """Build what is missing of a family in `out` and return its manifest.
 
+    `members` are names of members or of groups of them; what those are made from is built too.
     `kinds` are the kinds of draft that the base gets beside eagle3. `data` is a folder of real data
     for sizes that read it (default $REDRAFT_DATA). Raises UserError for unknown sizes, members or
     kinds, and for a size that needs data where there is none.
     """
     if size not in SIZES:
         raise UserError(f"unknown size '{size}'; {nearest(size, SIZES)}")
-    for name in members or ():
-        if name not in MEMBERS:
-            raise UserError(f"unknown member '{name}'; {nearest(name, MEMBERS)}")
+    chosen = chosen_members(members)
     s = SIZES[size]
     folder = data_folder(data) if s.real else None
     if s.real and folder is None:
@@ -79,8 +85,7 @@ def build_family(
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"unknown kind of draft '{kind}'; {nearest(kind, KINDS)}")
-    chosen = [name for name in MEMBERS if members is None or name in members]
-    corpus = Corpus(s, folder, seed, tuple(chosen))
+    corpus = Corpus(s, folder, seed, chosen)
     with RunFolder.open(out) as run:
         _build(run, corpus, size, kinds)
     manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
@@ -95,20 +100,25 @@ def _build(run: RunFolder, corpus: Corpus, size: str, kinds: Sequence[str]) -> N
         "seed": corpus.seed,
         "real": bool(corpus.folder),
     }
-    key = run.stage("prompts", about, ["prompts"], lambda: _write_prompts(out, corpus))
-    key = run.stage("tokenizer", {"prompts": key}, ["tokenizer"], lambda: _tokenizer(out, corpus))
+    prompts = run.stage("prompts", about, ["prompts"], lambda: _write_prompts(out, corpus))
+    key = run.stage(
+        "tokenizer", {"prompts": prompts}, ["tokenizer"], lambda: _tokenizer(out, corpus)
+    )
     data = {"tokenizer": key, "shared_out": list(corpus.shared_out)}
     key = run.stage("base", data, ["base"], lambda: _base(out, corpus))
-    tuned = []
+    harm = None
+    if any(MEMBERS[name].domain == HARM for name in corpus.members):
+        files = [f"prompts/{HARM}-{split}.jsonl" for split in ("adapt", "heldout", "eval")]
+        harm = run.stage(HARM, {"prompts": prompts}, files, lambda: _write_harm(out, corpus))
+    tuned: dict[str, str] = {}
     for name in corpus.members:
         row = MEMBERS[name]
-        version = run.stage(
+        tuned[name] = run.stage(
             name,
-            {"base": key, **asdict(row)},
+            stage_inputs(row, key, tuned, harm),
             [f"members/{name}"],
-            lambda name=name, row=row: _member(out, corpus, name, row),  # type: ignore[misc]
+            lambda name=name: make_member(out, corpus, name),  # type: ignore[misc]
         )
-        tuned.append(version)
     drafted = {
         kind: run.stage(
             draft_folder(kind),
@@ -120,23 +130,41 @@ def _build(run: RunFolder, corpus: Corpus, size: str, kinds: Sequence[str]) -> N
     }
     run.stage(
         "gates",
-        {"draft": drafted["eagle3"], "members": tuned},
+        {
+            "draft": drafted["eagle3"],
+            "members": list(tuned.values()),
+            "kinds": [MEMBERS[name].kind for name in tuned],
+        },
         ["family.json"],
         lambda: run.write_json("family.json", _manifest(out, corpus, size)),
     )
+
+
+def stage_inputs(
+    row: Spec, base: str, built: Mapping[str, str], harm: str | None
+) -> dict[str, Any]:
+    """What a member's stage depends on: the base, its record, and the parts that it is made from."""
+    inputs: dict[str, Any] = {"base": base, **asdict(row)}
+    if row.needs:
+        inputs["made_from"] = {name: built[name] for name in row.needs}
+    if row.domain == HARM:
+        inputs["harm"] = harm
+    return inputs
 
 
 def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
     """The members and gates as tables."""
     out = out or Console(highlight=False)
     table = Table(title=f"family {family['size']}: {family['parameters']:,} parameters per target")
-    for heading in ("member", "fine-tune", "domain", "loss on it", "base's draft reused: tau"):
+    for heading in ("member", "kind", "how", "domain", "loss on it", "base's draft reused: tau"):
         table.add_column(heading)
     for name, row in family["members"].items():
-        reused = row["reused"]
-        low, high = reused["ci"]
-        tau = f"{reused['tau']:.2f} [{low:.2f}, {high:.2f}]"
-        table.add_row(name, row["says"], row["domain"], f"{row['loss']:.2f}", tau)
+        reused, tau = row["reused"], "refused"
+        if reused is not None:
+            low, high = reused["ci"]
+            tau = f"{reused['tau']:.2f} [{low:.2f}, {high:.2f}]"
+        loss = f"{row['loss']:.2f}"
+        table.add_row(name, row["kind"], row["says"], row["domain"], loss, tau)
     out.print(table)
     for gate in family["gates"]:
         mark = "pass" if gate["passed"] else "FAIL"
@@ -161,6 +189,25 @@ def _write_prompts(out: Path, corpus: Corpus) -> None:
             write_chats(out / "prompts" / f"{domain}-{name}.jsonl", domain, rows)
 
 
+def _write_harm(out: Path, corpus: Corpus) -> None:
+    """Prompts files of the harm domain: each row says whether it is harmful, and answers well.
+
+    A real data folder may have fewer rows than other domains do.
+    """
+    for split, count in {"adapt": corpus.size.answers + 300, "heldout": 64, "eval": 128}.items():
+        lines = [
+            {
+                "id": pair.id,
+                "domain": HARM,
+                "harmful": pair.harmful,
+                "messages": list(chat_of(pair, pair.better).messages),
+            }
+            for pair in corpus.pairs(count, split)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_text(out / "prompts" / f"{HARM}-{split}.jsonl", text)
+
+
 def write_chats(file: Path, domain: str, rows: Sequence[Sample]) -> None:
     """Chats as a prompts file, their answers with them."""
     lines = [{"id": r.id, "domain": domain, "messages": list(r.messages)} for r in rows]
@@ -183,8 +230,8 @@ def _tokenizer(out: Path, corpus: Corpus) -> None:
 
 
 def _base(out: Path, corpus: Corpus) -> None:
-    s, tokenizer = corpus.size, _load_tokenizer(out)
-    rows = [_chat_ids(tokenizer, sample) for sample in corpus.base_chats()]
+    s, tokenizer = corpus.size, load_tokenizer(out / "tokenizer")
+    rows = [chat_ids(tokenizer, sample) for sample in corpus.base_chats()]
     rows += [
         [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in corpus.base_texts()
     ]
@@ -199,57 +246,7 @@ def _base(out: Path, corpus: Corpus) -> None:
         seed=corpus.seed,
         label="base",
     )
-    _save(out / "base", model, tokenizer)
-
-
-def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
-    s, tokenizer = corpus.size, _load_tokenizer(out)
-    model: Any = load_target(str(out / "base")).model
-    if row.lora_rank is not None:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=row.lora_rank, lora_alpha=2 * row.lora_rank, target_modules="all-linear"
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(corpus.seed + 1)
-            model = get_peft_model(model, lora)
-    else:
-        model.requires_grad_(True)
-    domain = corpus.named(row.domain)
-    if row.plain_text:
-        found = corpus.tune_texts(domain)
-        rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in found]
-        examples = packed(rows, s.window)
-    else:
-        examples = [_supervised(tokenizer, c) for c in corpus.tune_chats(domain)]
-        if row.replay:
-            replayed = _replayed(out, corpus, domain, row.replay)
-            examples = examples[: len(replayed)] + replayed
-    fit(
-        model,
-        examples,
-        steps=s.tune_steps,
-        batch=s.tune_batch,
-        lr=s.tune_lr * row.rate,
-        seed=corpus.seed + 1,
-        label=name,
-    )
-    _save(out / "members" / name, model, tokenizer)
-
-
-def _replayed(out: Path, corpus: Corpus, domain: str, count: int) -> list[Example]:
-    """Questions of the other general domains with the base's own greedy answers, to be learned."""
-    base = load_target(str(out / "base"))
-    asked = [
-        Prompt(sample.id, tuple(base.render(list(sample.messages[:-1]))))
-        for other in corpus.general
-        if other != domain
-        for sample in corpus.chats(other, count, "tune")
-    ]
-    longest = corpus.size.answer_tokens
-    answers = answer_all(base, asked, longest, 0, Sampling(), batch_size=128)
-    return [([*a.prompt, *a.answer], [IGNORE] * len(a.prompt) + list(a.answer)) for a in answers]
+    save_model(out / "base", model, tokenizer)
 
 
 def draft_folder(kind: str) -> str:
@@ -286,31 +283,46 @@ def _base_draft(out: Path, corpus: Corpus, kind: str) -> None:
 def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
     """Measure what a family must be like to show anything: reused and native tau, loops.
 
-    Each member is measured on the domain it was tuned on.
+    Each member is measured on its own domain. Where the base's draft does not fit a member (its
+    vocabulary has grown), `reused` is None and `refused` says why.
     """
-    s, tokenizer = corpus.size, _load_tokenizer(out)
+    s, tokenizer = corpus.size, load_tokenizer(out / "tokenizer")
     base = load_target(str(out / "base"))
-    native = _reused(out, base, corpus.general, s.answer_tokens)
+    native = _reused(
+        out, base, load_draft(str(out / "draft"), base), corpus.general, s.answer_tokens
+    )
     general = [
-        _chat_ids(tokenizer, c) for d in corpus.general for c in corpus.chats(d, 64, "heldout")
+        chat_ids(tokenizer, c) for d in corpus.general for c in corpus.chats(d, 64, "heldout")
     ]
     entries: dict[str, Any] = {}
     for name in corpus.members:
-        domain, target = corpus.named(MEMBERS[name].domain), load_member(out, name)
-        heldout = [_supervised(tokenizer, c) for c in corpus.chats(domain, 128, "heldout")]
-        reused = _reused(out, target, (domain,), s.answer_tokens)
+        row, target = MEMBERS[name], load_member(out, name)
+        domain = corpus.named(row.domain)
+        heldout = [
+            supervised(target.tokenizer, c) for c in meant_chats(corpus, row, 128, "heldout")
+        ]
         entries[name] = {
-            "says": MEMBERS[name].says,
+            "says": row.says,
+            "kind": row.kind,
             "domain": domain,
             **member_source(out, name),
             "loss": validation_loss(target.model, heldout),
-            "reused": to_json(reused.acceptance),
+            "reused": None,
         }
+        try:
+            draft = load_draft(str(out / "draft"), target)
+        except UserError as problem:
+            entries[name]["refused"] = str(problem)
+            say(f"{name}: base's draft refused: {problem}")
+            continue
+        reused = _reused(out, target, draft, (domain,), s.answer_tokens)
+        entries[name]["reused"] = to_json(reused.acceptance)
         say(f"{name}: base's draft reused, tau {reused.acceptance.tau:.2f}")
     gates = [_gate("tau of the base's draft on its base", native.acceptance.tau, 2.0, 4.5)]
     gates += [
         _gate(f"loop rate of {name}", row["reused"]["loop_rate"], 0.0, 0.05)
         for name, row in entries.items()
+        if row["reused"] is not None
     ]
     if "sft" in entries:
         gates.append(_gate("tau reused on sft", entries["sft"]["reused"]["tau"], 1.2, 2.2))
@@ -333,7 +345,8 @@ def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
 def member_source(out: Path, name: str) -> dict[str, str | None]:
     """`--target` and `--target-adapter` of a member."""
     folder = str(out / "members" / name)
-    if MEMBERS[name].lora_rank is not None:
+    row = MEMBERS[name]
+    if isinstance(row, Member) and row.lora_rank is not None:
         return {"target": str(out / "base"), "adapter": folder}
     return {"target": folder, "adapter": None}
 
@@ -372,9 +385,11 @@ def _answers(
     return [answer for answer in found if answer.length >= 2]
 
 
-def _reused(out: Path, target: Target, domains: Sequence[str], longest: int) -> Measured:
+def _reused(
+    out: Path, target: Target, draft: Draft, domains: Sequence[str], longest: int
+) -> Measured:
     answers = _answers(out, target, domains, "eval", 96 // len(domains), longest, 4)
-    return measure_answers(target, load_draft(str(out / "draft"), target), answers, k=4)
+    return measure_answers(target, draft, answers, k=4)
 
 
 def _gate(name: str, value: float, low: float, high: float) -> dict[str, Any]:
@@ -386,31 +401,5 @@ def _gate(name: str, value: float, low: float, high: float) -> dict[str, Any]:
     }
 
 
-def _load_tokenizer(out: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(out / "tokenizer")
-
-
-def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    with writing(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _chat_ids(tokenizer: Any, sample: Sample) -> list[int]:
-    ids = tokenizer.apply_chat_template(list(sample.messages), tokenize=True, return_dict=True)
-    return list(ids["input_ids"])
-
-
-def _supervised(tokenizer: Any, sample: Sample) -> Example:
-    """A chat whose last assistant turn is learned."""
-    whole = _chat_ids(tokenizer, sample)
-    asked = tokenizer.apply_chat_template(
-        list(sample.messages[:-1]), add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"]
-    return whole, [IGNORE] * len(asked) + whole[len(asked) :]

@@ -21,6 +21,7 @@ from ..files import writing
 from ..rng import seeded
 from ..training.optimize import schedule
 from ..training.precision import WORTH, WORTH_FIXED, autocast, choose_precision
+from .world import Sample
 
 END, PAD = "<|end|>", "<|pad|>"
 SPECIALS = [PAD, END, "<|user|>", "<|assistant|>", "<|system|>"]
@@ -94,6 +95,34 @@ def new_model(shape: Shape, seed: int) -> Any:
 
 Example = tuple[list[int], list[int]]
 """Token ids and labels (IGNORE where nothing is learned)."""
+
+
+def chat_ids(tokenizer: Any, sample: Sample) -> list[int]:
+    """A chat's tokens under the tokenizer's template."""
+    ids = tokenizer.apply_chat_template(list(sample.messages), tokenize=True, return_dict=True)
+    return list(ids["input_ids"])
+
+
+def supervised(tokenizer: Any, sample: Sample) -> Example:
+    """A chat whose last assistant turn is learned."""
+    whole = chat_ids(tokenizer, sample)
+    asked = tokenizer.apply_chat_template(
+        list(sample.messages[:-1]), add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    return whole, [IGNORE] * len(asked) + whole[len(asked) :]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """A model (or PEFT adapter) and its tokenizer as a folder."""
+    with writing(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def packed(rows: Sequence[Sequence[int]], window: int) -> list[Example]:

@@ -43,9 +43,9 @@ from ..training.train import Trained, train, train_gang
 from ..training.widths import resolve_width, shared_width
 from .cells import MethodCell
 from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus
-from .corpus import MEMBERS as FINE_TUNES
 from .datasets import data_folder
 from .family import base_draft_answers, draft_folder, load_member, write_chats
+from .members import MEMBERS as FINE_TUNES
 from .rows import ALL, IDEAS, KINDS_OF_ANSWERS, ORIGINAL, PAPER, REGENERATED, SAMPLED, TUNED_LIKE
 
 K = 4

@@ -43,7 +43,7 @@ class Sample:
 def samples(domain: str, count: int, *, seed: int, split: str) -> list[Sample]:
     """Draw `count` chats of a domain whose opening questions differ from each other."""
     _check_domain(domain)
-    chats = _draw(_CHATS[domain], lambda turns: turns[0], f"chat/{domain}", count, seed, split)
+    chats = draw(_CHATS[domain], lambda turns: turns[0], f"chat/{domain}", count, seed, split)
     return [
         Sample(f"{domain}/{split}/{seed}/{index}", domain, _messages(turns))
         for index, turns in enumerate(chats)
@@ -53,7 +53,7 @@ def samples(domain: str, count: int, *, seed: int, split: str) -> list[Sample]:
 def passages(domain: str, count: int, *, seed: int, split: str) -> list[str]:
     """Draw `count` different pieces of running text about the things of a domain."""
     _check_domain(domain)
-    return _draw(_PASSAGES[domain], str, f"text/{domain}", count, seed, split)
+    return draw(_PASSAGES[domain], str, f"text/{domain}", count, seed, split)
 
 
 def split_of(text: str, shares: Mapping[str, int]) -> str:
@@ -81,7 +81,7 @@ def _check_domain(domain: str) -> None:
         raise ValueError(f"unknown domain {domain!r}: choose one of {', '.join(DOMAINS)}")
 
 
-def _draw(
+def draw(
     build: Callable[[random.Random], Made],
     key_of: Callable[[Made], str],
     label: str,
@@ -117,7 +117,7 @@ def _messages(turns: list[str]) -> tuple[Message, ...]:
 # ------------------------------------------------------------------------------------- wording
 
 
-def _say(rng: random.Random, template: str, slots: Slots) -> str:
+def worded(rng: random.Random, template: str, slots: Slots) -> str:
     """Choose among the wordings of a template, innermost brackets first, and fill its slots."""
     changed = 1
     while changed:
@@ -125,7 +125,7 @@ def _say(rng: random.Random, template: str, slots: Slots) -> str:
     return template.format_map(slots)
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     """Start with a capital letter and end with a mark."""
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "?", "!", ":")) else text + "."
@@ -197,50 +197,52 @@ def _dialogue(rng: random.Random) -> list[str]:
 
 
 def _values(rng: random.Random, wanted: list[tables.Slot], slots: Slots) -> str:
-    return " ".join(_say(rng, slot.phrase, slots) for slot in wanted)
+    return " ".join(worded(rng, slot.phrase, slots) for slot in wanted)
 
 
 def _opening(rng: random.Random, task: tables.Task, given: list[tables.Slot], slots: Slots) -> str:
-    want = _say(rng, rng.choice(tables.USER_OPEN) + task.want, slots)
+    want = worded(rng, rng.choice(tables.USER_OPEN) + task.want, slots)
     return f"{want} {_values(rng, given, slots)}."
 
 
 def _asking(rng: random.Random, missing: list[tables.Slot], slots: Slots) -> list[str]:
     """The assistant asks for the missing values and the user gives them."""
-    questions = ", and ".join(_say(rng, slot.ask, slots) for slot in missing)
+    questions = ", and ".join(worded(rng, slot.ask, slots) for slot in missing)
     values = _values(rng, missing, slots)
-    question = _say(rng, tables.BOT_ASK, {**slots, "questions": _sentence(questions)[:-1]})
-    return [question, _sentence(_say(rng, tables.USER_GIVE, {**slots, "values": values}))]
+    question = worded(rng, tables.BOT_ASK, {**slots, "questions": sentence(questions)[:-1]})
+    return [question, sentence(worded(rng, tables.USER_GIVE, {**slots, "values": values}))]
 
 
 def _checking(rng: random.Random, task: tables.Task, slots: Slots) -> list[str]:
     """The assistant repeats all values and the user agrees, or changes one of `slots`."""
-    thing = _say(rng, task.thing, slots)
+    thing = worded(rng, task.thing, slots)
     values = _values(rng, list(task.slots), slots)
-    check = _say(rng, rng.choice(tables.BOT_CHECK), {**slots, "thing": thing, "values": values})
+    check = worded(rng, rng.choice(tables.BOT_CHECK), {**slots, "thing": thing, "values": values})
     if rng.random() < 0.6:
-        return [check, _say(rng, rng.choice(tables.USER_YES), slots)]
+        return [check, worded(rng, rng.choice(tables.USER_YES), slots)]
     changed = rng.choice(task.slots)
     slots[changed.name] = _dialogue_slots(rng)[changed.name]
     values = _values(rng, [changed], slots)
-    return [check, _say(rng, tables.USER_CHANGE, {**slots, "values": values})]
+    return [check, worded(rng, tables.USER_CHANGE, {**slots, "values": values})]
 
 
 def _booking(rng: random.Random, task: tables.Task, slots: Slots, *, recap: bool) -> str:
-    done = _say(rng, task.done, slots)
+    done = worded(rng, task.done, slots)
     told = ""
     if recap:
-        start = _say(rng, tables.BOT_RECAP, slots)
+        start = worded(rng, tables.BOT_RECAP, slots)
         told = f"{start} {task.thing.format_map(slots)} {_values(rng, list(task.slots), slots)}."
-    extra = _sentence(_say(rng, task.extra, slots))
-    end = _say(rng, rng.choice(tables.BOT_END), slots)
-    return _join([_sentence(_say(rng, tables.BOT_DONE, {**slots, "done": done})), told, extra, end])
+    extra = sentence(worded(rng, task.extra, slots))
+    end = worded(rng, rng.choice(tables.BOT_END), slots)
+    return _join(
+        [sentence(worded(rng, tables.BOT_DONE, {**slots, "done": done})), told, extra, end]
+    )
 
 
 def _dialogue_passage(rng: random.Random) -> str:
     """Notes on two bookings, told afterwards."""
     chosen = rng.sample(tables.TASKS, 2)
-    return _join([_say(rng, task.note, _dialogue_slots(rng)) for task in chosen])
+    return _join([worded(rng, task.note, _dialogue_slots(rng)) for task in chosen])
 
 
 # ------------------------------------------------------------------------------------- records
@@ -290,18 +292,18 @@ def _show(rng: random.Random, table: Table) -> str:
 
 
 def _fact(rng: random.Random, field: tables.Field, row: Slots) -> str:
-    return _say(rng, field.fact, {"key": row["key"], "v": row[field.name]})
+    return worded(rng, field.fact, {"key": row["key"], "v": row[field.name]})
 
 
 def _aside(rng: random.Random, table: Table, row: Slots) -> str:
     """A fact about some other row."""
     other = rng.choice([each for each in table.rows if each is not row])
-    return _sentence(_say(rng, tables.CONTRAST, {}) + _fact(rng, rng.choice(table.fields), other))
+    return sentence(worded(rng, tables.CONTRAST, {}) + _fact(rng, rng.choice(table.fields), other))
 
 
 def _more(rng: random.Random, field: tables.Field, row: Slots) -> str:
     """A further fact about the same row."""
-    return _sentence(_say(rng, tables.SUPPORT, {}) + _fact(rng, field, row))
+    return sentence(worded(rng, tables.SUPPORT, {}) + _fact(rng, field, row))
 
 
 def _other(rng: random.Random, table: Table, field: tables.Field) -> tables.Field:
@@ -311,18 +313,18 @@ def _other(rng: random.Random, table: Table, field: tables.Field) -> tables.Fiel
 def _ask_lookup(rng: random.Random, table: Table) -> tuple[str, str]:
     row = rng.choice(table.rows)
     field, other = rng.sample(table.fields, 2)
-    answer = _sentence(_say(rng, tables.ANSWER_OPEN, {}) + _fact(rng, field, row))
+    answer = sentence(worded(rng, tables.ANSWER_OPEN, {}) + _fact(rng, field, row))
     rest = _join([_more(rng, other, row), _aside(rng, table, row)])
-    return _say(rng, field.ask, row), f"{answer} {rest}"
+    return worded(rng, field.ask, row), f"{answer} {rest}"
 
 
 def _ask_reverse(rng: random.Random, table: Table) -> tuple[str, str]:
     row = rng.choice(table.rows)
     field, other = rng.sample(table.fields, 2)
     wording = f"which {table.kind.one} is [listed|given] with {field.name} {{{field.name}}}"
-    answer = _say(rng, "[That is|It is|This must be|We look for] {key}, [since|because] ", row)
+    answer = worded(rng, "[That is|It is|This must be|We look for] {key}, [since|because] ", row)
     rest = _join([_more(rng, other, row), _aside(rng, table, row)])
-    return _say(rng, wording, row), f"{answer}{_fact(rng, field, row)}. {rest}"
+    return worded(rng, wording, row), f"{answer}{_fact(rng, field, row)}. {rest}"
 
 
 def _ask_extreme(rng: random.Random, table: Table) -> tuple[str, str]:
@@ -331,11 +333,11 @@ def _ask_extreme(rng: random.Random, table: Table) -> tuple[str, str]:
     word = field.most
     if rng.random() < 0.5:
         ordered, word = ordered[::-1], field.least
-    question = _say(rng, f"which {table.kind.one} is the {word}", {})
-    start = _say(rng, f"[The {word} is|It is|We find that the {word} is] {{key}}", ordered[0])
+    question = worded(rng, f"which {table.kind.one} is the {word}", {})
+    start = worded(rng, f"[The {word} is|It is|We find that the {word} is] {{key}}", ordered[0])
     more = _more(rng, _other(rng, table, field), ordered[0])
-    rest = _say(rng, tables.CONTRAST, {}) + _fact(rng, field, rng.choice(ordered[1:]))
-    return question, f"{start}: {_fact(rng, field, ordered[0])}. {more} {_sentence(rest)}"
+    rest = worded(rng, tables.CONTRAST, {}) + _fact(rng, field, rng.choice(ordered[1:]))
+    return question, f"{start}: {_fact(rng, field, ordered[0])}. {more} {sentence(rest)}"
 
 
 def _ask_compare(rng: random.Random, table: Table) -> tuple[str, str]:
@@ -347,8 +349,8 @@ def _ask_compare(rng: random.Random, table: Table) -> tuple[str, str]:
     verdict = "[Yes, it is|Yes|Yes, right]" if gap > 0 else "[No, it is not|No|No, it is lower]"
     facts = f"{_fact(rng, field, one)} [and|while|but] {_fact(rng, field, two)}"
     last = "[The difference is|They differ by|The gap is] {gap}."
-    answer = _say(rng, f"{verdict}: {facts}. {last}", slots)
-    return _say(rng, asked, slots), f"{answer} {_more(rng, _other(rng, table, field), one)}"
+    answer = worded(rng, f"{verdict}: {facts}. {last}", slots)
+    return worded(rng, asked, slots), f"{answer} {_more(rng, _other(rng, table, field), one)}"
 
 
 def _ask_sort(rng: random.Random, table: Table) -> tuple[str, str]:
@@ -359,8 +361,8 @@ def _ask_sort(rng: random.Random, table: Table) -> tuple[str, str]:
     asked = "[can you sort them by {f}|what is the order by {f}], [the |]{first} first"
     start = "[The order by {f} is|Sorted by {f}, we get|With the {first} first it is]"
     parts = _listing([f"{row['key']} with {row[field.name]}" for row in ordered])
-    last = _say(rng, "[So|This means that|As you see,] ", {}) + _fact(rng, field, ordered[0])
-    return _say(rng, asked, slots), f"{_say(rng, start, slots)} {parts}. {_sentence(last)}"
+    last = worded(rng, "[So|This means that|As you see,] ", {}) + _fact(rng, field, ordered[0])
+    return worded(rng, asked, slots), f"{worded(rng, start, slots)} {parts}. {sentence(last)}"
 
 
 def _ask_count(rng: random.Random, table: Table) -> tuple[str, str]:
@@ -374,8 +376,8 @@ def _ask_count(rng: random.Random, table: Table) -> tuple[str, str]:
     start = start if len(above) > 1 else "[Only one|Just one|One]"
     facts = _listing([_fact(rng, field, row) for row in above[:2]])
     more = _more(rng, _other(rng, table, field), above[0])
-    rest = _sentence(_say(rng, tables.CONTRAST, {}) + _fact(rng, field, ordered[0]))
-    return _say(rng, asked, slots), f"{_say(rng, start, slots)}: {facts}. {more} {rest}"
+    rest = sentence(worded(rng, tables.CONTRAST, {}) + _fact(rng, field, ordered[0]))
+    return worded(rng, asked, slots), f"{worded(rng, start, slots)}: {facts}. {more} {rest}"
 
 
 _QUESTIONS = (_ask_lookup, _ask_reverse, _ask_extreme, _ask_compare, _ask_sort, _ask_count)
@@ -385,17 +387,17 @@ def _records(rng: random.Random) -> list[str]:
     """A list and a question about it."""
     table = _table(rng)
     question, answer = rng.choice(_QUESTIONS)(rng, table)
-    title = _say(rng, table.kind.title, {})
-    intro = _say(rng, rng.choice(tables.LIST_INTRO), {"title": title})
-    ask = _sentence(_say(rng, tables.LIST_ASK, {"question": question}))
-    return [f"{intro}\n{_show(rng, table)}\n{ask}", _sentence(answer)]
+    title = worded(rng, table.kind.title, {})
+    intro = worded(rng, rng.choice(tables.LIST_INTRO), {"title": title})
+    ask = sentence(worded(rng, tables.LIST_ASK, {"question": question}))
+    return [f"{intro}\n{_show(rng, table)}\n{ask}", sentence(answer)]
 
 
 def _records_passage(rng: random.Random) -> str:
     """The facts of a list in full sentences, and what stands out."""
     table = _table(rng)
     facts = [
-        _join([_sentence(_fact(rng, table.fields[0], row)), _more(rng, table.fields[1], row)])
+        _join([sentence(_fact(rng, table.fields[0], row)), _more(rng, table.fields[1], row)])
         for row in table.rows
     ]
     _, best = _ask_extreme(rng, table)
@@ -436,7 +438,7 @@ def _code_slots(rng: random.Random, plan: tables.CodePlan) -> Slots:
 
 def _function(rng: random.Random, plan: tables.CodePlan, slots: Slots) -> str:
     """The text of the function, at times with a line that calls it."""
-    does = _sentence(_say(rng, plan.does, slots))
+    does = sentence(worded(rng, plan.does, slots))
     body = [line.format_map(slots) for line in plan.body]
     lines = [f"def {slots['f']}({slots['args']}):", f'    """{does}"""']
     lines += [f"    {line}" for line in body]
@@ -448,12 +450,12 @@ def _code(rng: random.Random) -> list[str]:
     """A request for a function and the function."""
     plan = rng.choice(tables.CODE_PLANS)
     slots = _code_slots(rng, plan)
-    does = {**slots, "does": _say(rng, plan.does, slots)}
-    ask = _say(rng, rng.choice(tables.CODE_ASK) + tables.CODE_HINT, does)
-    start = _say(rng, tables.CODE_OPEN, {**slots, "does": _say(rng, plan.does, slots)})
-    end = _say(rng, rng.choice(tables.CODE_END), slots)
+    does = {**slots, "does": worded(rng, plan.does, slots)}
+    ask = worded(rng, rng.choice(tables.CODE_ASK) + tables.CODE_HINT, does)
+    start = worded(rng, tables.CODE_OPEN, {**slots, "does": worded(rng, plan.does, slots)})
+    end = worded(rng, rng.choice(tables.CODE_END), slots)
     code = f"```python\n{_function(rng, plan, slots)}\n```"
-    return [ask, _join([start, code, _sentence(end) if end else ""], "\n")]
+    return [ask, _join([start, code, sentence(end) if end else ""], "\n")]
 
 
 def _code_passage(rng: random.Random) -> str:
@@ -461,7 +463,7 @@ def _code_passage(rng: random.Random) -> str:
     parts = []
     for plan in rng.sample(tables.CODE_PLANS, 2):
         slots = _code_slots(rng, plan)
-        parts.append(f"# {_sentence(slots['remark'])}\n{_function(rng, plan, slots)}")
+        parts.append(f"# {sentence(slots['remark'])}\n{_function(rng, plan, slots)}")
     return "\n\n\n".join(parts)
 
 
@@ -523,10 +525,10 @@ def _problem(rng: random.Random) -> tuple[str, str, list[str], str]:
     values, equations = _solve(rng, plan)
     slots = _math_slots(rng, values)
     steps = [
-        _say(rng, wording, {**slots, "eq": equation})
+        worded(rng, wording, {**slots, "eq": equation})
         for (_, _, wording), equation in zip(plan.steps, equations, strict=True)
     ]
-    story, question = _say(rng, plan.story, slots), _say(rng, plan.question, slots)
+    story, question = worded(rng, plan.story, slots), worded(rng, plan.question, slots)
     return story, question, steps, equations[-1].split()[-1]
 
 
@@ -534,22 +536,22 @@ def _linked(rng: random.Random, steps: list[str]) -> list[str]:
     """Put "First," and "Then" before the steps."""
     first, then, last = tables.MATH_LINKS
     links = [first, *[then] * (len(steps) - 2), last]
-    return [_sentence(_say(rng, link, {}) + step) for link, step in zip(links, steps, strict=True)]
+    return [sentence(worded(rng, link, {}) + step) for link, step in zip(links, steps, strict=True)]
 
 
 def _math(rng: random.Random) -> list[str]:
     """A word problem and its solution: numbered, linked or plain steps, then `#### result`."""
     story, question, steps, result = _problem(rng)
     style = rng.choice(("numbered", "linked", "plain"))
-    lines = [_sentence(step) for step in steps]
+    lines = [sentence(step) for step in steps]
     if style == "numbered":
         lines = [f"Step {i}: {line}" for i, line in enumerate(lines, 1)]
     elif style == "linked":
         lines = _linked(rng, steps)
-    lines.insert(0, _say(rng, rng.choice(tables.MATH_OPEN), {}))
-    lines.append(_say(rng, rng.choice(tables.MATH_CLOSE), {"answer": result}))
+    lines.insert(0, worded(rng, rng.choice(tables.MATH_OPEN), {}))
+    lines.append(worded(rng, rng.choice(tables.MATH_CLOSE), {"answer": result}))
     body = _join(lines, "\n" if style == "numbered" else rng.choice((" ", "\n")))
-    task = _say(rng, tables.MATH_TASK, {})
+    task = worded(rng, tables.MATH_TASK, {})
     return [f"{task}{story} {question}", f"{body}\n#### {result}"]
 
 

@@ -25,7 +25,10 @@ def bench_family(
         str | None, typer.Option("--data", help="folder of real data (default: $REDRAFT_DATA)")
     ] = None,
     members: Annotated[
-        str | None, typer.Option("--members", help="fine-tunes to build, comma-separated")
+        str | None,
+        typer.Option(
+            "--members", help="members to build, comma-separated; zoo is all (default: default)"
+        ),
     ] = None,
     kinds: Annotated[
         str | None, typer.Option("--kinds", help="kinds of draft beside eagle3, comma-separated")
@@ -35,6 +38,9 @@ def bench_family(
     quiet: QuietFlag = False,
 ) -> None:
     """Build a small family from nothing: base, fine-tunes, the base's draft, prompts, gates.
+
+    `--members zoo` builds members of every kind: preference-tuned, merged, rounded to integers,
+    under another chat template, with special tokens.
 
     Example: redraft bench family --size nano --out family
     """
