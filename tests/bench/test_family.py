@@ -147,16 +147,13 @@ def test_members_of_every_kind_are_measured(zoo: tuple[Path, dict[str, Any]]) ->
     assert set(members) >= {"sft", "sft-medical", *ADDED, *PREFERRED}
     assert {members[n]["kind"] for n in ADDED} == {"merge", "int8", "template", "tokens"}
     assert members["merge-half"]["domain"] == "records"
-    for name in set(ADDED) - {"tokens-grown"}:
+    for name in ADDED:
         assert members[name]["reused"]["steps"] > 0
-    # A grown vocabulary is another tokenizer, and the base's draft says so.
-    assert members["tokens-grown"]["reused"] is None
-    assert "tokenizers differ" in members["tokens-grown"]["refused"]
     grown, base = load_member(out, "tokens-grown"), load_target(manifest["base"])
     assert grown.vocab_size == base.vocab_size + 2
     shown = io.StringIO()
     describe_family(manifest, Console(file=shown, width=200))
-    assert "refused" in next(r for r in shown.getvalue().splitlines() if "tokens-grown" in r)
+    assert "tokens-grown" in shown.getvalue()
 
 
 def test_another_template_leaves_the_weights_alone(zoo: tuple[Path, dict[str, Any]]) -> None:

@@ -1,0 +1,62 @@
+"""A check through a running vLLM: its counters say what our replay says of the same answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft.bench.family import build_family, load_member
+from redraft.data.prompts import read_prompts
+from redraft.decode.sampling import Sampling
+from redraft.engines.environment import VARIABLE, find_environment
+from redraft.engines.vllm import Serving, Speculation, serve
+from redraft.errors import UserError
+from redraft.formats.load import load_draft
+from redraft.measuring.measure import answer_all, measure_answers
+from redraft.triage.served import check_served
+from tests.engines_real.conftest import BUILD, ROOT
+
+pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1200)]
+PROMPTS, TOKENS, K = 32, 96, 4
+
+
+@pytest.fixture(scope="module")
+def family() -> dict[str, Any]:
+    return build_family(BUILD / "family", size="nano", members=("sft", "lora4"), kinds=("eagle",))
+
+
+def serving(family: dict[str, Any], draft: str | None) -> Serving:
+    speculation = Speculation("eagle3", draft, K) if draft else None
+    source = family["members"]["sft"]["target"]
+    return Serving(source, dtype="float32", max_model_len=512, speculation=speculation)
+
+
+@pytest.mark.parametrize("drafted", [True, False], ids=["speculating", "plain"])
+def test_a_server_is_checked_by_its_counters(
+    family: dict[str, Any], tmp_path: Path, drafted: bool
+) -> None:
+    environment = find_environment(
+        os.environ.get(VARIABLE) or str(ROOT / ".venv-vllm" / "bin" / "python")
+    )
+    file = str(Path(family["prompts"]) / f"{family['tuned_domain']}-eval.jsonl")
+    what = serving(family, family["draft"] if drafted else None)
+    with serve(environment, what, tmp_path / "log") as client:
+        url = f"http://127.0.0.1:{client.server.port}"
+        if not drafted:
+            with pytest.raises(UserError, match="without speculation"):
+                check_served(url, file, most=8, max_new_tokens=TOKENS)
+            return
+        found = check_served(url, file, most=PROMPTS, rows=4, max_new_tokens=TOKENS)
+    target = load_member(BUILD / "family", "sft")
+    prompts = read_prompts(file, target, PROMPTS, "last").prompts
+    answers = answer_all(target, prompts, TOKENS, K, Sampling())
+    own = measure_answers(target, load_draft(family["draft"], target), answers, k=K).acceptance
+    print(f"tau {found.tau} by the server's counters, {own.tau} {own.ci} by replay")
+    assert found.answer_tokens == sum(answer.length for answer in answers)
+    assert found.tau[0] == pytest.approx(own.tau, rel=0.01)
+    assert found.per_position == pytest.approx(own.per_position, abs=0.02)
+    assert found.tau[1] <= own.tau <= found.tau[2]
+    assert found.others < 0.05
