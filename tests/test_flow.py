@@ -275,6 +275,11 @@ def test_a_run_of_another_method_is_not_trained_over(
     assert not adapt("expert+fc").worked
     with pytest.raises(UserError, match=r"holds a run of method expert\+fc; for full name another"):
         adapt("full")
+    more = str(write_prompts(tmp_path / "q.jsonl", 24))
+    with pytest.raises(
+        UserError, match=r"holds a run with prompts .*p\.jsonl; name another folder"
+    ):
+        flow.adapt(target, str(draft_folder), more, out=run, method="expert+fc")
     now = {n: tensor_hash(t) for n, t in read_file(run / "private/model.safetensors").items()}
     assert now == kept
     shutil.rmtree(run / "private")

@@ -136,8 +136,9 @@ def adapt(
         elsewhere[OFF] = safety.asked
     asked = _ask(target, everything, eval_prompts, elsewhere, c)
     with RunFolder.open(out) as run:
-        _refuse_other_method(run.path, read_method(c.train.method))
-        run.write_json("run.json", _describe(target, shared, everything, resolved))
+        described = _describe(target, shared, everything, resolved)
+        _refuse_other_run(run.path, read_method(c.train.method), described)
+        run.write_json("run.json", described)
         if c.select.budget == AUTO:
             answered = _regenerate(run, target, (), asked[1:], elsewhere, c)
             order = in_order(asked[0], c.select.seed)
@@ -193,12 +194,14 @@ def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tup
     return answers, Resolved(config, {**resolved.origins, **origins})
 
 
-def _refuse_other_method(folder: Path, method: Method) -> None:
-    """A folder that holds the private part of one method is not trained over with another."""
+def _refuse_other_run(folder: Path, method: Method, described: dict[str, Any]) -> None:
+    """A folder that holds a private part is not trained over with another method, or for other files."""
     if not (folder / "private").is_dir():
         return
     try:
-        known = read_method(read_json(folder / "run.json")["config"]["train"]["method"])
+        before = read_json(folder / "run.json")
+        known = read_method(before["config"]["train"]["method"])
+        other = [n for n in ("target", "shared", "prompts") if before[n] != described[n]]
     except (UserError, KeyError, TypeError, ValueError):
         return  # its stages will say what is damaged
     if known != method:
@@ -206,6 +209,11 @@ def _refuse_other_method(folder: Path, method: Method) -> None:
             f"{folder} holds a run of method {known.name}; for {method.name} name another folder with "
             f"--out, or remove {folder / 'private'} to train anew on the same answers (parts: "
             f"{', '.join(PARTS)})"
+        )
+    if other:
+        was = ", ".join(f"{name} {before[name]}" for name in other)
+        raise UserError(
+            f"{folder} holds a run with {was}; name another folder with --out, or remove this one"
         )
 
 

@@ -56,19 +56,21 @@ def test_bad_lines_are_counted_and_the_rest_is_kept(target: Target, tmp_path: Pa
         json.dumps({"messages": [{"role": "wizard", "content": "x"}]}),
         json.dumps({"prompt": "x" * 300}),
         json.dumps({"prompt": "two"}),
+        json.dumps({"messages": "hello"}),
     ]
     path.write_text("\n".join(lines) + "\n")
     found = read_prompts(str(path), target)
     assert [p.id for p in found.prompts] == ["line-1", "line-7"]
     reasons = dict(found.left_out)
-    assert sorted(reasons) == [2, 3, 4, 5, 6]
+    assert sorted(reasons) == [2, 3, 4, 5, 6, 8]
+    assert reasons[8] == "messages is not a list of turns but str"
     assert "not valid JSON" in reasons[2]
     assert reasons[3] == "the line is empty"
     assert "unknown schema with keys texts; known: messages" in reasons[4]
     assert "unknown role 'wizard'" in reasons[5]
     assert "tokens long, the target's context is 256" in reasons[6]
     assert "2 prompts" in found.summary()
-    assert "5 left out (first: line 2: not valid JSON" in found.summary()
+    assert "6 left out (first: line 2: not valid JSON" in found.summary()
 
 
 def test_no_prompts_left_says_why(target: Target, tmp_path: Path) -> None:

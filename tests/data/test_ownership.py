@@ -12,7 +12,8 @@ import torch
 
 from redraft import console, flow
 from redraft.config import resolve
-from redraft.data.ownership import Ownership, ownership
+from redraft.data import ownership as module
+from redraft.data.ownership import Ownership, cost, ownership
 from redraft.data.prompts import read_prompts
 from redraft.decode.sampling import Sampling
 from redraft.errors import UserError
@@ -37,19 +38,37 @@ def strangers(answers: list[Answer]) -> list[Answer]:
     ]
 
 
-def test_it_is_cost_against_entropy(target: Target, sampled: list[Answer]) -> None:
-    found = ownership(target, sampled[:2])
-    cost = entropy = 0.0
+def test_it_is_cost_and_entropy(target: Target, sampled: list[Answer]) -> None:
+    found = cost(target, sampled[:2])
+    spent = entropy = 0.0
     for answer in sampled[:2]:
         ids = torch.tensor([[*answer.prompt, *answer.answer]])
         log_p = target.model(input_ids=ids).logits[0].double().log_softmax(-1)
         for at in range(len(answer.prompt), ids.shape[1]):
             row = log_p[at - 1].tolist()
-            cost -= row[ids[0, at]]
+            spent -= row[ids[0, at]]
             entropy -= sum(math.exp(x) * x for x in row)
     assert found.tokens == sum(a.length for a in sampled[:2])
-    assert found.surprise == pytest.approx(cost / found.tokens, rel=1e-4)
-    assert found.expected == pytest.approx(entropy / found.tokens, rel=1e-4)
+    assert found.surprise == pytest.approx(spent / found.tokens, rel=1e-4)
+    assert found.entropy == pytest.approx(entropy / found.tokens, rel=1e-4)
+    assert found.entropy != pytest.approx(found.surprise, rel=1e-4)
+
+
+def test_answers_of_a_calibrated_stranger_are_noticed(
+    target: Target, sampled: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text along which the target is as unsure as the text is unlikely: its entropy would not tell."""
+    unsure = cost(target, sampled)
+    monkeypatch.setattr(
+        module,
+        "cost",
+        lambda target, answers: dataclasses.replace(
+            unsure, surprise=3.1 if answers[0] is sampled[0] else 2.0, entropy=3.3, error=0.02
+        ),
+    )
+    found = ownership(target, sampled)
+    assert not found.own
+    assert (found.surprise, found.expected) == (3.1, 2.0)
 
 
 def test_own_answers_pass_and_others_are_noticed(
@@ -64,7 +83,7 @@ def test_own_answers_pass_and_others_are_noticed(
     assert abs(own.surprise - own.expected) < 4 * own.error
     foreign = ownership(target, strangers(sampled))
     assert not foreign.own
-    assert foreign.surprise > foreign.expected + 10 * foreign.error
+    assert foreign.surprise > foreign.expected + 5 * foreign.error
     assert foreign.describe().startswith("warning: the answers' tokens cost the target")
     assert "leave --answers out" in foreign.describe()
     assert "warning" not in own.describe()

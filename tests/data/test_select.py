@@ -141,6 +141,26 @@ def test_the_command_scores_and_explains(
         assert message in str(failed.exception)
 
 
+def test_prompts_that_select_chose_are_answered_by_regenerate(
+    target_folder: Path, tmp_path: Path
+) -> None:
+    prompts, chosen = write_prompts(tmp_path / "p.jsonl", 12), tmp_path / "s.jsonl"
+    models = ["--target", str(target_folder), "--prompts", str(prompts)]
+    select = ["select", "--by", "prompts", "--select", "flatness", "--budget", "5", "--explain"]
+    run = CliRunner().invoke(app, [*select, *models, "--out", str(chosen)])
+    assert run.exit_code == 0, run.output
+    assert "<|user|>Say 70 and 10.<|end|><|assistant|>\n" in run.stderr, "not shown whole"
+    assert "->" not in run.stderr
+    answer = ["regenerate", *models, "--out", str(tmp_path / "a.jsonl"), "--max-new-tokens", "4"]
+    run = CliRunner().invoke(app, [*answer, "--selection", str(chosen)])
+    assert run.exit_code == 0, run.output
+    kept = {s.id for s in read_selection(chosen) if s.kept}
+    assert {a.id for a in read_answers(tmp_path / "a.jsonl")} == kept
+    assert len(kept) == 5
+    few = CliRunner().invoke(app, [*answer, "--selection", str(chosen), "--limit", "2"])
+    assert "name the file that was chosen from" in str(few.exception)
+
+
 def test_prompts_chosen_first_are_the_only_ones_answered(
     target: Target, draft_folder: Path, tmp_path: Path
 ) -> None:

@@ -225,7 +225,8 @@ def test_inspection_shows_the_mistakes_of_a_template(
     ]
     good = inspect_prompts(read(target, tmp_path, rows), target, rows=2)
     assert (good.kept, good.left_out, good.conversations) == (2, 2, 1)
-    assert good.reasons == {"the prompt is N tokens long, the target's context is N": 2}
+    assert good.reasons == {"the prompt is … tokens long, the target's context is …": 2}
+    assert list(good.lines.values()) == [3]
     assert good.warnings == ()
     assert good.rows[1].turns == 3
     supervised = [s.text for s in good.rows[0].spans if s.supervised and not s.special]
@@ -248,9 +249,9 @@ def test_prompts_inspect_prints_and_gives_json(target_folder: Path, tmp_path: Pa
     run = CliRunner().invoke(app, ["prompts", "inspect", str(path), "--target", str(target_folder)])
     assert run.exit_code == 0, run.output
     assert "one: " in run.output
-    assert "«A»⟨" in run.output
+    assert "«A»«⟨" in run.output, "the stop token is learned too"
     assert "1 prompts (1 messages)" in run.output
-    assert "1: unknown schema with keys (none)" in run.output
+    assert "1 row (line 2): unknown schema with keys (none)" in run.output
     arguments = ["prompts", "inspect", str(path), "--target", str(target_folder), "--json"]
     found = json.loads(CliRunner().invoke(app, arguments).stdout)
     assert (found["kept"], found["left_out"]) == (1, 1)

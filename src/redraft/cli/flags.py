@@ -170,9 +170,10 @@ def print_examples(examples: Any) -> None:
         fate = "kept" if sample.kept else "left out"
         if sample.duplicate_of:
             fate += f", like {sample.duplicate_of}"
+        answer = f"\n  -> {_shortened(example.answer)}" if example.answer else ""
         typer.echo(
             f"{example.where}, rank {example.rank}: {sample.score:.4g} ({fate}) {sample.id}\n"
-            f"  {_shortened(example.prompt)}\n  -> {_shortened(example.answer)}",
+            f"  {_shortened(example.prompt)}{answer}",
             err=True,
         )
 

@@ -97,7 +97,11 @@ def _print(found: Inspection) -> None:
     if found.left_out:
         out.print(f"{found.left_out} rows left out:")
         for reason, count in found.reasons.items():
-            out.print(f"  {count}: {reason}", markup=False)
+            rows = "rows" if count > 1 else "row"
+            at = f"line {found.lines[reason]}"
+            out.print(
+                f"  {count} {rows} ({at if count == 1 else f'first: {at}'}): {reason}", markup=False
+            )
     for warning in found.warnings:
         out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
@@ -105,7 +109,7 @@ def _print(found: Inspection) -> None:
 def _visible(span: Span) -> str:
     """Marked by signs as well as by colour, for a log file and for a colour-blind eye."""
     if span.special:
-        return f"⟨{span.text}⟩"
+        return f"«⟨{span.text}⟩»" if span.supervised else f"⟨{span.text}⟩"
     return f"«{span.text}»" if span.supervised else span.text
 
 

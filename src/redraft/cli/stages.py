@@ -52,6 +52,10 @@ def regenerate(
     overrun: Annotated[
         int, typer.Option("--overrun", help="tokens kept past each answer's end, for replay at K")
     ] = 0,
+    selection: Annotated[
+        str | None,
+        typer.Option("--selection", help="answer only the prompts that `select --by prompts` kept"),
+    ] = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
     dtype: DtypeFlag = "auto",
@@ -68,15 +72,26 @@ def regenerate(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.regenerate
+    from ..data.pool import Picked
     from ..data.prompts import read_prompts
     from ..data.regenerate import check_backend
     from ..data.regenerate import regenerate as run
+    from ..data.select import read_selection
 
     check_backend(c, overrun)
     loaded = load(target, target_adapter, chat_template, dtype)
     found = read_prompts(prompts, loaded, limit, c.turns)
     say(found.summary())
-    answers = run(loaded, found.prompts, Path(out), c, overrun)
+    asked: Any = found.prompts
+    if selection:
+        kept = {sample.id for sample in read_selection(Path(selection)) if sample.kept}
+        asked = Picked(asked, (i for i, prompt in enumerate(asked) if prompt.id in kept))
+        if len(asked) < len(kept):
+            raise UserError(
+                f"{selection} keeps {len(kept)} prompts, of which {prompts} has {len(asked)}; name the file "
+                "that was chosen from"
+            )
+    answers = run(loaded, asked, Path(out), c, overrun)
     finish(
         as_json,
         f"{len(answers)} answers, {sum(a.length for a in answers):,} tokens in {out}",
@@ -134,6 +149,7 @@ def select(
     from ..data.select import select as run
     from ..data.select import write_selection
     from ..formats.load import load_draft
+    from ..records import Answer
 
     given, missing = (prompts, "--prompts") if c.by == "prompts" else (answers, "--answers")
     if given is None:
@@ -157,7 +173,10 @@ def select(
     selection = run(pool, c, models)
     write_selection(Path(out), selection)
     if examples and loaded:
-        print_examples(explain(selection.samples, {s.id: s for s in pool}, loaded))
+        shown = {s.id: s for s in pool}
+        if c.by == "prompts":  # whole prompts, that have no answer
+            shown = {p.id: Answer(p.id, p.tokens, (), 0, "length") for p in found.prompts}
+        print_examples(explain(selection.samples, shown, loaded))
     finish(
         as_json,
         f"{selection.summary()}, in {out}",

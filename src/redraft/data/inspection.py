@@ -40,13 +40,15 @@ class Shown:
 class Inspection:
     """A prompts file in figures, its first rows rendered, and warnings.
 
-    Lengths are in tokens: the smallest, the median and the largest.
+    Lengths are in tokens: the smallest, the median and the largest. `reasons` counts the rows left
+    out (of the first thousand) by reason, `lines` is the first row of each, from 1.
     """
 
     source: str
     kept: int
     left_out: int
     reasons: dict[str, int]
+    lines: dict[str, int]
     shapes: dict[str, int]
     prompt_lengths: tuple[int, int, int]
     answer_lengths: tuple[int, int, int] | None
@@ -69,12 +71,17 @@ def inspect_prompts(found: PromptSet, target: Target, rows: int) -> Inspection:
             unfinished += not set(prompt.reference) & set(target.stop_ids)
         if len(shown) < rows:
             shown.append(_shown(prompt, target))
-    reasons = Counter(_alike(reason) for _, reason in found.left_out)
+    reasons: Counter[str] = Counter()
+    lines: dict[str, int] = {}
+    for number, reason in found.left_out:
+        reasons[_alike(reason)] += 1
+        lines.setdefault(_alike(reason), number)
     return Inspection(
         source=found.source,
         kept=len(found.prompts),
         left_out=found.left_out_count,
         reasons=dict(reasons.most_common()),
+        lines=lines,
         shapes=found.shapes,
         prompt_lengths=_spread(prompts),
         answer_lengths=_spread(answers) if answers else None,
@@ -136,7 +143,7 @@ def _spans(tokens: tuple[int, ...], target: Target, supervised: bool) -> Iterato
 def _alike(reason: str) -> str:
     """A reason without what differs from row to row."""
     return re.sub(
-        r"same prompt as .*", "same prompt as an earlier row", re.sub(r"\d+", "N", reason)
+        r"same prompt as .*", "same prompt as an earlier row", re.sub(r"\d+", "…", reason)
     )
 
 

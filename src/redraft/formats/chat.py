@@ -45,6 +45,9 @@ def understand(row: Mapping[str, Any]) -> Understood:
     prompt = row.get("prompt")
     if "tokens" in row and isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return _answered(row)
+    for shape in ("messages", "conversations"):
+        if shape in row and not isinstance(row[shape], list):
+            raise ValueError(f"{shape} is not a list of turns but {type(row[shape]).__name__}")
     for shape in ("messages", "conversations", "prompt"):
         if isinstance(row.get(shape), list):
             answer = row.get("completion", row.get("response")) if shape == "prompt" else None

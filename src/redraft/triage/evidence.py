@@ -17,7 +17,7 @@ import numpy as np
 
 from ..config import RegenerateConfig, TrainConfig
 from ..console import say
-from ..data.ownership import ownership
+from ..data.ownership import cost
 from ..data.prompts import read_prompts
 from ..data.regenerate import regenerate
 from ..drafts.base import Draft
@@ -125,7 +125,7 @@ def gather(
     evidence = Evidence(
         prompts=len(traces),
         reused=_summary(traces, answers, k),
-        entropy=ownership(target, answers).expected,
+        entropy=cost(target, answers).entropy,
         answer_tokens=sum(answer.length for answer in answers),
         answer_rate=rate,
         suspects=tuple(suspects(target, stored, answers, k)),
