@@ -15,11 +15,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from ..triage.outlook import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Case, Outlook, outlook
-from ..triage.verdict import Bill, Pace, Verdict, cheapest_close, decide
+from ..triage.verdict import WORTH, Bill, Pace, Verdict, climb, decide
 
 LEAST_GAP = 0.15
 """Recovery is told where a draft trained anew gains at least this much tau."""
-WORTH = 0.1
 FREE = dict.fromkeys(ACTIONS, Bill(0, 0.0))
 
 
@@ -90,10 +89,10 @@ def judge(cases: Sequence[Case]) -> list[Judged]:
 
 
 def right_action(case: Case) -> str:
-    """The cheapest action whose measured tau is within `WORTH` of the best."""
+    """The action that a verdict would end at, had it seen what was measured."""
     names = [action for action in ACTIONS if action in case.taus]
     taus = np.array([[case.taus[action]] for action in names])
-    return names[int(cheapest_close(taus, WORTH)[0])]
+    return names[int(climb(names, taus, WORTH)[0])]
 
 
 def calibration(judged: Sequence[Judged]) -> Calibration:

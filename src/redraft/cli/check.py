@@ -62,7 +62,10 @@ def check(
         ),
     ] = None,
     worth: Annotated[
-        float, typer.Option("--worth", min=0.0, help="the share of speed that is worth some work")
+        float,
+        typer.Option(
+            "--worth", min=0.0, help="the gain in speed from which adapting is worth it (0.1: 10 %)"
+        ),
     ] = 0.1,
     serve: Annotated[
         int | None,

@@ -1,23 +1,27 @@
 """The verdict: which action is worth it, how sure that is, and when it has paid for itself. Pure.
 
-Without a number of tokens to serve, an action is worth it when no cheaper one comes within `worth` of
-the best attainable speed. With one, the action that costs the least time in all: its own, and that of
-serving. Either is decided in every draw of the outlook; the verdict is what most draws say.
+Without a number of tokens to serve, the verdict climbs: from the draft as it is, each dearer action is taken if it is
+faster than the one taken so far by its share of `worth` (see DEARNESS). With such a number, it is the action that
+takes the least time in all: its own, and that of serving. Either is decided in every draw of the outlook;
+the verdict is what most draws say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..records import StepCost
-from .outlook import ACTIONS, KEEP, Outlook
+from .outlook import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Outlook
 
 WORTH = 0.1
-"""The share of speed below which a difference is left alone."""
+"""The gain in speed from which adapting is worth the work."""
+DEARNESS = {KEEP: 0.0, REFRESH: 0.5, ADAPT: 1.0, RETRAIN: 2.5}
+"""Multiples of that gain that each action has to bring: a closed form takes a minute; a draft of its own takes
+four times an adaptation's answers, and is one more whole draft to keep."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def decide(
     tau_AN = np.stack([outlook.draws[action] for action in names])
     rate_AN = tau_AN * pace.per_second
     if serve is None:
-        chosen_N = cheapest_close(tau_AN, worth)
+        chosen_N = climb(names, tau_AN, worth)
     else:
         seconds_A = np.array([bills[action].seconds for action in names], dtype=float)
         chosen_N = (seconds_A[:, None] + serve / rate_AN).argmin(0)
@@ -106,10 +110,13 @@ def decide(
     return Verdict(names[best], float(1 - share_A[best]), options)
 
 
-def cheapest_close(speed_AN: Any, worth: float) -> Any:
-    """In each draw, the first action (the cheapest) whose speed is within `worth` of the best: int [N]."""
-    best_N = speed_AN.max(0)
-    return (speed_AN * (1 + worth) >= best_N).argmax(0)
+def climb(names: Sequence[str], speed_AN: Any, worth: float) -> Any:
+    """In each draw the index of the action that climbing ends at, int [N]; `names` from the cheapest on."""
+    chosen_N = np.zeros(speed_AN.shape[1], dtype=int)
+    for at in range(1, len(names)):
+        so_far_N = np.take_along_axis(speed_AN, chosen_N[None], 0)[0]
+        chosen_N[speed_AN[at] >= so_far_N * (1 + worth * DEARNESS[names[at]])] = at
+    return chosen_N
 
 
 def payback(seconds: float | None, now: Any, then: Any) -> int | None:
