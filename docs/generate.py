@@ -7,6 +7,7 @@ README.md        the file tree, from the first line of each module's docstring; 
                  the measured table, from the records in docs/results/
 docs/results/repair.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
+docs/results/positions.md  recovery by position and temperature, from the cells there; with a figure
 docs/results/methods.md   private parts on matched data, from the cells there; with figures
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from decode_page import decode_page
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
+from positions_page import draw_positions, positions_page
 from repair_page import demo_output, measured_table, results_page
 from selection_page import draw_selection, selection_page
 
@@ -53,6 +55,7 @@ COMMANDS = [
     ["bench", "repair"],
     ["bench", "decode"],
     ["bench", "methods"],
+    ["bench", "positions"],
 ]
 
 
@@ -71,6 +74,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "results" / "methods.md": methods_page(),
         ROOT / "docs" / "results" / "selection.md": selection_page(),
+        ROOT / "docs" / "results" / "positions.md": positions_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),
@@ -161,6 +165,7 @@ def main() -> int:
     if "--check" not in sys.argv:
         draw_figures()
         draw_selection()
+        draw_positions()
     elif stale:
         print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
         return 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,7 @@ def _member(out: Path, corpus: Corpus, name: str, row: Member) -> None:
         rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in found]
         examples = packed(rows, s.window)
     else:
-        examples = [_supervised(tokenizer, c) for c in corpus.tune_chats(domain)]
+        examples = [supervised(tokenizer, c) for c in corpus.tune_chats(domain)]
         if row.replay:
             replayed = _replayed(out, corpus, domain, row.replay)
             examples = examples[: len(replayed)] + replayed
@@ -297,7 +297,7 @@ def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name in corpus.members:
         domain, target = corpus.named(MEMBERS[name].domain), load_member(out, name)
-        heldout = [_supervised(tokenizer, c) for c in corpus.chats(domain, 128, "heldout")]
+        heldout = [supervised(tokenizer, c) for c in corpus.chats(domain, 128, "heldout")]
         reused = _reused(out, target, (domain,), s.answer_tokens)
         entries[name] = {
             "says": MEMBERS[name].says,
@@ -328,6 +328,30 @@ def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
         "members": entries,
         "gates": gates,
     }
+
+
+def read_manifest(
+    family: Path, members: Sequence[str], scales: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a family that is to have `members` and a size for which a bench has a scale.
+
+    Raises UserError where it is no family, or lacks one of them.
+    """
+    path = family / "family.json"
+    if not path.is_file():
+        raise UserError(f"{family} is no family: expected {path}; build one with bench family")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["size"] not in scales:
+        raise UserError(
+            f"no scale is set for families of size {found['size']}; {nearest(found['size'], scales)}"
+        )
+    for member in members:
+        if member not in found["members"]:
+            raise UserError(
+                f"family {family} has no fine-tune '{member}'; {nearest(member, found['members'])}; "
+                "build it with redraft bench family"
+            )
+    return found
 
 
 def member_source(out: Path, name: str) -> dict[str, str | None]:
@@ -407,7 +431,7 @@ def _chat_ids(tokenizer: Any, sample: Sample) -> list[int]:
     return list(ids["input_ids"])
 
 
-def _supervised(tokenizer: Any, sample: Sample) -> Example:
+def supervised(tokenizer: Any, sample: Sample) -> Example:
     """A chat whose last assistant turn is learned."""
     whole = _chat_ids(tokenizer, sample)
     asked = tokenizer.apply_chat_template(
