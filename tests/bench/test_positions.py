@@ -75,7 +75,7 @@ def test_cells_are_run_once_and_say_what_they_are(
         cell = by_row[row]
         assert cell.optimizer_steps == bench.SCALES["tiny"].steps
         # The last answer may pass the budget, by less than its own length.
-        assert whole.kept_tokens <= cell.kept_tokens < whole.kept_tokens + 48 or row == "cut"
+        assert whole.kept_tokens <= cell.kept_tokens < whole.kept_tokens + 48
     assert by_row["cut"].samples > whole.samples >= by_row["longest"].samples
     assert by_row["cut"].generated_tokens == by_row["cut"].kept_tokens
     assert by_row["longest"].generated_tokens > by_row["longest"].kept_tokens

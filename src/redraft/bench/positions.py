@@ -84,13 +84,15 @@ PLAIN = "cut"
 
 @dataclass(frozen=True)
 class Scale:
-    """How much data and training. `tokens` are answer tokens of a row, per problem and prompt `usual`.
+    """How much data and training. `usual` and `longest` are tokens of an answer, per problem.
 
-    `samples` is a row's number of whole answers; `pool` the dedicated draft's.
+    `samples` is a row's number of whole answers; `pool` the dedicated draft's. `prompts` are all there
+    are to train on: enough that answers cut short fill the same budget of tokens.
     """
 
     samples: int
     pool: int
+    prompts: int
     pool_epochs: float
     usual: int
     longest: int
@@ -103,8 +105,8 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(8, 24, 1, 8, 24, 4, 1, 16, 4, 6, 4),
-    "nano": Scale(128, 320, 3, 60, 72, 240, 4, 1200, 300, 64, 16),
+    "tiny": Scale(8, 24, 40, 1, 24, 24, 4, 1, 16, 4, 6, 4),
+    "nano": Scale(128, 320, 520, 3, 60, 72, 240, 4, 1200, 300, 64, 16),
 }
 
 
@@ -250,6 +252,7 @@ class _Bench:
         budget = _tokens(whole[: self.scale.samples])
         if recipe.cut:
             end = max(2, round(recipe.cut * self.scale.usual * self.problems))
+            whole += self._pool(0.0, self.scale.pool, self.scale.prompts)
             whole = [_ended(answer, end) for answer in whole]
         if recipe.among > 1:
             asked = whole[: recipe.among * self.scale.samples]
@@ -324,7 +327,7 @@ class _Bench:
 
     def _pool(self, temperature: float, first: int, last: int) -> list[Answer]:
         """Answers to train on, to the pool's prompts [first, last)."""
-        return self._answered("pool", "adapt", self.scale.pool, temperature, 0, first, last)
+        return self._answered("pool", "adapt", self.scale.prompts, temperature, 0, first, last)
 
     def _asked(self, split: str, count: int, temperature: float) -> list[Answer]:
         """Answers to measure on or to stop by, with their overrun."""
