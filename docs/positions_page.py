@@ -14,8 +14,8 @@ from redraft.bench.positions import (
     BIN,
     DEDICATED,
     LEAST_STEPS,
-    PLAIN,
     RECIPES,
+    REFERENCE,
     REUSE,
     TEMPERATURES,
     PositionCell,
@@ -29,6 +29,8 @@ CELLS = RESULTS / "positions.jsonl"
 READING = RESULTS / "positions-reading.md"
 """Written by hand, from the tables below it."""
 WHOLE = (0, 1 << 20)
+AGAINST = ("cut", "whole")
+"""The rows that the others are held against."""
 COLOURS = {
     "cut": "#222222",
     "whole": "#3366aa",
@@ -106,7 +108,7 @@ def _trained(rows: Rows) -> Iterator[str]:
     for row, some in rows.cells.items():
         if row != REUSE:
             c = some[0]
-            says = RECIPES[row].says if row in RECIPES else "from nothing, the whole pool"
+            says = RECIPES.get(row, REFERENCE).says
             yield (
                 f"| {row} | {len(some)} | {c.samples} | {c.kept_tokens:,} | {c.generated_tokens:,} | "
                 f"{c.optimizer_steps} | {c.passes:.1f} | {c.trained_parameters:,} | "
@@ -115,15 +117,26 @@ def _trained(rows: Rows) -> Iterator[str]:
 
 
 def _temperatures(rows: Rows) -> Iterator[str]:
-    """Over all positions: tau and recovery of each row at each temperature."""
-    yield "| row |" + "".join(f" tau at {t} | recovery at {t} |" for t in _names())
-    yield "|" + "---|" * (1 + 2 * len(TEMPERATURES))
+    """Over all positions: tau and recovery of each row at each temperature, and how it changes."""
+    cold, *warm = _names()
+    yield (
+        "| row |"
+        + "".join(f" tau at {t} | recovery at {t} |" for t in _names())
+        + "".join(f" change from {cold} to {t} |" for t in warm)
+    )
+    yield "|" + "---|" * (1 + 2 * len(TEMPERATURES) + len(warm))
     for row in rows.cells:
         entries = []
         for t in _names():
             entries.append(_text(recovery.tau(rows.steps(row, t, WHOLE))))
             found = recovery.recovery(*rows.ends(row, t, WHOLE)) if row in RECIPES else None
             entries.append(_text(found))
+        if row in RECIPES:
+            first = rows.ends(row, cold, WHOLE)
+            changes = (recovery.recovery_change(first, rows.ends(row, t, WHOLE)) for t in warm)
+            entries += [_text(change, "+.2f") for change in changes]
+        else:
+            entries += [""] * len(warm)
         yield f"| {row} | {' | '.join(entries)} |"
 
 
@@ -138,26 +151,27 @@ def _by_position(rows: Rows, temperature: str) -> Iterator[str]:
 
 
 def _changes(rows: Rows, temperature: str) -> Iterator[str]:
-    """Of each row from the first bin to the last, and against the plain row."""
+    """Of each row from the first bin to the last, and against others."""
     bins = rows.bins(temperature)
-    yield "| row | change | against cut, all positions | against cut, last bin |"
-    yield "|---|---|---|---|"
+    held = [(row, where) for row in AGAINST for where in ("all positions", "last bin")]
+    yield "| row | change |" + "".join(f" against {row}, {where} |" for row, where in held)
+    yield "|" + "---|" * (2 + len(held))
     seen: list[Interval] = []
-    for row in rows.adapted():
+    for row in (row for row in rows.adapted() if not RECIPES[row].dedicated):
         first, last = (rows.ends(row, temperature, b) for b in (bins[0], bins[-1]))
         found = [recovery.recovery_change(first, last)]
-        for between in (WHOLE, bins[-1]):
-            ends = rows.ends(row, temperature, between)
-            plain = rows.ends(PLAIN, temperature, between) if PLAIN in rows.cells else ends
-            found.append(recovery.recovery_change(plain, ends) if row != PLAIN else None)
-        seen += filter(None, found[:2])
+        for plain, where in held:
+            between = bins[-1] if where == "last bin" else WHOLE
+            pair = [rows.ends(name, temperature, between) for name in (plain, row)]
+            found.append(recovery.recovery_change(*pair) if row != plain else None)
+        seen += filter(None, found)
         yield f"| {row} | {' | '.join(_text(f, '+.2f') for f in found)} |"
     if seen:
         widths = [POWER * (f.high - f.low) for f in seen]
         yield ""
         yield (
             "Smallest difference in recovery that these seeds and prompts show four times in five: "
-            f"{min(widths):.2f} to {max(widths):.2f} in the first two columns; call less a tie."
+            f"{min(widths):.2f} to {max(widths):.2f}; call less a tie."
         )
 
 
@@ -181,7 +195,7 @@ def draw_positions() -> None:
     name, rows = next(iter(targets.items()))
     figure, axes = pyplot.subplots(1, len(TEMPERATURES), figsize=(11, 3.6), sharey=True)
     for axis, temperature in zip(axes, _names(), strict=True):
-        for at, row in enumerate(rows.adapted()):
+        for at, row in enumerate(row for row in COLOURS if row in rows.cells):
             _line(axis, rows, row, temperature, 2.5 * (at - 2))
         axis.set_title(f"{name}, temperature {temperature}")
         axis.set_xlabel("position in the answer, tokens")

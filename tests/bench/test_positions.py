@@ -25,6 +25,7 @@ from redraft.target import load_target
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 ROWS = ["cut", "whole", "longest", "half at 0.7"]
+WARM = "dedicated half at 0.7"
 
 
 def chat(number: int) -> Sample:
@@ -57,7 +58,7 @@ def run(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setattr(Corpus, "chats", chats)
 
     def go(**more: Any) -> list[PositionCell]:
-        settings: dict[str, Any] = {"problems": 2, "rows": ROWS, "seeds": [1], **more}
+        settings: dict[str, Any] = {"problems": 2, "rows": [*ROWS, WARM], "seeds": [1], **more}
         return bench_positions(family, tmp_path, **settings)
 
     return go
@@ -67,7 +68,7 @@ def test_cells_are_run_once_and_say_what_they_are(
     run: Callable[..., Any], family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = run()
-    assert [c.row for c in cells] == ["reuse", "dedicated", *ROWS]
+    assert [c.row for c in cells] == ["reuse", "dedicated", *ROWS, WARM]
     by_row = {c.row: c for c in cells}
     here = tmp_path / "tiny" / "sft-2"
     whole = by_row["whole"]
@@ -76,6 +77,10 @@ def test_cells_are_run_once_and_say_what_they_are(
         assert cell.optimizer_steps == bench.SCALES["tiny"].steps
         # The last answer may pass the budget, by less than its own length.
         assert whole.kept_tokens <= cell.kept_tokens < whole.kept_tokens + 48
+    warm, dedicated = by_row[WARM], by_row["dedicated"]
+    assert warm.kept_tokens >= dedicated.kept_tokens > whole.kept_tokens
+    assert warm.trained_parameters == dedicated.trained_parameters > whole.trained_parameters
+    assert warm.optimizer_steps == dedicated.optimizer_steps
     assert by_row["cut"].samples > whole.samples >= by_row["longest"].samples
     assert by_row["cut"].generated_tokens == by_row["cut"].kept_tokens
     assert by_row["longest"].generated_tokens > by_row["longest"].kept_tokens

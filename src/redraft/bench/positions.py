@@ -62,13 +62,15 @@ class Recipe:
     """Which answers a private part is trained on.
 
     `cut` is where an answer ends, as a share of the usual length; the longest `1 / among` of the
-    answers are taken; half of the tokens are sampled at `warm`, where that is set.
+    answers are taken; half of the tokens are sampled at `warm`, where that is set. `dedicated` trains
+    from nothing on the whole pool, instead of a private part on a row's share of it.
     """
 
     says: str
     cut: float | None = None
     among: int = 1
     warm: float = 0.0
+    dedicated: bool = False
 
 
 RECIPES = {
@@ -77,9 +79,11 @@ RECIPES = {
     "longest": Recipe("the longest of twice as many whole greedy answers", among=2),
     "half at 0.7": Recipe("whole answers, half greedy and half at temperature 0.7", warm=0.7),
     "half at 1": Recipe("whole answers, half greedy and half at temperature 1", warm=1.0),
+    "dedicated half at 0.7": Recipe(
+        "from nothing, the whole pool, half of it at temperature 0.7", warm=0.7, dedicated=True
+    ),
 }
-PLAIN = "cut"
-"""The row that the remedies are held against."""
+REFERENCE = Recipe("from nothing, the whole pool, greedy", dedicated=True)
 
 
 @dataclass(frozen=True)
@@ -245,23 +249,22 @@ class _Bench:
 
     def _chosen(self, row: str) -> tuple[list[Answer], int]:
         """The answers that a row is trained on, and how many tokens were generated to have them."""
+        recipe = RECIPES.get(row, REFERENCE)
+        samples = self.scale.pool if recipe.dedicated else self.scale.samples
         whole = self._pool(0.0, 0, self.scale.pool)
-        if row == DEDICATED:
-            return whole, _tokens(whole)
-        recipe = RECIPES[row]
-        budget = _tokens(whole[: self.scale.samples])
+        budget = _tokens(whole[:samples])
         if recipe.cut:
             end = max(2, round(recipe.cut * self.scale.usual * self.problems))
             whole += self._pool(0.0, self.scale.pool, self.scale.prompts)
             whole = [_ended(answer, end) for answer in whole]
         if recipe.among > 1:
-            asked = whole[: recipe.among * self.scale.samples]
+            asked = whole[: recipe.among * samples]
             longest = sorted(asked, key=lambda answer: -answer.length)
             return _within(longest, budget), _tokens(asked)
         if recipe.warm:
-            half = self.scale.samples // 2
-            warm = self._pool(recipe.warm, half, 2 * self.scale.samples)
+            half = samples // 2
             used = _within(whole[:half], budget // 2)
+            warm = self._pool(recipe.warm, half, 2 * samples)
             used += _within(warm, budget - _tokens(used))
         else:
             used = _within(whole, budget)
@@ -270,16 +273,17 @@ class _Bench:
     def _training(self, row: str, used: Sequence[Answer], seed: int) -> TrainConfig:
         """Batches as large as make the steps in about `epochs` passes; a last one may be partial."""
         s, hidden = self.scale, self._target().hidden_size
+        dedicated = RECIPES.get(row, REFERENCE).dedicated
         read = sum(len(a.prompt) + a.length for a in used)
-        steps = s.steps
-        if row == DEDICATED:
-            steps = round(s.steps / s.epochs * s.pool_epochs * s.pool / s.samples)
-        passes = s.pool_epochs if row == DEDICATED else s.epochs
+        steps, passes = s.steps, s.epochs
+        if dedicated:
+            passes = s.pool_epochs
+            steps = round(s.steps / s.epochs * passes * s.pool / s.samples)
         longest = max(len(a.prompt) + a.length for a in used)
         config = TrainConfig(
-            method="scratch" if row == DEDICATED else "expert+fc+norms",
+            method="scratch" if dedicated else "expert+fc+norms",
             loss="ce",
-            lr=(DRAFT_LR if row == DEDICATED else PART_LR) / hidden,
+            lr=(DRAFT_LR if dedicated else PART_LR) / hidden,
             batch_tokens=max(longest, round(1.15 * read * passes / steps)),
             rollout=K,
             evaluations=4,
