@@ -18,6 +18,7 @@ from redraft.bench.positions import (
     REFERENCE,
     REUSE,
     TEMPERATURES,
+    WARM_DEDICATED,
     PositionCell,
     Rows,
     bin_text,
@@ -69,6 +70,7 @@ def positions_page() -> str:
     for name, rows in _targets().items():
         lines.append(f"## {name}\n")
         lines += [*_asked(rows), "", *_trained(rows), "", *_temperatures(rows), ""]
+        lines += [*_fairly(rows), ""]
         for temperature in _names():
             lines.append(f"### {name}, temperature {temperature}\n")
             lines += [*_by_position(rows, temperature), "", *_changes(rows, temperature), ""]
@@ -137,6 +139,34 @@ def _temperatures(rows: Rows) -> Iterator[str]:
             entries += [_text(change, "+.2f") for change in changes]
         else:
             entries += [""] * len(warm)
+        yield f"| {row} | {' | '.join(entries)} |"
+
+
+def _fairly(rows: Rows) -> Iterator[str]:
+    """Recovery over all positions, held above temperature 0 against the sampled dedicated draft."""
+    if WARM_DEDICATED not in rows.cells:
+        return
+    cold, *warm = _names()
+    seeds = len(rows.cells[WARM_DEDICATED])
+    yield (
+        f"The same recoveries where 1 is, above temperature 0, `{WARM_DEDICATED}` ({seeds} "
+        f"seed{'s' if seeds > 1 else ''}):\n"
+    )
+    yield (
+        f"| row | recovery at {cold} |"
+        + "".join(f" recovery at {t} | change from {cold} | against whole |" for t in warm)
+    )
+    yield "|" + "---|" * (2 + 3 * len(warm))
+    for row in (row for row in rows.adapted() if not RECIPES[row].dedicated):
+        first = rows.ends(row, cold, WHOLE)
+        entries = [_text(recovery.recovery(*first))]
+        for t in warm:
+            ends = rows.ends(row, t, WHOLE, WARM_DEDICATED)
+            plain = rows.ends("whole", t, WHOLE, WARM_DEDICATED)
+            entries.append(_text(recovery.recovery(*ends)))
+            entries.append(_text(recovery.recovery_change(first, ends), "+.2f"))
+            held = recovery.recovery_change(plain, ends) if row != "whole" else None
+            entries.append(_text(held, "+.2f"))
         yield f"| {row} | {' | '.join(entries)} |"
 
 

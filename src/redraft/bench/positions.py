@@ -55,6 +55,8 @@ LEAST_STEPS = 300
 PART_LR = 3.2
 """Learning rate of the private part, times the hidden size: what the methods bench chose."""
 REUSE, DEDICATED = "reuse", "dedicated"
+WARM_DEDICATED = "dedicated half at 0.7"
+"""The fairer 1 of recovery above temperature 0."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ RECIPES = {
     "longest": Recipe("the longest of twice as many whole greedy answers", among=2),
     "half at 0.7": Recipe("whole answers, half greedy and half at temperature 0.7", warm=0.7),
     "half at 1": Recipe("whole answers, half greedy and half at temperature 1", warm=1.0),
-    "dedicated half at 0.7": Recipe(
+    WARM_DEDICATED: Recipe(
         "from nothing, the whole pool, half of it at temperature 0.7", warm=0.7, dedicated=True
     ),
 }
@@ -441,9 +443,11 @@ class Rows:
     def steps(self, row: str, temperature: str, between: tuple[int, int]) -> recovery.Steps:
         return [cell.steps(temperature, *between) for cell in self.cells[row]]
 
-    def ends(self, row: str, temperature: str, between: tuple[int, int]) -> recovery.Ends:
-        """What the recovery of a row in a bin is made of."""
-        steps = [self.steps(name, temperature, between) for name in (row, REUSE, DEDICATED)]
+    def ends(
+        self, row: str, temperature: str, between: tuple[int, int], one: str = DEDICATED
+    ) -> recovery.Ends:
+        """What the recovery of a row in a bin is made of; `one` is the draft that is its 1."""
+        steps = [self.steps(name, temperature, between) for name in (row, REUSE, one)]
         return steps[0], steps[1], steps[2]
 
 
