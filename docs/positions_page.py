@@ -58,8 +58,9 @@ dedicated draft is trained from nothing on the whole pool of greedy answers.
 
 ```
 redraft bench family --size nano --out family
-redraft bench positions --family family --out positions --record docs/results/positions.jsonl
-redraft bench positions --family family --out positions --problems 1 --record docs/results/positions.jsonl
+redraft bench positions --family family --out positions --rows "dedicated half at 0.7" --seeds 1
+redraft bench positions --family family --out positions --rows "cut,whole,longest,half at 0.7,half at 1" \\
+  --record docs/results/positions.jsonl
 ```
 """
 
