@@ -7,6 +7,7 @@ README.md        the file tree, from the first line of each module's docstring; 
                  the measured table, from the records in docs/results/
 docs/results/repair.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
+docs/results/positions.md  recovery by position and temperature, from the cells there; with a figure
 docs/results/methods.md   private parts on matched data, from the cells there; with figures
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from decode_page import decode_page
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
+from positions_page import draw_positions, positions_page
 from repair_page import demo_output, measured_table, results_page
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
@@ -58,6 +60,7 @@ COMMANDS = [
     ["bench", "selection"],
     ["bench", "triage"],
     ["prompts", "inspect"],
+    ["bench", "positions"],
 ]
 
 
@@ -77,6 +80,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "results" / "methods.md": methods_page(),
         ROOT / "docs" / "results" / "selection.md": selection_page(),
         ROOT / "docs" / "results" / "triage.md": triage_page(),
+        ROOT / "docs" / "results" / "positions.md": positions_page(),
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),
@@ -168,6 +172,7 @@ def main() -> int:
         draw_figures()
         draw_selection()
         draw_triage()
+        draw_positions()
     elif stale:
         print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
         return 1

@@ -27,9 +27,10 @@ def made_up_cases(count: int = 25, noise: float = 0.1, seed: int = 0) -> list[Ca
             "reused": float(rng.uniform(1.1, 3)),
             "native": float(rng.uniform(2, 3.5)),
             "words": float(rng.uniform(1.1, 3)),
+            "refreshed": float(rng.uniform(1.1, 3)),
             "entropy": float(rng.uniform(0.2, 2)),
         }
-        z = 0.5 * z_of(signs["reused"], 4) + 0.3 * z_of(signs["words"], 4) + 0.4
+        z = 0.5 * z_of(signs["reused"], 4) + 0.3 * z_of(signs["refreshed"], 4) + 0.4
         ends = z + np.array([0.0, 0.5]) + common[kind] + rng.normal(0, noise, 2)
         adapt, retrain = (float(t) for t in tau_of(ends, 4))
         taus = {"keep": signs["reused"], "refresh": signs["reused"], "adapt": adapt}

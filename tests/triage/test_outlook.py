@@ -34,7 +34,7 @@ def test_tau_and_its_place_on_the_line() -> None:
 
 def test_a_line_is_found(cases: list[Case]) -> None:
     exact = made_up_cases(noise=0.0)
-    signs = {"reused": 1.5, "words": 2.0, "native": 3.0, "entropy": 1.0}
+    signs = {"reused": 1.5, "refreshed": 2.0, "native": 3.0, "entropy": 1.0}
     middle, errors = predict(signs, 4, exact)
     true = 0.5 * z_of(1.5, 4) + 0.3 * z_of(2.0, 4) + 0.4
     assert middle["adapt"] == pytest.approx(true, abs=0.01)
@@ -45,7 +45,7 @@ def test_a_line_is_found(cases: list[Case]) -> None:
 
 def by_hand(cases: list[Case], skip_own_kind: bool) -> np.ndarray:
     """The errors on each case by a model that did (or did not) see its kind, one case at a time."""
-    names = ("reused", "entropy", "native", "words")
+    names = ("reused", "entropy", "native", "refreshed")
 
     def signs(case: Case) -> list[float]:
         return [case.signs[n] if n == "entropy" else z_of(case.signs[n], 4) for n in names]
@@ -90,7 +90,7 @@ def test_intervals_hold_what_they_say() -> None:
 def test_the_signs_that_are_there_are_used(cases: list[Case]) -> None:
     signs = dict(cases[0].signs)
     widths = []
-    for names in (("reused", "entropy", "native", "words"), ("reused",)):
+    for names in (("reused", "entropy", "native", "refreshed"), ("reused",)):
         seen = outlook({n: signs[n] for n in names}, 4, {"keep": [1.2, 1.3]}, cases)
         assert set(seen.draws) == {"keep", "adapt", "retrain"}
         assert set(np.round(seen.draws["keep"], 6)) == {1.2, 1.3}

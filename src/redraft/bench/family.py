@@ -333,6 +333,30 @@ def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
     }
 
 
+def read_manifest(
+    family: Path, members: Sequence[str], scales: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a family that is to have `members` and a size for which a bench has a scale.
+
+    Raises UserError where it is no family, or lacks one of them.
+    """
+    path = family / "family.json"
+    if not path.is_file():
+        raise UserError(f"{family} is no family: expected {path}; build one with bench family")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["size"] not in scales:
+        raise UserError(
+            f"no scale is set for families of size {found['size']}; {nearest(found['size'], scales)}"
+        )
+    for member in members:
+        if member not in found["members"]:
+            raise UserError(
+                f"family {family} has no fine-tune '{member}'; {nearest(member, found['members'])}; "
+                "build it with redraft bench family"
+            )
+    return found
+
+
 def member_source(out: Path, name: str) -> dict[str, str | None]:
     """`--target` and `--target-adapter` of a member."""
     folder = str(out / "members" / name)

@@ -44,7 +44,7 @@ from ..training.widths import resolve_width, shared_width
 from .cells import MethodCell
 from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus
 from .datasets import data_folder
-from .family import base_draft_answers, draft_folder, load_member, write_chats
+from .family import base_draft_answers, draft_folder, load_member, read_manifest, write_chats
 from .members import MEMBERS as FINE_TUNES
 from .rows import ALL, IDEAS, KINDS_OF_ANSWERS, ORIGINAL, PAPER, REGENERATED, SAMPLED, TUNED_LIKE
 
@@ -98,13 +98,7 @@ def bench_methods(
         for word in words:
             if word not in known:
                 raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
-    manifest = _manifest(family)
-    for member in members:
-        if member not in manifest["members"]:
-            raise UserError(
-                f"family {family} has no fine-tune '{member}'; {nearest(member, manifest['members'])}; "
-                "build it with redraft bench family"
-            )
+    manifest = read_manifest(family, members, SCALES)
     bench = _Bench(family, out, manifest, data)
     cells: list[MethodCell] = []
     for member in members:
@@ -113,18 +107,6 @@ def bench_methods(
                 wanted = [row for row in rows if kind in ALL[row].answers]
                 cells += bench.cells(member, wanted, kind, seed)
     return cells
-
-
-def _manifest(family: Path) -> dict[str, Any]:
-    path = family / "family.json"
-    if not path.is_file():
-        raise UserError(f"{family} is no family: expected {path}; build one with bench family")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found["size"] not in SCALES:
-        raise UserError(
-            f"no scale is set for families of size {found['size']}; {nearest(found['size'], SCALES)}"
-        )
-    return found
 
 
 class _Bench:

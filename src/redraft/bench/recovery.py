@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 Steps = Sequence[Sequence[tuple[int, int]]]
 """For each seed, (accepted, steps) of each prompt, prompts in one order."""
+Ends = tuple[Steps, Steps, Steps]
+"""Of an adapted draft, of the reused one and of the dedicated one."""
 RESAMPLES = 2000
 SMALLEST_GAP = 0.15
 Floats = NDArray[np.float64]
@@ -49,12 +51,29 @@ def recovery(adapted: Steps, reused: Steps, dedicated: Steps, seed: int = 0) -> 
     None when the denominator's interval reaches 0 or it does not exceed 0.15 tau: then only the
     difference in tau may be reported.
     """
-    prompts, rng = _prompts(adapted, seed), np.random.default_rng(seed)
-    a, r, d = (_drawn(_counts(steps), rng, prompts) for steps in (adapted, reused, dedicated))
-    gap = _pooled(dedicated) - _pooled(reused)
+    found = _recovered((adapted, reused, dedicated), seed)
+    return found and _interval(*found)
+
+
+def recovery_change(one: Ends, other: Ends, seed: int = 0) -> Interval | None:
+    """recovery(*other) - recovery(*one), with the same prompts and seeds in each resample.
+
+    The two may be other steps of the same answers, or another adapted draft between the same ends.
+    None where one of them has no recovery.
+    """
+    a, b = _recovered(one, seed), _recovered(other, seed)
+    return _interval(b[0] - a[0], b[1] - a[1]) if a and b else None
+
+
+def _recovered(of: Ends, seed: int) -> tuple[float, Floats] | None:
+    """Recovery, and that of each resample [R]."""
+    prompts, rng = _prompts(of[0], seed), np.random.default_rng(seed)
+    a, r, d = (_drawn(_counts(steps), rng, prompts) for steps in of)
+    adapted, reused, dedicated = map(_pooled, of)
+    gap = dedicated - reused
     if np.percentile(d - r, 2.5) <= 0 or gap <= SMALLEST_GAP:
         return None
-    return _interval((_pooled(adapted) - _pooled(reused)) / gap, (a - r) / (d - r))
+    return (adapted - reused) / gap, (a - r) / (d - r)
 
 
 def _counts(steps: Steps) -> Floats:

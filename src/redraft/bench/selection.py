@@ -38,7 +38,7 @@ from ..target import Target, load_target
 from . import recovery
 from .corpus import SIZES, Corpus
 from .datasets import data_folder
-from .family import load_member, write_chats
+from .family import load_member, read_manifest, write_chats
 from .world import Sample
 
 K = 4
@@ -160,12 +160,7 @@ def bench_selection(
         for word in words:
             if word not in known:
                 raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
-    manifest = json.loads((family / "family.json").read_text(encoding="utf-8"))
-    if member not in manifest["members"]:
-        raise UserError(
-            f"family {family} has no fine-tune '{member}'; {nearest(member, manifest['members'])}; "
-            "build it with redraft bench family"
-        )
+    manifest = read_manifest(family, [member], SCALES)
     bench = _Bench(family, out, manifest, member, data)
     cells = [bench.reused()]
     for way in ways:
@@ -184,10 +179,6 @@ class _Bench:
         self.family, self.member = family, member
         self.size: str = manifest["size"]
         self.out: Path = out / self.size / member
-        if self.size not in SCALES:
-            raise UserError(
-                f"no scale is set for families of size {self.size}; {nearest(self.size, SCALES)}"
-            )
         self.scale = SCALES[self.size]
         folder = data_folder(data) if SIZES[self.size].real else None
         self.corpus = Corpus(SIZES[self.size], folder, manifest["seed"])
@@ -279,9 +270,7 @@ class _Bench:
             seed=seed,
         )
         if schedule == "steps":
-            lengths = [len(a.prompt) + a.length for a in used]
-            in_one = len(plan_epochs(lengths, config.batch_tokens, 1.0, seed))
-            config = dataclasses.replace(config, epochs=self.scale.steps / in_one)
+            config = with_steps(config, used, self.scale.steps)
         return config
 
     def _chosen(self, way: str, answers: Sequence[Answer], budget: str, seed: int) -> Selection:
@@ -347,6 +336,13 @@ class _Bench:
             config = RegenerateConfig(max_new_tokens=self.scale.longest)
             regenerate(self.target, prompts, path, config, overrun=K)
         return [a for a in read_answers(path) if a.length >= 2]
+
+
+def with_steps(config: TrainConfig, used: Sequence[Answer], steps: int) -> TrainConfig:
+    """The settings with as many passes over the answers as make so many optimiser steps."""
+    lengths = [len(a.prompt) + a.length for a in used]
+    in_one = len(plan_epochs(lengths, config.batch_tokens, 1.0, config.seed))
+    return dataclasses.replace(config, epochs=steps / in_one)
 
 
 def _within(stored: dict[str, Any], budget: str) -> Selection:

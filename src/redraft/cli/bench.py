@@ -327,3 +327,58 @@ def bench_triage(
         print_json(table(cases))
     else:
         print_cases(cases)
+
+
+@app.command("positions")
+def bench_positions(
+    family: Annotated[str, typer.Option("--family", help="folder of `redraft bench family`")],
+    out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
+    member: Annotated[str, typer.Option("--member", help="fine-tune of the family")] = "sft",
+    problems: Annotated[
+        int,
+        typer.Option(
+            "--problems",
+            min=1,
+            help="word problems a turn, for which the fine-tune is tuned further; 1: as it is",
+        ),
+    ] = 4,
+    rows: Annotated[
+        str, typer.Option("--rows", help="rows, comma-separated (all: every one)")
+    ] = "all",
+    seeds: Annotated[str, typer.Option("--seeds", help="training seeds")] = "1,2,3",
+    data: Annotated[
+        str | None, typer.Option("--data", help="folder of real data (default: $REDRAFT_DATA)")
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option("--record", help="also write every cell of --out to this JSONL file"),
+    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Recovery by position in the answer and by temperature, with remedies for where it fades.
+
+    Example: redraft bench positions --family family --out positions --member sft
+    """
+    set_quiet(quiet)
+    from ..bench.positions import RECIPES, print_positions, read_position_cells
+    from ..bench.positions import bench_positions as run
+    from ..files import write_text
+    from ..records import to_json
+
+    cells = run(
+        Path(family),
+        Path(out),
+        member=member,
+        problems=problems,
+        rows=list(RECIPES) if rows == "all" else rows.split(","),
+        seeds=_numbers("--seeds", seeds),
+        data=data,
+    )
+    if record:
+        lines = [json.dumps(to_json(c)) + "\n" for c in read_position_cells(Path(out))]
+        write_text(Path(record), "".join(lines))
+    if as_json:
+        print_json({"cells": [to_json(cell) for cell in cells]})
+    else:
+        print_positions(cells)

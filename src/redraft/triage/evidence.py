@@ -87,6 +87,9 @@ class Evidence:
             found["native"] = self.native.tau
         if self.causes:
             found["words"] = self.causes.words
+        if self.refreshed:
+            rise = self.refreshed.tau - self.refreshed.reused
+            found["refreshed"] = self.reused.tau + rise
         return found
 
 

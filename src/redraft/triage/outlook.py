@@ -26,7 +26,7 @@ KEEP, REFRESH, ADAPT, RETRAIN = ACTIONS = ("keep", "refresh", "adapt", "retrain"
 PREDICTED = (ADAPT, RETRAIN)
 """Refreshing takes no training, so it is tried instead of predicted."""
 SIGNS = (
-    ("reused", "entropy", "native", "words"),
+    ("reused", "entropy", "native", "refreshed"),
     ("reused", "entropy", "native"),
     ("reused", "entropy"),
     ("reused", "native"),
@@ -45,7 +45,8 @@ class Case:
     """A fine-tune whose outcome is known. `kind` is how it was tuned, `family` the models it belongs to.
 
     `signs` are tau as reused, of the base's draft on its base (native), on the target's answers as the base
-    reads them (words), and the target's entropy along its answers in nats per token, from `asked` prompts.
+    reads them (words), refreshed in closed form, and the target's entropy along its answers in nats per
+    token, from `asked` prompts.
     `seen` are quantiles of tau as kept and as refreshed, as those prompts leave it open.
     `taus` are measured by action, with 95 % `intervals`, over other prompts. `plain` is plain decoding in
     tokens/s, and `step` what a speculative step costs in plain ones, where it was measured.
