@@ -109,7 +109,7 @@ class _Bench:
             max_new_tokens=LONGEST,
             train=TRAINING,
         )
-        came = self.outcome(seen.answers)
+        came = self.outcome(seen.answers, REFRESH in seen.draws)
         prompt = max((answer.prompt for answer in seen.answers), key=len)
         cost = measure_cost(self.target, self.stored.build(self.target), prompt, most=K)
         return Case(
@@ -125,7 +125,7 @@ class _Bench:
             **came,
         )
 
-    def outcome(self, few: list[Answer]) -> dict[str, Any]:
+    def outcome(self, few: list[Answer], refreshes: bool) -> dict[str, Any]:
         """Tau by action on prompts that nothing else saw; the dear part, kept in a file of its own."""
         file = self.work / "outcome.json"
         if file.is_file():
@@ -135,7 +135,7 @@ class _Bench:
         pool = self._answers("adapt", PLANS[RETRAIN].prompts)
         steps: dict[str, list[StepTrace]] = {
             KEEP: replay(self.target, self.stored.build(self.target), evaluated, K),
-            REFRESH: self._refreshed(few, evaluated),
+            **({REFRESH: self._refreshed(few, evaluated)} if refreshes else {}),
             **{
                 action: self._trained(action, method, pool, stopped_by, evaluated)
                 for action, method in ((ADAPT, TRAINING.method), (RETRAIN, "scratch"))

@@ -65,6 +65,9 @@ def print_verdict(v: Verdict, out: Console) -> None:
     """The options as a table, and the verdict."""
     out.print(_table(v))
     out.print(
+        "right: share of draws; tokens: to be written by the target; pays after: tokens served"
+    )
+    out.print(
         f"verdict      {v.action.upper()}: {SAYS[v.action]}; error probability {v.error:.2f}",
         markup=False,
         soft_wrap=True,
@@ -134,6 +137,8 @@ def causes(e: Evidence) -> list[str]:
         noted = [(loss, text) for loss, text in found if loss >= NOTED * native.tau]
         found = sorted(noted, key=lambda each: -each[0])
     said = [text for _, text in found]
+    if native and not said:
+        said.append("nothing was found that lowers acceptance by more than a twentieth")
     if c and c.left_out:
         said.append(f"{c.left_out} answers use tokens that the base lacks, and were not compared")
     if d := e.changes:
@@ -188,15 +193,7 @@ def _at(name: str) -> str:
 
 def _table(verdict: Verdict) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in (
-        "option",
-        "tau [95 %]",
-        "speed-up",
-        "right",
-        "to generate",
-        "time",
-        "pays after",
-    ):
+    for heading in ("option", "tau [95 %]", "speed-up", "right", "time", "tokens", "pays after"):
         table.add_column(heading, no_wrap=True)
     for option in verdict.options:
         table.add_row(*_row(option))
@@ -205,13 +202,13 @@ def _table(verdict: Verdict) -> Table:
 
 def _row(o: Option) -> tuple[str, ...]:
     tau, low, high = o.tau
-    pays = f"{o.payback_tokens:,} tok" if o.payback_tokens is not None else "-"
+    pays = f"{o.payback_tokens:,}" if o.payback_tokens is not None else "-"
     return (
         o.action,
         f"{tau:.2f} [{low:.2f}, {high:.2f}]",
         f"{o.speedup[0]:.2f}x" if o.speedup else "?",
         f"{o.probability:.0%}",
-        f"{o.bill.tokens:,} tok",
         f"{o.bill.seconds:,.0f} s" if o.bill.seconds is not None else "?",
+        f"{o.bill.tokens:,}",
         pays,
     )
