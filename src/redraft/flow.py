@@ -201,7 +201,8 @@ def _refuse_other_run(folder: Path, method: Method, described: dict[str, Any]) -
     try:
         before = read_json(folder / "run.json")
         known = read_method(before["config"]["train"]["method"])
-        other = [n for n in ("target", "shared", "prompts") if before[n] != described[n]]
+        known_by = {"target": "target_fingerprint", "shared": "shared_hash", "prompts": "prompts"}
+        other = [name for name, by in known_by.items() if before[by] != described[by]]
     except (UserError, KeyError, TypeError, ValueError):
         return  # its stages will say what is damaged
     if known != method:

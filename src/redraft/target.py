@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from .errors import UserError
 
+MOST_ADDED = 64
+"""Tokens added by a fine-tune that are looked for when a draft was made for the tokenizer without them."""
 SAMPLES, BLOCK = 64, 4096
 """Blocks of a weight file that `weights_hash` looks at, and their bytes."""
 
@@ -163,6 +166,12 @@ class Target:
         """Identifies the weights alone, wherever their folder lies (see `weights_hash`)."""
         parts = [weights_hash(source) for source in self.sources]
         return hashlib.sha256(" ".join([*parts, str(self.revision)]).encode()).hexdigest()[:16]
+
+    @cached_property
+    def earlier_tokenizer_hashes(self) -> frozenset[str]:
+        """The tokenizer's hashes without its last token, its last two, and so on, up to MOST_ADDED."""
+        most = min(len(self.tokenizer.get_added_vocab()), MOST_ADDED)
+        return frozenset(self.tokenizer_hash(without=n) for n in range(1, most + 1))
 
     def template_hash(self) -> str:
         text = self.template or str(getattr(self.tokenizer, "chat_template", None))

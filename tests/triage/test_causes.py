@@ -97,7 +97,24 @@ def test_a_base_that_is_not_the_parent(
     wide = save_target(tmp_path / "b", LlamaConfig(vocab_size=vocabulary, **other))
     with pytest.raises(UserError, match="it has 8 layers of size 64, the target 8 of 32"):
         compare(target, load_target(str(wide)), prompts, prompts)
-    fewer = load_target(str(stranger))
-    fewer.tokenizer.add_tokens(["<new>"])
-    with pytest.raises(UserError, match="1 of its tokens mean something else .*'<new>'"):
-        compare(target, fewer, prompts, prompts)
+    other_words = load_target(str(stranger))
+    other_words.tokenizer.add_tokens([f"<{n}>" for n in range(20)])
+    with pytest.raises(UserError, match="20 of its tokens mean something else"):
+        compare(target, other_words, prompts, prompts)
+
+
+def test_a_reserved_token_may_have_another_name(
+    target: Target, target_folder: Path, prompts: list[Prompt]
+) -> None:
+    parent = load_target(str(target_folder))
+    parent.tokenizer.add_tokens(["<reserved>"])
+    assert compare(target, parent, prompts, prompts).renamed == 1
+
+
+def test_a_draft_that_reads_no_states_has_no_cosine(
+    target: Target, answers: list[Answer], kind_folder: Callable[[str], Path]
+) -> None:
+    stored = read_draft(str(kind_folder("token_lm")))
+    found = find_causes(target, target, stored, answers, answers, 4)
+    assert found is not None
+    assert found.cosine is None

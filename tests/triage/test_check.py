@@ -85,6 +85,39 @@ def test_a_check_resumes_without_asking_twice(
     assert asked == [16, 4, 16, 8], "the first batch was asked again"
 
 
+def test_a_larger_check_with_its_base_goes_on(
+    target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(write_prompts(tmp_path / "p.jsonl", 40))
+    monkeypatch.setattr(module, "NARROW", 0.0)
+    stored, out = read_draft(str(draft_folder)), tmp_path / "out"
+    rates = []
+    for most in (20, 40, 40):
+        seen = gather(target, stored, file, out, base=target, most=most, max_new_tokens=8)
+        assert seen.evidence.prompts == most
+        assert seen.evidence.cut > 0
+        rates.append(seen.evidence.answer_rate)
+    assert rates[2] == rates[1], "reading answers is not answering"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_asked(
+    target: Target,
+    kind_folder: Callable[[str], Path],
+    prompts_file: Path,
+    cases: list[Case],
+    tmp_path: Path,
+) -> None:
+    stored, out = read_draft(str(kind_folder("token_lm"))), tmp_path / "out"
+    with pytest.raises(UserError, match="no fc to train"):
+        check(target, stored, str(prompts_file), out, cases=cases)
+    assert not out.exists()
+    train = TrainConfig(method="expert", batch_tokens=512)
+    found = check(
+        target, stored, str(prompts_file), out, cases=cases, train=train, most=16, max_new_tokens=12
+    )
+    assert found.verdict.options
+
+
 def test_prompts_are_asked_until_tau_is_known(
     target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,11 +25,30 @@ from tests.triage.conftest import made_up_cases
 
 
 def test_tau_and_its_place_on_the_line() -> None:
-    for tau in (1.1, 2.5, 4.9):
-        assert tau_of(z_of(tau, 4), 4) == pytest.approx(tau)
-    assert z_of(3.0, 4) == 0.0  # half way between 1 and 5
-    assert z_of(1.0, 4) == pytest.approx(z_of(1.02, 4))
-    assert z_of(5.0, 4) == pytest.approx(-z_of(1.0, 4))
+    for k in (1, 4, 8):
+        for acceptance in (0.1, 0.5, 0.9):
+            tau = 1 + sum(acceptance**j for j in range(1, k + 1))
+            # the same at every K: a draft of equal acceptance has one place
+            assert z_of(tau, k) == pytest.approx(np.log(acceptance / (1 - acceptance)), abs=1e-6)
+            assert tau_of(z_of(tau, k), k) == pytest.approx(tau)
+    assert z_of(1.0, 4) == pytest.approx(z_of(1.001, 4))
+    assert np.isfinite(z_of(5.0, 4))
+
+
+def test_a_prediction_means_the_same_at_another_k(cases: list[Case]) -> None:
+    places = {}
+    for k in (2, 4, 8):
+        signs = {n: tau_of(z_of(t, 4), k) for n, t in cases[0].signs.items() if n != "entropy"}
+        signs["entropy"] = cases[0].signs["entropy"]
+        places[k] = predict(signs, k, cases)[0]
+    assert places[2] == pytest.approx(places[4], abs=1e-6)
+    assert places[8] == pytest.approx(places[4], abs=1e-6)
+
+
+def test_what_was_measured_is_drawn_together(cases: list[Case]) -> None:
+    keep = np.linspace(1.2, 2.2, 50)
+    seen = outlook(cases[0].signs, 4, {"keep": keep, "refresh": keep + 0.1}, cases)
+    np.testing.assert_allclose(seen.draws["refresh"] - seen.draws["keep"], 0.1)
 
 
 def test_a_line_is_found(cases: list[Case]) -> None:

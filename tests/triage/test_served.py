@@ -59,9 +59,38 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
 
 
-def ask(fake: FakeVllm, prompts: Path, cases: list[Case], **more: Any) -> Any:
+def ask(fake: Any, prompts: Path, cases: list[Case], **more: Any) -> Any:
     transport = httpx.MockTransport(fake)
     return check_served("http://box:8000", str(prompts), cases=cases, transport=transport, **more)
+
+
+def test_a_busy_server_is_not_waited_for(prompts_file: Path, cases: list[Case]) -> None:
+    class Busy(FakeVllm):
+        def metrics(self) -> str:
+            self.answered += 1  # somebody else's, between any two looks
+            return super().metrics()
+
+    found = ask(Busy(), prompts_file, cases, most=16)
+    assert found.others > 0.5
+
+
+def test_the_model_that_is_meant_and_the_url_as_people_write_it(
+    prompts_file: Path, cases: list[Case]
+) -> None:
+    def two(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "base"}, {"id": "tuned"}]})
+        return fake(request)
+
+    fake: Any = FakeVllm()
+    with pytest.raises(UserError, match="serves base, tuned: name the one .* --endpoint-model"):
+        ask(two, prompts_file, cases)
+    assert ask(two, prompts_file, cases, model="tuned", most=16).model == "tuned"
+    assert fake.bodies[0][1]["model"] == "tuned"
+    with pytest.raises(UserError, match="serves base, tuned, not other"):
+        ask(two, prompts_file, cases, model="other")
+    transport = httpx.MockTransport(FakeVllm())
+    check_served("http://box:8000/v1", str(prompts_file), cases=cases, most=16, transport=transport)
 
 
 def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:

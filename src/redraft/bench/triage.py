@@ -186,7 +186,11 @@ def print_cases(cases: Sequence[Case], out: Console | None = None) -> None:
     for heading in ("family", "member", "kind", "native", "words", "entropy", *ACTIONS):
         table.add_column(heading)
     for case in cases:
-        signs = (f"{case.signs[name]:.2f}" for name in ("native", "words", "entropy"))
-        taus = (f"{case.taus[action]:.2f}" for action in ACTIONS)
+        signs = (_shown(case.signs.get(name)) for name in ("native", "words", "entropy"))
+        taus = (_shown(case.taus.get(action)) for action in ACTIONS)
         table.add_row(case.family, case.name, case.kind, *signs, *taus)
     out.print(table)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -14,6 +14,7 @@ from ..errors import UserError
 from .flags import (
     AdapterFlag,
     DtypeFlag,
+    EndpointModelFlag,
     JsonFlag,
     PromptsFlag,
     QuietFlag,
@@ -41,6 +42,7 @@ def check(
             help="a vLLM server that serves both, asked in place of the weights (key: $REDRAFT_API_KEY)",
         ),
     ] = None,
+    endpoint_model: EndpointModelFlag = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -104,7 +106,14 @@ def check(
 
     known = read_cases(Path(cases)) if cases else None
     if endpoint:
-        _refuse({"--target": target, "--draft": draft, "--base": base, "--serve": serve})
+        given = {
+            "--target": target,
+            "--draft": draft,
+            "--base": base,
+            "--serve": serve,
+            "--out": out,
+        }
+        _refuse({**given, "--target-adapter": target_adapter, "--chat-template": chat_template})
         served = check_served(
             endpoint,
             prompts,
@@ -113,6 +122,7 @@ def check(
             max_new_tokens=max_new_tokens,
             worth=worth,
             published=published,
+            model=endpoint_model,
             cases=known,
         )
         if as_json:

@@ -19,15 +19,10 @@ from ..drafts.eagle3 import Eagle3Config
 from ..target import Target
 from .eagle3 import draft_vocabulary
 
-MOST_ADDED = 64
-"""Tokens added by a fine-tune that are looked for."""
-
 
 def grew(target: Target, tokenizer_hash: str) -> bool:
     """Whether `target`'s tokenizer is the one of that hash with some tokens added at its end."""
-    added = len(target.tokenizer.get_added_vocab())
-    most = min(added, MOST_ADDED)
-    return any(target.tokenizer_hash(without=n) == tokenizer_hash for n in range(1, most + 1))
+    return tokenizer_hash in target.earlier_tokenizer_hashes
 
 
 def grow(

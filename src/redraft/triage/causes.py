@@ -20,6 +20,7 @@ from ..measuring.replay import BATCH_LOGITS, BATCH_TOKENS, replay
 from ..private.vocabulary import miss_rate
 from ..records import Answer
 from ..target import Target
+from .kinship import head_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Causes:
     `embedding` with the target's states but the base's embedding and head (None: the draft has its
     own, or they did not move). `divergence` is the mean KL of the base from the target in nats per
     token, `agreement` the share of tokens that are the base's likeliest too, `cosine` the mean
-    cosine of the states the draft reads. `missed` and `missed_native` are the shares of target's and
+    cosine of the states the draft reads (None: it reads none). `missed` and `missed_native` are the shares of target's and
     base's answers outside a reduced draft vocabulary. `left_out` answers hold tokens that the base lacks.
     """
 
@@ -38,7 +39,7 @@ class Causes:
     embedding: float | None
     divergence: float
     agreement: float
-    cosine: float
+    cosine: float | None
     missed: float
     missed_native: float
     left_out: int
@@ -61,7 +62,10 @@ def find_causes(
     if not read:
         return None
     ours, theirs = stored.build(target), stored.build(base)
-    moved = not torch.equal(target.embedding_VH[:known], base.embedding_VH.to(target.device))
+    moved = not all(
+        torch.equal(ours_VH[:known], theirs_VH.to(ours_VH.device))
+        for ours_VH, theirs_VH in zip(_shared(target), _shared(base), strict=False)
+    )
     divergence, agreement, cosine = _apart(target, base, read, ours.taps)
     put_back = theirs.to(target.device) if moved else None
     return Causes(
@@ -79,7 +83,7 @@ def find_causes(
 @torch.inference_mode()
 def _apart(
     target: Target, base: Target, answers: Sequence[Answer], taps: Sequence[int]
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float | None]:
     """KL in nats per token, the share of agreeing tokens, and the mean cosine of the taps."""
     most = min(BATCH_TOKENS, max(BATCH_LOGITS // target.vocab_size, 1))
     divergence = cosine = 0.0
@@ -95,13 +99,21 @@ def _apart(
             divergence += float((p_TV.exp() * (p_TV - q_TV)).nan_to_num(0.0).sum())
             said_T = batch.tokens_BT[b, says.start + 1 : says.stop + 1]
             hits += int((q_TV.argmax(-1) == said_T).sum())
-            x, y = (
-                r.features_BTF[b, says].float().view(answer.length, len(taps), -1)
-                for r in (ours, theirs)
-            )
-            cosine += float(torch.cosine_similarity(x, y.to(x.device), dim=-1).mean(-1).sum())
+            if taps:
+                x, y = (
+                    r.features_BTF[b, says].float().view(answer.length, len(taps), -1)
+                    for r in (ours, theirs)
+                )
+                alike = torch.cosine_similarity(x, y.to(x.device), dim=-1)
+                cosine += float(alike.mean(-1).sum())
             tokens += answer.length
-    return divergence / tokens, hits / tokens, cosine / tokens
+    return divergence / tokens, hits / tokens, cosine / tokens if taps else None
+
+
+def _shared(model: Target) -> list[Tensor]:
+    """The matrices that a draft may share: the embedding, and the head where it has one."""
+    head = head_of(model)
+    return [model.embedding_VH, *([] if head is None else [head])]
 
 
 def _both(ours_TV: Tensor, theirs_TV: Tensor) -> tuple[Tensor, Tensor]:

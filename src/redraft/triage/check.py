@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ from ..formats.routed import refuse_routed
 from ..measuring.cost import measure_cost
 from ..records import StepCost, versions
 from ..target import Target
+from ..training.fitness import check_fits
 from .evidence import Evidence, gather
 from .outlook import RETRAIN, Case, outlook, read_cases
-from .pilot import TRIAL_PASSES, bills, training_rate
+from .pilot import bills, training_rate, trial_of
 from .verdict import WORTH, Pace, Verdict, decide
 
 RECOVERIES = (0.5, 0.9)
@@ -70,6 +70,8 @@ def check(
     refuse_routed(getattr(stored.config, "routed", None))
     known = list(cases) if cases is not None else read_cases()
     config = train or TrainConfig()
+    trial = trial_of(config)
+    check_fits(stored.build(target), trial, target, base)  # before anything is paid for
     found = gather(
         target,
         stored,
@@ -85,7 +87,6 @@ def check(
     say("timing the steps of decoding, and a few of training")
     longest = max((answer.prompt for answer in found.answers), key=len)
     cost = measure_cost(target, stored.build(target), longest, most=k, rows=rows)
-    trial = dataclasses.replace(config, epochs=TRIAL_PASSES)
     rate = training_rate(target, stored, found.answers, trial, k)
     signs = evidence.signs()
     if published is not None and "native" not in signs:
@@ -109,6 +110,6 @@ def check(
         cost=cost,
         speeds={name: tau / (k * cost.c + cost.v(k)) for name, tau in taus.items()},
         verdict=verdict,
-        cases=len(known),
+        cases=seen.cases,
         published=published,
     )

@@ -7,6 +7,7 @@ up. Answers lie in a folder; a check that is run again there asks only for what 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ..data.prompts import read_prompts
 from ..data.regenerate import regenerate
 from ..drafts.base import Draft
 from ..errors import UserError
+from ..files import write_text
+from ..formats.folders import read_json
 from ..formats.load import StoredDraft
 from ..measuring.acceptance import bootstrap_tau, pooled_tau, resampled_tau, summarise
 from ..measuring.replay import replay, replay_each
@@ -38,6 +41,8 @@ LEAST = 8
 """Prompts below which chance decides."""
 BATCH = 16
 """Prompts answered at a time; the first batch is the default's whole cost."""
+RATE = "rate.json"
+"""Tokens answered and the seconds that took, in the folder of a check."""
 NARROW = 0.05
 """Half the interval of tau, as a share of tau, at which no further prompt is asked."""
 REFRESHING = "relay+refresh+expert"
@@ -64,7 +69,7 @@ class Evidence:
     """All that was measured of a draft on its target. What needs a base is None without one.
 
     `retention` is tau over `native`'s tau, with a 95 % interval over prompts. `entropy` is the target's, in nats
-    per token along its answers; `answer_rate` is in tokens per second. `suspects` say what may be
+    per token along its answers; `answer_rate` is in tokens per second, `cut` counts the answers that were cut by their length. `suspects` say what may be
     wrong with the draft's files.
     """
 
@@ -74,6 +79,7 @@ class Evidence:
     answer_tokens: int
     answer_rate: float
     suspects: tuple[str, ...]
+    cut: int
     native: Acceptance | None = None
     retention: Interval | None = None
     changes: Changes | None = None
@@ -120,7 +126,11 @@ def gather(
     too few prompts.
     """
     draft = stored.build(target)
+    on_its_base = stored.build(base) if base is not None else None
     found = list(read_prompts(source, target, most, "last").prompts)
+    if base and base.template is None and not getattr(base.tokenizer, "chat_template", None):
+        base.template = target.template or target.tokenizer.chat_template
+        say(f"{base.name} has no chat template: it is asked with the target's")
     theirs = list(read_prompts(source, base, most, "last").prompts) if base else []
     changes = compare(target, base, found, theirs) if base else None
     answers, traces, rate = _answer(target, draft, found, out, k, max_new_tokens)
@@ -132,14 +142,25 @@ def gather(
         answer_tokens=sum(answer.length for answer in answers),
         answer_rate=rate,
         suspects=tuple(suspects(target, stored, answers, k)),
+        cut=sum(answer.finish == "length" for answer in answers),
     )
-    if base is None:
+    if base is None or on_its_base is None:
         return Gathered(evidence, answers, draws)
     asked = {answer.id for answer in answers}
-    native = _answered(
-        base, [p for p in theirs if p.id in asked], out / "native.jsonl", k, max_new_tokens
-    )
-    on_base = _walked(replay(base, stored.build(base), native, k))
+    mine = [p for p in theirs if p.id in asked]
+    native = [
+        answer
+        for at in range(0, len(mine), BATCH)
+        for answer in _answered(
+            base, mine[at : at + BATCH], out / f"native-{_span(mine, at)}.jsonl", k, max_new_tokens
+        )
+    ]
+    on_base = _walked(replay(base, on_its_base, native, k)) if native else []
+    if len(on_base) < LEAST:
+        raise UserError(
+            f"the base {base.name} answers {len(on_base)} of {len(asked)} prompts with more than a token, too "
+            "few to compare with; leave --base out"
+        )
     refreshed, rise = _refresh(
         target, base, stored.fitted(target), answers, k, train or TrainConfig()
     )
@@ -167,25 +188,31 @@ def _answer(
     """Answers and steps of as many prompts as it takes, and the rate of answering in tokens/s."""
     answers: list[Answer] = []
     traces: list[StepTrace] = []
-    began, had = time.monotonic(), 0
+    spent = read_json(out / RATE) if (out / RATE).is_file() else {"tokens": 0, "seconds": 0.0}
     for at in range(0, len(prompts), BATCH):
         some = prompts[at : at + BATCH]
-        file = out / f"answers-{at + 1}-{at + len(some)}.jsonl"
-        had += file.exists()
-        answers += _answered(target, some, file, k, max_new_tokens)
+        file = out / f"answers-{_span(prompts, at)}.jsonl"
+        fresh, began = not file.exists(), time.monotonic()
+        found = _answered(target, some, file, k, max_new_tokens)
+        answers += found
+        if fresh:  # what was there already says nothing of the rate
+            spent["tokens"] += sum(answer.length for answer in found)
+            spent["seconds"] += time.monotonic() - began
+            write_text(out / RATE, json.dumps(spent) + "\n")
         traces = _walked(replay(target, draft, answers, k)) if answers else []
         if len(traces) >= BATCH // 2 and _narrow(traces):
             break
-    seconds = time.monotonic() - began
     if len(traces) < LEAST:
         raise UserError(
             f"{len(traces)} prompts with an answer to draft for are too few for any verdict: expected "
             f"{LEAST} at least, {BATCH} or more are better; {len(prompts)} prompts were read"
         )
-    tokens = sum(answer.length for answer in answers)
-    if had:
-        say("the answers were there already: the rate of answering is that of reading them")
-    return answers, traces, tokens / max(seconds, 1e-9)
+    return answers, traces, spent["tokens"] / max(spent["seconds"], 1e-9)
+
+
+def _span(prompts: Sequence[Prompt], at: int) -> str:
+    """The numbers of the first and the last prompt of a batch."""
+    return f"{at + 1}-{min(at + BATCH, len(prompts))}"
 
 
 def _answered(

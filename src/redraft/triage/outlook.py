@@ -4,7 +4,8 @@ The prediction is a linear model (Bayesian ridge) of a few signs, fitted on case
 a table that `redraft bench triage` writes. Its error is what it erred by on fine-tunes of a kind that it was
 not fitted on; a prediction's draws are the prediction with each of those errors added.
 
-Tau between 1 and K+1 is handled as z = log((tau - 1) / (K + 1 - tau)), its place on the whole line.
+Tau is handled as z, the logit of the acceptance a that would give it were it the same at every position:
+tau = 1 + a + ... + a^K. So z has the whole line, and means the same at every K.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ SIGNS = (
 FEWEST = 8
 """Cases that a prediction needs at least."""
 SHIPPED = Path(__file__).with_name("calibration.json")
-EDGE = 0.02
-"""Tau is kept this far from 1 and from K+1, where z has no end."""
+EDGE = 0.01
+"""Acceptance is kept this far from 0 and from 1, where z has no end."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Outlook:
     cases: int
 
     def interval(self, action: str) -> tuple[float, float, float]:
-        """Median and 95 % interval."""
+        """Median, and the middle 95 % of the draws."""
         low, middle, high = np.percentile(self.draws[action], [2.5, 50, 97.5])
         return float(middle), float(low), float(high)
 
@@ -129,21 +130,34 @@ def outlook(
     middle, errors = predict(signs, k, cases)
     rng = np.random.default_rng(seed)
     drawn = errors[rng.integers(0, len(errors), draws)]
-    found = {name: rng.choice(np.asarray(values), draws) for name, values in measured.items()}
+    # One draw for all that was measured: they are of the same prompts.
+    place = rng.random(draws)
+    found = {
+        name: np.asarray(values)[(place * len(values)).astype(int)]
+        for name, values in measured.items()
+    }
     for at, action in enumerate(PREDICTED):
         found[action] = tau_of(middle[action] + drawn[:, at], k)
-    return Outlook({name: found[name] for name in ACTIONS if name in found}, len(cases))
+    return Outlook({name: found[name] for name in ACTIONS if name in found}, len(errors))
 
 
 def z_of(tau: float, k: int) -> float:
     """A tau's place on the whole line."""
-    inside = min(max(tau, 1 + EDGE), k + 1 - EDGE)
-    return math.log((inside - 1) / (k + 1 - inside))
+    low, high = EDGE, 1 - EDGE
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _equal(middle, k) < tau else (low, middle)
+    return math.log(low / (1 - low))
 
 
 def tau_of(z: Any, k: int) -> Any:
     """The tau at a place on the whole line, the inverse of `z_of`; arrays of any shape."""
-    return 1 + k / (1 + np.exp(-np.asarray(z)))
+    return _equal(1 / (1 + np.exp(-np.asarray(z))), k)
+
+
+def _equal(acceptance: Any, k: int) -> Any:
+    """Tau of a chain of K at the same acceptance everywhere; arrays of any shape."""
+    return sum(acceptance**j for j in range(k + 1))
 
 
 def _sign(name: str, signs: Mapping[str, float], k: int) -> float:

@@ -6,13 +6,15 @@ batches of those answers and is thrown away.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..config import TrainConfig
+from ..config import TrainConfig, read_width
 from ..formats.load import StoredDraft
+from ..methods import read_method
 from ..records import Answer
 from ..target import Target
 from ..training.train import train
@@ -33,6 +35,16 @@ PLANS = {ADAPT: Plan(256, 4.0), RETRAIN: Plan(1024, 4.0)}
 TRIAL_PASSES = 2.0
 
 
+def trial_of(config: TrainConfig) -> TrainConfig:
+    """The settings of a trial: two passes, of one width, without what is fitted in closed form."""
+    method = read_method(config.method)
+    trained = "+".join(part for part in method.parts if part not in method.starts)
+    width = config.width if read_width(config.width) is not None else "1.0"
+    return dataclasses.replace(
+        config, method=trained or TrainConfig().method, width=width, epochs=TRIAL_PASSES
+    )
+
+
 def training_rate(
     target: Target, stored: StoredDraft, answers: Sequence[Answer], config: TrainConfig, k: int
 ) -> float:
@@ -48,7 +60,8 @@ def bills(
     train_rate: float,
     refresh_seconds: float | None,
 ) -> dict[str, Bill]:
-    """The bill of every action. Rates are in tokens per second; None: refreshing was not tried.
+    """The bill of every action. Rates are in tokens per second; None: refreshing was not tried, which
+    takes the answers that are there already.
 
     A draft from nothing is taken to train at the rate of the private part: it costs less than the
     target's reading, which both need.

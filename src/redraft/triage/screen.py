@@ -18,12 +18,12 @@ NOISY = 0.2
 """A share of other tokens in a server's counters that is worth a word; a step counts its last tokens in
 full, which alone makes some."""
 PREDICTED_FROM = (
-    "predicted from {} fine-tunes of small models (docs/results/triage.md); train on a few hundred "
+    "predicted from {} known fine-tunes (ours are small models: docs/results/triage.md); train on a few hundred "
     "answers and measure before you spend more"
 )
 SAYS = {
     KEEP: "keep the draft as it is",
-    REFRESH: "refresh it in closed form (`redraft adapt --method relay+refresh+expert --set train.epochs=0`)",
+    REFRESH: "refresh it in closed form (`redraft adapt --method relay+refresh+expert --base BASE --set train.epochs=0`)",
     ADAPT: "adapt it (`redraft adapt`)",
     RETRAIN: "train a draft of its own (`redraft adapt --method scratch`)",
 }
@@ -116,7 +116,7 @@ def causes(e: Evidence) -> list[str]:
             (
                 states,
                 f"the states moved: tau {c.words:.2f} -> {e.reused.tau:.2f} as the target reads them "
-                f"(cosine {c.cosine:.2f})",
+                + (f"(cosine {c.cosine:.2f})" if c.cosine is not None else ""),
             )
         )
         if c.embedding is not None:
@@ -137,19 +137,26 @@ def causes(e: Evidence) -> list[str]:
         noted = [(loss, text) for loss, text in found if loss >= NOTED * native.tau]
         found = sorted(noted, key=lambda each: -each[0])
     said = [text for _, text in found]
-    if native and not said:
+    if native and not c:
+        said.append("causes were not compared: every answer uses tokens that the base lacks")
+    elif native and not said:
         said.append("nothing was found that lowers acceptance by more than a twentieth")
     if c and c.left_out:
         said.append(f"{c.left_out} answers use tokens that the base lacks, and were not compared")
     if d := e.changes:
         if d.template or d.renders:
-            said.append(
-                f"the chat template is another: {d.renders:.0%} of the prompts are rendered otherwise"
+            what = (
+                "the chat template is another" if d.template else "the tokenizer writes otherwise"
             )
+            said.append(f"{what}: {d.renders:.0%} of the prompts come out as other tokens")
+        if d.renamed:
+            said.append(f"{d.renamed} tokens have another name")
         if d.added_tokens:
             said.append(f"the vocabulary grew by {d.added_tokens} tokens")
+        head = "not known" if d.head is None else f"{d.head:.1%}"
         said.append(
-            f"weights: the embedding moved by {d.embedding:.1%} of its norm, the head by {d.head:.1%}"
+            f"weights: the embedding moved by {d.embedding:.1%} of its norm, the head by {head} (adapters "
+            "on them aside)"
         )
     return said or ["not looked for: name the target's base with --base"]
 
@@ -161,6 +168,11 @@ def notes(check: Check) -> list[str]:
     if (high - low) / 2 > NARROW * e.reused.tau:
         said.append(
             f"tau is known to +- {(high - low) / 2:.2f} only; more prompts (--most) would narrow it"
+        )
+    if e.cut * 10 > e.prompts:
+        said.append(
+            f"{e.cut} of {e.prompts} answers were cut by --max-new-tokens: tau is that of their beginnings, and "
+            "time and tokens are for answers as short"
         )
     if check.verdict.faster_plain:
         said.append("none of the options beats plain decoding here: serve without a draft")
@@ -202,7 +214,8 @@ def _table(verdict: Verdict) -> Table:
 
 def _row(o: Option) -> tuple[str, ...]:
     tau, low, high = o.tau
-    pays = f"{o.payback_tokens:,}" if o.payback_tokens is not None else "-"
+    unknown = "?" if o.bill.seconds is None else "-"
+    pays = f"{o.payback_tokens:,}" if o.payback_tokens is not None else unknown
     return (
         o.action,
         f"{tau:.2f} [{low:.2f}, {high:.2f}]",

@@ -31,6 +31,7 @@ GROUPS = 8
 REQUEST_SECONDS = 600.0
 SETTLE_SECONDS = 0.3
 """Counters lag behind the answers."""
+SETTLE_LOOKS = 5
 RESAMPLES = 2000
 UNKNOWN = (
     "speed-up over plain decoding (serve without the draft and compare, or `redraft check --target`)",
@@ -71,6 +72,7 @@ def check_served(
     max_new_tokens: int = 128,
     worth: float = WORTH,
     published: float | None = None,
+    model: str | None = None,
     cases: Sequence[Case] | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> ServedCheck:
@@ -80,23 +82,27 @@ def check_served(
     too few prompts.
     """
     known = list(cases) if cases is not None else read_cases()
-    asked = _read(source, most)
+    asked = _read(source, max(most, 2 * rows), rows)
     with httpx.Client(
-        base_url=url.rstrip("/"), timeout=REQUEST_SECONDS, headers=_key(url), transport=transport
+        base_url=url.rstrip("/").removesuffix("/v1"),
+        timeout=REQUEST_SECONDS,
+        headers=_key(url),
+        transport=transport,
     ) as client:
-        server = _Server(url, client)
-        model = server.model()
+        server = _Server(url, client, model)
+        name = server.model()
         counted, tokens, seconds = [], 0, 0.0
         before = first = server.counters()
         with (
             Progress("asking", len(asked), "prompts") as progress,
             ThreadPoolExecutor(rows) as pool,
         ):
-            size = max(-(-len(asked) // GROUPS), 1)
+            # Every group fills the places: the last requests of a group have the server to themselves.
+            size = max(-(-len(asked) // GROUPS), rows)
             for at in range(0, len(asked), size):
                 group = asked[at : at + size]
                 began = time.monotonic()
-                tokens += sum(pool.map(lambda u: server.ask(model, u, max_new_tokens), group))
+                tokens += sum(pool.map(lambda u: server.ask(name, u, max_new_tokens), group))
                 seconds += time.monotonic() - began
                 now = server.settled()
                 counted.append(now.since(before))
@@ -105,7 +111,7 @@ def check_served(
     whole = before.since(first)
     if whole.drafts == 0:
         raise UserError(
-            f"{url} answered {len(asked)} prompts and drafted nothing: it serves {model} without speculation; "
+            f"{url} answered {len(asked)} prompts and drafted nothing: it serves {name} without speculation; "
             "start it with --speculative-config, or check the weights with --target and --draft"
         )
     found, k = whole.acceptance(), len(whole.per_position)
@@ -116,15 +122,14 @@ def check_served(
         action: Bill(round(plan.prompts * tokens / len(asked)), None)
         for action, plan in PLANS.items()
     }
-    verdict = decide(
-        outlook(signs, k, {KEEP: draws}, known), Pace(rate / found.tau, None), bills, worth
-    )
+    seen = outlook(signs, k, {KEEP: draws}, known)
+    verdict = decide(seen, Pace(rate / found.tau, None), bills, worth)
     low, high = np.percentile(draws, [2.5, 97.5])
     # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
     emitted = whole.accepted + whole.drafts
     return ServedCheck(
         endpoint=url,
-        model=model,
+        model=name,
         k=k,
         prompts=len(asked),
         answer_tokens=tokens,
@@ -134,7 +139,7 @@ def check_served(
         rows=rows,
         others=max(1 - tokens / max(emitted, 1), 0.0),
         verdict=verdict,
-        cases=len(known),
+        cases=seen.cases,
         published=published,
     )
 
@@ -142,12 +147,19 @@ def check_served(
 class _Server:
     """The few requests that a check makes."""
 
-    def __init__(self, url: str, client: httpx.Client):
-        self.url, self.client = url, client
+    def __init__(self, url: str, client: httpx.Client, named: str | None):
+        self.url, self.client, self.named = url, client, named
 
     def model(self) -> str:
         models = self._json("GET", "/v1/models").get("data") or [{}]
-        name = models[0].get("id")
+        names = [str(m.get("id")) for m in models]
+        if self.named is not None and self.named not in names:
+            raise UserError(f"{self.url} serves {', '.join(names)}, not {self.named}")
+        if self.named is None and len(names) > 1:
+            raise UserError(
+                f"{self.url} serves {', '.join(names)}: name the one to check with --endpoint-model"
+            )
+        name = self.named or models[0].get("id")
         if not isinstance(name, str):
             raise UserError(f"{self.url}/v1/models names no model; expected an OpenAI-style list")
         return name
@@ -164,12 +176,13 @@ class _Server:
     def settled(self) -> Counters:
         """The counters, once they have come to rest."""
         last = self.counters()
-        while True:
+        for _ in range(SETTLE_LOOKS):  # on a server that others use they never do
             time.sleep(SETTLE_SECONDS)
             now = self.counters()
             if now == last:
-                return now
+                break
             last = now
+        return last
 
     def ask(self, model: str, row: Understood, longest: int) -> int:
         """The tokens of a greedy answer."""
@@ -215,7 +228,7 @@ def _key(url: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _read(source: str, most: int) -> list[Understood]:
+def _read(source: str, most: int, rows: int) -> list[Understood]:
     """The first rows that can be asked. Raises UserError when they are too few to resample."""
     found: list[Understood] = []
     for _, row in read_rows(source):
@@ -226,10 +239,10 @@ def _read(source: str, most: int) -> list[Understood]:
                 continue  # the count below says how many were of use
         if len(found) == most:
             break
-    if len(found) < GROUPS:
+    if len(found) < max(GROUPS, 2 * rows):
         raise UserError(
             f"{source} has {len(found)} prompts of use (asked for {most}): too few for any verdict, "
-            f"which needs {GROUPS} at least; `redraft prompts inspect` says what is wrong with the others"
+            f"which needs {max(GROUPS, 2 * rows)} at least; `redraft prompts inspect` says what is wrong with the others"
         )
     return found
 
