@@ -130,6 +130,24 @@ def test_servers_that_cannot_be_checked(
         ask(fake, prompts_file, cases)
 
 
+def test_prompts_that_the_server_refuses_are_left_out(
+    prompts_file: Path, cases: list[Case]
+) -> None:
+    def strict(request: httpx.Request) -> httpx.Response:
+        said = json.loads(request.content) if request.method == "POST" else {}
+        if any(word in str(said) for word in refused):
+            return httpx.Response(400, text="maximum context length is 8 tokens")
+        return fake(request)
+
+    fake, refused = FakeVllm(), ["and 3.", "and 5."]
+    found = ask(strict, prompts_file, cases, most=20)
+    assert (found.prompts, found.refused, found.answer_tokens) == (18, 2, 18 * 12)
+    assert found.tau[0] == 2.2
+    fake, refused = FakeVllm(), ["Say"]
+    with pytest.raises(UserError, match="answered 0 of 20 prompts .*maximum context length is 8"):
+        ask(strict, prompts_file, cases, most=20)
+
+
 def test_nobody_there_and_too_few_prompts(
     prompts_file: Path, cases: list[Case], tmp_path: Path
 ) -> None:

@@ -88,6 +88,8 @@ def print_served(check: ServedCheck, out: Console | None = None) -> None:
     if check.published:
         ends = (f"{end / check.published:.2f}" for end in check.tau)
         lines.append("retention    {} [{}, {}] of the figure you gave".format(*ends))
+    if check.refused:
+        lines.append(f"NOTE: {check.refused} more prompts were refused by the server")
     if check.others > NOISY:
         lines.append(f"NOTE: {check.others:.0%} of the counted tokens were of other requests")
     for line in lines:

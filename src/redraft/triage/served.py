@@ -32,6 +32,8 @@ REQUEST_SECONDS = 600.0
 SETTLE_SECONDS = 0.3
 """Counters lag behind the answers."""
 SETTLE_LOOKS = 5
+OF_THE_PROMPT = (400, 413, 422)
+"""Statuses that say something of one prompt, not of the server."""
 RESAMPLES = 2000
 UNKNOWN = (
     "speed-up over plain decoding (serve without the draft and compare, or `redraft check --target`)",
@@ -43,7 +45,8 @@ UNKNOWN = (
 
 @dataclass(frozen=True)
 class ServedCheck:
-    """What a server shows. `tau` has a 95 % interval over groups of prompts; `per_position` is
+    """What a server shows of the prompts that it answers; `refused` ones, too long for instance, are left
+    out. `tau` has a 95 % interval over groups of prompts; `per_position` is
     conditional acceptance; `rate` is in tokens per second with `rows` requests at a time. `others` is the
     share of the counted tokens that were not ours. `unknown` is what cannot be told from here."""
 
@@ -60,6 +63,7 @@ class ServedCheck:
     verdict: Verdict
     cases: int
     published: float | None
+    refused: int
     unknown: tuple[str, ...] = UNKNOWN
 
 
@@ -91,7 +95,8 @@ def check_served(
     ) as client:
         server = _Server(url, client, model)
         name = server.model()
-        counted, tokens, seconds = [], 0, 0.0
+        lengths: list[int | None] = []
+        counted, seconds = [], 0.0
         before = first = server.counters()
         with (
             Progress("asking", len(asked), "prompts") as progress,
@@ -102,16 +107,22 @@ def check_served(
             for at in range(0, len(asked), size):
                 group = asked[at : at + size]
                 began = time.monotonic()
-                tokens += sum(pool.map(lambda u: server.ask(name, u, max_new_tokens), group))
+                lengths += pool.map(lambda u: server.ask(name, u, max_new_tokens), group)
                 seconds += time.monotonic() - began
                 now = server.settled()
                 counted.append(now.since(before))
                 before = now
                 progress.advance(len(group))
     whole = before.since(first)
+    tokens, answered = sum(n for n in lengths if n), sum(n is not None for n in lengths)
+    if answered < GROUPS:
+        raise UserError(
+            f"{url} answered {answered} of {len(asked)} prompts and refused the others (first: "
+            f"{server.refusal}): too few for any verdict"
+        )
     if whole.drafts == 0:
         raise UserError(
-            f"{url} answered {len(asked)} prompts and drafted nothing: it serves {name} without speculation; "
+            f"{url} answered {answered} prompts and drafted nothing: it serves {name} without speculation; "
             "start it with --speculative-config, or check the weights with --target and --draft"
         )
     found, k = whole.acceptance(), len(whole.per_position)
@@ -119,7 +130,7 @@ def check_served(
     signs = {"reused": found.tau} | ({"native": published} if published else {})
     rate = tokens / max(seconds, 1e-9)
     bills = {KEEP: Bill(0, 0.0)} | {
-        action: Bill(round(plan.prompts * tokens / len(asked)), None)
+        action: Bill(round(plan.prompts * tokens / answered), None)
         for action, plan in PLANS.items()
     }
     seen = outlook(signs, k, {KEEP: draws}, known)
@@ -131,7 +142,8 @@ def check_served(
         endpoint=url,
         model=name,
         k=k,
-        prompts=len(asked),
+        prompts=answered,
+        refused=len(asked) - answered,
         answer_tokens=tokens,
         tau=(found.tau, float(low), float(high)),
         per_position=found.per_position,
@@ -149,9 +161,11 @@ class _Server:
 
     def __init__(self, url: str, client: httpx.Client, named: str | None):
         self.url, self.client, self.named = url, client, named
+        self.refusal = ""
 
     def model(self) -> str:
-        models = self._json("GET", "/v1/models").get("data") or [{}]
+        listed = self._object(self._reply("GET", "/v1/models"), "/v1/models")
+        models = listed.get("data") or [{}]
         names = [str(m.get("id")) for m in models]
         if self.named is not None and self.named not in names:
             raise UserError(f"{self.url} serves {', '.join(names)}, not {self.named}")
@@ -184,8 +198,8 @@ class _Server:
             last = now
         return last
 
-    def ask(self, model: str, row: Understood, longest: int) -> int:
-        """The tokens of a greedy answer."""
+    def ask(self, model: str, row: Understood, longest: int) -> int | None:
+        """The tokens of a greedy answer; None when the server will not answer this prompt."""
         body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": longest}
         if row.messages:
             path, body["messages"] = "/v1/chat/completions", _question(row)
@@ -193,14 +207,17 @@ class _Server:
         else:
             path = "/v1/completions"
             body["prompt"] = row.text if row.tokens is None else list(row.tokens)
-        usage = self._json("POST", path, body).get("usage") or {}
+        reply = self._reply("POST", path, body, may_refuse=True)
+        if reply.status_code != 200:
+            self.refusal = self.refusal or reply.text.strip()[:300]
+            return None
+        usage = self._object(reply, path).get("usage") or {}
         count = usage.get("completion_tokens")
         if not isinstance(count, int):
             raise UserError(f"{self.url}{path} does not say how many tokens it wrote (usage)")
         return count
 
-    def _json(self, verb: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        reply = self._reply(verb, path, body)
+    def _object(self, reply: httpx.Response, path: str) -> dict[str, Any]:
         try:
             found = reply.json()
         except ValueError:
@@ -209,14 +226,16 @@ class _Server:
             raise UserError(f"{self.url}{path} replied with something that is no JSON object")
         return found
 
-    def _reply(self, verb: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _reply(
+        self, verb: str, path: str, body: dict[str, Any] | None = None, may_refuse: bool = False
+    ) -> httpx.Response:
         try:
             reply = self.client.request(verb, path, json=body)
         except httpx.HTTPError as problem:
             raise UserError(
                 f"{self.url}{path} does not answer ({problem or type(problem).__name__})"
             ) from None
-        if reply.status_code != 200:
+        if reply.status_code != 200 and not (may_refuse and reply.status_code in OF_THE_PROMPT):
             raise UserError(
                 f"{self.url}{path} refused (HTTP {reply.status_code}): {reply.text.strip()[:300]}"
             )
