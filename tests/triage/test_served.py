@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from redraft.engines.counters import Counters
 from redraft.errors import UserError
 from redraft.triage import served as module
 from redraft.triage.outlook import Case
@@ -128,6 +129,29 @@ def test_servers_that_cannot_be_checked(
 ) -> None:
     with pytest.raises(UserError, match=message):
         ask(fake, prompts_file, cases)
+
+
+def test_the_interval_is_that_of_groups_that_differ(
+    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second half of the answers accepts nothing: groups are at 2.2 or at 1, never between."""
+    fake = FakeVllm()
+    counters = [(5 * n, 6 * min(n, 8), min(n, 8)) for n in range(17)]
+    monkeypatch.setattr(
+        module,
+        "read_counters",
+        lambda page: Counters(
+            counters[fake.answered][0],
+            3 * counters[fake.answered][0],
+            counters[fake.answered][1],
+            tuple(count * counters[fake.answered][2] for count in (3, 2, 1)),
+        ),
+    )
+    tau, low, high = ask(fake, prompts_file, cases, most=16).tau
+    assert tau == 1.6
+    # eight groups of which each is 2.2 or 1 with equal odds: sd 0.6 / sqrt(8); totals so far vary less
+    assert low == pytest.approx(1.6 - 1.96 * 0.6 / 8**0.5, abs=0.1)
+    assert high == pytest.approx(1.6 + 1.96 * 0.6 / 8**0.5, abs=0.1)
 
 
 def test_prompts_that_the_server_refuses_are_left_out(

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import httpx
@@ -269,7 +268,7 @@ def _read(source: str, most: int, rows: int) -> list[Understood]:
 def _question(row: Understood) -> list[dict[str, Any]]:
     """The messages up to the last user turn."""
     last = max((at for at, m in enumerate(row.messages) if m["role"] == "user"), default=-1)
-    return list(islice(row.messages, last + 1))
+    return list(row.messages[: last + 1])
 
 
 def _resampled(groups: Sequence[Counters]) -> Any:
