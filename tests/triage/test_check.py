@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from redraft.cli.app import app
-from redraft.config import TrainConfig
+from redraft.config import RegenerateConfig, TrainConfig
 from redraft.data import regenerate as regenerate_module
+from redraft.decode.modes import Decoding
+from redraft.decode.sampling import Sampling
 from redraft.errors import UserError
 from redraft.formats.load import read_draft
-from redraft.records import to_json
+from redraft.measuring.replay import replay
+from redraft.records import Answer, to_json
 from redraft.target import Target
 from redraft.triage import evidence as module
 from redraft.triage.check import check
@@ -42,7 +46,7 @@ def test_a_check_of_a_fine_tune(
         tmp_path / "out",
         base=target,
         most=20,
-        max_new_tokens=24,
+        answering=RegenerateConfig(max_new_tokens=24),
         train=QUICK,
         cases=cases,
     )
@@ -79,8 +83,22 @@ def test_a_check_resumes_without_asking_twice(
 
     monkeypatch.setattr(regenerate_module, "generate_answers", counting)
     stored, out = read_draft(str(draft_folder)), tmp_path / "out"
-    gather(target, stored, str(prompts_file), out, most=20, max_new_tokens=16)
-    again = gather(target, stored, str(prompts_file), out, most=40, max_new_tokens=16)
+    gather(
+        target,
+        stored,
+        str(prompts_file),
+        out,
+        most=20,
+        answering=RegenerateConfig(max_new_tokens=16),
+    )
+    again = gather(
+        target,
+        stored,
+        str(prompts_file),
+        out,
+        most=40,
+        answering=RegenerateConfig(max_new_tokens=16),
+    )
     assert again.evidence.prompts == 40
     assert asked == [16, 4, 16, 8], "the first batch was asked again"
 
@@ -93,7 +111,15 @@ def test_a_larger_check_with_its_base_goes_on(
     stored, out = read_draft(str(draft_folder)), tmp_path / "out"
     rates = []
     for most in (20, 40, 40):
-        seen = gather(target, stored, file, out, base=target, most=most, max_new_tokens=8)
+        seen = gather(
+            target,
+            stored,
+            file,
+            out,
+            base=target,
+            most=most,
+            answering=RegenerateConfig(max_new_tokens=8),
+        )
         assert seen.evidence.prompts == most
         assert seen.evidence.cut > 0
         rates.append(seen.evidence.answer_rate)
@@ -113,7 +139,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(
     assert not out.exists()
     train = TrainConfig(method="expert", batch_tokens=512)
     found = check(
-        target, stored, str(prompts_file), out, cases=cases, train=train, most=16, max_new_tokens=12
+        target,
+        stored,
+        str(prompts_file),
+        out,
+        cases=cases,
+        train=train,
+        most=16,
+        answering=RegenerateConfig(max_new_tokens=12),
     )
     assert found.verdict.options
 
@@ -126,9 +159,59 @@ def test_prompts_are_asked_until_tau_is_known(
     found = {}
     for narrow in (10.0, 0.0):
         monkeypatch.setattr(module, "NARROW", narrow)
-        seen = gather(target, stored, str(file), tmp_path / str(narrow), most=48, max_new_tokens=16)
+        seen = gather(
+            target,
+            stored,
+            str(file),
+            tmp_path / str(narrow),
+            most=48,
+            answering=RegenerateConfig(max_new_tokens=16),
+        )
         found[narrow] = seen.evidence.prompts
     assert found == {10.0: 16, 0.0: 48}
+
+
+def test_a_check_at_a_temperature_samples_and_scores_there(
+    target: Target,
+    draft_folder: Path,
+    prompts_file: Path,
+    cases: list[Case],
+    tmp_path: Path,
+) -> None:
+    stored, warm = (
+        read_draft(str(draft_folder)),
+        RegenerateConfig(temperature=0.3, max_new_tokens=16),
+    )
+    found, again = (
+        check(
+            *(target, stored, str(prompts_file), tmp_path / name),
+            base=target,
+            most=16,
+            answering=answering,
+            train=QUICK,
+            cases=cases,
+        ).evidence
+        for name, answering in (
+            ("warm", warm),
+            ("greedy", dataclasses.replace(warm, temperature=0.0)),
+        )
+    )
+    assert (found.reused.temperature, again.reused.temperature) == (0.3, 0.0)
+    assert found.reused.acceptance == "sampled"
+    lines = (tmp_path / "warm" / "answers-1-16.jsonl").read_text().splitlines()
+    answers = [Answer.from_line(line) for line in lines]
+    kept = [a for a in answers if a.length >= 2]
+    by_hand = replay(
+        target,
+        stored.build(target),
+        kept,
+        4,
+        decoding=Decoding("sampled", Sampling(0.3), "deterministic"),
+    )
+    assert found.reused.accepted == sum(sum(t.accepted) for t in by_hand)
+    assert found.reused.accepted != again.reused.accepted
+    with pytest.raises(UserError, match="temperature"):
+        gather(target, stored, str(prompts_file), tmp_path / "warm", most=16)
 
 
 def test_too_few_prompts_for_any_verdict(

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from redraft.config import RegenerateConfig
 from redraft.engines.counters import Counters
 from redraft.errors import UserError
 from redraft.triage import served as module
@@ -105,7 +106,11 @@ def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
     path, body = fake.bodies[0]
     assert path == "/v1/chat/completions"
     assert body["messages"][-1]["role"] == "user"
-    assert body["temperature"] == 0
+    assert (body["temperature"], found.temperature) == (0, 0.0)
+    warm = RegenerateConfig(temperature=0.7, top_p=0.9, max_new_tokens=32)
+    ask(fake, prompts_file, cases, most=20, answering=warm)
+    body = fake.bodies[-1][1]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.7, 0.9, 32)
     assert all(option.speedup is None for option in found.verdict.options)
     assert any("speed-up" in text for text in found.unknown)
     busy = ask(FakeVllm(stranger=1), prompts_file, cases, most=20)

@@ -52,9 +52,11 @@ def bench_triage(
     out: Path,
     members: Sequence[str] | None = None,
     record: Path | None = None,
+    temperature: float = 0.0,
 ) -> list[Case]:
     """The cells of all members (or those named) of some families, run where they are missing.
 
+    Everything is answered at `temperature`, what is trained on too; one folder holds cells of several.
     `record` is a JSON file that the cases are written to. Raises UserError for unknown members.
     """
     for family in families:
@@ -64,7 +66,7 @@ def bench_triage(
                 raise UserError(
                     f"{family} has no member '{name}'; {nearest(name, manifest['members'])}"
                 )
-            _cell(family, manifest, name, out)
+            _cell(family, manifest, name, out, temperature)
     cases = read_cells(out)
     if record:
         write_text(record, json.dumps(as_json(cases), indent=1) + "\n")
@@ -76,20 +78,30 @@ def read_cells(out: Path) -> list[Case]:
     return [Case(**read_json(path)) for path in sorted((out / "cells").glob("*/*.json"))]
 
 
-def _cell(family: Path, manifest: dict[str, Any], name: str, out: Path) -> None:
-    file = out / "cells" / manifest["size"] / f"{name}.json"
+def _cell(family: Path, manifest: dict[str, Any], name: str, out: Path, temperature: float) -> None:
+    group = manifest["size"] + (f"-{temperature:g}" if temperature else "")
+    file = out / "cells" / group / f"{name}.json"
     if file.is_file():
         return
-    say(f"{manifest['size']}: {name}")
-    work = out / "answers" / manifest["size"] / name
-    case = _Bench(family, manifest, name, work).case()
+    say(f"{group}: {name}")
+    work = out / "answers" / group / name
+    answering = RegenerateConfig(temperature=temperature, max_new_tokens=LONGEST)
+    case = _Bench(family, manifest, name, work, answering).case()
     write_text(file, json.dumps(dataclasses.asdict(case), indent=1) + "\n")
 
 
 class _Bench:
     """One member: its models, its prompts, and what is measured of it."""
 
-    def __init__(self, family: Path, manifest: dict[str, Any], name: str, work: Path):
+    def __init__(
+        self,
+        family: Path,
+        manifest: dict[str, Any],
+        name: str,
+        work: Path,
+        answering: RegenerateConfig,
+    ):
+        self.answering = answering
         self.family, self.name, self.work, self.manifest = family, name, work, manifest
         about = manifest["members"][name]
         self.domain, self.kind = about["domain"], about["kind"]
@@ -106,7 +118,7 @@ class _Bench:
             self.work / "check",
             base=self.base,
             k=K,
-            max_new_tokens=LONGEST,
+            answering=self.answering,
             train=TRAINING,
         )
         came = self.outcome(seen.answers, REFRESH in seen.draws)
@@ -117,6 +129,7 @@ class _Bench:
             family=self.manifest["size"],
             kind=self.kind,
             k=K,
+            temperature=self.answering.temperature,
             signs=seen.evidence.signs(),
             seen={name: np.quantile(d, QUANTILES).tolist() for name, d in seen.draws.items()},
             asked=seen.evidence.prompts,
@@ -172,10 +185,10 @@ class _Bench:
         return replay(self.target, draft, evaluated, K)
 
     def _answers(self, split: str, count: int) -> list[Answer]:
-        """The target's greedy answers to a split of its domain, kept in the work folder."""
+        """The target's answers to a split of its domain, kept in the work folder."""
         prompts = family_prompts(self.family, self.target, (self.domain,), split, count)
-        config = RegenerateConfig(max_new_tokens=LONGEST)
-        found = regenerate(self.target, prompts, self.work / f"{split}.jsonl", config, overrun=K)
+        file = self.work / f"{split}.jsonl"
+        found = regenerate(self.target, prompts, file, self.answering, overrun=K)
         return [answer for answer in found if answer.length >= 2]
 
 

@@ -10,7 +10,16 @@ import typer
 
 from ..console import set_quiet
 from ..errors import UserError
-from .flags import DraftFlag, DtypeFlag, JsonFlag, PromptsFlag, QuietFlag, TargetFlag, print_json
+from .flags import (
+    DraftFlag,
+    DtypeFlag,
+    JsonFlag,
+    PromptsFlag,
+    QuietFlag,
+    TargetFlag,
+    TemperatureFlag,
+    print_json,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Build model families and run benches on them.")
 
@@ -305,6 +314,7 @@ def bench_triage(
             "--record", help="also write the cases to this JSON file, for `check --cases`"
         ),
     ] = None,
+    temperature: TemperatureFlag = 0.0,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -322,6 +332,7 @@ def bench_triage(
         Path(out),
         members.split(",") if members else None,
         Path(record) if record else None,
+        temperature,
     )
     if as_json:
         print_json(table(cases))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import resolve
+from ..config import RegenerateConfig, resolve
 from ..console import set_quiet
 from ..errors import UserError
 from .flags import (
@@ -16,9 +16,13 @@ from .flags import (
     DtypeFlag,
     EndpointModelFlag,
     JsonFlag,
+    MinPFlag,
     PromptsFlag,
     QuietFlag,
+    TemperatureFlag,
     TemplateFlag,
+    TopKFlag,
+    TopPFlag,
     load,
     print_json,
     with_settings,
@@ -57,6 +61,10 @@ def check(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
     ] = 128,
+    temperature: TemperatureFlag = 0.0,
+    top_k: TopKFlag = 0,
+    top_p: TopPFlag = 1.0,
+    min_p: MinPFlag = 0.0,
     published: Annotated[
         float | None,
         typer.Option(
@@ -105,6 +113,13 @@ def check(
     from ..triage.served import check_served
 
     known = read_cases(Path(cases)) if cases else None
+    answering = RegenerateConfig(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        max_new_tokens=max_new_tokens,
+    )
     if endpoint:
         given = {
             "--target": target,
@@ -119,7 +134,7 @@ def check(
             prompts,
             rows=batch,
             most=most,
-            max_new_tokens=max_new_tokens,
+            answering=answering,
             worth=worth,
             published=published,
             model=endpoint_model,
@@ -147,7 +162,7 @@ def check(
             k=k,
             rows=batch,
             most=most,
-            max_new_tokens=max_new_tokens,
+            answering=answering,
             worth=worth,
             serve=serve,
             published=published,

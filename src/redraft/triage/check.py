@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import TrainConfig
+from ..config import RegenerateConfig, TrainConfig
 from ..console import say
 from ..formats.load import StoredDraft
 from ..formats.routed import refuse_routed
@@ -14,7 +14,7 @@ from ..measuring.cost import measure_cost
 from ..records import StepCost, versions
 from ..target import Target
 from ..training.fitness import check_fits
-from .evidence import Evidence, gather
+from .evidence import ANSWERING, Evidence, gather
 from .outlook import RETRAIN, Case, outlook, read_cases
 from .pilot import bills, training_rate, trial_of
 from .verdict import WORTH, Pace, Verdict, decide
@@ -55,7 +55,7 @@ def check(
     k: int = 4,
     rows: int = 1,
     most: int = 64,
-    max_new_tokens: int = 128,
+    answering: RegenerateConfig = ANSWERING,
     worth: float = WORTH,
     serve: int | None = None,
     published: float | None = None,
@@ -64,7 +64,7 @@ def check(
 ) -> Check:
     """Measure, predict and decide; answers are kept in the folder `out`.
 
-    `prompts` is a file of them, of which up to `most` are answered. `rows` is the batch size that is served
+    `prompts` is a file of them, of which up to `most` are answered, as `answering` says. `rows` is the batch size that is served
     with, `serve` the tokens that will be. Raises UserError for what does not fit, and for too few prompts.
     """
     refuse_routed(getattr(stored.config, "routed", None))
@@ -80,7 +80,7 @@ def check(
         base=base,
         k=k,
         most=most,
-        max_new_tokens=max_new_tokens,
+        answering=answering,
         train=config,
     )
     evidence = found.evidence

@@ -27,7 +27,7 @@ from ..files import write_text
 from ..formats.folders import read_json
 from ..formats.load import StoredDraft
 from ..measuring.acceptance import bootstrap_tau, pooled_tau, resampled_tau, summarise
-from ..measuring.replay import replay, replay_each
+from ..measuring.replay import decoding_of, replay, replay_each
 from ..measuring.suspects import suspects
 from ..records import Acceptance, Answer, Prompt, StepTrace
 from ..steps import fuse_draft, train_private
@@ -46,6 +46,8 @@ RATE = "rate.json"
 NARROW = 0.05
 """Half the interval of tau, as a share of tau, at which no further prompt is asked."""
 REFRESHING = "relay+refresh+expert"
+ANSWERING = RegenerateConfig(max_new_tokens=128)
+"""How prompts are answered where nothing else is said: greedily."""
 
 
 Interval = tuple[float, float, float]
@@ -117,10 +119,12 @@ def gather(
     base: Target | None = None,
     k: int = 4,
     most: int = 64,
-    max_new_tokens: int = 128,
+    answering: RegenerateConfig = ANSWERING,
     train: TrainConfig | None = None,
 ) -> Gathered:
     """Measure on up to `most` prompts of the file `source`, with answers in the folder `out`.
+
+    `answering` says how the answers are sampled, which is how drafts are then scored.
 
     Raises UserError for a draft of another family, a base that is not the target's parent, and for
     too few prompts.
@@ -133,7 +137,7 @@ def gather(
         say(f"{base.name} has no chat template: it is asked with the target's")
     theirs = list(read_prompts(source, base, most, "last").prompts) if base else []
     changes = compare(target, base, found, theirs) if base else None
-    answers, traces, rate = _answer(target, draft, found, out, k, max_new_tokens)
+    answers, traces, rate = _answer(target, draft, found, out, k, answering)
     draws = {KEEP: resampled_tau(traces)}
     evidence = Evidence(
         prompts=len(traces),
@@ -152,7 +156,7 @@ def gather(
         answer
         for at in range(0, len(mine), BATCH)
         for answer in _answered(
-            base, mine[at : at + BATCH], out / f"native-{_span(mine, at)}.jsonl", k, max_new_tokens
+            base, mine[at : at + BATCH], out / f"native-{_span(mine, at)}.jsonl", k, answering
         )
     ]
     on_base = _walked(replay(base, on_its_base, native, k)) if native else []
@@ -183,7 +187,7 @@ def _answer(
     prompts: Sequence[Prompt],
     out: Path,
     k: int,
-    max_new_tokens: int,
+    answering: RegenerateConfig,
 ) -> tuple[list[Answer], list[StepTrace], float]:
     """Answers and steps of as many prompts as it takes, and the rate of answering in tokens/s."""
     answers: list[Answer] = []
@@ -193,7 +197,7 @@ def _answer(
         some = prompts[at : at + BATCH]
         file = out / f"answers-{_span(prompts, at)}.jsonl"
         fresh, began = not file.exists(), time.monotonic()
-        found = _answered(target, some, file, k, max_new_tokens)
+        found = _answered(target, some, file, k, answering)
         answers += found
         if fresh:  # what was there already says nothing of the rate
             spent["tokens"] += sum(answer.length for answer in found)
@@ -216,10 +220,9 @@ def _span(prompts: Sequence[Prompt], at: int) -> str:
 
 
 def _answered(
-    target: Target, prompts: Sequence[Prompt], file: Path, k: int, max_new_tokens: int
+    target: Target, prompts: Sequence[Prompt], file: Path, k: int, answering: RegenerateConfig
 ) -> list[Answer]:
-    config = RegenerateConfig(max_new_tokens=max_new_tokens)
-    return [a for a in regenerate(target, prompts, file, config, overrun=k) if a.length >= 2]
+    return [a for a in regenerate(target, prompts, file, answering, overrun=k) if a.length >= 2]
 
 
 def _narrow(traces: Sequence[StepTrace]) -> bool:
@@ -232,7 +235,8 @@ def _walked(traces: Sequence[StepTrace]) -> list[StepTrace]:
 
 
 def _summary(traces: Sequence[StepTrace], answers: Sequence[Answer], k: int) -> Acceptance:
-    return summarise(traces, answers, k=k, mode="replay", seconds=0.0)
+    decoding = decoding_of(answers)
+    return summarise(traces, answers, k=k, mode="replay", seconds=0.0, decoding=decoding)
 
 
 def _retention(ours: Sequence[StepTrace], native: Sequence[StepTrace]) -> Interval:

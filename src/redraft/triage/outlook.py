@@ -2,7 +2,9 @@
 
 The prediction is a linear model (Bayesian ridge) of a few signs, fitted on cases whose outcome is known:
 a table that `redraft bench triage` writes. Its error is what it erred by on fine-tunes of a kind that it was
-not fitted on; a prediction's draws are the prediction with each of those errors added.
+not fitted on; a prediction's draws are Student's t around it, as wide as those errors, with as many degrees
+of freedom as there are kinds, less one: cases of one kind err alike, and the largest error seen among a few is
+not the largest there is.
 
 Tau is handled as z, the logit of the acceptance a that would give it were it the same at every position:
 tau = 1 + a + ... + a^K. So z has the whole line, and means the same at every K.
@@ -15,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.linear_model import BayesianRidge
@@ -50,7 +52,8 @@ class Case:
     token, from `asked` prompts.
     `seen` are quantiles of tau as kept and as refreshed, as those prompts leave it open.
     `taus` are measured by action, with 95 % `intervals`, over other prompts. `plain` is plain decoding in
-    tokens/s, and `step` what a speculative step costs in plain ones, where it was measured.
+    tokens/s, and `step` what a speculative step costs in plain ones, where it was measured. All answers
+    were sampled at `temperature`.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Case:
     asked: int
     plain: float
     step: float
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,15 @@ class Outlook:
         """Median, and the middle 95 % of the draws."""
         low, middle, high = np.percentile(self.draws[action], [2.5, 50, 97.5])
         return float(middle), float(low), float(high)
+
+
+class Prediction(NamedTuple):
+    """Predicted z by action, the errors [C, actions] made on kinds that were left out, and how many kinds
+    there were."""
+
+    middle: dict[str, float]
+    errors: Any
+    kinds: int
 
 
 def read_cases(path: Path = SHIPPED) -> list[Case]:
@@ -94,27 +107,27 @@ def as_json(cases: Sequence[Case]) -> dict[str, Any]:
     return {"cases": [asdict(case) for case in cases]}
 
 
-def predict(
-    signs: Mapping[str, float], k: int, cases: Sequence[Case]
-) -> tuple[dict[str, float], Any]:
-    """Predicted z by action, and the errors [C, actions] made on kinds that were left out.
+def predict(signs: Mapping[str, float], k: int, cases: Sequence[Case]) -> Prediction:
+    """What the table says of a draft with these signs.
 
     Raises UserError when the table is too small or has one kind only.
     """
     names = next(names for names in SIGNS if all(name in signs for name in names))
     cases = [case for case in cases if all(name in case.signs for name in names)]
-    if len(cases) < FEWEST or len({case.kind for case in cases}) < 3:
+    kinds = {case.kind for case in cases}
+    if len(cases) < FEWEST or len(kinds) < 3:
         raise UserError(
             f"a prediction needs {FEWEST} known cases of three kinds at least, the table has "
             f"{len(cases)}; add some with `redraft bench triage`"
         )
     x, y = _matrix(cases, names), _outcomes(cases)
     errors = np.empty_like(y)
-    for kind in {case.kind for case in cases}:
+    for kind in kinds:
         out = np.array([case.kind == kind for case in cases])
         errors[out] = y[out] - _fit(x[~out], y[~out], x[out])
     new = np.array([[_sign(name, signs, k) for name in names]])
-    return dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True)), errors
+    middle = dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True))
+    return Prediction(middle, errors, len(kinds))
 
 
 def outlook(
@@ -127,9 +140,12 @@ def outlook(
 ) -> Outlook:
     """Draws of tau by action: `measured` ones (keep, and refresh where it was tried) resampled from
     their own draws, the others predicted."""
-    middle, errors = predict(signs, k, cases)
+    middle, errors, kinds = predict(signs, k, cases)
     rng = np.random.default_rng(seed)
-    drawn = errors[rng.integers(0, len(errors), draws)]
+    freedom = kinds - 1
+    stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
+    width = errors.T @ errors / len(errors)
+    drawn = rng.multivariate_normal(np.zeros(len(PREDICTED)), width, draws) * stretch[:, None]
     # One draw for all that was measured: they are of the same prompts.
     place = rng.random(draws)
     found = {

@@ -33,7 +33,7 @@ def print_check(check: Check, out: Console | None = None) -> None:
     """The whole check in some twenty lines."""
     out = out or Console(highlight=False)
     e, cost = check.evidence, check.cost
-    lines = [("tau", f"{_acceptance(e)}, K={check.k}, greedy")]
+    lines = [("tau", f"{_acceptance(e)}, K={check.k}, {_way(e.reused.temperature)}")]
     lines.append(("retention", _retention(check)))
     lines += [("cause" if at == 0 else "", text) for at, text in enumerate(causes(e))]
     now, *others = (f"{speed:.2f}x {_at(name)}" for name, speed in check.speeds.items())
@@ -81,7 +81,7 @@ def print_served(check: ServedCheck, out: Console | None = None) -> None:
     rates = " ".join(f"{rate:.2f}" for rate in check.per_position)
     lines = [
         f"{check.endpoint} serves {check.model} with {check.k} drafted tokens per step",
-        f"tau          {tau:.2f} [{low:.2f}, {high:.2f}] on {check.prompts} prompts, {check.answer_tokens:,} answer tokens",
+        f"tau          {tau:.2f} [{low:.2f}, {high:.2f}] on {check.prompts} prompts, {check.answer_tokens:,} answer tokens, {_way(check.temperature)}",
         f"accepted     {rates} at position 1..{check.k}, of the steps that got there",
         f"speed here   {check.rate:,.0f} tokens/s with {check.rows} requests at a time",
     ]
@@ -178,6 +178,8 @@ def notes(check: Check) -> list[str]:
         )
     if check.verdict.faster_plain:
         said.append("none of the options beats plain decoding here: serve without a draft")
+    if e.reused.temperature:
+        said.append(f"adapt on answers as they are served: --temperature {e.reused.temperature:g}")
     if e.native is None:
         said.append("without --base neither causes nor the closed form are known")
     said.append(PREDICTED_FROM.format(check.cases))
@@ -187,6 +189,10 @@ def notes(check: Check) -> list[str]:
 def _acceptance(e: Evidence) -> str:
     low, high = e.reused.ci
     return f"{e.reused.tau:.2f} [{low:.2f}, {high:.2f}] on {e.prompts} prompts, {e.answer_tokens:,} answer tokens"
+
+
+def _way(temperature: float) -> str:
+    return f"temperature {temperature:g}" if temperature else "greedy"
 
 
 def _retention(check: Check) -> str:

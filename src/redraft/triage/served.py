@@ -15,12 +15,14 @@ from typing import Any
 import httpx
 import numpy as np
 
+from ..config import RegenerateConfig
 from ..console import Progress
 from ..data.endpoint import key_for
 from ..data.rows import read_rows
 from ..engines.counters import Counters, read_counters
 from ..errors import UserError
 from ..formats.chat import Understood, understand
+from .evidence import ANSWERING
 from .outlook import KEEP, Case, outlook, read_cases
 from .pilot import PLANS
 from .verdict import WORTH, Bill, Pace, Verdict, decide
@@ -54,6 +56,7 @@ class ServedCheck:
     k: int
     prompts: int
     answer_tokens: int
+    temperature: float
     tau: tuple[float, float, float]
     per_position: tuple[float, ...]
     rate: float
@@ -72,7 +75,7 @@ def check_served(
     *,
     rows: int = 1,
     most: int = 64,
-    max_new_tokens: int = 128,
+    answering: RegenerateConfig = ANSWERING,
     worth: float = WORTH,
     published: float | None = None,
     model: str | None = None,
@@ -106,7 +109,7 @@ def check_served(
             for at in range(0, len(asked), size):
                 group = asked[at : at + size]
                 began = time.monotonic()
-                lengths += pool.map(lambda u: server.ask(name, u, max_new_tokens), group)
+                lengths += pool.map(lambda u: server.ask(name, u, answering), group)
                 seconds += time.monotonic() - began
                 now = server.settled()
                 counted.append(now.since(before))
@@ -144,6 +147,7 @@ def check_served(
         prompts=answered,
         refused=len(asked) - answered,
         answer_tokens=tokens,
+        temperature=answering.temperature,
         tau=(found.tau, float(low), float(high)),
         per_position=found.per_position,
         rate=rate,
@@ -197,9 +201,16 @@ class _Server:
             last = now
         return last
 
-    def ask(self, model: str, row: Understood, longest: int) -> int | None:
-        """The tokens of a greedy answer; None when the server will not answer this prompt."""
-        body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": longest}
+    def ask(self, model: str, row: Understood, how: RegenerateConfig) -> int | None:
+        """The tokens of an answer; None when the server will not answer this prompt."""
+        body: dict[str, Any] = {
+            "model": model,
+            "max_tokens": how.max_new_tokens,
+            "temperature": how.temperature,
+            "top_k": how.top_k or -1,
+            "top_p": how.top_p,
+            "min_p": how.min_p,
+        }
         if row.messages:
             path, body["messages"] = "/v1/chat/completions", _question(row)
             body |= {"tools": list(row.tools)} if row.tools else {}
