@@ -40,6 +40,21 @@ def own_embedding(stored: StoredDraft, target: Target) -> StoredDraft:
     return dataclasses.replace(stored, tensors=embedded)
 
 
+def test_a_published_draft_records_no_tokenizer(
+    target: Target, grown: Target, draft_folder: Path
+) -> None:
+    """Tokens that were added may be past its end; tokens of the tokenizer's own make may not."""
+    published = dataclasses.replace(read_draft(str(draft_folder)), provenance={})
+    assert published.fitted(grown).config.vocab_size == target.vocab_size + 3
+    assert published.build(grown) is not None
+    words = dataclasses.replace(published.config, vocab_size=target.vocab_size - 20)
+    fewer = dataclasses.replace(published, config=words)
+    assert fewer.fitted(grown) is fewer
+    padded = load_target(str(target.sources[0]))
+    padded.vocab_size += 8  # rows of no token, as embeddings padded to a multiple have
+    assert published.fitted(padded) is published
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_the_draft_does_as_before(
     target: Target, grown: Target, prompts: list[Prompt], draft_folder: Path, own: bool

@@ -247,4 +247,4 @@ def test_the_command(
     nothing = CliRunner().invoke(app, asked)
     assert isinstance(nothing.exception, UserError)
     both = CliRunner().invoke(app, [*asked, *models, "--endpoint", "http://127.0.0.1:1"])
-    assert "cannot use --target, --draft" in str(both.exception)
+    assert "cannot use --target, --draft, --batch-tokens" in str(both.exception)

@@ -23,6 +23,7 @@ from .flags import (
     TemplateFlag,
     TopKFlag,
     TopPFlag,
+    flag_of,
     load,
     print_json,
     with_settings,
@@ -128,7 +129,8 @@ def check(
             "--serve": serve,
             "--out": out,
         }
-        _refuse({**given, "--target-adapter": target_adapter, "--chat-template": chat_template})
+        given |= {"--target-adapter": target_adapter, "--chat-template": chat_template}
+        _refuse(given | {flag_of(key): value for key, value in settings.items()})
         served = check_served(
             endpoint,
             prompts,

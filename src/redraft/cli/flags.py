@@ -79,6 +79,12 @@ TimeoutFlag = Annotated[
 ]
 
 
+def flag_of(key: str) -> str:
+    """The flag of a setting that is named by its dotted key."""
+    field = stage_fields()[key][1]
+    return "--" + str(field.metadata.get("flag", field.name)).replace("_", "-")
+
+
 def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a flag for every setting of these stages; the command receives those that were given as
     `settings`, by dotted key."""
@@ -100,9 +106,8 @@ def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[...,
             choices = field.metadata.get("choices")
             text = f"{field.metadata['help']} [default: {field.default}]"
             text += f" (one of: {', '.join(choices)})" if choices else ""
-            spelled = field.metadata.get("flag", field.name).replace("_", "-")
             text += "; repeatable" if field.metadata.get("many") else ""
-            flag = typer.Option(f"--{spelled}", help=text, show_default=False)
+            flag = typer.Option(flag_of(key), help=text, show_default=False)
             kind: Any = list[str] if field.metadata.get("many") else kinds[str(field.type)]
             own.append(
                 inspect.Parameter(

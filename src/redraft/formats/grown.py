@@ -25,6 +25,15 @@ def grew(target: Target, tokenizer_hash: str) -> bool:
     return tokenizer_hash in target.earlier_tokenizer_hashes
 
 
+def may_have_grown(target: Target, vocab_size: int) -> bool:
+    """Whether every token of `target` past the first `vocab_size` is one that was added to its tokenizer.
+
+    As much as can be seen for a draft that records no tokenizer, as published ones do not.
+    """
+    past = {at for at in target.tokenizer.get_vocab().values() if at >= vocab_size}
+    return bool(past) and past <= set(target.tokenizer.get_added_vocab().values())
+
+
 def grow(
     config: Eagle3Config, tensors: Mapping[str, Tensor], target: Target
 ) -> tuple[Eagle3Config, dict[str, Tensor]]:

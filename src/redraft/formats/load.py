@@ -25,7 +25,7 @@ from . import eagle, eagle3, speculators, token_lm
 from .card import model_card
 from .exports import default_format, lay_out
 from .folders import find_folder, read_json, read_tensors, state_hash, write_folder
-from .grown import grew, grow
+from .grown import grew, grow, may_have_grown
 from .padding import pad_ffn
 from .routed import refuse_routed
 
@@ -77,7 +77,11 @@ class StoredDraft:
         if target.hidden_size != self.config.hidden_size or target.tokenizer is None:
             return self  # of another family, as `bind` will say
         recorded = self.provenance.get("tokenizer_hash")
-        if recorded is None or not grew(target, recorded):
+        if recorded is None:
+            growth = may_have_grown(target, self.config.vocab_size)
+        else:
+            growth = grew(target, recorded)
+        if not growth:
             return self
         config, tensors = grow(self.config, self.tensors, target)
         return dataclasses.replace(self, config=config, tensors=tensors)
