@@ -55,7 +55,7 @@ def test_what_was_measured_is_drawn_together(cases: list[Case]) -> None:
 def test_a_line_is_found(cases: list[Case]) -> None:
     exact = made_up_cases(noise=0.0)
     signs = {"reused": 1.5, "refreshed": 2.0, "native": 3.0, "entropy": 1.0}
-    middle, errors, _ = predict(signs, 4, exact)
+    middle, errors, *_ = predict(signs, 4, exact)
     true = 0.5 * z_of(1.5, 4) + 0.3 * z_of(2.0, 4) + 0.4
     assert middle["adapt"] == pytest.approx(true, abs=0.01)
     assert middle["retrain"] == pytest.approx(true + 0.5, abs=0.01)
@@ -99,7 +99,7 @@ def test_intervals_hold_what_they_say() -> None:
     known, new = made_up_cases(40), made_up_cases(60, seed=9)
     held = narrow = 0
     for case in new:
-        seen = outlook(case.signs, 4, {"keep": [case.signs["reused"]]}, known)
+        seen = outlook(case.signs, 4, {"keep": [1.0]}, known)
         middle, low, high = seen.interval("adapt")
         held += low <= case.taus["adapt"] <= high
         narrow += abs(case.taus["adapt"] - middle) <= (high - low) / 8
@@ -110,7 +110,7 @@ def test_intervals_hold_what_they_say() -> None:
 def test_draws_are_as_wide_as_the_errors_and_wider_at_their_ends(cases: list[Case]) -> None:
     """Against the quantiles of Student's t: as sure as five kinds allow, not as 25 cases would."""
     signs = cases[0].signs
-    middle, errors, kinds = predict(signs, 4, cases)
+    middle, errors, kinds, _ = predict(signs, 4, cases)
     assert kinds == 5
     drawn = outlook(signs, 4, {"keep": [1.5]}, cases, draws=40_000).draws
     z = np.array([[z_of(t, 4) for t in drawn[a][:15000]] for a in PREDICTED])
@@ -124,6 +124,23 @@ def test_draws_are_as_wide_as_the_errors_and_wider_at_their_ends(cases: list[Cas
         assert np.quantile(off[at], 0.975) > 1.1 * too_sure
     together = np.corrcoef(errors.T)[0, 1]
     assert np.corrcoef(off)[0, 1] == pytest.approx(together, abs=0.15)
+
+
+def test_a_private_part_is_not_worse_than_the_draft_it_starts_from(cases: list[Case]) -> None:
+    signs = {**cases[0].signs, "reused": 1.1, "refreshed": 1.1}
+    seen = outlook(signs, 4, {"keep": [3.5, 3.6]}, cases)
+    assert (seen.draws["adapt"] >= seen.draws["keep"]).all()
+    assert seen.draws["retrain"].min() < 3.5
+
+
+def test_what_no_case_had_is_named(cases: list[Case]) -> None:
+    signs = {n: float(np.median([c.signs[n] for c in cases])) for n in cases[0].signs}
+    assert predict(signs, 4, cases).outside == ()
+    far = {**signs, "entropy": 9.0, "native": 1.01}
+    assert outlook(far, 4, {"keep": [1.5]}, cases).outside == ("entropy", "native")
+    other_k = {**signs, "native": tau_of(z_of(signs["native"], 4), 8)}
+    other_k |= {n: tau_of(z_of(signs[n], 4), 8) for n in ("reused", "refreshed")}
+    assert predict(other_k, 8, cases).outside == (), "a tau of K = 8 is not far for being larger"
 
 
 def test_the_signs_that_are_there_are_used(cases: list[Case]) -> None:

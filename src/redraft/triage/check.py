@@ -29,7 +29,7 @@ class Check:
 
     `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
     trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
-    has on its base.
+    has on its base. `cases` and `outside` are the outlook's.
     """
 
     target: str
@@ -41,6 +41,7 @@ class Check:
     speeds: dict[str, float]
     verdict: Verdict
     cases: int
+    outside: tuple[str, ...]
     published: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -111,5 +112,6 @@ def check(
         speeds={name: tau / (k * cost.c + cost.v(k)) for name, tau in taus.items()},
         verdict=verdict,
         cases=seen.cases,
+        outside=seen.outside,
         published=published,
     )

@@ -72,10 +72,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Tau by action as draws, all [N], of one joint distribution. `cases` is how many it rests on."""
+    """Tau by action as draws, all [N], of one joint distribution. `cases` is how many it rests on,
+    `outside` are the signs that are smaller or larger than in all of them."""
 
     draws: dict[str, Any]
     cases: int
+    outside: tuple[str, ...] = ()
 
     def interval(self, action: str) -> tuple[float, float, float]:
         """Median, and the middle 95 % of the draws."""
@@ -84,12 +86,13 @@ class Outlook:
 
 
 class Prediction(NamedTuple):
-    """Predicted z by action, the errors [C, actions] made on kinds that were left out, and how many kinds
-    there were."""
+    """Predicted z by action, the errors [C, actions] made on kinds that were left out, how many kinds
+    there were, and the signs that lie outside of what the cases had."""
 
     middle: dict[str, float]
     errors: Any
     kinds: int
+    outside: tuple[str, ...]
 
 
 def read_cases(path: Path = SHIPPED) -> list[Case]:
@@ -127,7 +130,9 @@ def predict(signs: Mapping[str, float], k: int, cases: Sequence[Case]) -> Predic
         errors[out] = y[out] - _fit(x[~out], y[~out], x[out])
     new = np.array([[_sign(name, signs, k) for name in names]])
     middle = dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True))
-    return Prediction(middle, errors, len(kinds))
+    beyond = (new[0] < x.min(0)) | (new[0] > x.max(0))
+    outside = tuple(name for name, far in zip(names, beyond, strict=True) if far)
+    return Prediction(middle, errors, len(kinds), outside)
 
 
 def outlook(
@@ -140,7 +145,7 @@ def outlook(
 ) -> Outlook:
     """Draws of tau by action: `measured` ones (keep, and refresh where it was tried) resampled from
     their own draws, the others predicted."""
-    middle, errors, kinds = predict(signs, k, cases)
+    middle, errors, kinds, outside = predict(signs, k, cases)
     rng = np.random.default_rng(seed)
     freedom = kinds - 1
     stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
@@ -154,7 +159,10 @@ def outlook(
     }
     for at, action in enumerate(PREDICTED):
         found[action] = tau_of(middle[action] + drawn[:, at], k)
-    return Outlook({name: found[name] for name in ACTIONS if name in found}, len(errors))
+    # A private part starts as the draft is, and training stops where held-out acceptance falls.
+    found[ADAPT] = np.maximum(found[ADAPT], found[KEEP])
+    ordered = {name: found[name] for name in ACTIONS if name in found}
+    return Outlook(ordered, len(errors), outside)
 
 
 def z_of(tau: float, k: int) -> float:

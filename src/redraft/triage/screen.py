@@ -21,6 +21,12 @@ PREDICTED_FROM = (
     "predicted from {} known fine-tunes (ours are small models: docs/results/triage.md); train on a few hundred "
     "answers and measure before you spend more"
 )
+SIGN_NAMES = {
+    "reused": "tau",
+    "native": "tau on the base",
+    "refreshed": "tau after the closed form",
+    "entropy": "the target's entropy",
+}
 SAYS = {
     KEEP: "keep the draft as it is",
     REFRESH: "refresh it in closed form (`redraft adapt --method relay+refresh+expert --base BASE --set train.epochs=0`)",
@@ -98,7 +104,8 @@ def print_served(check: ServedCheck, out: Console | None = None) -> None:
     out.print(
         f"  not known from a server: {'; '.join(check.unknown)}", markup=False, soft_wrap=True
     )
-    out.print(f"  {PREDICTED_FROM.format(check.cases)}", markup=False, soft_wrap=True)
+    for note in _predicted(check):
+        out.print(f"  {note}", markup=False, soft_wrap=True)
 
 
 def causes(e: Evidence) -> list[str]:
@@ -182,7 +189,15 @@ def notes(check: Check) -> list[str]:
         said.append(f"adapt on answers as they are served: --temperature {e.reused.temperature:g}")
     if e.native is None:
         said.append("without --base neither causes nor the closed form are known")
-    said.append(PREDICTED_FROM.format(check.cases))
+    return said + _predicted(check)
+
+
+def _predicted(check: Check | ServedCheck) -> list[str]:
+    """What the predictions rest on."""
+    said = [PREDICTED_FROM.format(check.cases)]
+    if check.outside:
+        names = ", ".join(SIGN_NAMES[name] for name in check.outside)
+        said.append(f"beyond what any of these had: {names}; the prediction is an extrapolation")
     return said
 
 

@@ -64,6 +64,7 @@ class ServedCheck:
     others: float
     verdict: Verdict
     cases: int
+    outside: tuple[str, ...]
     published: float | None
     refused: int
     unknown: tuple[str, ...] = UNKNOWN
@@ -155,6 +156,7 @@ def check_served(
         others=max(1 - tokens / max(emitted, 1), 0.0),
         verdict=verdict,
         cases=seen.cases,
+        outside=seen.outside,
         published=published,
     )
 
