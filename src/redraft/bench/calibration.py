@@ -1,4 +1,4 @@
-"""How well a check predicts: every known case judged by a table that lacks its whole kind.
+"""How well a check predicts: every known case judged by a table that lacks its whole kind, or its family.
 
 Truth and verdict go by the same rule (`triage/verdict.py`), once on what was measured, once on what was
 predicted from a few prompts. Regret is what a policy leaves on the table, in tokens per second of plain decoding
@@ -39,7 +39,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Over the cases with a recovery: mean absolute error, that of predicting the others' mean, rank
+    """Over the cases with a recovery: mean absolute error, that of predicting the mean of those apart, rank
     correlation, and the share of 95 % intervals that hold the measured recovery. Over all: the share of right
     verdicts, and the mean of their stated error probabilities."""
 
@@ -65,11 +65,11 @@ class Policy:
     needless: int
 
 
-def judge(cases: Sequence[Case]) -> list[Judged]:
-    """Every case that was seen with its base, by the cases of other kinds."""
+def judge(cases: Sequence[Case], apart: str = "kind") -> list[Judged]:
+    """Every case by those of other kinds (or, with `apart` "family", of other families)."""
     found = []
     for case in cases:
-        others = [other for other in cases if other.kind != case.kind]
+        others = [other for other in cases if getattr(other, apart) != getattr(case, apart)]
         seen = outlook(case.signs, case.k, case.seen, others)
         pace = Pace(case.plain / case.step, 1 / case.step)
         verdict = decide(seen, pace, FREE, WORTH)
@@ -95,14 +95,14 @@ def right_action(case: Case) -> str:
     return names[int(climb(names, taus, WORTH)[0])]
 
 
-def calibration(judged: Sequence[Judged]) -> Calibration:
-    """The figures of all cases together."""
+def calibration(judged: Sequence[Judged], apart: str = "kind") -> Calibration:
+    """The figures of all cases together, judged by what is `apart` from each."""
     told = [j for j in judged if j.predicted is not None]
     measured = np.array([j.recovery for j in told], dtype=float)
     middle, low, high = np.array([j.predicted for j in told]).T
-    kinds = np.array([j.case.kind for j in told])
+    groups = np.array([getattr(j.case, apart) for j in told])
     naive = [
-        abs(r - measured[kinds != kind].mean()) for r, kind in zip(measured, kinds, strict=True)
+        abs(r - measured[groups != group].mean()) for r, group in zip(measured, groups, strict=True)
     ]
     return Calibration(
         len(told),

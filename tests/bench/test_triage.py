@@ -1,0 +1,174 @@
+"""The triage bench: cells that resume, and the figures of a calibration by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from redraft.bench import triage as bench
+from redraft.bench.calibration import calibration, judge, policies, right_action
+from redraft.bench.triage import bench_triage, print_cases
+from redraft.cli.app import app
+from redraft.data.regenerate import read_answers
+from redraft.errors import UserError
+from redraft.formats.load import read_draft
+from redraft.measuring.acceptance import pooled_tau
+from redraft.measuring.replay import replay
+from redraft.target import load_target
+from redraft.triage.outlook import ACTIONS, Case, read_cases
+from redraft.triage.pilot import Plan
+from redraft.triage.verdict import DEARNESS, WORTH
+from tests.conftest import write_prompts
+from tests.triage.conftest import made_up_cases
+
+
+@pytest.fixture(scope="module")
+def family(
+    target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A family of random models with two members, in the shape of a built one: the base by
+    itself, and the base with all weights moved."""
+    folder = tmp_path_factory.mktemp("family")
+    shutil.copytree(target_folder, folder / "base")
+    shutil.copytree(target_folder, folder / "members" / "int8")
+    moved = load_target(str(target_folder))
+    for weight in moved.model.parameters():
+        weight.data += 0.02 * weight.std().nan_to_num(0.0)
+    moved.model.save_pretrained(folder / "members" / "sft")
+    moved.tokenizer.save_pretrained(folder / "members" / "sft")
+    shutil.copytree(draft_folder, folder / "draft")
+    (folder / "prompts").mkdir()
+    for split, count in {"heldout": 16, "eval": 12, "adapt": 24}.items():
+        write_prompts(folder / "prompts" / f"math-{split}.jsonl", count)
+    members = {name: {"domain": "math", "kind": name} for name in ("int8", "sft")}
+    about = {"size": "tiny", "seed": 0, "members": members, "general_domains": ["dialogue"]}
+    (folder / "family.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PLANS", {"adapt": Plan(12, 1.0), "retrain": Plan(20, 1.0)})
+    monkeypatch.setattr(bench, "EVALUATED", 12)
+    monkeypatch.setattr(bench, "HELDOUT", 4)
+    monkeypatch.setattr(bench, "LONGEST", 12)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_case_per_member_that_is_run_once(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "cases.json"
+    cases = bench_triage([family], tmp_path / "out", record=table)
+    assert [case.name for case in cases] == ["int8", "sft"]
+    assert read_cases(table) == cases
+    same, moved = cases
+    assert same.signs["reused"] == pytest.approx(same.signs["native"]), "the base is its own parent"
+    assert set(moved.signs) == {"reused", "entropy", "native", "words", "refreshed"}
+    assert set(moved.taus) == set(moved.intervals) == set(ACTIONS)
+    assert {name: len(quantiles) for name, quantiles in moved.seen.items()} == {
+        "keep": 40,
+        "refresh": 40,
+    }
+    # tau as kept is that of a replay of the answers on disk, which the check did not see
+    target = load_target(str(family / "members" / "sft"))
+    work = tmp_path / "out" / "answers" / "tiny" / "sft"
+    answers = [a for a in read_answers(work / "eval.jsonl") if a.length >= 2]
+    traces = replay(target, read_draft(str(family / "draft")).build(target), answers, bench.K)
+    assert moved.taus["keep"] == pytest.approx(pooled_tau([t for t in traces if t.accepted]))
+    monkeypatch.setattr(bench, "_Bench", None)
+    assert bench_triage([family], tmp_path / "out") == cases
+    out = Console(width=140, record=True)
+    print_cases(cases, out)
+    assert f"{moved.taus['adapt']:.2f}" in out.export_text()
+    with pytest.raises(UserError, match="has no member 'sfft'"):
+        bench_triage([family], tmp_path / "out", ["sfft"])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_case_at_a_temperature_stands_beside_the_greedy_one(family: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    run = ["bench", "triage", "--family", str(family), "--out", out, "--members", "sft", "--json"]
+    for more in ([], ["--temperature", "0.3"]):
+        found = CliRunner().invoke(app, [*run, *more])
+        assert found.exit_code == 0, found.output
+    cases = [Case(**row) for row in json.loads(found.stdout)["cases"]]
+    assert [(case.name, case.temperature) for case in cases] == [("sft", 0.0), ("sft", 0.3)]
+    lines = Path(out, "answers", "tiny-0.3", "sft", "adapt.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["temperature"] == 0.3 for line in lines)
+
+
+def two_families() -> list[Case]:
+    ours, theirs = made_up_cases(20), made_up_cases(20, seed=3)
+    return ours + [dataclasses.replace(case, family="other") for case in theirs]
+
+
+def test_a_case_is_judged_by_what_is_apart_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table that each verdict rests on lacks the case's kind, or its family, and nothing else."""
+    from redraft.bench import calibration as module
+
+    seen: list[list[Case]] = []
+    true = module.outlook
+
+    def watched(signs: Any, k: int, measured: Any, others: Any) -> Any:
+        seen.append(list(others))
+        return true(signs, k, measured, others)
+
+    monkeypatch.setattr(module, "outlook", watched)
+    cases = [dataclasses.replace(c, seen={"keep": [c.taus["keep"]]}) for c in two_families()]
+    for apart in ("kind", "family"):
+        seen.clear()
+        judge(cases, apart)
+        for case, table in zip(cases, seen, strict=True):
+            own = getattr(case, apart)
+            assert table == [c for c in cases if getattr(c, apart) != own]
+
+
+def test_the_figures_are_those_of_their_definitions() -> None:
+    cases = [dataclasses.replace(c, seen={"keep": [c.taus["keep"]]}) for c in two_families()]
+    judged = judge(cases)
+    found = calibration(judged)
+    told = [j for j in judged if j.recovery is not None]
+    assert 0 < len(told) < len(cases), "some gaps are too small to tell a recovery"
+    for j in told:
+        t = j.case.taus
+        assert j.recovery == pytest.approx((t["adapt"] - t["keep"]) / (t["retrain"] - t["keep"]))
+    off = [abs(j.predicted[0] - j.recovery) for j in told if j.predicted and j.recovery is not None]
+    assert (found.cases, found.error) == (len(told), pytest.approx(np.mean(off)))
+    inside = [
+        j.predicted[1] <= j.recovery <= j.predicted[2]
+        for j in told
+        if j.predicted and j.recovery is not None
+    ]
+    assert found.coverage == pytest.approx(np.mean(inside))
+    others = [np.mean([o.recovery for o in told if o.case.kind != j.case.kind]) for j in told]
+    naive = np.mean(
+        [abs(o - j.recovery) for o, j in zip(others, told, strict=True) if j.recovery is not None]
+    )
+    assert found.naive == pytest.approx(naive)
+    assert found.right == np.mean([j.verdict.action == j.right for j in judged])
+    ways = {p.name: p for p in policies(judged)}
+    best = np.mean([max(c.taus.values()) * c.plain / c.step for c in cases])
+    kept = np.mean([c.taus["keep"] * c.plain / c.step for c in cases])
+    assert ways["never adapt"].regret == pytest.approx(best - kept)
+    assert ways["never adapt"].repairs == 0
+    assert ways["the right action, known beforehand"].needless == 0
+    assert ways["always retrain"].needless == sum(j.right != "retrain" for j in judged)
+
+
+def test_the_right_action_climbs_by_each_step_of_the_price() -> None:
+    case = made_up_cases()[0]
+    bar = {name: 1 + WORTH * dearness for name, dearness in DEARNESS.items()}
+    for lack, right in ((0.001, "adapt"), (-0.001, "retrain")):
+        taus = {"keep": 1.5, "refresh": 1.5, "adapt": 2.0, "retrain": 2.0 * bar["retrain"] - lack}
+        assert right_action(dataclasses.replace(case, taus=taus)) == right
+    near = {"keep": 1.5, "refresh": 1.5 * bar["refresh"] + 0.001, "adapt": 1.7, "retrain": 1.7}
+    assert right_action(dataclasses.replace(case, taus=near)) == "refresh"
