@@ -254,23 +254,28 @@ def _regenerate(
 
     One stage per file, so that one more file costs only itself.
 
-    What is measured is answered greedily, with an overrun of K, and in this process: endpoints give
-    no overrun, and their words part from the target's at near-ties. Returns each file's stage key.
+    What is measured is answered at `measure.temperature`, with an overrun of K, and in this process:
+    endpoints give no overrun, and their words part from the target's at near-ties. Safety prompts are
+    answered greedily, to be compared with greedy decoding. Returns each file's stage key.
     """
     if c.regenerate.endpoints:
         say("the answers to adapt on come from the endpoints; those measured on, from this process")
-    greedy = dataclasses.replace(
+    measured = dataclasses.replace(
         c.regenerate,
         answers="regenerate",
         endpoints="",
-        temperature=0.0,
+        temperature=c.measure.temperature,
         max_new_tokens=c.measure.eval_new_tokens,
     )
+    greedy = dataclasses.replace(measured, temperature=0.0)
     jobs = {
         **({"adapt": (adapt, c.regenerate, 0)} if len(adapt) else {}),
-        "heldout": (aside[0], greedy, c.measure.k),
-        "eval": (aside[1], greedy, c.measure.k),
-        **{f"off-{n}": (p.prompts, greedy, c.measure.k) for n, p in elsewhere.items()},
+        "heldout": (aside[0], measured, c.measure.k),
+        "eval": (aside[1], measured, c.measure.k),
+        **{
+            f"off-{n}": (p.prompts, greedy if n == OFF else measured, c.measure.k)
+            for n, p in elsewhere.items()
+        },
     }
     keys = {}
     for name, (prompts, config, overrun) in jobs.items():

@@ -116,6 +116,11 @@ def test_tau_against_the_runs_record(good: Verification) -> None:
     other_k = dataclasses.replace(low_tau(good), k=K + 1)
     assert judge(other_k) == []
     assert any("not compared" in note for note in notes_on(other_k))
+    low = low_tau(good)
+    assert low.recorded is not None
+    warm = dataclasses.replace(low, recorded=dataclasses.replace(low.recorded, temperature=0.7))
+    assert judge(warm) == []
+    assert any("temperature 0.7, this at" in note for note in notes_on(warm))
 
 
 def test_slower_than_plain_is_said(good: Verification) -> None:

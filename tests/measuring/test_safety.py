@@ -309,3 +309,22 @@ def test_settings_of_the_comparison_redo_the_comparison_alone(
 def test_the_name_safety_is_taken(target: Target, job: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'safety' is that of --safety-prompts"):
         flow.adapt(target, out=tmp_path / "run", off_domain={"safety": job["prompts"]}, **job)
+
+
+def test_what_is_measured_at_a_temperature_leaves_greedy_compared_with_greedy(
+    target: Target, job: dict[str, Any], whole: flow.AdaptResult, tmp_path: Path
+) -> None:
+    changes = {key.replace(".", "__"): value for key, value in WITH_SAFETY.items()}
+    warm = settings(**changes, measure__temperature=0.4, select__budget="1.0")
+    found = flow.adapt(target, out=tmp_path / "run", **{**job, "config": warm})
+    for name, temperature in {"eval": 0.4, "heldout": 0.4, "off-safety": 0.0, "adapt": 0.0}.items():
+        answers = read_answers(found.run / "answers" / f"{name}.jsonl")
+        assert {a.temperature for a in answers} == {temperature}, name
+    report = found.report
+    assert (report.before.temperature, report.after.temperature) == (0.4, 0.4)
+    assert (report.before.acceptance, report.before.draft_token) == ("sampled", "deterministic")
+    assert report.safety is not None
+    assert report.safety.greedy.holds
+    assert report.safety.greedy.prompts == 10
+    assert "temperature 0.4.</p>" in " ".join((found.run / "report.html").read_text().split())
+    assert "greedy.</p>" in " ".join((whole.run / "report.html").read_text().split())

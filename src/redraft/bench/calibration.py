@@ -24,9 +24,10 @@ FREE = dict.fromkeys(ACTIONS, Bill(0, 0.0))
 
 @dataclass(frozen=True)
 class Judged:
-    """A case with the outlook that other kinds give it, the verdict on that, and the right one.
+    """A case with the outlook that others give it, the verdict on that, and the right one.
 
-    `recovery` is measured, `predicted` with a 95 % interval; None where the gap is too small.
+    `recovery` is measured, `predicted` with a 95 % interval; None where the gap is too small. `mean` is
+    the mean recovery of the others.
     """
 
     case: Case
@@ -35,11 +36,12 @@ class Judged:
     right: str
     recovery: float | None
     predicted: tuple[float, float, float] | None
+    mean: float
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Over the cases with a recovery: mean absolute error, that of predicting the mean of those apart, rank
+    """Over the cases with a recovery: mean absolute error, that of predicting the others' mean, rank
     correlation, and the share of 95 % intervals that hold the measured recovery. Over all: the share of right
     verdicts, and the mean of their stated error probabilities."""
 
@@ -73,19 +75,27 @@ def judge(cases: Sequence[Case], apart: str = "kind") -> list[Judged]:
         seen = outlook(case.signs, case.k, case.seen, others)
         pace = Pace(case.plain / case.step, 1 / case.step)
         verdict = decide(seen, pace, FREE, WORTH)
-        gap = case.taus[RETRAIN] - case.taus[KEEP]
-        told = gap > LEAST_GAP
+        recovery = recovery_of(case)
+        predicted = None if recovery is None else _predicted(seen)
+        told = [r for r in map(recovery_of, others) if r is not None]
         found.append(
             Judged(
                 case,
                 seen,
                 verdict,
                 right_action(case),
-                (case.taus[ADAPT] - case.taus[KEEP]) / gap if told else None,
-                _recovery(seen) if told else None,
+                recovery,
+                predicted,
+                sum(told) / max(len(told), 1),
             )
         )
     return found
+
+
+def recovery_of(case: Case) -> float | None:
+    """The share of the way from kept to trained anew that adapting went; None for a small gap."""
+    gap = case.taus[RETRAIN] - case.taus[KEEP]
+    return (case.taus[ADAPT] - case.taus[KEEP]) / gap if gap > LEAST_GAP else None
 
 
 def right_action(case: Case) -> str:
@@ -95,19 +105,16 @@ def right_action(case: Case) -> str:
     return names[int(climb(names, taus, WORTH)[0])]
 
 
-def calibration(judged: Sequence[Judged], apart: str = "kind") -> Calibration:
-    """The figures of all cases together, judged by what is `apart` from each."""
+def calibration(judged: Sequence[Judged]) -> Calibration:
+    """The figures of all cases together."""
     told = [j for j in judged if j.predicted is not None]
     measured = np.array([j.recovery for j in told], dtype=float)
     middle, low, high = np.array([j.predicted for j in told]).T
-    groups = np.array([getattr(j.case, apart) for j in told])
-    naive = [
-        abs(r - measured[groups != group].mean()) for r, group in zip(measured, groups, strict=True)
-    ]
+    naive = np.abs(np.array([j.mean for j in told]) - measured)
     return Calibration(
         len(told),
         float(np.abs(middle - measured).mean()),
-        float(np.mean(naive)),
+        float(naive.mean()),
         float(spearmanr(middle, measured).statistic),
         float(((low <= measured) & (measured <= high)).mean()),
         float(np.mean([j.verdict.action == j.right for j in judged])),
@@ -143,7 +150,7 @@ def _policy(name: str, way: Callable[[Judged], str], judged: Sequence[Judged]) -
     )
 
 
-def _recovery(seen: Outlook) -> tuple[float, float, float]:
+def _predicted(seen: Outlook) -> tuple[float, float, float]:
     """Median and 95 % interval of recovery over the outlook's draws."""
     keep, adapt, retrain = (seen.draws[action] for action in (KEEP, ADAPT, RETRAIN))
     gap: Any = np.maximum(retrain - keep, LEAST_GAP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..records import Verification
+from ..records import Acceptance, Verification
 
 STRICT_DTYPE = "float32"
 TOLERANCE = 0.01
@@ -58,9 +58,10 @@ def notes_on(found: Verification) -> list[str]:
         )
     if found.dtype != STRICT_DTYPE and not found.against_redraft.holds:
         notes.append(other_target(found) + f"; in {found.dtype} rounding can do that")
-    if found.recorded is not None and found.recorded.k != found.k:
+    if found.recorded is not None and not _comparable(found.recorded, found.k):
         notes.append(
-            f"the run's record is at K={found.recorded.k}, this at K={found.k}: not compared"
+            f"the run's record is at K={found.recorded.k} and temperature {found.recorded.temperature:g}, this at "
+            f"K={found.k} and greedy: not compared"
         )
     return notes
 
@@ -70,9 +71,14 @@ def engine_disagrees(found: Verification) -> bool:
     return abs(found.tau.tau - found.own.tau) > found.tolerance * found.own.tau
 
 
+def _comparable(recorded: Acceptance, k: int) -> bool:
+    """Whether a record is of what is asked of engines: greedy decoding at K."""
+    return recorded.k == k and recorded.temperature == 0
+
+
 def below_record(found: Verification) -> bool:
     """Whether the engine's tau lies below the run's record by more than the two intervals."""
-    if found.recorded is None or found.recorded.k != found.k:
+    if found.recorded is None or not _comparable(found.recorded, found.k):
         return False
     spread = found.own.ci[1] - found.own.tau
     return found.tau.tau + spread < found.recorded.ci[0]

@@ -186,7 +186,8 @@ def notes(check: Check) -> list[str]:
     if check.verdict.faster_plain:
         said.append("none of the options beats plain decoding here: serve without a draft")
     if e.reused.temperature:
-        said.append(f"adapt on answers as they are served: --temperature {e.reused.temperature:g}")
+        t = f"temperature={e.reused.temperature:g}"
+        said.append(f"adapt and measure as you serve: --set regenerate.{t} --set measure.{t}")
     if e.native is None:
         said.append("without --base neither causes nor the closed form are known")
     return said + _predicted(check)
