@@ -53,7 +53,8 @@ redraft bench triage --family family --out triage --record src/redraft/triage/ca
 
 
 def triage_page() -> str:
-    judged = judge(read_cases())
+    cases = read_cases()
+    judged, across = judge(cases), judge(cases, "family")
     asked = sorted({j.case.asked for j in judged})
     plans = {a: PLANS[a] for a in (ADAPT, RETRAIN)}
     lines = [
@@ -67,7 +68,7 @@ def triage_page() -> str:
         READING.read_text(encoding="utf-8") if READING.is_file() else "",
         "![predicted against measured recovery](triage.svg)\n",
         "## How well it holds\n",
-        *_figures(judged),
+        *_figures(judged, across),
         "\n## What the verdict is worth\n",
         *_policies(judged),
         "\n## The cases\n",
@@ -76,16 +77,23 @@ def triage_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figures(judged: list[Judged]) -> Iterator[str]:
-    c = calibration(judged)
-    yield "| | |\n|---|---|"
-    yield f"| cases with a gap to recover | {c.cases} of {len(judged)} |"
-    yield f"| mean absolute error of predicted recovery | {c.error:.3f} |"
-    yield f"| the same, had the other kinds' mean been predicted | {c.naive:.3f} |"
-    yield f"| Spearman correlation of predicted and measured recovery | {c.spearman:.2f} |"
-    yield f"| 95 % intervals that hold the measured recovery | {c.coverage:.0%} |"
-    yield f"| verdicts that are right | {c.right:.0%} |"
-    yield f"| error probability that the verdicts state, on average | {c.stated:.0%} |"
+def _figures(judged: list[Judged], across: list[Judged]) -> Iterator[str]:
+    """One row for each set of cases, and for what the table behind it lacked."""
+    yield (
+        "| cases | predicted from | with a gap to recover | mean absolute error of recovery | had the mean been predicted "
+        "| Spearman | 95 % intervals that hold | verdicts right | error they state |"
+    )
+    yield "|" + "---|" * 9
+    families = [f for f in ("nano", "micro") if any(j.case.family == f for j in judged)]
+    for lacking, found in (("kind", judged), ("family", across)):
+        told_from = {"kind": "other kinds", "family": "other sizes"}[lacking]
+        for name in ("all", *families):
+            some = [j for j in found if name in ("all", j.case.family)]
+            c = calibration(some)
+            yield (
+                f"| {name}, {len(some)} | {told_from} | {c.cases} | {c.error:.3f} | {c.naive:.3f} | {c.spearman:.2f} | "
+                f"{c.coverage:.0%} | {c.right:.0%} | {c.stated:.0%} |"
+            )
 
 
 def _policies(judged: list[Judged]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from redraft.triage.outlook import (
     outlook,
     predict,
     read_cases,
+    sampled_alike,
     tau_of,
     z_of,
 )
@@ -141,6 +143,16 @@ def test_what_no_case_had_is_named(cases: list[Case]) -> None:
     other_k = {**signs, "native": tau_of(z_of(signs["native"], 4), 8)}
     other_k |= {n: tau_of(z_of(signs[n], 4), 8) for n in ("reused", "refreshed")}
     assert predict(other_k, 8, cases).outside == (), "a tau of K = 8 is not far for being larger"
+
+
+def test_a_sampled_draft_is_foretold_from_sampled_cases(cases: list[Case]) -> None:
+    warm = [dataclasses.replace(case, temperature=0.7) for case in cases[:10]]
+    both = [*cases[10:], *warm]
+    assert sampled_alike(both, 1.0) == warm
+    assert sampled_alike(both, 0.0) == cases[10:]
+    assert sampled_alike(both[:-3], 1.0) == both[:-3], "seven are too few to predict from"
+    one_kind = [dataclasses.replace(case, kind="sft") for case in warm]
+    assert len(sampled_alike([*cases, *one_kind], 1.0)) == len(cases) + 10
 
 
 def test_the_signs_that_are_there_are_used(cases: list[Case]) -> None:

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from ..triage.outlook import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Case, Outlook, outlook
+from ..triage.outlook import (
+    ACTIONS,
+    ADAPT,
+    KEEP,
+    REFRESH,
+    RETRAIN,
+    Case,
+    Outlook,
+    outlook,
+    sampled_alike,
+)
 from ..triage.verdict import WORTH, Bill, Pace, Verdict, climb, decide
 
 LEAST_GAP = 0.15
@@ -68,10 +78,12 @@ class Policy:
 
 
 def judge(cases: Sequence[Case], apart: str = "kind") -> list[Judged]:
-    """Every case by those of other kinds (or, with `apart` "family", of other families)."""
+    """Every case by those of other kinds (or, with `apart` "family", of other families), as a check
+    chooses among them."""
     found = []
     for case in cases:
-        others = [other for other in cases if getattr(other, apart) != getattr(case, apart)]
+        known = [other for other in cases if getattr(other, apart) != getattr(case, apart)]
+        others = sampled_alike(known, case.temperature)
         seen = outlook(case.signs, case.k, case.seen, others)
         pace = Pace(case.plain / case.step, 1 / case.step)
         verdict = decide(seen, pace, FREE, WORTH)

@@ -15,7 +15,7 @@ from ..records import StepCost, versions
 from ..target import Target
 from ..training.fitness import check_fits
 from .evidence import ANSWERING, Evidence, gather
-from .outlook import RETRAIN, Case, outlook, read_cases
+from .outlook import RETRAIN, Case, outlook, read_cases, sampled_alike
 from .pilot import bills, training_rate, trial_of
 from .verdict import WORTH, Pace, Verdict, decide
 
@@ -69,7 +69,7 @@ def check(
     with, `serve` the tokens that will be. Raises UserError for what does not fit, and for too few prompts.
     """
     refuse_routed(getattr(stored.config, "routed", None))
-    known = list(cases) if cases is not None else read_cases()
+    known = sampled_alike(cases if cases is not None else read_cases(), answering.temperature)
     config = train or TrainConfig()
     trial = trial_of(config)
     check_fits(stored.build(target), trial, target, base)  # before anything is paid for

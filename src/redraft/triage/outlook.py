@@ -36,8 +36,8 @@ SIGNS = (
     ("reused",),
 )
 """The signs that a prediction may rest on (see `Case`); the first set that is there whole is taken."""
-FEWEST = 8
-"""Cases that a prediction needs at least."""
+FEWEST, FEWEST_KINDS = 8, 3
+"""Cases, and kinds of them, that a prediction needs at least."""
 SHIPPED = Path(__file__).with_name("calibration.json")
 EDGE = 0.01
 """Acceptance is kept this far from 0 and from 1, where z has no end."""
@@ -110,6 +110,16 @@ def as_json(cases: Sequence[Case]) -> dict[str, Any]:
     return {"cases": [asdict(case) for case in cases]}
 
 
+def sampled_alike(cases: Sequence[Case], temperature: float) -> list[Case]:
+    """The cases that were sampled as this is, greedily or not; all of them where those are too few."""
+    alike = [case for case in cases if bool(case.temperature) == bool(temperature)]
+    return alike if _enough(alike) else list(cases)
+
+
+def _enough(cases: Sequence[Case]) -> bool:
+    return len(cases) >= FEWEST and len({case.kind for case in cases}) >= FEWEST_KINDS
+
+
 def predict(signs: Mapping[str, float], k: int, cases: Sequence[Case]) -> Prediction:
     """What the table says of a draft with these signs.
 
@@ -118,7 +128,7 @@ def predict(signs: Mapping[str, float], k: int, cases: Sequence[Case]) -> Predic
     names = next(names for names in SIGNS if all(name in signs for name in names))
     cases = [case for case in cases if all(name in case.signs for name in names)]
     kinds = {case.kind for case in cases}
-    if len(cases) < FEWEST or len(kinds) < 3:
+    if not _enough(cases):
         raise UserError(
             f"a prediction needs {FEWEST} known cases of three kinds at least, the table has "
             f"{len(cases)}; add some with `redraft bench triage`"

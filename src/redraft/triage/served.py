@@ -23,7 +23,7 @@ from ..engines.counters import Counters, read_counters
 from ..errors import UserError
 from ..formats.chat import Understood, understand
 from .evidence import ANSWERING
-from .outlook import KEEP, Case, outlook, read_cases
+from .outlook import KEEP, Case, outlook, read_cases, sampled_alike
 from .pilot import PLANS
 from .verdict import WORTH, Bill, Pace, Verdict, decide
 
@@ -88,7 +88,7 @@ def check_served(
     Raises UserError for a server that cannot be reached, has no counters or does not speculate, and for
     too few prompts.
     """
-    known = list(cases) if cases is not None else read_cases()
+    known = sampled_alike(cases if cases is not None else read_cases(), answering.temperature)
     asked = _read(source, max(most, 2 * rows), rows)
     with httpx.Client(
         base_url=url.rstrip("/").removesuffix("/v1"),
