@@ -17,6 +17,8 @@ NOTED = 0.05
 NOISY = 0.2
 """A share of other tokens in a server's counters that is worth a word; a step counts its last tokens in
 full, which alone makes some."""
+LOOPING = 0.05
+"""A share of answers that loop from which tau says little."""
 PREDICTED_FROM = (
     "predicted from {} known fine-tunes (ours are small models: docs/results/triage.md); train on a few hundred "
     "answers and measure before you spend more"
@@ -182,6 +184,15 @@ def notes(check: Check) -> list[str]:
         said.append(
             f"{e.cut} of {e.prompts} answers were cut by --max-new-tokens: tau is that of their beginnings, and "
             "time and tokens are for answers as short"
+        )
+    if e.reused.loop_rate > LOOPING:
+        alone = e.reused.tau_without_loops
+        rest = (
+            "nothing is left without them" if alone is None else f"without them tau is {alone:.2f}"
+        )
+        said.append(
+            f"{e.reused.loop_rate:.0%} of the answers loop at their end, which any draft guesses: {rest}; check as you "
+            "sample (--temperature)"
         )
     if check.verdict.faster_plain:
         said.append("none of the options beats plain decoding here: serve without a draft")

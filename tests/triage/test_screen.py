@@ -1,0 +1,73 @@
+"""What the screen adds to the figures: one note for each thing that one should know."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from redraft.config import RegenerateConfig, TrainConfig
+from redraft.formats.load import read_draft
+from redraft.target import Target
+from redraft.triage.check import Check, check
+from redraft.triage.screen import notes, print_check
+from tests.conftest import write_prompts
+from tests.triage.conftest import made_up_cases
+
+
+@pytest.fixture(scope="module")
+def checked(target: Target, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
+    folder = tmp_path_factory.mktemp("screen")
+    return check(
+        target,
+        read_draft(str(draft_folder)),
+        str(write_prompts(folder / "p.jsonl", 16)),
+        folder / "out",
+        base=target,
+        most=16,
+        answering=RegenerateConfig(max_new_tokens=16),
+        train=TrainConfig(batch_tokens=512),
+        cases=made_up_cases(),
+    )
+
+
+def with_reused(check: Check, **changes: object) -> Check:
+    reused = dataclasses.replace(check.evidence.reused, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(check, evidence=dataclasses.replace(check.evidence, reused=reused))
+
+
+def one_note(check: Check, words: str) -> str:
+    (found,) = (note for note in notes(check) if words in note)
+    return found
+
+
+def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> None:
+    straight = with_reused(checked, loop_rate=0.05)
+    assert not any("loop" in note for note in notes(straight))
+    looping = with_reused(checked, loop_rate=0.25, tau_without_loops=1.5)
+    assert one_note(looping, "loop").startswith("25% of the answers loop")
+    assert "without them tau is 1.50" in one_note(looping, "loop")
+    all_loop = with_reused(checked, loop_rate=1.0, tau_without_loops=None)
+    assert "nothing is left without them" in one_note(all_loop, "loop")
+
+
+def test_a_sampled_check_says_how_to_adapt(checked: Check) -> None:
+    assert not any("--set" in note for note in notes(checked))
+    note = one_note(with_reused(checked, temperature=0.7), "as you serve")
+    assert "--set regenerate.temperature=0.7 --set measure.temperature=0.7" in note
+
+
+def test_an_extrapolation_is_called_one(checked: Check) -> None:
+    within = dataclasses.replace(checked, outside=())
+    assert not any("extrapolation" in note for note in notes(within))
+    beyond = dataclasses.replace(checked, outside=("native", "entropy"))
+    assert "tau on the base, the target's entropy;" in one_note(beyond, "extrapolation")
+
+
+def test_the_screen_says_how_answers_were_drawn(checked: Check) -> None:
+    for temperature, words in {0.0: "K=4, greedy", 0.7: "K=4, temperature 0.7"}.items():
+        out = Console(width=160, record=True)
+        print_check(with_reused(checked, temperature=temperature), out)
+        assert words in out.export_text()
