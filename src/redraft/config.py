@@ -270,7 +270,9 @@ class MeasureConfig:
     heldout: int = _opt(32, "prompts kept aside for early stopping", low=1)
     eval_new_tokens: int = _opt(128, "longest answer measured, in tokens", low=2)
     temperature: float = _opt(
-        0.0, "sampling temperature of what is measured and stopped by; 0 is greedy", low=0.0
+        0.0,
+        "sampling temperature of what is measured and stopped by, with regenerate's cuts; 0 is greedy",
+        low=0.0,
     )
 
 

@@ -290,9 +290,9 @@ def _regenerate(
         ) -> None:
             found = regenerate(target, prompts, run.path / file, config, overrun)
             if config.answers == "original":
-                measured = ownership(target, found)
-                run.write_json("ownership.json", asdict(measured))
-                say(measured.describe())
+                whose = ownership(target, found)
+                run.write_json("ownership.json", asdict(whose))
+                say(whose.describe())
 
         continues = [file, f"answers/{name}.about.json"]
         keys[name] = run.stage(f"regenerate {name}", inputs, [file], work, continues)

@@ -118,12 +118,16 @@ def test_a_case_is_judged_by_what_is_apart_from_it(monkeypatch: pytest.MonkeyPat
     seen: list[list[Case]] = []
     true = module.outlook
 
-    def watched(signs: Any, k: int, measured: Any, others: Any) -> Any:
+    def watched(signs: Any, k: int, measured: Any, others: Any, temperature: float) -> Any:
         seen.append(list(others))
-        return true(signs, k, measured, others)
+        assert temperature == 0.7
+        return true(signs, k, measured, others, temperature)
 
     monkeypatch.setattr(module, "outlook", watched)
-    cases = [dataclasses.replace(c, seen={"keep": [c.taus["keep"]]}) for c in two_families()]
+    cases = [
+        dataclasses.replace(c, seen={"keep": [c.taus["keep"]]}, temperature=0.7)
+        for c in two_families()
+    ]
     for apart in ("kind", "family"):
         seen.clear()
         judge(cases, apart)

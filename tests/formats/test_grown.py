@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from redraft.cli.app import app
 from redraft.config import resolve
 from redraft.decode.sampling import Sampling
 from redraft.errors import UserError
@@ -92,6 +94,28 @@ def test_a_grown_target_is_adapted_and_exported(
     exported = read_draft(str(found.run / "draft"))
     assert exported.config.vocab_size == grown.vocab_size
     assert exported.fitted(grown) is exported
+
+
+def test_a_part_trained_under_a_grown_vocabulary_is_exported_with_its_target(
+    grown: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    file = write_prompts(tmp_path / "p.jsonl", 10)
+    where, asked = str(grown.sources[0]), ["--prompts", str(file), "--max-new-tokens", "12", "-q"]
+    answers, part = str(tmp_path / "a.jsonl"), str(tmp_path / "part")
+    trained = ["--epochs", "1", "--batch-tokens", "512", "--answers", answers, "--heldout", answers]
+    models = ["--target", where, "--draft", str(draft_folder)]
+    for command in (
+        ["regenerate", "--target", where, *asked, "--out", answers, "--overrun", "4"],
+        ["train", *models, *trained, "--out", part, "-q"],
+    ):
+        found = CliRunner().invoke(app, command)
+        assert found.exit_code == 0, (found.output, found.exception)
+    export = ["export", "--draft", str(draft_folder), "--private", part]
+    alone = CliRunner().invoke(app, [*export, "--out", str(tmp_path / "x")])
+    assert "with --target where the target's vocabulary grew" in str(alone.exception)
+    both = CliRunner().invoke(app, [*export, "--target", where, "--out", str(tmp_path / "y")])
+    assert both.exit_code == 0, both.exception
+    assert read_draft(str(tmp_path / "y")).config.vocab_size == grown.vocab_size
 
 
 def test_other_tokenizers_are_no_growth(

@@ -312,7 +312,11 @@ def test_the_name_safety_is_taken(target: Target, job: dict[str, Any], tmp_path:
 
 
 def test_what_is_measured_at_a_temperature_leaves_greedy_compared_with_greedy(
-    target: Target, job: dict[str, Any], whole: flow.AdaptResult, tmp_path: Path
+    target: Target,
+    job: dict[str, Any],
+    whole: flow.AdaptResult,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     changes = {key.replace(".", "__"): value for key, value in WITH_SAFETY.items()}
     warm = settings(**changes, measure__temperature=0.4, select__budget="1.0")
@@ -326,5 +330,10 @@ def test_what_is_measured_at_a_temperature_leaves_greedy_compared_with_greedy(
     assert report.safety is not None
     assert report.safety.greedy.holds
     assert report.safety.greedy.prompts == 10
+    print_report(report)
+    shown = capsys.readouterr().out
+    assert "temperature 0.4" in shown
+    assert "off domain: safety (greedy)" in shown
+    assert "off domain: safety (greedy)" in (found.run / "report.html").read_text()
     assert "temperature 0.4.</p>" in " ".join((found.run / "report.html").read_text().split())
     assert "greedy.</p>" in " ".join((whole.run / "report.html").read_text().split())

@@ -244,6 +244,15 @@ def test_the_command(
     found = json.loads(alone.stdout)
     assert found["evidence"]["native"] is None
     assert [o["action"] for o in found["verdict"]["options"]] == ["keep", "adapt", "retrain"]
+    sampled = [*asked, *models, "--json", "--temperature", "0.4", "--top-k", "9", "--top-p", "0.8"]
+    warm = json.loads(CliRunner().invoke(app, [*sampled, "--min-p", "0.1"]).stdout)
+    wanted = {"temperature": 0.4, "top_k": 9, "top_p": 0.8, "min_p": 0.1}
+    assert warm["sampling"] == wanted
+    assert warm["evidence"]["reused"]["temperature"] == 0.4
+    assert warm["evidence"]["reused"]["tau"] != found["evidence"]["reused"]["tau"]
+    assert (found["alike"], warm["alike"]) == (True, False)
+    served = CliRunner().invoke(app, [*asked, "--endpoint", "http://127.0.0.1:1", "--min-p", "0.1"])
+    assert "cannot use --min-p" in str(served.exception)
     nothing = CliRunner().invoke(app, asked)
     assert isinstance(nothing.exception, UserError)
     both = CliRunner().invoke(app, [*asked, *models, "--endpoint", "http://127.0.0.1:1"])

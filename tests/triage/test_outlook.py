@@ -20,7 +20,6 @@ from redraft.triage.outlook import (
     outlook,
     predict,
     read_cases,
-    sampled_alike,
     tau_of,
     z_of,
 )
@@ -112,7 +111,7 @@ def test_intervals_hold_what_they_say() -> None:
 def test_draws_are_as_wide_as_the_errors_and_wider_at_their_ends(cases: list[Case]) -> None:
     """Against the quantiles of Student's t: as sure as five kinds allow, not as 25 cases would."""
     signs = cases[0].signs
-    middle, errors, kinds, _ = predict(signs, 4, cases)
+    middle, errors, kinds, *_ = predict(signs, 4, cases)
     assert kinds == 5
     drawn = outlook(signs, 4, {"keep": [1.5]}, cases, draws=40_000).draws
     z = np.array([[z_of(t, 4) for t in drawn[a][:15000]] for a in PREDICTED])
@@ -140,19 +139,34 @@ def test_what_no_case_had_is_named(cases: list[Case]) -> None:
     assert predict(signs, 4, cases).outside == ()
     far = {**signs, "entropy": 9.0, "native": 1.01}
     assert outlook(far, 4, {"keep": [1.5]}, cases).outside == ("entropy", "native")
-    other_k = {**signs, "native": tau_of(z_of(signs["native"], 4), 8)}
-    other_k |= {n: tau_of(z_of(signs[n], 4), 8) for n in ("reused", "refreshed")}
-    assert predict(other_k, 8, cases).outside == (), "a tau of K = 8 is not far for being larger"
+    high = {n: float(np.quantile([c.signs[n] for c in cases], 0.9)) for n in signs}
+    taus = {n: float(tau_of(z_of(high[n], 4), 8)) for n in ("reused", "native", "refreshed")}
+    assert all(taus[n] > max(c.signs[n] for c in cases) for n in taus)
+    assert predict({**high, **taus}, 8, cases).outside == (), "a tau of K = 8 is larger, not far"
+    assert predict({**high, **taus}, 4, cases).outside == ("reused", "native", "refreshed")
 
 
 def test_a_sampled_draft_is_foretold_from_sampled_cases(cases: list[Case]) -> None:
+    signs = cases[0].signs
     warm = [dataclasses.replace(case, temperature=0.7) for case in cases[:10]]
     both = [*cases[10:], *warm]
-    assert sampled_alike(both, 1.0) == warm
-    assert sampled_alike(both, 0.0) == cases[10:]
-    assert sampled_alike(both[:-3], 1.0) == both[:-3], "seven are too few to predict from"
+    for temperature, alone in ((1.0, warm), (0.0, cases[10:])):
+        seen, wanted = (predict(signs, 4, table, temperature) for table in (both, alone))
+        assert seen.middle == wanted.middle
+        assert seen.alike
+        drawn = outlook(signs, 4, {"keep": [1.5]}, both, temperature)
+        assert (drawn.cases, drawn.alike) == (len(alone), True)
+    assert predict(signs, 4, both, 1.0).middle != predict(signs, 4, both, 0.0).middle
     one_kind = [dataclasses.replace(case, kind="sft") for case in warm]
-    assert len(sampled_alike([*cases, *one_kind], 1.0)) == len(cases) + 10
+    bare = {n: t for n, t in signs.items() if n in ("reused", "entropy")}
+    unseen = [dataclasses.replace(case, signs=bare) for case in warm]
+    for few in (warm[:7], one_kind, unseen):
+        table = [*cases[10:], *few]
+        of_use = [case for case in table if len(case.signs) > 2]
+        seen = predict(signs, 4, table, 1.0)
+        assert seen.middle == predict(signs, 4, of_use, 0.0).middle or few is not unseen
+        assert not seen.alike, "too few to predict from were taken alone"
+        assert len(seen.errors) == len(of_use)
 
 
 def test_the_signs_that_are_there_are_used(cases: list[Case]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from redraft.config import RegenerateConfig, TrainConfig
+from redraft.decode.sampling import Sampling
 from redraft.formats.load import read_draft
 from redraft.target import Target
 from redraft.triage.check import Check, check
@@ -49,14 +50,21 @@ def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> Non
     looping = with_reused(checked, loop_rate=0.25, tau_without_loops=1.5)
     assert one_note(looping, "loop").startswith("25% of the answers loop")
     assert "without them tau is 1.50" in one_note(looping, "loop")
+    sampled = dataclasses.replace(looping, sampling=Sampling(0.7))
+    assert "--temperature" in one_note(looping, "loop")
+    assert "--temperature" not in one_note(sampled, "loop")
     all_loop = with_reused(checked, loop_rate=1.0, tau_without_loops=None)
     assert "nothing is left without them" in one_note(all_loop, "loop")
 
 
 def test_a_sampled_check_says_how_to_adapt(checked: Check) -> None:
     assert not any("--set" in note for note in notes(checked))
-    note = one_note(with_reused(checked, temperature=0.7), "as you serve")
-    assert "--set regenerate.temperature=0.7 --set measure.temperature=0.7" in note
+    sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9), alike=False)
+    assert one_note(sampled, "as you serve").endswith(
+        "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7"
+    )
+    assert "take the prediction for an order" in one_note(sampled, "decoded greedily")
+    assert not any("decoded greedily" in note for note in notes(checked))
 
 
 def test_an_extrapolation_is_called_one(checked: Check) -> None:
@@ -67,7 +75,11 @@ def test_an_extrapolation_is_called_one(checked: Check) -> None:
 
 
 def test_the_screen_says_how_answers_were_drawn(checked: Check) -> None:
-    for temperature, words in {0.0: "K=4, greedy", 0.7: "K=4, temperature 0.7"}.items():
+    ways = {
+        Sampling(0.0, top_p=0.9): "K=4, greedy",
+        Sampling(0.7, top_p=0.9): "K=4, temperature 0.7, top_p 0.9",
+    }
+    for sampling, words in ways.items():
         out = Console(width=160, record=True)
-        print_check(with_reused(checked, temperature=temperature), out)
+        print_check(dataclasses.replace(checked, sampling=sampling), out)
         assert words in out.export_text()

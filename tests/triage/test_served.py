@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from redraft.config import RegenerateConfig
+from redraft.decode.sampling import Sampling
 from redraft.engines.counters import Counters
 from redraft.errors import UserError
 from redraft.triage import served as module
@@ -106,9 +107,13 @@ def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
     path, body = fake.bodies[0]
     assert path == "/v1/chat/completions"
     assert body["messages"][-1]["role"] == "user"
-    assert (body["temperature"], found.temperature) == (0, 0.0)
+    assert (body["temperature"], body["top_k"]) == (0, -1)
+    assert found.sampling == Sampling()
+    assert found.alike
     warm = RegenerateConfig(temperature=0.7, top_p=0.9, max_new_tokens=32)
-    ask(fake, prompts_file, cases, most=20, answering=warm)
+    warmed = ask(fake, prompts_file, cases, most=20, answering=warm)
+    assert warmed.sampling == Sampling(0.7, 0, 0.9)
+    assert not warmed.alike, "no case of the table was sampled"
     body = fake.bodies[-1][1]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.7, 0.9, 32)
     assert all(option.speedup is None for option in found.verdict.options)

@@ -7,6 +7,7 @@ measured beside.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from ..triage.outlook import (
     Case,
     Outlook,
     outlook,
-    sampled_alike,
 )
 from ..triage.verdict import WORTH, Bill, Pace, Verdict, climb, decide
 
@@ -78,18 +78,22 @@ class Policy:
 
 
 def judge(cases: Sequence[Case], apart: str = "kind") -> list[Judged]:
-    """Every case by those of other kinds (or, with `apart` "family", of other families), as a check
-    chooses among them."""
+    """Every case by those of other kinds (or, with `apart` "family", of other families).
+
+    Raises UserError where those are too few to predict from.
+    """
     found = []
     for case in cases:
-        known = [other for other in cases if getattr(other, apart) != getattr(case, apart)]
-        others = sampled_alike(known, case.temperature)
-        seen = outlook(case.signs, case.k, case.seen, others)
+        others = [other for other in cases if getattr(other, apart) != getattr(case, apart)]
+        seen = outlook(case.signs, case.k, case.seen, others, case.temperature)
         pace = Pace(case.plain / case.step, 1 / case.step)
         verdict = decide(seen, pace, FREE, WORTH)
         recovery = recovery_of(case)
         predicted = None if recovery is None else _predicted(seen)
-        told = [r for r in map(recovery_of, others) if r is not None]
+        same = [
+            o for o in others if not seen.alike or bool(o.temperature) == bool(case.temperature)
+        ]
+        told = [r for r in map(recovery_of, same) if r is not None]
         found.append(
             Judged(
                 case,
@@ -98,7 +102,7 @@ def judge(cases: Sequence[Case], apart: str = "kind") -> list[Judged]:
                 right_action(case),
                 recovery,
                 predicted,
-                sum(told) / max(len(told), 1),
+                float(np.mean(told)) if told else math.nan,
             )
         )
     return found
@@ -120,6 +124,8 @@ def right_action(case: Case) -> str:
 def calibration(judged: Sequence[Judged]) -> Calibration:
     """The figures of all cases together."""
     told = [j for j in judged if j.predicted is not None]
+    if not told:
+        raise ValueError("none of the cases has a gap to recover")
     measured = np.array([j.recovery for j in told], dtype=float)
     middle, low, high = np.array([j.predicted for j in told]).T
     naive = np.abs(np.array([j.mean for j in told]) - measured)

@@ -122,15 +122,18 @@ def check(
         max_new_tokens=max_new_tokens,
     )
     if endpoint:
-        given = {
+        given: dict[str, object] = {
             "--target": target,
             "--draft": draft,
             "--base": base,
             "--serve": serve,
             "--out": out,
+            "--target-adapter": target_adapter,
+            "--chat-template": chat_template,
+            "--min-p": min_p or None,  # vLLM refuses it where it speculates
+            **{flag_of(key): value for key, value in settings.items()},
         }
-        given |= {"--target-adapter": target_adapter, "--chat-template": chat_template}
-        _refuse(given | {flag_of(key): value for key, value in settings.items()})
+        _refuse(given)
         served = check_served(
             endpoint,
             prompts,
@@ -182,6 +185,6 @@ def _refuse(given: dict[str, object]) -> None:
     named = [flag for flag, value in given.items() if value is not None]
     if named:
         raise UserError(
-            f"--endpoint asks a server, which needs no weights and cannot use {', '.join(named)}: leave these "
+            f"--endpoint asks a server, which cannot use {', '.join(named)}: leave these "
             "out, or leave out --endpoint"
         )

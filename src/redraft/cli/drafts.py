@@ -57,6 +57,13 @@ def export(
             "--private", help="private part to fuse in; without one only the layout changes"
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="the target, where its vocabulary grew and the shared draft lacks tokens",
+        ),
+    ] = None,
     format: Annotated[
         str,
         typer.Option("--format", help="auto, eagle3, speculators, vllm-eagle, sglang-eagle or hf"),
@@ -90,6 +97,8 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {out} is not an empty folder; name a new one")
     stored = read_draft(draft, unpickle=allow_pickle)
+    if target is not None:
+        stored = stored.fitted(load(target, None, None, "auto"))
     if private is not None:
         stored = fuse_draft(stored, load_private(Path(private)))
     stored.save(folder, format, _sizes(tp))

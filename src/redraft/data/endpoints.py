@@ -24,7 +24,6 @@ from typing import Any
 
 from ..config import RegenerateConfig, read_endpoints
 from ..console import say
-from ..decode.sampling import Sampling
 from ..errors import UserError
 from ..records import Answer, Prompt
 from ..target import Target
@@ -32,6 +31,7 @@ from .completion import Asking, Heard
 from .endpoint import Endpoint, EndpointError, Refused, Trouble, connect, key_for
 from .endpoint_check import Findings, check, describe, remarks
 from .endpoint_work import FIRST_REST, ILL_AFTER, Station, Work
+from .regenerate import sampling_of
 
 TICK = 0.25
 """Seconds between two looks at how things are."""
@@ -46,8 +46,7 @@ class Endpoints:
     """
 
     def __init__(self, target: Target, config: RegenerateConfig):
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
-        self.asking = Asking(target, sampling, config.max_new_tokens, config.seed)
+        self.asking = Asking(target, sampling_of(config), config.max_new_tokens, config.seed)
         self.config = config
         self.about: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Findings] = {}

@@ -100,6 +100,11 @@ def _next_round(target: Target, asked: Sequence[Prompt], out: Path, context: int
     return found
 
 
+def sampling_of(config: RegenerateConfig) -> Sampling:
+    """How answers are drawn under these settings."""
+    return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
 def check_backend(config: RegenerateConfig, overrun: int) -> None:
     """Raise UserError for settings that endpoints cannot follow."""
     if config.endpoints and overrun:
@@ -131,7 +136,7 @@ class _Own:
             self.target,
             prompts,
             [batch for batch in plan if not all(prompts[i].id in done for i in batch)],
-            sampling=Sampling(c.temperature, c.top_k, c.top_p, c.min_p),
+            sampling=sampling_of(c),
             max_new_tokens=c.max_new_tokens,
             overrun=self.overrun,
             seed=c.seed,

@@ -61,5 +61,5 @@ def check_belongs(part: PrivatePart, shared: StoredDraft) -> None:
         raise UserError(
             f"this private part was trained beside the shared draft {expected}, but "
             f"{shared.folder} is {shared.hash()}; fuse it with the draft named in its card "
-            f"({part.card.get('shared', 'not recorded')})"
+            f"({part.card.get('shared', 'not recorded')}), and with --target where the target's vocabulary grew"
         )

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..files import write_text
 from ..records import AdaptReport
-from .terminal import compared, refusal_cells, tau
+from .terminal import compared, decoded, refusal_cells, report_rows, tau
 
 WIDTH, HEIGHT = 560, 150
 
@@ -21,10 +21,11 @@ def write_page(path: Path, report: AdaptReport) -> None:
     page = environment.get_template("page.html.j2").render(
         r=report,
         tau=tau,
+        decoded=decoded,
         compared=compared,
         refusal_cells=refusal_cells,
         curve=curve(report.train.heldout_tau),
-        rows=_rows(report),
+        rows=report_rows(report),
         seconds=sum(report.cost["seconds"].values()),
         width=WIDTH,
         height=HEIGHT,
@@ -53,16 +54,3 @@ def curve(points: tuple[tuple[int, float], ...]) -> list[tuple[float, float, int
         )
         for step, tau in points
     ]
-
-
-def _rows(report: AdaptReport) -> list[dict[str, object]]:
-    rows = [{"name": "in domain", "before": report.before, "after": report.after}]
-    for name in sorted({n.rsplit("-", 1)[0] for n in report.off_domain}):
-        rows.append(
-            {
-                "name": f"off domain: {name}",
-                "before": report.off_domain[f"{name}-before"],
-                "after": report.off_domain[f"{name}-after"],
-            }
-        )
-    return [dict(row) for row in rows]

@@ -26,16 +26,11 @@ def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
 def print_report(report: AdaptReport, out: Console | None = None) -> None:
     """Before and after, what was trained, and what it cost."""
     out = out or Console(highlight=False)
-    table = Table(title=f"{report.target}: draft before and after ({report.train.method})")
+    how = f"{report.train.method}; K={report.before.k}, {decoded(report.before)}"
+    table = Table(title=f"{report.target}: draft before and after ({how})")
     for heading in ("prompts", "before: tau [95 %]", "after: tau [95 %]", "n"):
         table.add_column(heading)
-    rows = [("in domain", report.before, report.after)]
-    names = sorted({name.rsplit("-", 1)[0] for name in report.off_domain})
-    rows += [
-        (f"off domain: {n}", report.off_domain[f"{n}-before"], report.off_domain[f"{n}-after"])
-        for n in names
-    ]
-    for name, before, after in rows:
+    for name, before, after in report_rows(report):
         table.add_row(name, tau(before), tau(after), str(after.prompts))
     out.print(table)
     if report.safety:
@@ -63,6 +58,23 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
             f"{rounds['pool']} prompts not asked, about {rounds['tokens_saved']:,} tokens saved"
         )
     out.print(f"draft  {report.draft}\nreport {report.draft.removesuffix('draft')}report.html")
+
+
+def report_rows(report: AdaptReport) -> list[tuple[str, Acceptance, Acceptance]]:
+    """What was measured before and after, by name; how, where it is not as in domain."""
+    rows = [("in domain", report.before, report.after)]
+    for name in sorted({name.rsplit("-", 1)[0] for name in report.off_domain}):
+        before, after = (report.off_domain[f"{name}-{when}"] for when in ("before", "after"))
+        same = before.temperature == report.before.temperature
+        rows.append(
+            (f"off domain: {name}" + ("" if same else f" ({decoded(before)})"), before, after)
+        )
+    return rows
+
+
+def decoded(measured: Acceptance) -> str:
+    """How the answers were drawn, in words."""
+    return f"temperature {measured.temperature:g}" if measured.temperature else "greedy"
 
 
 def print_safety(found: Safety, out: Console | None = None) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..config import RegenerateConfig, TrainConfig
 from ..console import say
+from ..data.regenerate import sampling_of
+from ..decode.sampling import Sampling
 from ..formats.load import StoredDraft
 from ..formats.routed import refuse_routed
 from ..measuring.cost import measure_cost
@@ -15,7 +17,7 @@ from ..records import StepCost, versions
 from ..target import Target
 from ..training.fitness import check_fits
 from .evidence import ANSWERING, Evidence, gather
-from .outlook import RETRAIN, Case, outlook, read_cases, sampled_alike
+from .outlook import RETRAIN, Case, outlook, read_cases
 from .pilot import bills, training_rate, trial_of
 from .verdict import WORTH, Pace, Verdict, decide
 
@@ -29,7 +31,7 @@ class Check:
 
     `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
     trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
-    has on its base. `cases` and `outside` are the outlook's.
+    has on its base. `cases`, `outside` and `alike` are the outlook's; `sampling` is how answers were drawn.
     """
 
     target: str
@@ -42,6 +44,8 @@ class Check:
     verdict: Verdict
     cases: int
     outside: tuple[str, ...]
+    alike: bool
+    sampling: Sampling
     published: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -69,7 +73,7 @@ def check(
     with, `serve` the tokens that will be. Raises UserError for what does not fit, and for too few prompts.
     """
     refuse_routed(getattr(stored.config, "routed", None))
-    known = sampled_alike(cases if cases is not None else read_cases(), answering.temperature)
+    known = list(cases) if cases is not None else read_cases()
     config = train or TrainConfig()
     trial = trial_of(config)
     check_fits(stored.build(target), trial, target, base)  # before anything is paid for
@@ -92,7 +96,7 @@ def check(
     signs = evidence.signs()
     if published is not None and "native" not in signs:
         signs["native"] = published
-    seen = outlook(signs, k, found.draws, known)
+    seen = outlook(signs, k, found.draws, known, answering.temperature)
     refreshed = evidence.refreshed.seconds if evidence.refreshed else None
     bill = bills(found.answers, evidence.answer_rate, rate, refreshed)
     verdict = decide(seen, Pace.of(cost, k), bill, worth, serve)
@@ -113,5 +117,7 @@ def check(
         verdict=verdict,
         cases=seen.cases,
         outside=seen.outside,
+        alike=seen.alike,
+        sampling=sampling_of(answering),
         published=published,
     )

@@ -73,11 +73,13 @@ class Case:
 @dataclass(frozen=True)
 class Outlook:
     """Tau by action as draws, all [N], of one joint distribution. `cases` is how many it rests on,
-    `outside` are the signs that are smaller or larger than in all of them."""
+    `outside` are the signs that are smaller or larger than in all of them, `alike` says whether those
+    were decoded as this is, greedily or sampled."""
 
     draws: dict[str, Any]
     cases: int
     outside: tuple[str, ...] = ()
+    alike: bool = True
 
     def interval(self, action: str) -> tuple[float, float, float]:
         """Median, and the middle 95 % of the draws."""
@@ -87,12 +89,13 @@ class Outlook:
 
 class Prediction(NamedTuple):
     """Predicted z by action, the errors [C, actions] made on kinds that were left out, how many kinds
-    there were, and the signs that lie outside of what the cases had."""
+    there were, the signs that lie outside of what the cases had, and whether these were sampled as this is."""
 
     middle: dict[str, float]
     errors: Any
     kinds: int
     outside: tuple[str, ...]
+    alike: bool
 
 
 def read_cases(path: Path = SHIPPED) -> list[Case]:
@@ -110,23 +113,23 @@ def as_json(cases: Sequence[Case]) -> dict[str, Any]:
     return {"cases": [asdict(case) for case in cases]}
 
 
-def sampled_alike(cases: Sequence[Case], temperature: float) -> list[Case]:
-    """The cases that were sampled as this is, greedily or not; all of them where those are too few."""
-    alike = [case for case in cases if bool(case.temperature) == bool(temperature)]
-    return alike if _enough(alike) else list(cases)
-
-
 def _enough(cases: Sequence[Case]) -> bool:
     return len(cases) >= FEWEST and len({case.kind for case in cases}) >= FEWEST_KINDS
 
 
-def predict(signs: Mapping[str, float], k: int, cases: Sequence[Case]) -> Prediction:
-    """What the table says of a draft with these signs.
+def predict(
+    signs: Mapping[str, float], k: int, cases: Sequence[Case], temperature: float = 0.0
+) -> Prediction:
+    """What the table says of a draft with these signs, by the cases that were sampled as it was, greedily
+    or not, or by all where those are too few.
 
-    Raises UserError when the table is too small or has one kind only.
+    Raises UserError when the table has too few cases or kinds.
     """
     names = next(names for names in SIGNS if all(name in signs for name in names))
     cases = [case for case in cases if all(name in case.signs for name in names)]
+    same = [case for case in cases if bool(case.temperature) == bool(temperature)]
+    alike = _enough(same)
+    cases = same if alike else cases
     kinds = {case.kind for case in cases}
     if not _enough(cases):
         raise UserError(
@@ -142,7 +145,7 @@ def predict(signs: Mapping[str, float], k: int, cases: Sequence[Case]) -> Predic
     middle = dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True))
     beyond = (new[0] < x.min(0)) | (new[0] > x.max(0))
     outside = tuple(name for name, far in zip(names, beyond, strict=True) if far)
-    return Prediction(middle, errors, len(kinds), outside)
+    return Prediction(middle, errors, len(kinds), outside, alike)
 
 
 def outlook(
@@ -150,12 +153,13 @@ def outlook(
     k: int,
     measured: Mapping[str, Any],
     cases: Sequence[Case],
+    temperature: float = 0.0,
     draws: int = 2000,
     seed: int = 0,
 ) -> Outlook:
     """Draws of tau by action: `measured` ones (keep, and refresh where it was tried) resampled from
     their own draws, the others predicted."""
-    middle, errors, kinds, outside = predict(signs, k, cases)
+    middle, errors, kinds, outside, alike = predict(signs, k, cases, temperature)
     rng = np.random.default_rng(seed)
     freedom = kinds - 1
     stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
@@ -172,7 +176,7 @@ def outlook(
     # A private part starts as the draft is, and training stops where held-out acceptance falls.
     found[ADAPT] = np.maximum(found[ADAPT], found[KEEP])
     ordered = {name: found[name] for name in ACTIONS if name in found}
-    return Outlook(ordered, len(errors), outside)
+    return Outlook(ordered, len(errors), outside, alike)
 
 
 def z_of(tau: float, k: int) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..decode.sampling import Sampling
 from .check import Check
 from .evidence import NARROW, Evidence
 from .outlook import ADAPT, KEEP, REFRESH, RETRAIN
@@ -41,7 +44,7 @@ def print_check(check: Check, out: Console | None = None) -> None:
     """The whole check in some twenty lines."""
     out = out or Console(highlight=False)
     e, cost = check.evidence, check.cost
-    lines = [("tau", f"{_acceptance(e)}, K={check.k}, {_way(e.reused.temperature)}")]
+    lines = [("tau", f"{_acceptance(e)}, K={check.k}, {_way(check.sampling)}")]
     lines.append(("retention", _retention(check)))
     lines += [("cause" if at == 0 else "", text) for at, text in enumerate(causes(e))]
     now, *others = (f"{speed:.2f}x {_at(name)}" for name, speed in check.speeds.items())
@@ -89,7 +92,7 @@ def print_served(check: ServedCheck, out: Console | None = None) -> None:
     rates = " ".join(f"{rate:.2f}" for rate in check.per_position)
     lines = [
         f"{check.endpoint} serves {check.model} with {check.k} drafted tokens per step",
-        f"tau          {tau:.2f} [{low:.2f}, {high:.2f}] on {check.prompts} prompts, {check.answer_tokens:,} answer tokens, {_way(check.temperature)}",
+        f"tau          {tau:.2f} [{low:.2f}, {high:.2f}] on {check.prompts} prompts, {check.answer_tokens:,} answer tokens, {_way(check.sampling)}",
         f"accepted     {rates} at position 1..{check.k}, of the steps that got there",
         f"speed here   {check.rate:,.0f} tokens/s with {check.rows} requests at a time",
     ]
@@ -191,14 +194,15 @@ def notes(check: Check) -> list[str]:
             "nothing is left without them" if alone is None else f"without them tau is {alone:.2f}"
         )
         said.append(
-            f"{e.reused.loop_rate:.0%} of the answers loop at their end, which any draft guesses: {rest}; check as you "
-            "sample (--temperature)"
+            f"{e.reused.loop_rate:.0%} of the answers loop at their end, which any draft guesses: {rest}"
+            + ("" if check.sampling.temperature else "; check as you sample (--temperature)")
         )
     if check.verdict.faster_plain:
         said.append("none of the options beats plain decoding here: serve without a draft")
-    if e.reused.temperature:
-        t = f"temperature={e.reused.temperature:g}"
-        said.append(f"adapt and measure as you serve: --set regenerate.{t} --set measure.{t}")
+    if drawn := _drawn(check.sampling):
+        sets = [f"--set regenerate.{name}={value:g}" for name, value in drawn.items()]
+        sets.append(f"--set measure.temperature={check.sampling.temperature:g}")
+        said.append(f"adapt and measure as you serve: {' '.join(sets)}")
     if e.native is None:
         said.append("without --base neither causes nor the closed form are known")
     return said + _predicted(check)
@@ -207,6 +211,11 @@ def notes(check: Check) -> list[str]:
 def _predicted(check: Check | ServedCheck) -> list[str]:
     """What the predictions rest on."""
     said = [PREDICTED_FROM.format(check.cases)]
+    if not check.alike:
+        said.append(
+            "these were decoded greedily, what you check is sampled (or the other way round), which changes what a repair "
+            "brings: take the prediction for an order of the options"
+        )
     if check.outside:
         names = ", ".join(SIGN_NAMES[name] for name in check.outside)
         said.append(f"beyond what any of these had: {names}; the prediction is an extrapolation")
@@ -218,8 +227,17 @@ def _acceptance(e: Evidence) -> str:
     return f"{e.reused.tau:.2f} [{low:.2f}, {high:.2f}] on {e.prompts} prompts, {e.answer_tokens:,} answer tokens"
 
 
-def _way(temperature: float) -> str:
-    return f"temperature {temperature:g}" if temperature else "greedy"
+def _way(sampling: Sampling) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in _drawn(sampling).items()) or "greedy"
+
+
+def _drawn(sampling: Sampling) -> dict[str, float]:
+    """The settings of sampling that are not the default; none where decoding is greedy."""
+    plain = Sampling()
+    drawn = {
+        name: value for name, value in asdict(sampling).items() if value != getattr(plain, name)
+    }
+    return drawn if sampling.temperature else {}
 
 
 def _retention(check: Check) -> str:

@@ -18,12 +18,14 @@ import numpy as np
 from ..config import RegenerateConfig
 from ..console import Progress
 from ..data.endpoint import key_for
+from ..data.regenerate import sampling_of
 from ..data.rows import read_rows
+from ..decode.sampling import Sampling
 from ..engines.counters import Counters, read_counters
 from ..errors import UserError
 from ..formats.chat import Understood, understand
 from .evidence import ANSWERING
-from .outlook import KEEP, Case, outlook, read_cases, sampled_alike
+from .outlook import KEEP, Case, outlook, read_cases
 from .pilot import PLANS
 from .verdict import WORTH, Bill, Pace, Verdict, decide
 
@@ -49,14 +51,15 @@ class ServedCheck:
     """What a server shows of the prompts that it answers; `refused` ones, too long for instance, are left
     out. `tau` has a 95 % interval over groups of prompts; `per_position` is
     conditional acceptance; `rate` is in tokens per second with `rows` requests at a time. `others` is the
-    share of the counted tokens that were not ours. `unknown` is what cannot be told from here."""
+    share of the counted tokens that were not ours. `cases`, `outside` and `alike` are the outlook's; `sampling` is how answers were asked for. `unknown` is
+    what cannot be told from here."""
 
     endpoint: str
     model: str
     k: int
     prompts: int
     answer_tokens: int
-    temperature: float
+    sampling: Sampling
     tau: tuple[float, float, float]
     per_position: tuple[float, ...]
     rate: float
@@ -65,6 +68,7 @@ class ServedCheck:
     verdict: Verdict
     cases: int
     outside: tuple[str, ...]
+    alike: bool
     published: float | None
     refused: int
     unknown: tuple[str, ...] = UNKNOWN
@@ -88,7 +92,7 @@ def check_served(
     Raises UserError for a server that cannot be reached, has no counters or does not speculate, and for
     too few prompts.
     """
-    known = sampled_alike(cases if cases is not None else read_cases(), answering.temperature)
+    known = list(cases) if cases is not None else read_cases()
     asked = _read(source, max(most, 2 * rows), rows)
     with httpx.Client(
         base_url=url.rstrip("/").removesuffix("/v1"),
@@ -136,7 +140,7 @@ def check_served(
         action: Bill(round(plan.prompts * tokens / answered), None)
         for action, plan in PLANS.items()
     }
-    seen = outlook(signs, k, {KEEP: draws}, known)
+    seen = outlook(signs, k, {KEEP: draws}, known, answering.temperature)
     verdict = decide(seen, Pace(rate / found.tau, None), bills, worth)
     low, high = np.percentile(draws, [2.5, 97.5])
     # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
@@ -148,7 +152,7 @@ def check_served(
         prompts=answered,
         refused=len(asked) - answered,
         answer_tokens=tokens,
-        temperature=answering.temperature,
+        sampling=sampling_of(answering),
         tau=(found.tau, float(low), float(high)),
         per_position=found.per_position,
         rate=rate,
@@ -157,6 +161,7 @@ def check_served(
         verdict=verdict,
         cases=seen.cases,
         outside=seen.outside,
+        alike=seen.alike,
         published=published,
     )
 
@@ -211,7 +216,6 @@ class _Server:
             "temperature": how.temperature,
             "top_k": how.top_k or -1,
             "top_p": how.top_p,
-            "min_p": how.min_p,
         }
         if row.messages:
             path, body["messages"] = "/v1/chat/completions", _question(row)

@@ -115,7 +115,7 @@ def climb(names: Sequence[str], speed_AN: Any, worth: float) -> Any:
     chosen_N = np.zeros(speed_AN.shape[1], dtype=int)
     for at in range(1, len(names)):
         so_far_N = np.take_along_axis(speed_AN, chosen_N[None], 0)[0]
-        chosen_N[speed_AN[at] >= so_far_N * (1 + worth * DEARNESS[names[at]])] = at
+        chosen_N[speed_AN[at] > so_far_N * (1 + worth * DEARNESS[names[at]])] = at
     return chosen_N
 
 
