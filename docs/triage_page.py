@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from redraft.bench.calibration import Judged, calibration, judge, policies
-from redraft.triage.outlook import ACTIONS, ADAPT, RETRAIN, read_cases
+from redraft.triage.outlook import ACTIONS, ADAPT, RETRAIN, Case, read_cases
 from redraft.triage.pilot import PLANS
 
 RESULTS = Path(__file__).parent / "results"
+SAMPLED = "sampled at 0.7"
 READING = RESULTS / "triage-reading.md"
 """Written by hand, from the tables below it."""
 COLOURS = dict(
@@ -38,23 +39,29 @@ table to `redraft check --cases`.
 Each case is a fine-tune of a family's base and the base's draft. A check saw {asked} prompts of its domain. Then, on 128
 other prompts: tau as kept; refreshed in closed form on the answers that the check saw; adapted (`expert+fc+norms`, hard labels,
 {adapt} answers, {adapt_epochs:g} passes); trained anew (the same shape from nothing, {retrain} answers or all there
-are, {retrain_epochs:g} passes). K = 4, greedy, by replay, one training seed, two CPU cores.
+are, {retrain_epochs:g} passes). K = 4, by replay, one training seed, two CPU cores. Where T is 0.7 all answers were sampled there,
+those that were trained on too. nano speaks a templated world, micro (3.7 M parameters) learned from real data.
 
-A case is predicted from the cases of **other kinds** alone (leave one kind out), signs and table both. The verdict
+A case is predicted from the cases of **other kinds** alone (leave one kind out), sampled ones from sampled ones. The verdict
 climbs from keep: refresh has to be faster than what was taken so far by 5 %, adapt by 10 %, retrain by 25 %, in the most of
 2,000 draws; the right one goes by the same rule on what was measured. native: tau of the draft on its base, on the same prompts. words: tau on the target's answers as the
 base reads them. recovery: the share of the way from kept to trained anew that adapting goes.
 
 ```
-redraft bench family --size nano --members zoo --out family
-redraft bench triage --family family --out triage --record src/redraft/triage/calibration.json
+redraft bench family --size nano --members zoo --out nano
+redraft bench family --size micro --data FOLDER --members {micro} --out micro
+redraft bench triage --family nano --out triage
+redraft bench triage --family nano --temperature 0.7 --members {sampled} --out triage
+redraft bench triage --family micro --temperature 0.7 --out triage \\
+    --record src/redraft/triage/calibration.json
 ```
 """
 
 
 def triage_page() -> str:
     cases = read_cases()
-    judged, across = judge(cases), judge(cases, "family")
+    judged = judge(cases)
+    across = judge([case for case in cases if case.temperature], "family")
     asked = sorted({j.case.asked for j in judged})
     plans = {a: PLANS[a] for a in (ADAPT, RETRAIN)}
     lines = [
@@ -64,17 +71,29 @@ def triage_page() -> str:
             adapt_epochs=plans[ADAPT].epochs,
             retrain=plans[RETRAIN].prompts,
             retrain_epochs=plans[RETRAIN].epochs,
+            micro=_members(cases, "micro"),
+            sampled=_members(cases, "nano"),
         ),
         READING.read_text(encoding="utf-8") if READING.is_file() else "",
         "![predicted against measured recovery](triage.svg)\n",
         "## How well it holds\n",
         *_figures(judged, across),
         "\n## What the verdict is worth\n",
-        *_policies(judged),
+        *_policies([j for j in judged if not j.case.temperature]),
+        *_policies([j for j in judged if j.case.temperature]),
+        (
+            "\nMeans over the cases, at the costs measured beside each on a machine that did other work too; "
+            "the shares are those of tau and do not depend on it."
+        ),
         "\n## The cases\n",
         *_cases(judged),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _members(cases: list[Case], family: str) -> str:
+    """The members of a family that were sampled, as a flag takes them."""
+    return ",".join(c.name for c in cases if c.family == family and c.temperature)
 
 
 def _figures(judged: list[Judged], across: list[Judged]) -> Iterator[str]:
@@ -84,19 +103,31 @@ def _figures(judged: list[Judged], across: list[Judged]) -> Iterator[str]:
         "| Spearman | 95 % intervals that hold | verdicts right | error they state |"
     )
     yield "|" + "---|" * 9
-    families = [f for f in ("nano", "micro") if any(j.case.family == f for j in judged)]
-    for lacking, found in (("kind", judged), ("family", across)):
-        told_from = {"kind": "other kinds", "family": "other sizes"}[lacking]
-        for name in ("all", *families):
-            some = [j for j in found if name in ("all", j.case.family)]
-            c = calibration(some)
-            yield (
-                f"| {name}, {len(some)} | {told_from} | {c.cases} | {c.error:.3f} | {c.naive:.3f} | {c.spearman:.2f} | "
-                f"{c.coverage:.0%} | {c.right:.0%} | {c.stated:.0%} |"
-            )
+    sampled = [j for j in judged if j.case.temperature]
+    rows = [
+        ("greedy", "other kinds", [j for j in judged if not j.case.temperature]),
+        (SAMPLED, "other kinds", sampled),
+    ]
+    for family in dict.fromkeys(j.case.family for j in sampled):
+        of_these = [j for j in sampled if j.case.family == family]
+        rows.append((f"of these {family}", "other kinds", of_these))
+    for family in dict.fromkeys(j.case.family for j in across):
+        of_these = [j for j in across if j.case.family == family]
+        rows.append((f"of these {family}", "the other size alone, all kinds", of_these))
+    for name, told_from, some in rows:
+        if all(j.recovery is None for j in some):
+            continue
+        c = calibration(some)
+        yield (
+            f"| {name}, {len(some)} | {told_from} | {c.cases} | {c.error:.3f} | {c.naive:.3f} | {c.spearman:.2f} | "
+            f"{c.coverage:.0%} | {c.right:.0%} | {c.stated:.0%} |"
+        )
 
 
 def _policies(judged: list[Judged]) -> Iterator[str]:
+    if not judged:
+        return
+    yield f"\n{SAMPLED if judged[0].case.temperature else 'greedy'}, {len(judged)} cases:\n"
     yield "| policy | tokens/s | short of the best | repairs | of them dearer than needed |"
     yield "|---|---|---|---|---|"
     for p in policies(judged):
@@ -104,19 +135,15 @@ def _policies(judged: list[Judged]) -> Iterator[str]:
             f"| {p.name} | {p.speed:,.0f} | {p.regret:,.0f} ({p.share:.1%}) | {p.repairs} of {len(judged)} | "
             f"{p.needless} |"
         )
-    yield (
-        "\nMeans over the cases, at the costs measured beside each on a machine that did other work too; "
-        "the shares are those of tau and do not depend on it."
-    )
 
 
 def _cases(judged: list[Judged]) -> Iterator[str]:
     yield (
-        "| family | member | kind | native | words | "
+        "| family | T | member | kind | native | words | "
         + " | ".join(ACTIONS)
         + " | adapt predicted | retrain predicted | recovery | predicted | verdict (error) | right |"
     )
-    yield "|" + "---|" * (11 + len(ACTIONS))
+    yield "|" + "---|" * (12 + len(ACTIONS))
     for j in judged:
         c = j.case
         signs = (f"{c.signs[name]:.2f}" if name in c.signs else "-" for name in ("native", "words"))
@@ -125,7 +152,7 @@ def _cases(judged: list[Judged]) -> Iterator[str]:
         told = f"{j.recovery:.2f}" if j.recovery is not None else "-"
         foretold = _interval(j.predicted) if j.predicted else "-"
         yield (
-            f"| {c.family} | {c.name} | {c.kind} | {' | '.join(signs)} | {' | '.join(taus)} | {' | '.join(ahead)} | "
+            f"| {c.family} | {c.temperature:g} | {c.name} | {c.kind} | {' | '.join(signs)} | {' | '.join(taus)} | {' | '.join(ahead)} | "
             f"{told} | {foretold} | {j.verdict.action} ({j.verdict.error:.2f}) | {j.right} |"
         )
 
@@ -158,7 +185,8 @@ def draw_triage() -> None:
                 j.recovery,
                 middle,
                 yerr=[[max(middle - low, 0)], [max(high - middle, 0)]],
-                fmt="o" if j.case.family == "nano" else "s",
+                fmt={"nano": "o", "micro": "^"}.get(j.case.family, "s"),
+                mfc="white" if j.case.temperature else None,
                 color=COLOURS.get(kind, "#555555"),
                 ms=4,
                 lw=0.8,
