@@ -42,8 +42,8 @@ other prompts: tau as kept; refreshed in closed form on the answers that the che
 are, {retrain_epochs:g} passes). K = 4, by replay, one training seed, two CPU cores. Where T is 0.7 all answers were sampled there,
 those that were trained on too. nano speaks a templated world, micro (3.7 M parameters) learned from real data.
 
-A case is predicted from the cases of **other kinds** alone (leave one kind out), sampled ones from sampled ones. The verdict
-climbs from keep: refresh has to be faster than what was taken so far by 5 %, adapt by 10 %, retrain by 25 %, in the most of
+A case is predicted from the cases of **other kinds** alone (leave one kind out), greedy and sampled, with the temperature as one of
+the signs. The verdict climbs from keep: refresh has to be faster than what was taken so far by 5 %, adapt by 10 %, retrain by 25 %, in the most of
 2,000 draws; the right one goes by the same rule on what was measured. native: tau of the draft on its base, on the same prompts. words: tau on the target's answers as the
 base reads them. recovery: the share of the way from kept to trained anew that adapting goes.
 
@@ -61,7 +61,7 @@ redraft bench triage --family micro --temperature 0.7 --out triage \\
 def triage_page() -> str:
     cases = read_cases()
     judged = judge(cases)
-    across = judge([case for case in cases if case.temperature], "family")
+    across = [j for j in judge(cases, "family") if j.case.temperature]
     asked = sorted({j.case.asked for j in judged})
     plans = {a: PLANS[a] for a in (ADAPT, RETRAIN)}
     lines = [

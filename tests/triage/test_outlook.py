@@ -146,27 +146,35 @@ def test_what_no_case_had_is_named(cases: list[Case]) -> None:
     assert predict({**high, **taus}, 4, cases).outside == ("reused", "native", "refreshed")
 
 
-def test_a_sampled_draft_is_foretold_from_sampled_cases(cases: list[Case]) -> None:
-    signs = cases[0].signs
-    warm = [dataclasses.replace(case, temperature=0.7) for case in cases[:10]]
-    both = [*cases[10:], *warm]
-    for temperature, alone in ((1.0, warm), (0.0, cases[10:])):
-        seen, wanted = (predict(signs, 4, table, temperature) for table in (both, alone))
-        assert seen.middle == wanted.middle
-        assert seen.alike
-        drawn = outlook(signs, 4, {"keep": [1.5]}, both, temperature)
-        assert (drawn.cases, drawn.alike) == (len(alone), True)
-    assert predict(signs, 4, both, 1.0).middle != predict(signs, 4, both, 0.0).middle
-    one_kind = [dataclasses.replace(case, kind="sft") for case in warm]
-    bare = {n: t for n, t in signs.items() if n in ("reused", "entropy")}
-    unseen = [dataclasses.replace(case, signs=bare) for case in warm]
-    for few in (warm[:7], one_kind, unseen):
-        table = [*cases[10:], *few]
-        of_use = [case for case in table if len(case.signs) > 2]
-        seen = predict(signs, 4, table, 1.0)
-        assert seen.middle == predict(signs, 4, of_use, 0.0).middle or few is not unseen
-        assert not seen.alike, "too few to predict from were taken alone"
-        assert len(seen.errors) == len(of_use)
+def test_temperature_moves_the_prediction() -> None:
+    """A shift of every outcome with temperature is found, taken in proportion between, and named beyond."""
+    greedy, drop = made_up_cases(noise=0.0), 0.6
+    warm = [
+        dataclasses.replace(
+            case,
+            temperature=0.8,
+            taus={a: float(tau_of(z_of(t, 4) - drop, 4)) for a, t in case.taus.items()},
+        )
+        for case in made_up_cases(noise=0.0, seed=3)
+    ]
+    signs = greedy[0].signs
+    cold = predict(signs, 4, [*greedy, *warm])
+    for temperature, share in ((0.4, 0.5), (0.8, 1.0)):
+        seen = predict(signs, 4, [*greedy, *warm], temperature)
+        for action in PREDICTED:
+            fell = cold.middle[action] - seen.middle[action]
+            assert fell == pytest.approx(share * drop, abs=0.03)
+        assert seen.outside == ()
+    assert predict(signs, 4, [*greedy, *warm], 1.0).outside == ("temperature",)
+    blind = predict(signs, 4, greedy, 0.8)
+    assert blind.middle == pytest.approx(predict(signs, 4, greedy).middle, abs=1e-9)
+    assert blind.outside == ("temperature",), "no case was sampled"
+    forgotten = [dataclasses.replace(case, temperature=0.0) for case in warm]
+    wrong = predict(signs, 4, [*greedy, *forgotten], 0.8)
+    for action in PREDICTED:
+        assert cold.middle[action] - wrong.middle[action] < 0.7 * drop, (
+            "a table without temperatures"
+        )
 
 
 def test_the_signs_that_are_there_are_used(cases: list[Case]) -> None:

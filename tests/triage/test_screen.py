@@ -59,19 +59,19 @@ def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> Non
 
 def test_a_sampled_check_says_how_to_adapt(checked: Check) -> None:
     assert not any("--set" in note for note in notes(checked))
-    sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9), alike=False)
+    sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9))
     assert one_note(sampled, "as you serve").endswith(
         "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7"
     )
-    assert "take the prediction for an order" in one_note(sampled, "decoded greedily")
-    assert not any("decoded greedily" in note for note in notes(checked))
 
 
 def test_an_extrapolation_is_called_one(checked: Check) -> None:
     within = dataclasses.replace(checked, outside=())
     assert not any("extrapolation" in note for note in notes(within))
-    beyond = dataclasses.replace(checked, outside=("native", "entropy"))
-    assert "tau on the base, the target's entropy;" in one_note(beyond, "extrapolation")
+    beyond = dataclasses.replace(checked, outside=("native", "entropy", "temperature"))
+    assert "tau on the base, the target's entropy, the temperature;" in one_note(
+        beyond, "extrapolation"
+    )
 
 
 def test_the_screen_says_how_answers_were_drawn(checked: Check) -> None:

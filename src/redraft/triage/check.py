@@ -31,7 +31,7 @@ class Check:
 
     `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
     trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
-    has on its base. `cases`, `outside` and `alike` are the outlook's; `sampling` is how answers were drawn.
+    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn.
     """
 
     target: str
@@ -44,7 +44,6 @@ class Check:
     verdict: Verdict
     cases: int
     outside: tuple[str, ...]
-    alike: bool
     sampling: Sampling
     published: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -117,7 +116,6 @@ def check(
         verdict=verdict,
         cases=seen.cases,
         outside=seen.outside,
-        alike=seen.alike,
         sampling=sampling_of(answering),
         published=published,
     )

@@ -1,7 +1,7 @@
 """What tau each action would bring, predicted from what was seen, with an error that was measured.
 
-The prediction is a linear model (Bayesian ridge) of a few signs, fitted on cases whose outcome is known:
-a table that `redraft bench triage` writes. Its error is what it erred by on fine-tunes of a kind that it was
+The prediction is a linear model (Bayesian ridge) of a few signs and the temperature, fitted on cases whose outcome is
+known: a table that `redraft bench triage` writes. Its error is what it erred by on fine-tunes of a kind that it was
 not fitted on; a prediction's draws are Student's t around it, as wide as those errors, with as many degrees
 of freedom as there are kinds, less one: cases of one kind err alike, and the largest error seen among a few is
 not the largest there is.
@@ -39,6 +39,9 @@ SIGNS = (
 FEWEST, FEWEST_KINDS = 8, 3
 """Cases, and kinds of them, that a prediction needs at least."""
 SHIPPED = Path(__file__).with_name("calibration.json")
+TEMPERATURE = "temperature"
+STILL = 1e-9
+"""A sign that varies less among the cases says nothing."""
 EDGE = 0.01
 """Acceptance is kept this far from 0 and from 1, where z has no end."""
 
@@ -73,13 +76,11 @@ class Case:
 @dataclass(frozen=True)
 class Outlook:
     """Tau by action as draws, all [N], of one joint distribution. `cases` is how many it rests on,
-    `outside` are the signs that are smaller or larger than in all of them, `alike` says whether those
-    were decoded as this is, greedily or sampled."""
+    `outside` are the signs that are smaller or larger than in all of them, the temperature too."""
 
     draws: dict[str, Any]
     cases: int
     outside: tuple[str, ...] = ()
-    alike: bool = True
 
     def interval(self, action: str) -> tuple[float, float, float]:
         """Median, and the middle 95 % of the draws."""
@@ -89,13 +90,12 @@ class Outlook:
 
 class Prediction(NamedTuple):
     """Predicted z by action, the errors [C, actions] made on kinds that were left out, how many kinds
-    there were, the signs that lie outside of what the cases had, and whether these were sampled as this is."""
+    there were, and the signs that lie outside of what the cases had."""
 
     middle: dict[str, float]
     errors: Any
     kinds: int
     outside: tuple[str, ...]
-    alike: bool
 
 
 def read_cases(path: Path = SHIPPED) -> list[Case]:
@@ -113,25 +113,17 @@ def as_json(cases: Sequence[Case]) -> dict[str, Any]:
     return {"cases": [asdict(case) for case in cases]}
 
 
-def _enough(cases: Sequence[Case]) -> bool:
-    return len(cases) >= FEWEST and len({case.kind for case in cases}) >= FEWEST_KINDS
-
-
 def predict(
     signs: Mapping[str, float], k: int, cases: Sequence[Case], temperature: float = 0.0
 ) -> Prediction:
-    """What the table says of a draft with these signs, by the cases that were sampled as it was, greedily
-    or not, or by all where those are too few.
+    """What the table says of a draft with these signs, sampled at `temperature` (0: greedily).
 
     Raises UserError when the table has too few cases or kinds.
     """
     names = next(names for names in SIGNS if all(name in signs for name in names))
     cases = [case for case in cases if all(name in case.signs for name in names)]
-    same = [case for case in cases if bool(case.temperature) == bool(temperature)]
-    alike = _enough(same)
-    cases = same if alike else cases
     kinds = {case.kind for case in cases}
-    if not _enough(cases):
+    if len(cases) < FEWEST or len(kinds) < FEWEST_KINDS:
         raise UserError(
             f"a prediction needs {FEWEST} known cases of three kinds at least, the table has "
             f"{len(cases)}; add some with `redraft bench triage`"
@@ -141,11 +133,11 @@ def predict(
     for kind in kinds:
         out = np.array([case.kind == kind for case in cases])
         errors[out] = y[out] - _fit(x[~out], y[~out], x[out])
-    new = np.array([[_sign(name, signs, k) for name in names]])
+    new = np.array([_signs(names, signs, k, temperature)])
     middle = dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True))
     beyond = (new[0] < x.min(0)) | (new[0] > x.max(0))
-    outside = tuple(name for name, far in zip(names, beyond, strict=True) if far)
-    return Prediction(middle, errors, len(kinds), outside, alike)
+    outside = tuple(name for name, far in zip((*names, TEMPERATURE), beyond, strict=True) if far)
+    return Prediction(middle, errors, len(kinds), outside)
 
 
 def outlook(
@@ -159,7 +151,7 @@ def outlook(
 ) -> Outlook:
     """Draws of tau by action: `measured` ones (keep, and refresh where it was tried) resampled from
     their own draws, the others predicted."""
-    middle, errors, kinds, outside, alike = predict(signs, k, cases, temperature)
+    middle, errors, kinds, outside = predict(signs, k, cases, temperature)
     rng = np.random.default_rng(seed)
     freedom = kinds - 1
     stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
@@ -176,7 +168,7 @@ def outlook(
     # A private part starts as the draft is, and training stops where held-out acceptance falls.
     found[ADAPT] = np.maximum(found[ADAPT], found[KEEP])
     ordered = {name: found[name] for name in ACTIONS if name in found}
-    return Outlook(ordered, len(errors), outside, alike)
+    return Outlook(ordered, len(errors), outside)
 
 
 def z_of(tau: float, k: int) -> float:
@@ -198,12 +190,16 @@ def _equal(acceptance: Any, k: int) -> Any:
     return sum(acceptance**j for j in range(k + 1))
 
 
-def _sign(name: str, signs: Mapping[str, float], k: int) -> float:
-    return signs[name] if name == "entropy" else z_of(signs[name], k)
+def _signs(
+    names: Sequence[str], signs: Mapping[str, float], k: int, temperature: float
+) -> list[float]:
+    """One row of the model's input: taus as z, the others as they are, the temperature last."""
+    found = [signs[name] if name == "entropy" else z_of(signs[name], k) for name in names]
+    return [*found, temperature]
 
 
 def _matrix(cases: Sequence[Case], names: Sequence[str]) -> Any:
-    return np.array([[_sign(name, case.signs, case.k) for name in names] for case in cases])
+    return np.array([_signs(names, case.signs, case.k, case.temperature) for case in cases])
 
 
 def _outcomes(cases: Sequence[Case]) -> Any:
@@ -212,6 +208,7 @@ def _outcomes(cases: Sequence[Case]) -> Any:
 
 def _fit(x: Any, y: Any, new: Any) -> Any:
     """Predictions [N, actions] of a ridge on standardised signs, its strength chosen by evidence."""
-    centre, scale = x.mean(0), x.std(0) + 1e-9
+    centre, scale = x.mean(0), x.std(0)
+    scale[scale < STILL] = 1.0
     models = [BayesianRidge().fit((x - centre) / scale, column) for column in y.T]
     return np.stack([model.predict((new - centre) / scale) for model in models], 1)

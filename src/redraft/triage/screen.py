@@ -31,6 +31,7 @@ SIGN_NAMES = {
     "native": "tau on the base",
     "refreshed": "tau after the closed form",
     "entropy": "the target's entropy",
+    "temperature": "the temperature",
 }
 SAYS = {
     KEEP: "keep the draft as it is",
@@ -211,11 +212,6 @@ def notes(check: Check) -> list[str]:
 def _predicted(check: Check | ServedCheck) -> list[str]:
     """What the predictions rest on."""
     said = [PREDICTED_FROM.format(check.cases)]
-    if not check.alike:
-        said.append(
-            "these were decoded greedily, what you check is sampled (or the other way round), which changes what a repair "
-            "brings: take the prediction for an order of the options"
-        )
     if check.outside:
         names = ", ".join(SIGN_NAMES[name] for name in check.outside)
         said.append(f"beyond what any of these had: {names}; the prediction is an extrapolation")

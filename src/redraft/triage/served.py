@@ -51,7 +51,7 @@ class ServedCheck:
     """What a server shows of the prompts that it answers; `refused` ones, too long for instance, are left
     out. `tau` has a 95 % interval over groups of prompts; `per_position` is
     conditional acceptance; `rate` is in tokens per second with `rows` requests at a time. `others` is the
-    share of the counted tokens that were not ours. `cases`, `outside` and `alike` are the outlook's; `sampling` is how answers were asked for. `unknown` is
+    share of the counted tokens that were not ours. `cases` and `outside` are the outlook's; `sampling` is how answers were asked for. `unknown` is
     what cannot be told from here."""
 
     endpoint: str
@@ -68,7 +68,6 @@ class ServedCheck:
     verdict: Verdict
     cases: int
     outside: tuple[str, ...]
-    alike: bool
     published: float | None
     refused: int
     unknown: tuple[str, ...] = UNKNOWN
@@ -161,7 +160,6 @@ def check_served(
         verdict=verdict,
         cases=seen.cases,
         outside=seen.outside,
-        alike=seen.alike,
         published=published,
     )
 
