@@ -10,7 +10,6 @@ from redraft.triage.outlook import ACTIONS, ADAPT, RETRAIN, Case, read_cases
 from redraft.triage.pilot import PLANS
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLED = "sampled at 0.7"
 READING = RESULTS / "triage-reading.md"
 """Written by hand, from the tables below it."""
 COLOURS = dict(
@@ -39,7 +38,7 @@ table to `redraft check --cases`.
 Each case is a fine-tune of a family's base and the base's draft. A check saw {asked} prompts of its domain. Then, on 128
 other prompts: tau as kept; refreshed in closed form on the answers that the check saw; adapted (`expert+fc+norms`, hard labels,
 {adapt} answers, {adapt_epochs:g} passes); trained anew (the same shape from nothing, {retrain} answers or all there
-are, {retrain_epochs:g} passes). K = 4, by replay, one training seed, two CPU cores. Where T is 0.7 all answers were sampled there,
+are, {retrain_epochs:g} passes). K = 4, by replay, one training seed, two CPU cores. Where T is not 0 all answers were sampled there,
 those that were trained on too. nano speaks a templated world, micro (3.7 M parameters) learned from real data.
 
 A case is predicted from the cases of **other kinds** alone (leave one kind out), greedy and sampled, with the temperature as one of
@@ -51,7 +50,8 @@ base reads them. recovery: the share of the way from kept to trained anew that a
 redraft bench family --size nano --members zoo --out nano
 redraft bench family --size micro --data FOLDER --members {micro} --out micro
 redraft bench triage --family nano --out triage
-redraft bench triage --family nano --temperature 0.7 --members {sampled} --out triage
+redraft bench triage --family nano --temperature 0.7 --out triage
+redraft bench triage --family nano --temperature 1 --members {hot} --out triage
 redraft bench triage --family micro --temperature 0.7 --out triage \\
     --record src/redraft/triage/calibration.json
 ```
@@ -71,16 +71,15 @@ def triage_page() -> str:
             adapt_epochs=plans[ADAPT].epochs,
             retrain=plans[RETRAIN].prompts,
             retrain_epochs=plans[RETRAIN].epochs,
-            micro=_members(cases, "micro"),
-            sampled=_members(cases, "nano"),
+            micro=_members(cases, "micro", 0.7),
+            hot=_members(cases, "nano", 1.0),
         ),
         READING.read_text(encoding="utf-8") if READING.is_file() else "",
         "![predicted against measured recovery](triage.svg)\n",
         "## How well it holds\n",
         *_figures(judged, across),
         "\n## What the verdict is worth\n",
-        *_policies([j for j in judged if not j.case.temperature]),
-        *_policies([j for j in judged if j.case.temperature]),
+        *(line for some in _by_temperature(judged) for line in _policies(some)),
         (
             "\nMeans over the cases, at the costs measured beside each on a machine that did other work too; "
             "the shares are those of tau and do not depend on it."
@@ -91,9 +90,20 @@ def triage_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _members(cases: list[Case], family: str) -> str:
-    """The members of a family that were sampled, as a flag takes them."""
-    return ",".join(c.name for c in cases if c.family == family and c.temperature)
+def _members(cases: list[Case], family: str, temperature: float) -> str:
+    """The members of a family that were answered at a temperature, as a flag takes them."""
+    return ",".join(c.name for c in cases if c.family == family and c.temperature == temperature)
+
+
+def _by_temperature(judged: list[Judged]) -> Iterator[list[Judged]]:
+    for temperature in sorted({j.case.temperature for j in judged}):
+        yield [j for j in judged if j.case.temperature == temperature]
+
+
+def _way(some: list[Judged]) -> str:
+    """How these cases were decoded, and how many they are."""
+    temperature = some[0].case.temperature
+    return f"sampled at {temperature:g}, {len(some)}" if temperature else f"greedy, {len(some)}"
 
 
 def _figures(judged: list[Judged], across: list[Judged]) -> Iterator[str]:
@@ -103,31 +113,23 @@ def _figures(judged: list[Judged], across: list[Judged]) -> Iterator[str]:
         "| Spearman | 95 % intervals that hold | verdicts right | error they state |"
     )
     yield "|" + "---|" * 9
-    sampled = [j for j in judged if j.case.temperature]
-    rows = [
-        ("greedy", "other kinds", [j for j in judged if not j.case.temperature]),
-        (SAMPLED, "other kinds", sampled),
-    ]
-    for family in dict.fromkeys(j.case.family for j in sampled):
-        of_these = [j for j in sampled if j.case.family == family]
-        rows.append((f"of these {family}", "other kinds", of_these))
-    for family in dict.fromkeys(j.case.family for j in across):
-        of_these = [j for j in across if j.case.family == family]
-        rows.append((f"of these {family}", "the other size alone, all kinds", of_these))
+    rows = [(_way(some), "other kinds", some) for some in _by_temperature(judged)]
+    for told_from, all_of_them in (("other kinds", judged), ("other sizes, all kinds", across)):
+        for family in dict.fromkeys(j.case.family for j in across):
+            some = [j for j in all_of_them if j.case.family == family and j.case.temperature]
+            rows.append((f"sampled, {family}, {len(some)}", told_from, some))
     for name, told_from, some in rows:
         if all(j.recovery is None for j in some):
             continue
         c = calibration(some)
         yield (
-            f"| {name}, {len(some)} | {told_from} | {c.cases} | {c.error:.3f} | {c.naive:.3f} | {c.spearman:.2f} | "
+            f"| {name} | {told_from} | {c.cases} | {c.error:.3f} | {c.naive:.3f} | {c.spearman:.2f} | "
             f"{c.coverage:.0%} | {c.right:.0%} | {c.stated:.0%} |"
         )
 
 
 def _policies(judged: list[Judged]) -> Iterator[str]:
-    if not judged:
-        return
-    yield f"\n{SAMPLED if judged[0].case.temperature else 'greedy'}, {len(judged)} cases:\n"
+    yield f"\n{_way(judged)} cases:\n"
     yield "| policy | tokens/s | short of the best | repairs | of them dearer than needed |"
     yield "|---|---|---|---|---|"
     for p in policies(judged):

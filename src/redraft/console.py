@@ -91,9 +91,9 @@ class Progress:
     def _log(self) -> None:
         self._logged = time.monotonic()
         elapsed = self._logged - self._started
-        left = elapsed / self.done * (self.total - self.done) if self.done else float("nan")
         line = f"{self.label}: {self.done}/{self.total}, {self._rate()}, {elapsed:.0f} s"
-        line += f", eta {left:.0f} s" if self.done < self.total else ""
+        if 0 < self.done < self.total:
+            line += f", eta {elapsed / self.done * (self.total - self.done):.0f} s"
         print(f"{line}  {self.note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from redraft.bench import own_case
 from redraft.bench import triage as bench
 from redraft.bench.calibration import calibration, judge, policies, right_action
 from redraft.bench.triage import bench_triage, print_cases
@@ -56,9 +57,11 @@ def family(
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PLANS", {"adapt": Plan(12, 1.0), "retrain": Plan(20, 1.0)})
-    monkeypatch.setattr(bench, "EVALUATED", 12)
-    monkeypatch.setattr(bench, "HELDOUT", 4)
+    for module in (bench, own_case):
+        monkeypatch.setattr(module, "PLANS", {"adapt": Plan(12, 1.0), "retrain": Plan(20, 1.0)})
+        monkeypatch.setattr(module, "EVALUATED", 12)
+        monkeypatch.setattr(module, "HELDOUT", 4)
+        monkeypatch.setattr(module, "CHECKED", 16)
     monkeypatch.setattr(bench, "LONGEST", 12)
 
 
@@ -104,6 +107,33 @@ def test_a_case_at_a_temperature_stands_beside_the_greedy_one(family: Path, tmp_
     assert [(case.name, case.temperature) for case in cases] == [("sft", 0.0), ("sft", 0.3)]
     lines = Path(out, "answers", "tiny-0.3", "sft", "adapt.jsonl").read_text().splitlines()
     assert all(json.loads(line)["temperature"] == 0.3 for line in lines)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_case_of_ones_own(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file of prompts, split in its order: no prompt is in two parts, and a second run trains nothing."""
+    prompts, table = write_prompts(tmp_path / "prompts.jsonl", 50), tmp_path / "mine.json"
+    out = tmp_path / "out"
+    target, base, draft = (str(family / p) for p in ("members/sft", "base", "draft"))
+    run = ["bench", "case", "--target", target, "--draft", draft, "--base", base, "--kind", "odd"]
+    run += ["--prompts", str(prompts), "--out", str(out), "--json", "--max-new-tokens", "12"]
+    few = CliRunner().invoke(app, [*run[:-3], "--prompts", str(write_prompts(tmp_path / "f", 43))])
+    assert "has 43 prompts of use, a case needs 44 at least" in str(few.exception)
+    first = CliRunner().invoke(app, [*run, "--record", str(table)])
+    assert first.exit_code == 0, first.output
+    (case,) = read_cases(table)
+    assert (case.name, case.family, case.kind) == ("sft", "base", "odd")
+    assert set(case.taus) == set(ACTIONS)
+    work = out / "answers" / "base" / "sft"
+    parts = [
+        {answer.id for file in work.glob(files) for answer in read_answers(file)}
+        for files in ("check/answers-*.jsonl", "heldout.jsonl", "eval.jsonl", "adapt.jsonl")
+    ]
+    assert [len(part) for part in parts] == [16, 4, 12, 18]
+    assert len(set.union(*parts)) == 50
+    monkeypatch.setattr(bench, "_Bench", None)
+    again = CliRunner().invoke(app, run)
+    assert json.loads(again.stdout) == json.loads(first.stdout)
 
 
 def two_families() -> list[Case]:

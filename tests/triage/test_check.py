@@ -24,7 +24,7 @@ from redraft.target import Target
 from redraft.triage import evidence as module
 from redraft.triage.check import check
 from redraft.triage.evidence import gather
-from redraft.triage.outlook import Case, as_json
+from redraft.triage.outlook import Case, as_json, read_cases
 from tests.conftest import write_prompts
 
 QUICK = TrainConfig(batch_tokens=512)
@@ -252,6 +252,8 @@ def test_the_command(
     assert warm["evidence"]["reused"]["tau"] != found["evidence"]["reused"]["tau"]
     outside = ["temperature" in each["outside"] for each in (found, warm)]
     assert outside == [False, True], "no case of the table was sampled"
+    more = CliRunner().invoke(app, [*asked, *models, "--json", "--cases", "ours"])
+    assert json.loads(more.stdout)["cases"] == found["cases"] + len(read_cases())
     served = CliRunner().invoke(app, [*asked, "--endpoint", "http://127.0.0.1:1", "--min-p", "0.1"])
     assert "cannot use --min-p" in str(served.exception)
     nothing = CliRunner().invoke(app, asked)

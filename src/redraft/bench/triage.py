@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from ..formats.load import StoredDraft, read_draft
 from ..measuring.acceptance import bootstrap_tau, pooled_tau
 from ..measuring.cost import measure_cost
 from ..measuring.replay import replay
-from ..records import Answer, StepTrace
+from ..records import Answer, Prompt, StepTrace
 from ..steps import fuse_draft, train_private
-from ..target import load_target
+from ..target import Target, load_target
 from ..training.train import train
 from ..triage.evidence import REFRESHING, gather
 from ..triage.outlook import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Case, as_json
@@ -38,6 +39,8 @@ from ..triage.pilot import PLANS
 from .family import family_prompts, load_member
 
 K = 4
+CHECKED = 64
+"""Prompts that a check asks at most."""
 EVALUATED = 128
 HELDOUT = 32
 LONGEST = 128
@@ -67,6 +70,11 @@ def bench_triage(
                     f"{family} has no member '{name}'; {nearest(name, manifest['members'])}"
                 )
             _cell(family, manifest, name, out, temperature)
+    return gathered(out, record)
+
+
+def gathered(out: Path, record: Path | None) -> list[Case]:
+    """All cells of a folder, written to the JSON file `record` too."""
     cases = read_cells(out)
     if record:
         write_text(record, json.dumps(as_json(cases), indent=1) + "\n")
@@ -78,56 +86,90 @@ def read_cells(out: Path) -> list[Case]:
     return [Case(**read_json(path)) for path in sorted((out / "cells").glob("*/*.json"))]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A fine-tune to be measured: its models, the file that a check reads, and what gives up to so
+    many prompts of a split: "heldout", "eval" or "adapt"."""
+
+    name: str
+    family: str
+    kind: str
+    target: Target
+    base: Target
+    stored: StoredDraft
+    asked: str
+    prompts: Callable[[str, int], Sequence[Prompt]]
+
+
 def _cell(family: Path, manifest: dict[str, Any], name: str, out: Path, temperature: float) -> None:
-    group = manifest["size"] + (f"-{temperature:g}" if temperature else "")
+    def member() -> Subject:
+        about = manifest["members"][name]
+        domain = about["domain"]
+        target = load_member(family, name)
+        return Subject(
+            name=name,
+            family=manifest["size"],
+            kind=about["kind"],
+            target=target,
+            base=load_target(str(family / "base")),
+            stored=read_draft(str(family / "draft")),
+            asked=str(family / "prompts" / f"{domain}-heldout.jsonl"),
+            prompts=lambda split, count: family_prompts(family, target, (domain,), split, count),
+        )
+
+    answering = RegenerateConfig(temperature=temperature, max_new_tokens=LONGEST)
+    run_cell(out, manifest["size"], name, member, answering)
+
+
+def run_cell(
+    out: Path,
+    family: str,
+    name: str,
+    subject: Callable[[], Subject],
+    answering: RegenerateConfig,
+    training: TrainConfig = TRAINING,
+) -> None:
+    """The cell of one fine-tune in the folder `out`, run where it is missing."""
+    group = family + (f"-{answering.temperature:g}" if answering.temperature else "")
     file = out / "cells" / group / f"{name}.json"
     if file.is_file():
+        say(f"{group}: {name} is there already ({file})")
         return
     say(f"{group}: {name}")
-    work = out / "answers" / group / name
-    answering = RegenerateConfig(temperature=temperature, max_new_tokens=LONGEST)
-    case = _Bench(family, manifest, name, work, answering).case()
+    case = _Bench(subject(), out / "answers" / group / name, answering, training).case()
     write_text(file, json.dumps(dataclasses.asdict(case), indent=1) + "\n")
 
 
+@dataclass(frozen=True)
 class _Bench:
-    """One member: its models, its prompts, and what is measured of it."""
+    """One fine-tune, and what is measured of it in the folder `work`."""
 
-    def __init__(
-        self,
-        family: Path,
-        manifest: dict[str, Any],
-        name: str,
-        work: Path,
-        answering: RegenerateConfig,
-    ):
-        self.answering = answering
-        self.family, self.name, self.work, self.manifest = family, name, work, manifest
-        about = manifest["members"][name]
-        self.domain, self.kind = about["domain"], about["kind"]
-        self.target, self.base = load_member(family, name), load_target(str(family / "base"))
-        self.stored = read_draft(str(family / "draft"))
-        self.fitted = self.stored.fitted(self.target)
+    subject: Subject
+    work: Path
+    answering: RegenerateConfig
+    training: TrainConfig
 
     def case(self) -> Case:
         """What a check sees. Its prompts are not those that outcomes are measured on."""
+        s = self.subject
         seen = gather(
-            self.target,
-            self.stored,
-            str(self.family / "prompts" / f"{self.domain}-heldout.jsonl"),
+            s.target,
+            s.stored,
+            s.asked,
             self.work / "check",
-            base=self.base,
+            base=s.base,
             k=K,
+            most=CHECKED,
             answering=self.answering,
-            train=TRAINING,
+            train=self.training,
         )
         came = self.outcome(seen.answers, REFRESH in seen.draws)
         prompt = max((answer.prompt for answer in seen.answers), key=len)
-        cost = measure_cost(self.target, self.stored.build(self.target), prompt, most=K)
+        cost = measure_cost(s.target, s.stored.build(s.target), prompt, most=K)
         return Case(
-            name=self.name,
-            family=self.manifest["size"],
-            kind=self.kind,
+            name=s.name,
+            family=s.family,
+            kind=s.kind,
             k=K,
             temperature=self.answering.temperature,
             signs=seen.evidence.signs(),
@@ -143,15 +185,16 @@ class _Bench:
         file = self.work / "outcome.json"
         if file.is_file():
             return read_json(file)
+        target, stored = self.subject.target, self.subject.stored
         evaluated = self._answers("eval", EVALUATED)
         stopped_by = self._answers("heldout", HELDOUT)
         pool = self._answers("adapt", PLANS[RETRAIN].prompts)
         steps: dict[str, list[StepTrace]] = {
-            KEEP: replay(self.target, self.stored.build(self.target), evaluated, K),
+            KEEP: replay(target, stored.build(target), evaluated, K),
             **({REFRESH: self._refreshed(few, evaluated)} if refreshes else {}),
             **{
                 action: self._trained(action, method, pool, stopped_by, evaluated)
-                for action, method in ((ADAPT, TRAINING.method), (RETRAIN, "scratch"))
+                for action, method in ((ADAPT, self.training.method), (RETRAIN, "scratch"))
             },
         }
         used = {action: [t for t in traces if t.accepted] for action, traces in steps.items()}
@@ -163,12 +206,12 @@ class _Bench:
         return found
 
     def _refreshed(self, answers: list[Answer], evaluated: list[Answer]) -> list[StepTrace]:
-        config = dataclasses.replace(TRAINING, method=REFRESHING, epochs=0.0)
-        part = train_private(
-            self.target, self.fitted, answers, answers[-4:], config, K, base=self.base
-        )
-        fused: StoredDraft = fuse_draft(self.fitted, part, self.target)
-        return replay(self.target, fused.build(self.target), evaluated, K)
+        target, base = self.subject.target, self.subject.base
+        fitted = self.subject.stored.fitted(target)
+        config = dataclasses.replace(self.training, method=REFRESHING, epochs=0.0)
+        part = train_private(target, fitted, answers, answers[-4:], config, K, base=base)
+        fused: StoredDraft = fuse_draft(fitted, part, target)
+        return replay(target, fused.build(target), evaluated, K)
 
     def _trained(
         self,
@@ -179,16 +222,17 @@ class _Bench:
         evaluated: list[Answer],
     ) -> list[StepTrace]:
         plan = PLANS[action]
-        config = dataclasses.replace(TRAINING, method=method, epochs=plan.epochs)
-        draft = self.stored.build(self.target, torch.float32)
-        train(self.target, draft, pool[: plan.prompts], stopped_by, config, k=K)
-        return replay(self.target, draft, evaluated, K)
+        target = self.subject.target
+        config = dataclasses.replace(self.training, method=method, epochs=plan.epochs)
+        draft = self.subject.stored.build(target, torch.float32)
+        train(target, draft, pool[: plan.prompts], stopped_by, config, k=K)
+        return replay(target, draft, evaluated, K)
 
     def _answers(self, split: str, count: int) -> list[Answer]:
-        """The target's answers to a split of its domain, kept in the work folder."""
-        prompts = family_prompts(self.family, self.target, (self.domain,), split, count)
+        """The target's answers to a split, kept in the work folder."""
+        prompts = self.subject.prompts(split, count)
         file = self.work / f"{split}.jsonl"
-        found = regenerate(self.target, prompts, file, self.answering, overrun=K)
+        found = regenerate(self.subject.target, prompts, file, self.answering, overrun=K)
         return [answer for answer in found if answer.length >= 2]
 
 

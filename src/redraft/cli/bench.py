@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..config import RegenerateConfig, resolve
 from ..console import set_quiet
 from ..errors import UserError
 from .flags import (
+    AdapterFlag,
     DraftFlag,
     DtypeFlag,
     JsonFlag,
@@ -18,8 +20,16 @@ from .flags import (
     QuietFlag,
     TargetFlag,
     TemperatureFlag,
+    TemplateFlag,
+    load,
     print_json,
+    with_settings,
 )
+
+RecordFlag = Annotated[
+    str | None,
+    typer.Option("--record", help="also write the cases to this JSON file, for `check --cases`"),
+]
 
 app = typer.Typer(no_args_is_help=True, help="Build model families and run benches on them.")
 
@@ -308,12 +318,7 @@ def bench_triage(
     members: Annotated[
         str | None, typer.Option("--members", help="fine-tunes, comma-separated (default: all)")
     ] = None,
-    record: Annotated[
-        str | None,
-        typer.Option(
-            "--record", help="also write the cases to this JSON file, for `check --cases`"
-        ),
-    ] = None,
+    record: RecordFlag = None,
     temperature: TemperatureFlag = 0.0,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -333,6 +338,72 @@ def bench_triage(
         members.split(",") if members else None,
         Path(record) if record else None,
         temperature,
+    )
+    if as_json:
+        print_json(table(cases))
+    else:
+        print_cases(cases)
+
+
+@app.command("case")
+@with_settings("train")
+def bench_case(
+    target: TargetFlag,
+    draft: DraftFlag,
+    base: Annotated[str, typer.Option("--base", help="the model the target was tuned from")],
+    prompts: PromptsFlag,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="how it was tuned, in a word: sft, lora, dpo, merge, int8, template, ..."
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
+    settings: Any,
+    name: Annotated[
+        str | None, typer.Option("--name", help="what to call it (default: the target's name)")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", help="what its models are (default: the base's name)")
+    ] = None,
+    temperature: TemperatureFlag = 0.0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
+    ] = 128,
+    record: RecordFlag = None,
+    target_adapter: AdapterFlag = None,
+    chat_template: TemplateFlag = None,
+    dtype: DtypeFlag = "auto",
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """What `redraft check` sees of your fine-tune, and what then came out: a case of your own to predict from.
+
+    The draft is refreshed, adapted, and trained from nothing, with the training settings given, and measured
+    on prompts that nothing else saw.
+
+    Example: redraft bench case --target ./my-model --draft org/EAGLE3-base --base org/base
+    --prompts prompts.jsonl --kind sft --out cases --record cases.json
+    """
+    set_quiet(quiet)
+    from ..bench.own_case import bench_case as run
+    from ..bench.triage import TRAINING, print_cases
+    from ..formats.load import read_draft
+    from ..triage.outlook import as_json as table
+
+    as_benched = {"train.loss": TRAINING.loss, "train.batch_tokens": TRAINING.batch_tokens}
+    cases = run(
+        load(target, target_adapter, chat_template, dtype),
+        read_draft(draft),
+        load(base, None, None, dtype),
+        prompts,
+        Path(out),
+        name=name or Path(target_adapter or target).resolve().name,
+        family=family or Path(base).resolve().name,
+        kind=kind,
+        answering=RegenerateConfig(temperature=temperature, max_new_tokens=max_new_tokens),
+        training=resolve([("bench", as_benched), ("flag", settings)]).config.train,
+        record=Path(record) if record else None,
     )
     if as_json:
         print_json(table(cases))

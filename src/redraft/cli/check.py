@@ -29,6 +29,9 @@ from .flags import (
     with_settings,
 )
 
+OURS = "ours"
+"""What `--cases` calls the table that comes with redraft."""
+
 
 @with_settings("train")
 def check(
@@ -85,7 +88,12 @@ def check(
         ),
     ] = None,
     cases: Annotated[
-        str | None, typer.Option("--cases", help="known cases of `bench triage`, in place of ours")
+        list[str] | None,
+        typer.Option(
+            "--cases",
+            help="known cases of `bench case` or `bench triage`, in place of those that come with "
+            "redraft; repeatable, `ours` adds those",
+        ),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="keep the answers here; run again to resume")
@@ -109,11 +117,12 @@ def check(
     from ..formats.load import read_draft
     from ..records import to_json
     from ..triage.check import check as run
-    from ..triage.outlook import read_cases
+    from ..triage.outlook import SHIPPED, read_cases
     from ..triage.screen import print_check, print_served
     from ..triage.served import check_served
 
-    known = read_cases(Path(cases)) if cases else None
+    tables = [SHIPPED if table == OURS else Path(table) for table in cases or [OURS]]
+    known = [case for table in tables for case in read_cases(table)]
     answering = RegenerateConfig(
         temperature=temperature,
         top_k=top_k,

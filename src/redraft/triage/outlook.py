@@ -104,7 +104,7 @@ def read_cases(path: Path = SHIPPED) -> list[Case]:
         return [Case(**row) for row in json.loads(path.read_text(encoding="utf-8"))["cases"]]
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UserError(
-            f"{path}: no table of known cases ({problem}); `redraft bench triage --record` writes one"
+            f"{path}: no table of known cases ({problem}); `redraft bench case --record` writes one"
         ) from None
 
 
@@ -126,7 +126,7 @@ def predict(
     if len(cases) < FEWEST or len(kinds) < FEWEST_KINDS:
         raise UserError(
             f"a prediction needs {FEWEST} known cases of three kinds at least, the table has "
-            f"{len(cases)}; add some with `redraft bench triage`"
+            f"{len(cases)}; add some with `redraft bench case`, or ours with --cases ours"
         )
     x, y = _matrix(cases, names), _outcomes(cases)
     errors = np.empty_like(y)
