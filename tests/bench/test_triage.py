@@ -97,6 +97,25 @@ def test_a_case_per_member_that_is_run_once(
 
 
 @pytest.mark.usefixtures("small")
+def test_a_check_sees_what_the_known_cases_were_seen_by(family: Path, tmp_path: Path) -> None:
+    """The signs of a check with no settings given are those of the cell of the same fine-tune, the closed
+    form's too; with another loss that one is not."""
+    (case,) = bench_triage([family], tmp_path / "out", ["sft"])
+    models = ["--target", str(family / "members" / "sft"), "--base", str(family / "base")]
+    asked = ["check", *models, "--draft", str(family / "draft"), "--json", "--max-new-tokens", "12"]
+    asked += ["--prompts", str(family / "prompts" / "math-heldout.jsonl"), "--most", "16"]
+    rises = []
+    for more in ([], ["--loss", "kl"]):
+        run = CliRunner().invoke(app, [*asked, *more])
+        assert run.exit_code == 0, run.output
+        seen = json.loads(run.stdout)["evidence"]
+        assert seen["reused"]["tau"] == pytest.approx(case.signs["reused"])
+        rises.append(seen["refreshed"]["tau"] - seen["refreshed"]["reused"])
+    assert rises[0] == pytest.approx(case.signs["refreshed"] - case.signs["reused"])
+    assert rises[1] != pytest.approx(rises[0])
+
+
+@pytest.mark.usefixtures("small")
 def test_a_case_at_a_temperature_stands_beside_the_greedy_one(family: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     run = ["bench", "triage", "--family", str(family), "--out", out, "--members", "sft", "--json"]

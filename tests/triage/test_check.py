@@ -234,7 +234,7 @@ def test_the_command(
     table = tmp_path / "cases.json"
     table.write_text(json.dumps(as_json(cases)))
     asked = ["check", "--prompts", str(prompts_file), "--cases", str(table), "--most", "16"]
-    asked += ["--max-new-tokens", "16", "--batch-tokens", "512"]
+    asked += ["--max-new-tokens", "16"]
     models = ["--target", str(target_folder), "--draft", str(draft_folder)]
     run = CliRunner().invoke(app, [*asked, *models, "--base", str(target_folder)])
     assert run.exit_code == 0, run.output
@@ -250,6 +250,7 @@ def test_the_command(
     assert warm["sampling"] == wanted
     assert warm["evidence"]["reused"]["temperature"] == 0.4
     assert warm["evidence"]["reused"]["tau"] != found["evidence"]["reused"]["tau"]
+    assert found["settings"] == {"train.loss": "ce", "train.batch_tokens": 512}, "as known cases"
     outside = ["temperature" in each["outside"] for each in (found, warm)]
     assert outside == [False, True], "no case of the table was sampled"
     more = CliRunner().invoke(app, [*asked, *models, "--json", "--cases", "ours"])
@@ -258,5 +259,6 @@ def test_the_command(
     assert "cannot use --min-p" in str(served.exception)
     nothing = CliRunner().invoke(app, asked)
     assert isinstance(nothing.exception, UserError)
-    both = CliRunner().invoke(app, [*asked, *models, "--endpoint", "http://127.0.0.1:1"])
+    both = [*asked, *models, "--batch-tokens", "512", "--endpoint", "http://127.0.0.1:1"]
+    both = CliRunner().invoke(app, both)
     assert "cannot use --target, --draft, --batch-tokens" in str(both.exception)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from redraft.config import RegenerateConfig, TrainConfig
+from redraft.config import AS_KNOWN_CASES, RegenerateConfig, TrainConfig
 from redraft.decode.sampling import Sampling
 from redraft.formats.load import read_draft
 from redraft.target import Target
@@ -57,12 +57,18 @@ def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> Non
     assert "nothing is left without them" in one_note(all_loop, "loop")
 
 
-def test_a_sampled_check_says_how_to_adapt(checked: Check) -> None:
-    assert not any("--set" in note for note in notes(checked))
-    sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9))
-    assert one_note(sampled, "as you serve").endswith(
-        "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7"
+def test_a_check_says_what_was_foretold(checked: Check) -> None:
+    """The settings that are not adapt's own, and, where answers were sampled, how to sample and measure."""
+    known = dataclasses.replace(checked, settings=dict(AS_KNOWN_CASES))
+    assert "adapt --set train.loss=ce --set train.batch_tokens=512` with 256" in one_note(
+        known, "foretold of"
     )
+    assert "adapt --set train.batch_tokens=512`" in one_note(checked, "foretold of")
+    sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9))
+    sets = (
+        "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7`"
+    )
+    assert sets in one_note(sampled, "foretold of")
 
 
 def test_an_extrapolation_is_called_one(checked: Check) -> None:
@@ -82,4 +88,22 @@ def test_the_screen_says_how_answers_were_drawn(checked: Check) -> None:
     for sampling, words in ways.items():
         out = Console(width=160, record=True)
         print_check(dataclasses.replace(checked, sampling=sampling), out)
+        assert words in out.export_text()
+
+
+def test_where_plain_decoding_is_faster_the_verdict_says_so_first(checked: Check) -> None:
+    for slow, words in (
+        (False, f"verdict      {checked.verdict.action.upper()}: "),
+        (
+            True,
+            f"verdict      serve without a draft, plain decoding is faster here; of these {checked.verdict.action.upper()}: ",
+        ),
+    ):
+        out = Console(width=160, record=True)
+        print_check(
+            dataclasses.replace(
+                checked, verdict=dataclasses.replace(checked.verdict, faster_plain=slow)
+            ),
+            out,
+        )
         assert words in out.export_text()

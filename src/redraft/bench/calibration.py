@@ -37,7 +37,7 @@ class Judged:
     """A case with the outlook that others give it, the verdict on that, and the right one.
 
     `recovery` is measured, `predicted` with a 95 % interval; None where the gap is too small. `mean` is
-    the mean recovery of the others at the same temperature.
+    the mean recovery of the others that were decoded alike, greedily or sampled.
     """
 
     case: Case
@@ -90,7 +90,7 @@ def judge(cases: Sequence[Case], apart: str = "kind") -> list[Judged]:
         verdict = decide(seen, pace, FREE, WORTH)
         recovery = recovery_of(case)
         predicted = None if recovery is None else _predicted(seen)
-        same = [o for o in others if o.temperature == case.temperature]
+        same = [o for o in others if bool(o.temperature) == bool(case.temperature)]
         told = [r for r in map(recovery_of, same) if r is not None]
         found.append(
             Judged(

@@ -17,8 +17,8 @@ from ..records import Prompt
 from ..target import Target
 from ..training.fitness import check_fits
 from ..triage.outlook import ADAPT, RETRAIN, Case
-from ..triage.pilot import PLANS
-from .triage import CHECKED, EVALUATED, HELDOUT, TRAINING, Subject, gathered, run_cell
+from ..triage.pilot import PLANS, TRAINING
+from .triage import CHECKED, EVALUATED, HELDOUT, Subject, gathered, run_cell
 
 
 def bench_case(

@@ -35,7 +35,7 @@ from ..target import Target, load_target
 from ..training.train import train
 from ..triage.evidence import REFRESHING, gather
 from ..triage.outlook import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Case, as_json
-from ..triage.pilot import PLANS
+from ..triage.pilot import PLANS, TRAINING
 from .family import family_prompts, load_member
 
 K = 4
@@ -47,7 +47,6 @@ LONGEST = 128
 """Tokens of an answer; a family's are shorter."""
 QUANTILES = np.linspace(0.0125, 0.9875, 40)
 """Of what a check's prompts leave open, kept with a case."""
-TRAINING = TrainConfig(loss="ce", batch_tokens=512)
 
 
 def bench_triage(

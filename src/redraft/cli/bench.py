@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import RegenerateConfig, resolve
+from ..config import AS_KNOWN_CASES, RegenerateConfig, resolve
 from ..console import set_quiet
 from ..errors import UserError
 from .flags import (
@@ -346,7 +346,7 @@ def bench_triage(
 
 
 @app.command("case")
-@with_settings("train")
+@with_settings("train", defaults=AS_KNOWN_CASES)
 def bench_case(
     target: TargetFlag,
     draft: DraftFlag,
@@ -387,11 +387,10 @@ def bench_case(
     """
     set_quiet(quiet)
     from ..bench.own_case import bench_case as run
-    from ..bench.triage import TRAINING, print_cases
+    from ..bench.triage import print_cases
     from ..formats.load import read_draft
     from ..triage.outlook import as_json as table
 
-    as_benched = {"train.loss": TRAINING.loss, "train.batch_tokens": TRAINING.batch_tokens}
     cases = run(
         load(target, target_adapter, chat_template, dtype),
         read_draft(draft),
@@ -402,7 +401,7 @@ def bench_case(
         family=family or Path(base).resolve().name,
         kind=kind,
         answering=RegenerateConfig(temperature=temperature, max_new_tokens=max_new_tokens),
-        training=resolve([("bench", as_benched), ("flag", settings)]).config.train,
+        training=resolve([("known cases", AS_KNOWN_CASES), ("flag", settings)]).config.train,
         record=Path(record) if record else None,
     )
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import RegenerateConfig, resolve
+from ..config import AS_KNOWN_CASES, RegenerateConfig, resolve
 from ..console import set_quiet
 from ..errors import UserError
 from .flags import (
@@ -33,7 +33,7 @@ OURS = "ours"
 """What `--cases` calls the table that comes with redraft."""
 
 
-@with_settings("train")
+@with_settings("train", defaults=AS_KNOWN_CASES)
 def check(
     prompts: PromptsFlag,
     settings: Any,
@@ -106,7 +106,8 @@ def check(
 ) -> None:
     """Is a repair worth it? From a few prompts: acceptance kept, its cause, speed, cost, a verdict.
 
-    Nothing is trained beyond a trial of its speed. The training settings are those a repair would use.
+    Nothing is trained beyond a trial of its speed. The training settings are those a repair would use, by default those of
+    the known cases.
 
     With --endpoint a server's own counters are read; no weights are needed, and less is known.
 
@@ -164,7 +165,7 @@ def check(
             "name what is checked: --target and --draft (folders or Hub ids), or --endpoint URL of the server "
             "that serves them"
         )
-    train = resolve([("flag", settings)]).config.train
+    train = resolve([("known cases", AS_KNOWN_CASES), ("flag", settings)]).config.train
     loaded = load(target, target_adapter, chat_template, dtype)
     with tempfile.TemporaryDirectory() as scratch:
         found = run(

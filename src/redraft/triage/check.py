@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..config import RegenerateConfig, TrainConfig
+from ..config import RegenerateConfig, TrainConfig, altered
 from ..console import say
 from ..data.regenerate import sampling_of
 from ..decode.sampling import Sampling
@@ -18,7 +19,7 @@ from ..target import Target
 from ..training.fitness import check_fits
 from .evidence import ANSWERING, Evidence, gather
 from .outlook import RETRAIN, Case, outlook, read_cases
-from .pilot import bills, training_rate, trial_of
+from .pilot import TRAINING, bills, training_rate, trial_of
 from .verdict import WORTH, Pace, Verdict, decide
 
 RECOVERIES = (0.5, 0.9)
@@ -31,7 +32,8 @@ class Check:
 
     `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
     trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
-    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn.
+    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn,
+    `settings` those of training that are not redraft's defaults.
     """
 
     target: str
@@ -45,6 +47,7 @@ class Check:
     cases: int
     outside: tuple[str, ...]
     sampling: Sampling
+    settings: dict[str, Any]
     published: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -69,11 +72,11 @@ def check(
     """Measure, predict and decide; answers are kept in the folder `out`.
 
     `prompts` is a file of them, of which up to `most` are answered, as `answering` says. `rows` is the batch size that is served
-    with, `serve` the tokens that will be. Raises UserError for what does not fit, and for too few prompts.
+    with, `serve` the tokens that will be. `train` is how a repair would train, by default as the known cases did. Raises UserError for what does not fit, and for too few prompts.
     """
     refuse_routed(getattr(stored.config, "routed", None))
     known = list(cases) if cases is not None else read_cases()
-    config = train or TrainConfig()
+    config = train or TRAINING
     trial = trial_of(config)
     check_fits(stored.build(target), trial, target, base)  # before anything is paid for
     found = gather(
@@ -117,5 +120,6 @@ def check(
         cases=seen.cases,
         outside=seen.outside,
         sampling=sampling_of(answering),
+        settings=altered(config, "train"),
         published=published,
     )

@@ -36,6 +36,7 @@ from ..training.fitness import check_fits
 from .causes import Causes, find_causes
 from .kinship import Changes, compare
 from .outlook import KEEP, REFRESH
+from .pilot import TRAINING
 
 LEAST = 8
 """Prompts below which chance decides."""
@@ -120,7 +121,7 @@ def gather(
     k: int = 4,
     most: int = 64,
     answering: RegenerateConfig = ANSWERING,
-    train: TrainConfig | None = None,
+    train: TrainConfig = TRAINING,
 ) -> Gathered:
     """Measure on up to `most` prompts of the file `source`, with answers in the folder `out`.
 
@@ -165,9 +166,7 @@ def gather(
             f"the base {base.name} answers {len(on_base)} of {len(asked)} prompts with more than a token, too "
             "few to compare with; leave --base out"
         )
-    refreshed, rise = _refresh(
-        target, base, stored.fitted(target), answers, k, train or TrainConfig()
-    )
+    refreshed, rise = _refresh(target, base, stored.fitted(target), answers, k, train)
     if refreshed:
         draws[REFRESH] = draws[KEEP] + rise
     evidence = dataclasses.replace(

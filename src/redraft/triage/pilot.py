@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import TrainConfig, read_width
+from ..config import AS_KNOWN_CASES, TrainConfig, read_width, resolve
 from ..formats.load import StoredDraft
 from ..methods import read_method
 from ..records import Answer
@@ -32,6 +32,8 @@ class Plan:
 
 PLANS = {ADAPT: Plan(256, 4.0), RETRAIN: Plan(1024, 4.0)}
 """What `redraft bench triage` did for the outcomes in the table of known cases."""
+TRAINING = resolve([("known cases", AS_KNOWN_CASES)]).config.train
+"""How it trained for them: what is foretold is foretold of these settings."""
 TRIAL_PASSES = 2.0
 
 

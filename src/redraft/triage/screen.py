@@ -12,6 +12,7 @@ from ..decode.sampling import Sampling
 from .check import Check
 from .evidence import NARROW, Evidence
 from .outlook import ADAPT, KEEP, REFRESH, RETRAIN
+from .pilot import PLANS
 from .served import ServedCheck
 from .verdict import Option, Verdict
 
@@ -22,8 +23,9 @@ NOISY = 0.2
 full, which alone makes some."""
 LOOPING = 0.05
 """A share of answers that loop from which tau says little."""
+FORETOLD = "foretold of `redraft adapt{0}` with {1.prompts:,} answers and {1.epochs:g} passes, anew with {2.prompts:,}"
 PREDICTED_FROM = (
-    "predicted from {} known fine-tunes (ours are small models: docs/results/triage.md); train on a few hundred "
+    "predicted from {} known cases (ours are small models: docs/results/triage.md); train on a few hundred "
     "answers and measure before you spend more"
 )
 SIGN_NAMES = {
@@ -79,8 +81,11 @@ def print_verdict(v: Verdict, out: Console) -> None:
     out.print(
         "right: share of draws; tokens: to be written by the target; pays after: tokens served"
     )
+    plain = (
+        "serve without a draft, plain decoding is faster here; of these " if v.faster_plain else ""
+    )
     out.print(
-        f"verdict      {v.action.upper()}: {SAYS[v.action]}; error probability {v.error:.2f}",
+        f"verdict      {plain}{v.action.upper()}: {SAYS[v.action]}; error probability {v.error:.2f}",
         markup=False,
         soft_wrap=True,
     )
@@ -198,20 +203,15 @@ def notes(check: Check) -> list[str]:
             f"{e.reused.loop_rate:.0%} of the answers loop at their end, which any draft guesses: {rest}"
             + ("" if check.sampling.temperature else "; check as you sample (--temperature)")
         )
-    if check.verdict.faster_plain:
-        said.append("none of the options beats plain decoding here: serve without a draft")
-    if drawn := _drawn(check.sampling):
-        sets = [f"--set regenerate.{name}={value:g}" for name, value in drawn.items()]
-        sets.append(f"--set measure.temperature={check.sampling.temperature:g}")
-        said.append(f"adapt and measure as you serve: {' '.join(sets)}")
     if e.native is None:
         said.append("without --base neither causes nor the closed form are known")
     return said + _predicted(check)
 
 
 def _predicted(check: Check | ServedCheck) -> list[str]:
-    """What the predictions rest on."""
-    said = [PREDICTED_FROM.format(check.cases)]
+    """What is foretold, and what that rests on."""
+    said = [FORETOLD.format(_sets(check), PLANS[ADAPT], PLANS[RETRAIN])]
+    said.append(PREDICTED_FROM.format(check.cases))
     if check.outside:
         names = ", ".join(SIGN_NAMES[name] for name in check.outside)
         said.append(f"beyond what any of these had: {names}; the prediction is an extrapolation")
@@ -225,6 +225,15 @@ def _acceptance(e: Evidence) -> str:
 
 def _way(sampling: Sampling) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in _drawn(sampling).items()) or "greedy"
+
+
+def _sets(check: Check | ServedCheck) -> str:
+    """The settings that adapt needs to train, sample and measure as it is foretold here."""
+    found = dict(check.settings)
+    if drawn := _drawn(check.sampling):
+        found |= {f"regenerate.{name}": value for name, value in drawn.items()}
+        found["measure.temperature"] = check.sampling.temperature
+    return "".join(f" --set {key}={value}" for key, value in found.items())
 
 
 def _drawn(sampling: Sampling) -> dict[str, float]:

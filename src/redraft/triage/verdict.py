@@ -64,17 +64,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`error` is the probability that another action is the right one, under the outlook."""
+    """`error` is the probability that another action is the right one, under the outlook.
+    `faster_plain` says whether even the best option is known to be slower than plain decoding."""
 
     action: str
     error: float
     options: tuple[Option, ...]
-
-    @property
-    def faster_plain(self) -> bool:
-        """Whether even the best option is known to be slower than plain decoding."""
-        known = [option.speedup[0] for option in self.options if option.speedup]
-        return bool(known) and max(known) < 1
+    faster_plain: bool
 
 
 def decide(
@@ -107,7 +103,9 @@ def decide(
         for at, action in enumerate(names)
     )
     best = int(share_A.argmax())
-    return Verdict(names[best], float(1 - share_A[best]), options)
+    speedups = [option.speedup[0] for option in options if option.speedup]
+    slow = bool(speedups) and max(speedups) < 1
+    return Verdict(names[best], float(1 - share_A[best]), options, slow)
 
 
 def climb(names: Sequence[str], speed_AN: Any, worth: float) -> Any:
