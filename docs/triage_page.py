@@ -170,7 +170,8 @@ def _interval(found: tuple[float, float, float]) -> str:
 
 
 def draw_triage() -> None:
-    """Predicted against measured recovery of every case that has one, coloured by kind."""
+    """Predicted against measured recovery of every case that has one: greedy left, sampled right,
+    coloured by kind, with another mark for each family."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -178,27 +179,35 @@ def draw_triage() -> None:
     from matplotlib import pyplot
 
     told = [j for j in judge(read_cases()) if j.recovery is not None and j.predicted]
-    figure, axis = pyplot.subplots(figsize=(5.2, 4.8))
-    axis.plot([0, 1.2], [0, 1.2], color="#888", lw=0.8, ls=":")
-    for kind in dict.fromkeys(j.case.kind for j in told):
-        for at, j in enumerate(j for j in told if j.case.kind == kind):
+    families = dict.fromkeys(j.case.family for j in told)
+    marks = {family: "o^sDv"[at % 5] for at, family in enumerate(families)}
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.6, 4.4), sharex=True, sharey=True)
+    for axis, name in zip(axes, ("greedy", "sampled"), strict=True):
+        of_these = [j for j in told if bool(j.case.temperature) == (name == "sampled")]
+        axis.plot([0, 1], [0, 1], color="#888", lw=0.8, ls=":")
+        for j in of_these:
             middle, low, high = j.predicted or (0.0, 0.0, 0.0)
             axis.errorbar(
                 j.recovery,
                 middle,
                 yerr=[[max(middle - low, 0)], [max(high - middle, 0)]],
-                fmt={"nano": "o", "micro": "^"}.get(j.case.family, "s"),
-                mfc="white" if j.case.temperature else None,
-                color=COLOURS.get(kind, "#555555"),
+                fmt=marks[j.case.family],
+                color=COLOURS.get(j.case.kind, "#555555"),
                 ms=4,
                 lw=0.8,
-                label=kind if at == 0 else None,
             )
-    axis.set_xlabel("recovery, measured")
-    axis.set_ylabel("recovery, predicted from the other kinds [95 %]")
-    axis.set_xlim(-0.05, 1.25)
-    axis.set_ylim(-0.05, 1.45)
-    axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
+        axis.set_title(f"{name}: {len(of_these)} cases", fontsize=9)
+        axis.set_xlabel("recovery, measured")
+        axis.set_xlim(-0.05, 1.0)
+        axis.set_ylim(-0.05, 1.45)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("recovery, predicted from the other kinds [95 %]")
+    names = {j.case.kind: COLOURS.get(j.case.kind, "#555555") for j in told}
+    shown = [axes[1].plot([], [], "o", color=c, ms=4, label=kind)[0] for kind, c in names.items()]
+    shown += [
+        axes[1].plot([], [], mark, color="#555", mfc="white", ms=4, label=family)[0]
+        for family, mark in marks.items()
+    ]
+    figure.legend(handles=shown, loc="center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 0.88, 1))
     figure.savefig(RESULTS / "triage.svg", metadata={"Date": None})
