@@ -89,9 +89,12 @@ def test_a_case_per_member_that_is_run_once(
     assert moved.taus["keep"] == pytest.approx(pooled_tau([t for t in traces if t.accepted]))
     monkeypatch.setattr(bench, "_Bench", None)
     assert bench_triage([family], tmp_path / "out") == cases
-    out = Console(width=140, record=True)
+    out = Console(width=80, record=True)
     print_cases(cases, out)
-    assert f"{moved.taus['adapt']:.2f}" in out.export_text()
+    shown = out.export_text()
+    assert f"{moved.taus['adapt']:.2f}" in shown
+    assert "tiny/int8" in shown
+    assert "…" not in shown, "nothing is cut on a narrow screen"
     with pytest.raises(UserError, match="has no member 'sfft'"):
         bench_triage([family], tmp_path / "out", ["sfft"])
 

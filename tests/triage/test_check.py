@@ -255,6 +255,11 @@ def test_the_command(
     assert outside == [False, True], "no case of the table was sampled"
     more = CliRunner().invoke(app, [*asked, *models, "--json", "--cases", "ours"])
     assert json.loads(more.stdout)["cases"] == found["cases"] + len(read_cases())
+    table.write_text(json.dumps(as_json(cases[:7])))
+    few = CliRunner().invoke(app, [*asked, *models])
+    assert "three kinds at least, the table has 7 of 5" in str(few.exception)
+    assert "answering" not in few.output, "something was paid for first"
+    table.write_text(json.dumps(as_json(cases)))
     served = CliRunner().invoke(app, [*asked, "--endpoint", "http://127.0.0.1:1", "--min-p", "0.1"])
     assert "cannot use --min-p" in str(served.exception)
     nothing = CliRunner().invoke(app, asked)

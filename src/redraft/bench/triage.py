@@ -238,13 +238,15 @@ class _Bench:
 def print_cases(cases: Sequence[Case], out: Console | None = None) -> None:
     """A line per case: what was seen, and tau by action."""
     out = out or Console(highlight=False)
-    table = Table(title="what was seen from a few prompts, and what came out: tau")
-    for heading in ("family", "member", "kind", "native", "words", "entropy", *ACTIONS):
-        table.add_column(heading)
+    out.print("what was seen from a few prompts, and what came out: tau")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("case", "kind", "T", "native", "words", "entropy", *ACTIONS):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "case")
     for case in cases:
         signs = (_shown(case.signs.get(name)) for name in ("native", "words", "entropy"))
         taus = (_shown(case.taus.get(action)) for action in ACTIONS)
-        table.add_row(case.family, case.name, case.kind, *signs, *taus)
+        name, temperature = f"{case.family}/{case.name}", f"{case.temperature:g}"
+        table.add_row(name, case.kind, temperature, *signs, *taus)
     out.print(table)
 
 

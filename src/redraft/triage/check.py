@@ -18,7 +18,7 @@ from ..records import StepCost, versions
 from ..target import Target
 from ..training.fitness import check_fits
 from .evidence import ANSWERING, Evidence, gather
-from .outlook import RETRAIN, Case, outlook, read_cases
+from .outlook import RETRAIN, Case, check_enough, outlook, read_cases
 from .pilot import TRAINING, bills, training_rate, trial_of
 from .verdict import WORTH, Pace, Verdict, decide
 
@@ -76,9 +76,10 @@ def check(
     """
     refuse_routed(getattr(stored.config, "routed", None))
     known = list(cases) if cases is not None else read_cases()
+    check_enough(known)  # before anything is paid for
     config = train or TRAINING
     trial = trial_of(config)
-    check_fits(stored.build(target), trial, target, base)  # before anything is paid for
+    check_fits(stored.build(target), trial, target, base)
     found = gather(
         target,
         stored,

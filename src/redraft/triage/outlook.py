@@ -113,6 +113,17 @@ def as_json(cases: Sequence[Case]) -> dict[str, Any]:
     return {"cases": [asdict(case) for case in cases]}
 
 
+def check_enough(cases: Sequence[Case]) -> set[str]:
+    """The kinds of these cases. Raises UserError when they are too few to predict from."""
+    kinds = {case.kind for case in cases}
+    if len(cases) < FEWEST or len(kinds) < FEWEST_KINDS:
+        raise UserError(
+            f"a prediction needs {FEWEST} known cases of three kinds at least, the table has {len(cases)} of "
+            f"{len(kinds)}; add some with `redraft bench case`, or ours with --cases ours"
+        )
+    return kinds
+
+
 def predict(
     signs: Mapping[str, float], k: int, cases: Sequence[Case], temperature: float = 0.0
 ) -> Prediction:
@@ -122,12 +133,7 @@ def predict(
     """
     names = next(names for names in SIGNS if all(name in signs for name in names))
     cases = [case for case in cases if all(name in case.signs for name in names)]
-    kinds = {case.kind for case in cases}
-    if len(cases) < FEWEST or len(kinds) < FEWEST_KINDS:
-        raise UserError(
-            f"a prediction needs {FEWEST} known cases of three kinds at least, the table has "
-            f"{len(cases)}; add some with `redraft bench case`, or ours with --cases ours"
-        )
+    kinds = check_enough(cases)
     x, y = _matrix(cases, names), _outcomes(cases)
     errors = np.empty_like(y)
     for kind in kinds:

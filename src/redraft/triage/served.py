@@ -25,7 +25,7 @@ from ..engines.counters import Counters, read_counters
 from ..errors import UserError
 from ..formats.chat import Understood, understand
 from .evidence import ANSWERING
-from .outlook import KEEP, Case, outlook, read_cases
+from .outlook import KEEP, Case, check_enough, outlook, read_cases
 from .pilot import PLANS
 from .verdict import WORTH, Bill, Pace, Verdict, decide
 
@@ -93,6 +93,7 @@ def check_served(
     too few prompts.
     """
     known = list(cases) if cases is not None else read_cases()
+    check_enough(known)  # before anything is asked
     asked = _read(source, max(most, 2 * rows), rows)
     with httpx.Client(
         base_url=url.rstrip("/").removesuffix("/v1"),
