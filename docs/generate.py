@@ -17,7 +17,9 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from decode_page import decode_page
 from engines_page import engines_page
@@ -26,42 +28,13 @@ from positions_page import draw_positions, positions_page
 from repair_page import demo_output, measured_table, results_page
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
+from typer.main import get_command
 
+from redraft.cli.app import app
 from redraft.config import recipe_names, stage_fields
 from redraft.methods import PARTS
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [
-    [],
-    *(
-        [name]
-        for name in (
-            "demo",
-            "check",
-            "adapt",
-            "regenerate",
-            "select",
-            "features",
-            "train",
-            "measure",
-            "generate",
-            "inspect",
-            "export",
-            "verify",
-            "report",
-            "recipes",
-        )
-    ),
-    ["bench", "family"],
-    ["bench", "pipeline"],
-    ["bench", "repair"],
-    ["bench", "decode"],
-    ["bench", "methods"],
-    ["bench", "selection"],
-    ["bench", "triage"],
-    ["prompts", "inspect"],
-    ["bench", "positions"],
-]
 
 
 def generated() -> dict[Path, str]:
@@ -99,7 +72,7 @@ def between(text: str, name: str, content: str) -> str:
 def cli_reference() -> str:
     parts = ["# Command line\n\nGenerated from `--help` by `make docs`.\n"]
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
-    for command in COMMANDS:
+    for command in ([], *_commands(get_command(app))):
         help_text = subprocess.run(
             [sys.executable, "-m", "redraft", *command, "--help"],
             capture_output=True,
@@ -112,6 +85,16 @@ def cli_reference() -> str:
         lines = "\n".join(line.rstrip() for line in usage.splitlines())
         parts.append(f"## {name}\n\n```\n{lines}\n```\n")
     return "\n".join(parts)
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """The words of every command, in the order that `--help` lists them."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from [[*path, name]] if command.invoke_without_command else []
+            yield from _commands(command, (*path, name))
+        else:
+            yield [*path, name]
 
 
 def config_reference() -> str:

@@ -314,7 +314,7 @@ class AdaptConfig:
 
 AS_KNOWN_CASES: dict[str, Any] = {"train.loss": "ce", "train.batch_tokens": 512}
 """The settings by which the known cases of a check were refreshed, adapted and trained anew, where they are not
-the defaults: a check and a case of one's own go by the same unless told otherwise."""
+the defaults: what a check foretells is foretold of these."""
 
 
 STAGES: dict[str, Any] = {
@@ -342,13 +342,6 @@ def stage_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
         for setting in dataclasses.fields(stage_class):
             found[f"{stage}.{setting.name}"] = (stage, setting)
     return found
-
-
-def altered(config: object, stage: str) -> dict[str, Any]:
-    """A stage's settings that are not at their defaults, by dotted key."""
-    fields = {key: field for key, (name, field) in stage_fields().items() if name == stage}
-    found = {key: getattr(config, field.name) for key, field in fields.items()}
-    return {key: value for key, value in found.items() if value != fields[key].default}
 
 
 def resolve(layers: list[tuple[str, Mapping[str, Any]]]) -> Resolved:

@@ -16,14 +16,18 @@ from typer.testing import CliRunner
 from redraft.bench import own_case
 from redraft.bench import triage as bench
 from redraft.bench.calibration import calibration, judge, policies, right_action
+from redraft.bench.family import family_prompts
 from redraft.bench.triage import bench_triage, print_cases
 from redraft.cli.app import app
+from redraft.config import TrainConfig
 from redraft.data.regenerate import read_answers
 from redraft.errors import UserError
 from redraft.formats.load import read_draft
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.replay import replay
 from redraft.target import load_target
+from redraft.training.train import train
+from redraft.triage import evidence
 from redraft.triage.outlook import ACTIONS, Case, read_cases
 from redraft.triage.pilot import Plan
 from redraft.triage.verdict import DEARNESS, WORTH
@@ -100,22 +104,29 @@ def test_a_case_per_member_that_is_run_once(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_check_sees_what_the_known_cases_were_seen_by(family: Path, tmp_path: Path) -> None:
-    """The signs of a check with no settings given are those of the cell of the same fine-tune, the closed
-    form's too; with another loss that one is not."""
+def test_a_check_sees_what_the_known_cases_were_seen_by(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signs of a check are those of the cell of the same fine-tune, the closed form's too, whatever
+    training is tried; by another loss that one would be another."""
     (case,) = bench_triage([family], tmp_path / "out", ["sft"])
     models = ["--target", str(family / "members" / "sft"), "--base", str(family / "base")]
     asked = ["check", *models, "--draft", str(family / "draft"), "--json", "--max-new-tokens", "12"]
     asked += ["--prompts", str(family / "prompts" / "math-heldout.jsonl"), "--most", "16"]
-    rises = []
-    for more in ([], ["--loss", "kl"]):
+
+    def rise(*more: str) -> float:
         run = CliRunner().invoke(app, [*asked, *more])
         assert run.exit_code == 0, run.output
         seen = json.loads(run.stdout)["evidence"]
         assert seen["reused"]["tau"] == pytest.approx(case.signs["reused"])
-        rises.append(seen["refreshed"]["tau"] - seen["refreshed"]["reused"])
-    assert rises[0] == pytest.approx(case.signs["refreshed"] - case.signs["reused"])
-    assert rises[1] != pytest.approx(rises[0])
+        return float(seen["refreshed"]["tau"] - seen["refreshed"]["reused"])
+
+    known = pytest.approx(case.signs["refreshed"] - case.signs["reused"])
+    assert rise() == known
+    assert rise("--loss", "kl") == known
+    with monkeypatch.context() as patched:
+        patched.setattr(evidence, "TRAINING", TrainConfig(loss="kl", batch_tokens=512))
+        assert rise() != known
 
 
 @pytest.mark.usefixtures("small")
@@ -156,6 +167,35 @@ def test_a_case_of_ones_own(family: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bench, "_Bench", None)
     again = CliRunner().invoke(app, run)
     assert json.loads(again.stdout) == json.loads(first.stdout)
+    for more, words in (
+        (["--kind", "lora"], "of a case 'sft' with other kind; give this one another --name"),
+        (["--target", base, "--name", "sft"], "with other target"),
+        (["--max-new-tokens", "11"], "with other max_new_tokens"),
+        (["--family", "org/base"], "--family 'org/base' has to do as the name of a file"),
+    ):
+        other = CliRunner().invoke(app, [*run, *more])
+        assert words in str(other.exception)
+
+
+@pytest.mark.usefixtures("small")
+def test_answers_are_taken_in_the_order_of_the_prompts(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of answers have the short prompts first; adapting on a part of them must not."""
+    pools: list[list[str]] = []
+
+    def watched(target: Any, draft: Any, pool: list[Any], *rest: Any, **more: Any) -> Any:
+        pools.append([answer.id for answer in pool])
+        return train(target, draft, pool, *rest, **more)
+
+    monkeypatch.setattr(bench, "train", watched)
+    bench_triage([family], tmp_path / "out", ["sft"])
+    target = load_target(str(family / "members" / "sft"))
+    asked = [p.id for p in family_prompts(family, target, ("math",), "adapt", 24)]
+    answered = list(read_answers(tmp_path / "out" / "answers/tiny/sft/adapt.jsonl"))
+    assert [a.id for a in answered] != asked, "the file is in another order"
+    kept = {a.id for a in answered if a.length >= 2}
+    assert pools[0] == [p for p in asked if p in kept][:12]
 
 
 def two_families() -> list[Case]:

@@ -177,6 +177,19 @@ def test_temperature_moves_the_prediction() -> None:
         )
 
 
+def test_intervals_are_as_wide_as_errors_on_cases_decoded_alike() -> None:
+    greedy = made_up_cases(noise=0.3)
+    warm = [dataclasses.replace(c, temperature=0.7) for c in made_up_cases(noise=0.01, seed=3)]
+    signs = greedy[0].signs
+    both = [*greedy, *warm]
+    wide, narrow = (predict(signs, 4, both, temperature) for temperature in (0.0, 0.7))
+    assert (len(wide.errors), len(narrow.errors), wide.cases) == (25, 25, 50)
+    assert np.abs(wide.errors).mean() > 3 * np.abs(narrow.errors).mean()
+    assert outlook(signs, 4, {"keep": [1.5]}, both).cases == 50
+    few = predict(signs, 4, [*greedy, *warm[:7]], 0.7)
+    assert len(few.errors) == 32, "seven are too few to go by alone"
+
+
 def test_the_signs_that_are_there_are_used(cases: list[Case]) -> None:
     signs = dict(cases[0].signs)
     widths = []
@@ -200,6 +213,18 @@ def test_tables_that_say_too_little(cases: list[Case], tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(UserError, match="no table of known cases"):
         read_cases(file)
+
+
+def test_a_sign_that_too_few_cases_have_is_not_used(cases: list[Case]) -> None:
+    """The next set of signs is taken: what is there of the others is not thrown away."""
+    signs = cases[0].signs
+    bare = [
+        dataclasses.replace(c, signs={n: c.signs[n] for n in ("reused", "entropy", "native")})
+        for c in cases
+    ]
+    seen = predict(signs, 4, [*cases[:7], *bare[7:]])
+    assert seen.middle == predict(signs, 4, bare).middle
+    assert seen.middle != predict(signs, 4, cases).middle
 
 
 def test_the_table_that_comes_with_redraft() -> None:

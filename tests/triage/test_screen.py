@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from redraft.config import AS_KNOWN_CASES, RegenerateConfig, TrainConfig
+from redraft.config import RegenerateConfig, TrainConfig
 from redraft.decode.sampling import Sampling
 from redraft.formats.load import read_draft
 from redraft.target import Target
@@ -59,16 +59,15 @@ def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> Non
 
 def test_a_check_says_what_was_foretold(checked: Check) -> None:
     """The settings that are not adapt's own, and, where answers were sampled, how to sample and measure."""
-    known = dataclasses.replace(checked, settings=dict(AS_KNOWN_CASES))
-    assert "adapt --set train.loss=ce --set train.batch_tokens=512` with 256" in one_note(
-        known, "foretold of"
-    )
-    assert "adapt --set train.batch_tokens=512`" in one_note(checked, "foretold of")
+    said = one_note(checked, "foretold of")
+    assert "adapt --set train.loss=ce --set train.batch_tokens=512` with 256" in said
+    assert not any("cuts" in note or "nearer to greedy" in note for note in notes(checked))
     sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9))
     sets = (
         "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7`"
     )
     assert sets in one_note(sampled, "foretold of")
+    assert "top_p brings tau nearer to greedy" in one_note(sampled, "only the temperature")
 
 
 def test_an_extrapolation_is_called_one(checked: Check) -> None:
@@ -96,7 +95,7 @@ def test_where_plain_decoding_is_faster_the_verdict_says_so_first(checked: Check
         (False, f"verdict      {checked.verdict.action.upper()}: "),
         (
             True,
-            f"verdict      serve without a draft, plain decoding is faster here; of these {checked.verdict.action.upper()}: ",
+            f"verdict      plain decoding is faster than any option here: serve without a draft. Of the options {checked.verdict.action.upper()}: ",
         ),
     ):
         out = Console(width=160, record=True)

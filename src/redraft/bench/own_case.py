@@ -6,19 +6,24 @@ those that tau is measured on, and those that are trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import RegenerateConfig, TrainConfig
+from ..config import RegenerateConfig
+from ..console import say
 from ..data.prompts import read_prompts
+from ..data.regenerate import answer_inputs
 from ..errors import UserError
+from ..files import write_text
+from ..formats.folders import read_json
 from ..formats.load import StoredDraft
 from ..records import Prompt
 from ..target import Target
 from ..training.fitness import check_fits
 from ..triage.outlook import ADAPT, RETRAIN, Case
 from ..triage.pilot import PLANS, TRAINING
-from .triage import CHECKED, EVALUATED, HELDOUT, Subject, gathered, run_cell
+from .triage import CHECKED, EVALUATED, HELDOUT, Subject, gathered, group_of, run_cell
 
 
 def bench_case(
@@ -32,33 +37,57 @@ def bench_case(
     family: str,
     kind: str,
     answering: RegenerateConfig,
-    training: TrainConfig = TRAINING,
     record: Path | None = None,
 ) -> list[Case]:
     """All cases of the folder `out`, with this one, run where it is missing.
 
     `family` says which models it belongs to, `kind` how it was tuned: a prediction's error is what it errs by on other
-    kinds. `training` is what adapting does; training anew does the same from nothing. Raises UserError for
-    models that do not belong together, and for too few prompts.
+    kinds. Raises UserError for models that do not belong together, for too few prompts, and where `out` holds
+    another case of that name.
     """
-    check_fits(stored.build(target), training, target, base)  # before anything is paid for
+    for flag, given in (("--name", name), ("--family", family)):
+        if given != Path(given).name or given == "..":
+            raise UserError(f"{flag} '{given}' has to do as the name of a file: no slashes")
+    check_fits(stored.build(target), TRAINING, target, base)  # before anything is paid for
+    starts = {"heldout": CHECKED, "eval": CHECKED + HELDOUT, "adapt": CHECKED + HELDOUT + EVALUATED}
+    found = _prompts(source, target, starts["adapt"])
+    about = out / "answers" / group_of(family, answering) / name / "about.json"
+    inputs = answer_inputs(target, found, answering, 0)
+    _claim(about, name, inputs | {"draft": stored.hash(), "base": base.fingerprint(), "kind": kind})
 
     def subject() -> Subject:
-        split = _split(source, target)
-        return Subject(name, family, kind, target, base, stored, source, split)
+        def prompts(split: str, count: int) -> Sequence[Prompt]:
+            return found[starts[split] : starts[split] + count]
 
-    run_cell(out, family, name, subject, answering, training)
+        return Subject(name, family, kind, target, base, stored, source, prompts)
+
+    run_cell(out, family, name, subject, answering)
     return gathered(out, record)
 
 
-def _split(source: str, target: Target) -> Callable[[str, int], Sequence[Prompt]]:
-    """What gives the prompts of a split. Raises UserError where those left to train on are too few."""
-    starts = {"heldout": CHECKED, "eval": CHECKED + HELDOUT, "adapt": CHECKED + HELDOUT + EVALUATED}
-    aside, least, most = starts["adapt"], PLANS[ADAPT].prompts, PLANS[RETRAIN].prompts
+def _prompts(source: str, target: Target, aside: int) -> list[Prompt]:
+    """The prompts of the file that are used. Raises UserError where too few are left to train on."""
+    least, most = PLANS[ADAPT].prompts, PLANS[RETRAIN].prompts
     found = list(read_prompts(source, target, aside + most, "last").prompts)
-    if len(found) < aside + least:
+    left = len(found) - aside
+    if left < least:
         raise UserError(
             f"{source} has {len(found)} prompts of use, a case needs {aside + least} at least: {aside} to check and to measure "
             f"with, {least} to train on ({most} are best)"
         )
-    return lambda split, count: found[starts[split] : starts[split] + count]
+    if left < most:
+        say(f"training anew has {left} of {most} answers: it may come out lower than it could")
+    return found
+
+
+def _claim(about: Path, name: str, inputs: dict[str, object]) -> None:
+    """Refuse to take another fine-tune's case, or one made otherwise, for this one."""
+    if about.is_file():
+        known = read_json(about)
+        changed = sorted(key for key in inputs if known.get(key) != inputs[key])
+        if changed:
+            raise UserError(
+                f"{about.parent} is of a case '{name}' with other {', '.join(changed)}; give this one another --name, "
+                "or another --out"
+            )
+    write_text(about, json.dumps(inputs, indent=2) + "\n")

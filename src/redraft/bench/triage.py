@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import RegenerateConfig, TrainConfig
+from ..config import RegenerateConfig
 from ..console import say
 from ..data.regenerate import regenerate
 from ..errors import UserError, nearest
@@ -126,17 +126,21 @@ def run_cell(
     name: str,
     subject: Callable[[], Subject],
     answering: RegenerateConfig,
-    training: TrainConfig = TRAINING,
 ) -> None:
     """The cell of one fine-tune in the folder `out`, run where it is missing."""
-    group = family + (f"-{answering.temperature:g}" if answering.temperature else "")
+    group = group_of(family, answering)
     file = out / "cells" / group / f"{name}.json"
     if file.is_file():
         say(f"{group}: {name} is there already ({file})")
         return
     say(f"{group}: {name}")
-    case = _Bench(subject(), out / "answers" / group / name, answering, training).case()
+    case = _Bench(subject(), out / "answers" / group / name, answering).case()
     write_text(file, json.dumps(dataclasses.asdict(case), indent=1) + "\n")
+
+
+def group_of(family: str, answering: RegenerateConfig) -> str:
+    """The folder of a family's cells at a temperature."""
+    return family + (f"-{answering.temperature:g}" if answering.temperature else "")
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,6 @@ class _Bench:
     subject: Subject
     work: Path
     answering: RegenerateConfig
-    training: TrainConfig
 
     def case(self) -> Case:
         """What a check sees. Its prompts are not those that outcomes are measured on."""
@@ -160,7 +163,6 @@ class _Bench:
             k=K,
             most=CHECKED,
             answering=self.answering,
-            train=self.training,
         )
         came = self.outcome(seen.answers, REFRESH in seen.draws)
         prompt = max((answer.prompt for answer in seen.answers), key=len)
@@ -193,7 +195,7 @@ class _Bench:
             **({REFRESH: self._refreshed(few, evaluated)} if refreshes else {}),
             **{
                 action: self._trained(action, method, pool, stopped_by, evaluated)
-                for action, method in ((ADAPT, self.training.method), (RETRAIN, "scratch"))
+                for action, method in ((ADAPT, TRAINING.method), (RETRAIN, "scratch"))
             },
         }
         used = {action: [t for t in traces if t.accepted] for action, traces in steps.items()}
@@ -207,7 +209,7 @@ class _Bench:
     def _refreshed(self, answers: list[Answer], evaluated: list[Answer]) -> list[StepTrace]:
         target, base = self.subject.target, self.subject.base
         fitted = self.subject.stored.fitted(target)
-        config = dataclasses.replace(self.training, method=REFRESHING, epochs=0.0)
+        config = dataclasses.replace(TRAINING, method=REFRESHING, epochs=0.0)
         part = train_private(target, fitted, answers, answers[-4:], config, K, base=base)
         fused: StoredDraft = fuse_draft(fitted, part, target)
         return replay(target, fused.build(target), evaluated, K)
@@ -222,16 +224,19 @@ class _Bench:
     ) -> list[StepTrace]:
         plan = PLANS[action]
         target = self.subject.target
-        config = dataclasses.replace(self.training, method=method, epochs=plan.epochs)
+        config = dataclasses.replace(TRAINING, method=method, epochs=plan.epochs)
         draft = self.subject.stored.build(target, torch.float32)
         train(target, draft, pool[: plan.prompts], stopped_by, config, k=K)
         return replay(target, draft, evaluated, K)
 
     def _answers(self, split: str, count: int) -> list[Answer]:
-        """The target's answers to a split, kept in the work folder."""
+        """The target's answers to a split, kept in the work folder; in the prompts' order, as files have the
+        short ones first."""
         prompts = self.subject.prompts(split, count)
         file = self.work / f"{split}.jsonl"
         found = regenerate(self.subject.target, prompts, file, self.answering, overrun=K)
+        order = {prompt.id: at for at, prompt in enumerate(prompts)}
+        found.sort(key=lambda answer: order[answer.id])
         return [answer for answer in found if answer.length >= 2]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..config import AS_KNOWN_CASES, RegenerateConfig, resolve
+from ..config import RegenerateConfig
 from ..console import set_quiet
 from ..errors import UserError
 from .flags import (
@@ -23,7 +23,6 @@ from .flags import (
     TemplateFlag,
     load,
     print_json,
-    with_settings,
 )
 
 RecordFlag = Annotated[
@@ -346,7 +345,6 @@ def bench_triage(
 
 
 @app.command("case")
-@with_settings("train", defaults=AS_KNOWN_CASES)
 def bench_case(
     target: TargetFlag,
     draft: DraftFlag,
@@ -359,7 +357,6 @@ def bench_case(
         ),
     ],
     out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
-    settings: Any,
     name: Annotated[
         str | None, typer.Option("--name", help="what to call it (default: the target's name)")
     ] = None,
@@ -379,7 +376,7 @@ def bench_case(
 ) -> None:
     """What `redraft check` sees of your fine-tune, and what then came out: a case of your own to predict from.
 
-    The draft is refreshed, adapted, and trained from nothing, with the training settings given, and measured
+    The draft is refreshed, adapted, and trained from nothing, as for the cases that come with redraft, and measured
     on prompts that nothing else saw.
 
     Example: redraft bench case --target ./my-model --draft org/EAGLE3-base --base org/base
@@ -401,7 +398,6 @@ def bench_case(
         family=family or Path(base).resolve().name,
         kind=kind,
         answering=RegenerateConfig(temperature=temperature, max_new_tokens=max_new_tokens),
-        training=resolve([("known cases", AS_KNOWN_CASES), ("flag", settings)]).config.train,
         record=Path(record) if record else None,
     )
     if as_json:

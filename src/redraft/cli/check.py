@@ -106,8 +106,8 @@ def check(
 ) -> None:
     """Is a repair worth it? From a few prompts: acceptance kept, its cause, speed, cost, a verdict.
 
-    Nothing is trained beyond a trial of its speed. The training settings are those a repair would use, by default those of
-    the known cases.
+    Nothing is trained beyond a trial of its speed. Training settings are for that trial, so for the bill; what a
+    repair brings is foretold of the settings of the known cases.
 
     With --endpoint a server's own counters are read; no weights are needed, and less is known.
 
@@ -118,12 +118,15 @@ def check(
     from ..formats.load import read_draft
     from ..records import to_json
     from ..triage.check import check as run
-    from ..triage.outlook import SHIPPED, read_cases
+    from ..triage.outlook import SHIPPED, Case, check_enough, read_cases
     from ..triage.screen import print_check, print_served
     from ..triage.served import check_served
 
     tables = [SHIPPED if table == OURS else Path(table) for table in cases or [OURS]]
-    known = [case for table in tables for case in read_cases(table)]
+    known: list[Case] = []
+    for table in tables:
+        known += [case for case in read_cases(table) if case not in known]
+    check_enough(known)  # before a model is loaded
     answering = RegenerateConfig(
         temperature=temperature,
         top_k=top_k,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..config import RegenerateConfig, TrainConfig, altered
+from ..config import RegenerateConfig, TrainConfig
 from ..console import say
 from ..data.regenerate import sampling_of
 from ..decode.sampling import Sampling
@@ -32,8 +31,7 @@ class Check:
 
     `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
     trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
-    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn,
-    `settings` those of training that are not redraft's defaults.
+    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn.
     """
 
     target: str
@@ -47,7 +45,6 @@ class Check:
     cases: int
     outside: tuple[str, ...]
     sampling: Sampling
-    settings: dict[str, Any]
     published: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -72,7 +69,8 @@ def check(
     """Measure, predict and decide; answers are kept in the folder `out`.
 
     `prompts` is a file of them, of which up to `most` are answered, as `answering` says. `rows` is the batch size that is served
-    with, `serve` the tokens that will be. `train` is how a repair would train, by default as the known cases did. Raises UserError for what does not fit, and for too few prompts.
+    with, `serve` the tokens that will be. `train` is what the trial of
+    training tries, by default as the known cases did: it changes the bill alone. Raises UserError for what does not fit, and for too few prompts.
     """
     refuse_routed(getattr(stored.config, "routed", None))
     known = list(cases) if cases is not None else read_cases()
@@ -89,7 +87,6 @@ def check(
         k=k,
         most=most,
         answering=answering,
-        train=config,
     )
     evidence = found.evidence
     say("timing the steps of decoding, and a few of training")
@@ -121,6 +118,5 @@ def check(
         cases=seen.cases,
         outside=seen.outside,
         sampling=sampling_of(answering),
-        settings=altered(config, "train"),
         published=published,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import RegenerateConfig, TrainConfig
+from ..config import RegenerateConfig
 from ..console import say
 from ..data.ownership import cost
 from ..data.prompts import read_prompts
@@ -121,7 +121,6 @@ def gather(
     k: int = 4,
     most: int = 64,
     answering: RegenerateConfig = ANSWERING,
-    train: TrainConfig = TRAINING,
 ) -> Gathered:
     """Measure on up to `most` prompts of the file `source`, with answers in the folder `out`.
 
@@ -166,7 +165,7 @@ def gather(
             f"the base {base.name} answers {len(on_base)} of {len(asked)} prompts with more than a token, too "
             "few to compare with; leave --base out"
         )
-    refreshed, rise = _refresh(target, base, stored.fitted(target), answers, k, train)
+    refreshed, rise = _refresh(target, base, stored.fitted(target), answers, k)
     if refreshed:
         draws[REFRESH] = draws[KEEP] + rise
     evidence = dataclasses.replace(
@@ -250,10 +249,12 @@ def _refresh(
     stored: StoredDraft,
     answers: Sequence[Answer],
     k: int,
-    train: TrainConfig,
 ) -> tuple[Refreshed | None, Any]:
-    """What closed forms bring, and the rise in tau as draws; None for a draft that has none."""
-    config = dataclasses.replace(train, method=REFRESHING, epochs=0.0)
+    """What closed forms bring, and the rise in tau as draws; None for a draft that has none.
+
+    Fitted with the known cases' settings, whatever a repair would train with: it is a sign.
+    """
+    config = dataclasses.replace(TRAINING, method=REFRESHING, epochs=0.0)
     try:
         check_fits(stored.build(target), config, target, base)
     except UserError as problem:

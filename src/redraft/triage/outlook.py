@@ -2,8 +2,8 @@
 
 The prediction is a linear model (Bayesian ridge) of a few signs and the temperature, fitted on cases whose outcome is
 known: a table that `redraft bench triage` writes. Its error is what it erred by on fine-tunes of a kind that it was
-not fitted on; a prediction's draws are Student's t around it, as wide as those errors, with as many degrees
-of freedom as there are kinds, less one: cases of one kind err alike, and the largest error seen among a few is
+not fitted on; a prediction's draws are Student's t around it, as wide as those errors were on cases decoded alike (greedily or
+sampled), with as many degrees of freedom as these have kinds, less one: cases of one kind err alike, and the largest error seen among a few is
 not the largest there is.
 
 Tau is handled as z, the logit of the acceptance a that would give it were it the same at every position:
@@ -89,13 +89,15 @@ class Outlook:
 
 
 class Prediction(NamedTuple):
-    """Predicted z by action, the errors [C, actions] made on kinds that were left out, how many kinds
-    there were, and the signs that lie outside of what the cases had."""
+    """Predicted z by action, the errors [C, actions] made on cases whose kinds were left out (on those decoded alike,
+    greedily or sampled, where they are enough), how many kinds these have, the signs that lie outside of what the
+    cases had, and how many cases there are in all."""
 
     middle: dict[str, float]
     errors: Any
     kinds: int
     outside: tuple[str, ...]
+    cases: int
 
 
 def read_cases(path: Path = SHIPPED) -> list[Case]:
@@ -113,15 +115,29 @@ def as_json(cases: Sequence[Case]) -> dict[str, Any]:
     return {"cases": [asdict(case) for case in cases]}
 
 
-def check_enough(cases: Sequence[Case]) -> set[str]:
-    """The kinds of these cases. Raises UserError when they are too few to predict from."""
-    kinds = {case.kind for case in cases}
-    if len(cases) < FEWEST or len(kinds) < FEWEST_KINDS:
+def check_enough(cases: Sequence[Case]) -> None:
+    """Raises UserError when there are too few cases, or too few kinds of them, to predict from."""
+    if not _enough(cases):
         raise UserError(
             f"a prediction needs {FEWEST} known cases of three kinds at least, the table has {len(cases)} of "
-            f"{len(kinds)}; add some with `redraft bench case`, or ours with --cases ours"
+            f"{len({case.kind for case in cases})}; add some with `redraft bench case`, or ours with --cases ours"
         )
-    return kinds
+
+
+def _enough(cases: Sequence[Case]) -> bool:
+    return len(cases) >= FEWEST and len({case.kind for case in cases}) >= FEWEST_KINDS
+
+
+def _usable(
+    signs: Mapping[str, float], cases: Sequence[Case]
+) -> tuple[Sequence[str], Sequence[Case]]:
+    """The first set of signs that is there whole, and in enough cases, and those cases."""
+    check_enough(cases)
+    for names in SIGNS:
+        some = [case for case in cases if all(name in case.signs for name in names)]
+        if all(name in signs for name in names) and _enough(some):
+            return names, some
+    raise UserError("neither the draft nor enough known cases have a tau as reused")
 
 
 def predict(
@@ -131,9 +147,8 @@ def predict(
 
     Raises UserError when the table has too few cases or kinds.
     """
-    names = next(names for names in SIGNS if all(name in signs for name in names))
-    cases = [case for case in cases if all(name in case.signs for name in names)]
-    kinds = check_enough(cases)
+    names, cases = _usable(signs, cases)
+    kinds = {case.kind for case in cases}
     x, y = _matrix(cases, names), _outcomes(cases)
     errors = np.empty_like(y)
     for kind in kinds:
@@ -143,7 +158,11 @@ def predict(
     middle = dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True))
     beyond = (new[0] < x.min(0)) | (new[0] > x.max(0))
     outside = tuple(name for name, far in zip((*names, TEMPERATURE), beyond, strict=True) if far)
-    return Prediction(middle, errors, len(kinds), outside)
+    alike = np.array([bool(case.temperature) == bool(temperature) for case in cases])
+    near = [case for case, same in zip(cases, alike, strict=True) if same]
+    if _enough(near):  # greedy cases differ more than sampled ones
+        errors, kinds = errors[alike], {case.kind for case in near}
+    return Prediction(middle, errors, len(kinds), outside, len(cases))
 
 
 def outlook(
@@ -157,7 +176,7 @@ def outlook(
 ) -> Outlook:
     """Draws of tau by action: `measured` ones (keep, and refresh where it was tried) resampled from
     their own draws, the others predicted."""
-    middle, errors, kinds, outside = predict(signs, k, cases, temperature)
+    middle, errors, kinds, outside, count = predict(signs, k, cases, temperature)
     rng = np.random.default_rng(seed)
     freedom = kinds - 1
     stretch = np.sqrt(freedom / rng.chisquare(freedom, draws))
@@ -174,7 +193,7 @@ def outlook(
     # A private part starts as the draft is, and training stops where held-out acceptance falls.
     found[ADAPT] = np.maximum(found[ADAPT], found[KEEP])
     ordered = {name: found[name] for name in ACTIONS if name in found}
-    return Outlook(ordered, len(errors), outside)
+    return Outlook(ordered, count, outside)
 
 
 def z_of(tau: float, k: int) -> float:

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..config import AS_KNOWN_CASES
 from ..decode.sampling import Sampling
 from .check import Check
 from .evidence import NARROW, Evidence
@@ -82,7 +83,9 @@ def print_verdict(v: Verdict, out: Console) -> None:
         "right: share of draws; tokens: to be written by the target; pays after: tokens served"
     )
     plain = (
-        "serve without a draft, plain decoding is faster here; of these " if v.faster_plain else ""
+        "plain decoding is faster than any option here: serve without a draft. Of the options "
+        if v.faster_plain
+        else ""
     )
     out.print(
         f"verdict      {plain}{v.action.upper()}: {SAYS[v.action]}; error probability {v.error:.2f}",
@@ -212,6 +215,11 @@ def _predicted(check: Check | ServedCheck) -> list[str]:
     """What is foretold, and what that rests on."""
     said = [FORETOLD.format(_sets(check), PLANS[ADAPT], PLANS[RETRAIN])]
     said.append(PREDICTED_FROM.format(check.cases))
+    cuts = [name for name in _drawn(check.sampling) if name != "temperature"]
+    if cuts:
+        said.append(
+            f"of sampling only the temperature is foretold by: {', '.join(cuts)} brings tau nearer to greedy"
+        )
     if check.outside:
         names = ", ".join(SIGN_NAMES[name] for name in check.outside)
         said.append(f"beyond what any of these had: {names}; the prediction is an extrapolation")
@@ -229,7 +237,7 @@ def _way(sampling: Sampling) -> str:
 
 def _sets(check: Check | ServedCheck) -> str:
     """The settings that adapt needs to train, sample and measure as it is foretold here."""
-    found = dict(check.settings)
+    found = dict(AS_KNOWN_CASES)
     if drawn := _drawn(check.sampling):
         found |= {f"regenerate.{name}": value for name, value in drawn.items()}
         found["measure.temperature"] = check.sampling.temperature

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from ..config import AS_KNOWN_CASES, RegenerateConfig
+from ..config import RegenerateConfig
 from ..console import Progress
 from ..data.endpoint import key_for
 from ..data.regenerate import sampling_of
@@ -51,8 +51,7 @@ class ServedCheck:
     """What a server shows of the prompts that it answers; `refused` ones, too long for instance, are left
     out. `tau` has a 95 % interval over groups of prompts; `per_position` is
     conditional acceptance; `rate` is in tokens per second with `rows` requests at a time. `others` is the
-    share of the counted tokens that were not ours. `cases` and `outside` are the outlook's; `sampling` is how answers were asked for,
-    `settings` those of training that outcomes are foretold of. `unknown` is what cannot be told from here."""
+    share of the counted tokens that were not ours. `cases` and `outside` are the outlook's; `sampling` is how answers were asked for. `unknown` is what cannot be told from here."""
 
     endpoint: str
     model: str
@@ -60,7 +59,6 @@ class ServedCheck:
     prompts: int
     answer_tokens: int
     sampling: Sampling
-    settings: dict[str, Any]
     tau: tuple[float, float, float]
     per_position: tuple[float, ...]
     rate: float
@@ -154,7 +152,6 @@ def check_served(
         refused=len(asked) - answered,
         answer_tokens=tokens,
         sampling=sampling_of(answering),
-        settings=AS_KNOWN_CASES,
         tau=(found.tau, float(low), float(high)),
         per_position=found.per_position,
         rate=rate,

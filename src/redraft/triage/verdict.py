@@ -65,7 +65,8 @@ class Option:
 @dataclass(frozen=True)
 class Verdict:
     """`error` is the probability that another action is the right one, under the outlook.
-    `faster_plain` says whether even the best option is known to be slower than plain decoding."""
+    `faster_plain` says whether even the best option is known to be slower than plain decoding, which `action`
+    and `error` leave aside."""
 
     action: str
     error: float
