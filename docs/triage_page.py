@@ -43,8 +43,8 @@ those that were trained on too. nano speaks a templated world, micro (3.7 M para
 
 A case is predicted from the cases of **other kinds** alone (leave one kind out), greedy and sampled, with the temperature as one of
 the signs. The verdict climbs from keep: refresh has to be faster than what was taken so far by 5 %, adapt by 10 %, retrain by 25 %, in the most of
-2,000 draws; the right one goes by the same rule on what was measured. native: tau of the draft on its base, on the same prompts. words: tau on the target's answers as the
-base reads them. recovery: the share of the way from kept to trained anew that adapting goes.
+2,000 draws; the right one goes by the same rule on what was measured. native: tau of the draft on its base, and words: tau on the target's answers as the base
+reads them, both on the prompts that the check saw. recovery: the share of the way from kept to trained anew that adapting goes.
 
 ```
 redraft bench family --size nano --members zoo --out nano

@@ -107,15 +107,15 @@ def test_a_case_per_member_that_is_run_once(
 def test_a_check_sees_what_the_known_cases_were_seen_by(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signs of a check are those of the cell of the same fine-tune, the closed form's too, whatever
-    training is tried; by another loss that one would be another."""
+    """The signs of a check are those of the cell of the same fine-tune, the closed form's too; by another
+    loss that one would be another."""
     (case,) = bench_triage([family], tmp_path / "out", ["sft"])
     models = ["--target", str(family / "members" / "sft"), "--base", str(family / "base")]
     asked = ["check", *models, "--draft", str(family / "draft"), "--json", "--max-new-tokens", "12"]
     asked += ["--prompts", str(family / "prompts" / "math-heldout.jsonl"), "--most", "16"]
 
-    def rise(*more: str) -> float:
-        run = CliRunner().invoke(app, [*asked, *more])
+    def rise() -> float:
+        run = CliRunner().invoke(app, asked)
         assert run.exit_code == 0, run.output
         seen = json.loads(run.stdout)["evidence"]
         assert seen["reused"]["tau"] == pytest.approx(case.signs["reused"])
@@ -123,7 +123,6 @@ def test_a_check_sees_what_the_known_cases_were_seen_by(
 
     known = pytest.approx(case.signs["refreshed"] - case.signs["reused"])
     assert rise() == known
-    assert rise("--loss", "kl") == known
     with monkeypatch.context() as patched:
         patched.setattr(evidence, "TRAINING", TrainConfig(loss="kl", batch_tokens=512))
         assert rise() != known
@@ -168,13 +167,16 @@ def test_a_case_of_ones_own(family: Path, tmp_path: Path, monkeypatch: pytest.Mo
     again = CliRunner().invoke(app, run)
     assert json.loads(again.stdout) == json.loads(first.stdout)
     for more, words in (
-        (["--kind", "lora"], "of a case 'sft' with other kind; give this one another --name"),
+        (["--kind", "lora"], "a case base/sft with other kind; give this one another --name"),
         (["--target", base, "--name", "sft"], "with other target"),
         (["--max-new-tokens", "11"], "with other max_new_tokens"),
         (["--family", "org/base"], "--family 'org/base' has to do as the name of a file"),
     ):
         other = CliRunner().invoke(app, [*run, *more])
         assert words in str(other.exception)
+    (work / "about.json").unlink()
+    unsaid = CliRunner().invoke(app, run)
+    assert "a case base/sft that does not say what it is of" in str(unsaid.exception)
 
 
 @pytest.mark.usefixtures("small")

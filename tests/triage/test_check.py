@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from redraft.cli.app import app
-from redraft.config import RegenerateConfig, TrainConfig
+from redraft.config import RegenerateConfig
 from redraft.data import regenerate as regenerate_module
 from redraft.decode.modes import Decoding
 from redraft.decode.sampling import Sampling
@@ -26,8 +26,6 @@ from redraft.triage.check import check
 from redraft.triage.evidence import gather
 from redraft.triage.outlook import Case, as_json, read_cases
 from tests.conftest import write_prompts
-
-QUICK = TrainConfig(batch_tokens=512)
 
 
 def test_a_check_of_a_fine_tune(
@@ -47,7 +45,6 @@ def test_a_check_of_a_fine_tune(
         base=target,
         most=20,
         answering=RegenerateConfig(max_new_tokens=24),
-        train=QUICK,
         cases=cases,
     )
     e = found.evidence
@@ -137,14 +134,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(
     with pytest.raises(UserError, match="no fc to train"):
         check(target, stored, str(prompts_file), out, cases=cases)
     assert not out.exists()
-    train = TrainConfig(method="expert", batch_tokens=512)
     found = check(
         target,
         stored,
         str(prompts_file),
         out,
         cases=cases,
-        train=train,
+        method="expert",
         most=16,
         answering=RegenerateConfig(max_new_tokens=12),
     )
@@ -188,7 +184,6 @@ def test_a_check_at_a_temperature_samples_and_scores_there(
             base=target,
             most=16,
             answering=answering,
-            train=QUICK,
             cases=cases,
         ).evidence
         for name, answering in (
@@ -262,8 +257,12 @@ def test_the_command(
     table.write_text(json.dumps(as_json(cases)))
     served = CliRunner().invoke(app, [*asked, "--endpoint", "http://127.0.0.1:1", "--min-p", "0.1"])
     assert "cannot use --min-p" in str(served.exception)
+    odd = CliRunner().invoke(app, [*asked, *models, "--method", "exprt"])
+    assert "train.method names the private part 'exprt'" in str(odd.exception)
+    parts = CliRunner().invoke(app, [*asked, *models, "--method", "fc"])
+    assert "time is that of fc, tau that of expert+fc+norms" in parts.output
     nothing = CliRunner().invoke(app, asked)
     assert isinstance(nothing.exception, UserError)
-    both = [*asked, *models, "--batch-tokens", "512", "--endpoint", "http://127.0.0.1:1"]
+    both = [*asked, *models, "--serve", "512", "--endpoint", "http://127.0.0.1:1"]
     both = CliRunner().invoke(app, both)
-    assert "cannot use --target, --draft, --batch-tokens" in str(both.exception)
+    assert "cannot use --target, --draft, --serve" in str(both.exception)

@@ -186,6 +186,7 @@ def test_intervals_are_as_wide_as_errors_on_cases_decoded_alike() -> None:
     assert (len(wide.errors), len(narrow.errors), wide.cases) == (25, 25, 50)
     assert np.abs(wide.errors).mean() > 3 * np.abs(narrow.errors).mean()
     assert outlook(signs, 4, {"keep": [1.5]}, both).cases == 50
+    assert len(predict(signs, 4, both, 0.05).errors) == 50, "nearly greedy is not sampled"
     few = predict(signs, 4, [*greedy, *warm[:7]], 0.7)
     assert len(few.errors) == 32, "seven are too few to go by alone"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from redraft.config import RegenerateConfig, TrainConfig
+from redraft.config import RegenerateConfig
 from redraft.decode.sampling import Sampling
 from redraft.formats.load import read_draft
 from redraft.target import Target
@@ -29,7 +29,6 @@ def checked(target: Target, draft_folder: Path, tmp_path_factory: pytest.TempPat
         base=target,
         most=16,
         answering=RegenerateConfig(max_new_tokens=16),
-        train=TrainConfig(batch_tokens=512),
         cases=made_up_cases(),
     )
 

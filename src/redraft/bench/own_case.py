@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..config import RegenerateConfig
 from ..console import say
@@ -51,9 +52,9 @@ def bench_case(
     check_fits(stored.build(target), TRAINING, target, base)  # before anything is paid for
     starts = {"heldout": CHECKED, "eval": CHECKED + HELDOUT, "adapt": CHECKED + HELDOUT + EVALUATED}
     found = _prompts(source, target, starts["adapt"])
-    about = out / "answers" / group_of(family, answering) / name / "about.json"
     inputs = answer_inputs(target, found, answering, 0)
-    _claim(about, name, inputs | {"draft": stored.hash(), "base": base.fingerprint(), "kind": kind})
+    inputs |= {"draft": stored.hash(), "base": base.fingerprint(), "kind": kind}
+    _claim(out, f"{group_of(family, answering)}/{name}", inputs)
 
     def subject() -> Subject:
         def prompts(split: str, count: int) -> Sequence[Prompt]:
@@ -80,14 +81,18 @@ def _prompts(source: str, target: Target, aside: int) -> list[Prompt]:
     return found
 
 
-def _claim(about: Path, name: str, inputs: dict[str, object]) -> None:
+def _claim(out: Path, case: str, inputs: dict[str, Any]) -> None:
     """Refuse to take another fine-tune's case, or one made otherwise, for this one."""
+    about = out / "answers" / case / "about.json"
+    found = None
     if about.is_file():
         known = read_json(about)
         changed = sorted(key for key in inputs if known.get(key) != inputs[key])
-        if changed:
-            raise UserError(
-                f"{about.parent} is of a case '{name}' with other {', '.join(changed)}; give this one another --name, "
-                "or another --out"
-            )
+        found = f"with other {', '.join(changed)}" if changed else None
+    elif (out / "cells" / f"{case}.json").is_file():
+        found = "that does not say what it is of"
+    if found:
+        raise UserError(
+            f"{out} has a case {case} {found}; give this one another --name, or another --out"
+        )
     write_text(about, json.dumps(inputs, indent=2) + "\n")

@@ -44,7 +44,7 @@ CHECKED = 64
 EVALUATED = 128
 HELDOUT = 32
 LONGEST = 128
-"""Tokens of an answer; a family's are shorter."""
+"""Tokens of an answer; most of a family's are shorter."""
 QUANTILES = np.linspace(0.0125, 0.9875, 40)
 """Of what a check's prompts leave open, kept with a case."""
 

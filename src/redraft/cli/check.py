@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..config import AS_KNOWN_CASES, RegenerateConfig, resolve
+from ..config import RegenerateConfig, resolve
 from ..console import set_quiet
 from ..errors import UserError
 from .flags import (
@@ -23,20 +23,16 @@ from .flags import (
     TemplateFlag,
     TopKFlag,
     TopPFlag,
-    flag_of,
     load,
     print_json,
-    with_settings,
 )
 
 OURS = "ours"
 """What `--cases` calls the table that comes with redraft."""
 
 
-@with_settings("train", defaults=AS_KNOWN_CASES)
 def check(
     prompts: PromptsFlag,
-    settings: Any,
     target: Annotated[
         str | None, typer.Option("--target", help="target model: folder or Hub id")
     ] = None,
@@ -87,6 +83,13 @@ def check(
             "--serve", min=1, help="tokens that will be served: the least time in all decides"
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help="private parts whose training is timed, for drafts that lack the default's [default: expert+fc+norms]",
+        ),
+    ] = None,
     cases: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,8 +109,8 @@ def check(
 ) -> None:
     """Is a repair worth it? From a few prompts: acceptance kept, its cause, speed, cost, a verdict.
 
-    Nothing is trained beyond a trial of its speed. Training settings are for that trial, so for the bill; what a
-    repair brings is foretold of the settings of the known cases.
+    Nothing is trained beyond a trial of its speed. Time and outcome are those of a repair with the settings of
+    the known cases, which are said.
 
     With --endpoint a server's own counters are read; no weights are needed, and less is known.
 
@@ -140,11 +143,11 @@ def check(
             "--draft": draft,
             "--base": base,
             "--serve": serve,
+            "--method": method,
             "--out": out,
             "--target-adapter": target_adapter,
             "--chat-template": chat_template,
             "--min-p": min_p or None,  # vLLM refuses it where it speculates
-            **{flag_of(key): value for key, value in settings.items()},
         }
         _refuse(given)
         served = check_served(
@@ -168,7 +171,7 @@ def check(
             "name what is checked: --target and --draft (folders or Hub ids), or --endpoint URL of the server "
             "that serves them"
         )
-    train = resolve([("known cases", AS_KNOWN_CASES), ("flag", settings)]).config.train
+    tried = resolve([("flag", {"train.method": method} if method else {})]).config.train
     loaded = load(target, target_adapter, chat_template, dtype)
     with tempfile.TemporaryDirectory() as scratch:
         found = run(
@@ -184,8 +187,8 @@ def check(
             worth=worth,
             serve=serve,
             published=published,
-            train=train,
             cases=known,
+            method=tried.method,
         )
     if as_json:
         print_json(to_json(found))

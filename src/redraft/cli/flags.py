@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -85,11 +85,9 @@ def flag_of(key: str) -> str:
     return "--" + str(field.metadata.get("flag", field.name)).replace("_", "-")
 
 
-def with_settings(
-    *stages: str, defaults: Mapping[str, Any] | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(*stages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a flag for every setting of these stages; the command receives those that were given as
-    `settings`, by dotted key. `defaults` are told in place of a setting's own."""
+    `settings`, by dotted key."""
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         fields = {k: f for k, (stage, f) in stage_fields().items() if stage in stages}
@@ -106,8 +104,7 @@ def with_settings(
         for name, key in by_name.items():
             field = fields[key]
             choices = field.metadata.get("choices")
-            default = (defaults or {}).get(key, field.default)
-            text = f"{field.metadata['help']} [default: {default}]"
+            text = f"{field.metadata['help']} [default: {field.default}]"
             text += f" (one of: {', '.join(choices)})" if choices else ""
             text += "; repeatable" if field.metadata.get("many") else ""
             flag = typer.Option(flag_of(key), help=text, show_default=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import RegenerateConfig, TrainConfig
+from ..config import RegenerateConfig
 from ..console import say
 from ..data.regenerate import sampling_of
 from ..decode.sampling import Sampling
@@ -31,7 +31,8 @@ class Check:
 
     `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
     trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
-    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn.
+    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn,
+    `method` the private parts whose training was timed.
     """
 
     target: str
@@ -45,6 +46,7 @@ class Check:
     cases: int
     outside: tuple[str, ...]
     sampling: Sampling
+    method: str
     published: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -63,20 +65,18 @@ def check(
     worth: float = WORTH,
     serve: int | None = None,
     published: float | None = None,
-    train: TrainConfig | None = None,
+    method: str = TRAINING.method,
     cases: Sequence[Case] | None = None,
 ) -> Check:
     """Measure, predict and decide; answers are kept in the folder `out`.
 
     `prompts` is a file of them, of which up to `most` are answered, as `answering` says. `rows` is the batch size that is served
-    with, `serve` the tokens that will be. `train` is what the trial of
-    training tries, by default as the known cases did: it changes the bill alone. Raises UserError for what does not fit, and for too few prompts.
+    with, `serve` the tokens that will be. `method` changes the bill alone: outcomes are foretold of the known cases' own. Raises UserError for what does not fit, and for too few prompts.
     """
     refuse_routed(getattr(stored.config, "routed", None))
     known = list(cases) if cases is not None else read_cases()
     check_enough(known)  # before anything is paid for
-    config = train or TRAINING
-    trial = trial_of(config)
+    trial = trial_of(method)
     check_fits(stored.build(target), trial, target, base)
     found = gather(
         target,
@@ -118,5 +118,6 @@ def check(
         cases=seen.cases,
         outside=seen.outside,
         sampling=sampling_of(answering),
+        method=method,
         published=published,
     )

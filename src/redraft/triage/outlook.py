@@ -158,9 +158,11 @@ def predict(
     middle = dict(zip(PREDICTED, _fit(x, y, new)[0].tolist(), strict=True))
     beyond = (new[0] < x.min(0)) | (new[0] > x.max(0))
     outside = tuple(name for name, far in zip((*names, TEMPERATURE), beyond, strict=True) if far)
+    coolest = min((case.temperature for case in cases if case.temperature), default=math.inf)
     alike = np.array([bool(case.temperature) == bool(temperature) for case in cases])
     near = [case for case, same in zip(cases, alike, strict=True) if same]
-    if _enough(near):  # greedy cases differ more than sampled ones
+    # Greedy cases differ more than sampled ones; between them all say how much.
+    if _enough(near) and (not temperature or temperature >= coolest):
         errors, kinds = errors[alike], {case.kind for case in near}
     return Prediction(middle, errors, len(kinds), outside, len(cases))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import AS_KNOWN_CASES, TrainConfig, read_width, resolve
+from ..config import AS_KNOWN_CASES, TrainConfig, resolve
 from ..formats.load import StoredDraft
 from ..methods import read_method
 from ..records import Answer
@@ -37,22 +37,19 @@ TRAINING = resolve([("known cases", AS_KNOWN_CASES)]).config.train
 TRIAL_PASSES = 2.0
 
 
-def trial_of(config: TrainConfig) -> TrainConfig:
-    """The settings of a trial: two passes, of one width, without what is fitted in closed form."""
-    method = read_method(config.method)
-    trained = "+".join(part for part in method.parts if part not in method.starts)
-    width = config.width if read_width(config.width) is not None else "1.0"
-    return dataclasses.replace(
-        config, method=trained or TrainConfig().method, width=width, epochs=TRIAL_PASSES
-    )
+def trial_of(method: str) -> TrainConfig:
+    """The settings of a trial: two passes, without what is fitted in closed form."""
+    read = read_method(method)
+    trained = "+".join(part for part in read.parts if part not in read.starts)
+    return dataclasses.replace(TRAINING, method=trained or TRAINING.method, epochs=TRIAL_PASSES)
 
 
 def training_rate(
-    target: Target, stored: StoredDraft, answers: Sequence[Answer], config: TrainConfig, k: int
+    target: Target, stored: StoredDraft, answers: Sequence[Answer], trial: TrainConfig, k: int
 ) -> float:
     """Answer tokens per second that a private part learns from, on a few batches of `answers`."""
     draft = stored.build(target, torch.float32)
-    trained = train(target, draft, answers, answers[:1], config, k=k)
+    trained = train(target, draft, answers, answers[:1], trial, k=k)
     return trained.record.supervised_tokens / max(trained.record.seconds, 1e-9)
 
 

@@ -13,7 +13,7 @@ from ..decode.sampling import Sampling
 from .check import Check
 from .evidence import NARROW, Evidence
 from .outlook import ADAPT, KEEP, REFRESH, RETRAIN
-from .pilot import PLANS
+from .pilot import PLANS, TRAINING
 from .served import ServedCheck
 from .verdict import Option, Verdict
 
@@ -206,6 +206,8 @@ def notes(check: Check) -> list[str]:
             f"{e.reused.loop_rate:.0%} of the answers loop at their end, which any draft guesses: {rest}"
             + ("" if check.sampling.temperature else "; check as you sample (--temperature)")
         )
+    if check.method != TRAINING.method:
+        said.append(f"time is that of {check.method}, tau that of {TRAINING.method}")
     if e.native is None:
         said.append("without --base neither causes nor the closed form are known")
     return said + _predicted(check)
