@@ -69,6 +69,14 @@ def test_a_check_says_what_was_foretold(checked: Check) -> None:
     assert "top_p brings tau nearer to greedy" in one_note(sampled, "only the temperature")
 
 
+def test_a_verdict_to_retrain_says_what_it_did_not_weigh(checked: Check) -> None:
+    for action in ("keep", "adapt", "retrain"):
+        verdict = dataclasses.replace(checked.verdict, action=action)
+        said = notes(dataclasses.replace(checked, verdict=verdict))
+        found = any("adapting on 1,024 answers was not foretold" in note for note in said)
+        assert found == (action == "retrain")
+
+
 def test_an_extrapolation_is_called_one(checked: Check) -> None:
     within = dataclasses.replace(checked, outside=())
     assert not any("extrapolation" in note for note in notes(within))

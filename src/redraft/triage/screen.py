@@ -216,6 +216,11 @@ def notes(check: Check) -> list[str]:
 def _predicted(check: Check | ServedCheck) -> list[str]:
     """What is foretold, and what that rests on."""
     said = [FORETOLD.format(_sets(check), PLANS[ADAPT], PLANS[RETRAIN])]
+    if check.verdict.action == RETRAIN:
+        said.append(
+            f"adapting on {PLANS[RETRAIN].prompts:,} answers was not foretold and may come near (0.95 of the way in "
+            "`redraft demo`): try that first where the shared draft is to stay"
+        )
     said.append(PREDICTED_FROM.format(check.cases))
     cuts = [name for name in _drawn(check.sampling) if name != "temperature"]
     if cuts:
