@@ -23,6 +23,18 @@ def test_waiting_says_for_how_long(loud: None, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "starting the engine: 0 s\n"
 
 
+def test_progress_has_no_eta_before_the_first_step(
+    loud: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.Progress("training", 4, "steps") as progress:
+        progress.advance(0)
+        progress.advance(2)
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("training: 0/4")
+    assert "eta" not in first
+    assert "eta" in last
+
+
 def test_waiting_is_silent_when_quiet(loud: None, capsys: pytest.CaptureFixture[str]) -> None:
     console.set_quiet(True)
     with console.Waiting("starting the engine") as waiting:

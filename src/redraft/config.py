@@ -312,11 +312,6 @@ class AdaptConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
-AS_KNOWN_CASES: dict[str, Any] = {"train.loss": "ce", "train.batch_tokens": 512}
-"""The settings by which the known cases of a check were refreshed, adapted and trained anew, where they are not
-the defaults: what a check foretells is foretold of these."""
-
-
 STAGES: dict[str, Any] = {
     "regenerate": RegenerateConfig,
     "select": SelectConfig,

@@ -249,6 +249,8 @@ def test_the_command(
     assert outside == [False, True], "no case of the table was sampled"
     more = CliRunner().invoke(app, [*asked, *models, "--json", "--cases", "ours"])
     assert json.loads(more.stdout)["cases"] == found["cases"] + len(read_cases())
+    twice = CliRunner().invoke(app, [*asked, *models, "--json", "--cases", str(table)])
+    assert json.loads(twice.stdout)["cases"] == found["cases"], "a table counts once"
     table.write_text(json.dumps(as_json(cases[:7])))
     few = CliRunner().invoke(app, [*asked, *models])
     assert "three kinds at least, the table has 7 of 5" in str(few.exception)

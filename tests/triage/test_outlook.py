@@ -169,6 +169,10 @@ def test_temperature_moves_the_prediction() -> None:
     blind = predict(signs, 4, greedy, 0.8)
     assert blind.middle == pytest.approx(predict(signs, 4, greedy).middle, abs=1e-9)
     assert blind.outside == ("temperature",), "no case was sampled"
+    alone = [dataclasses.replace(case, temperature=0.7) for case in made_up_cases(24)]
+    for temperature in (0.0, 1.0):
+        far = predict(signs, 4, alone, temperature).middle
+        assert far == pytest.approx(predict(signs, 4, alone, 0.7).middle, abs=1e-9)
     forgotten = [dataclasses.replace(case, temperature=0.0) for case in warm]
     wrong = predict(signs, 4, [*greedy, *forgotten], 0.8)
     for action in PREDICTED:

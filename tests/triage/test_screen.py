@@ -58,15 +58,15 @@ def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> Non
 
 def test_a_check_says_what_was_foretold(checked: Check) -> None:
     """The settings that are not adapt's own, and, where answers were sampled, how to sample and measure."""
-    said = one_note(checked, "foretold of")
-    assert "adapt --set train.loss=ce --set train.batch_tokens=512` with 256" in said
-    assert not any("cuts" in note or "nearer to greedy" in note for note in notes(checked))
+    said = one_note(checked, "settings of")
+    assert ": --set train.loss=ce --set train.batch_tokens=512; 256 answers" in said
+    assert not any("cuts" in note for note in notes(checked))
     sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9))
     sets = (
-        "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7`"
+        "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7;"
     )
-    assert sets in one_note(sampled, "foretold of")
-    assert "top_p brings tau nearer to greedy" in one_note(sampled, "only the temperature")
+    assert sets in one_note(sampled, "settings of")
+    assert "cuts (top_p) move tau" in one_note(sampled, "only the temperature")
 
 
 def test_a_verdict_to_retrain_says_what_it_did_not_weigh(checked: Check) -> None:

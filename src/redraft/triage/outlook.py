@@ -40,8 +40,6 @@ FEWEST, FEWEST_KINDS = 8, 3
 """Cases, and kinds of them, that a prediction needs at least."""
 SHIPPED = Path(__file__).with_name("calibration.json")
 TEMPERATURE = "temperature"
-STILL = 1e-9
-"""A sign that varies less among the cases says nothing."""
 EDGE = 0.01
 """Acceptance is kept this far from 0 and from 1, where z has no end."""
 
@@ -235,7 +233,6 @@ def _outcomes(cases: Sequence[Case]) -> Any:
 
 def _fit(x: Any, y: Any, new: Any) -> Any:
     """Predictions [N, actions] of a ridge on standardised signs, its strength chosen by evidence."""
-    centre, scale = x.mean(0), x.std(0)
-    scale[scale < STILL] = 1.0
+    centre, scale = x.mean(0), x.std(0) + 1e-9
     models = [BayesianRidge().fit((x - centre) / scale, column) for column in y.T]
     return np.stack([model.predict((new - centre) / scale) for model in models], 1)

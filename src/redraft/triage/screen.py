@@ -8,12 +8,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..config import AS_KNOWN_CASES
 from ..decode.sampling import Sampling
 from .check import Check
 from .evidence import NARROW, Evidence
 from .outlook import ADAPT, KEEP, REFRESH, RETRAIN
-from .pilot import PLANS, TRAINING
+from .pilot import PLANS, SETTINGS, TRAINING
 from .served import ServedCheck
 from .verdict import Option, Verdict
 
@@ -24,7 +23,7 @@ NOISY = 0.2
 full, which alone makes some."""
 LOOPING = 0.05
 """A share of answers that loop from which tau says little."""
-FORETOLD = "foretold of `redraft adapt{0}` with {1.prompts:,} answers and {1.epochs:g} passes, anew with {2.prompts:,}"
+FORETOLD = "settings of what is measured and foretold:{0}; {1.prompts:,} answers and {1.epochs:g} passes, anew {2.prompts:,}"
 PREDICTED_FROM = (
     "predicted from {} known cases (ours are small models: docs/results/triage.md); train on a few hundred "
     "answers and measure before you spend more"
@@ -38,9 +37,9 @@ SIGN_NAMES = {
 }
 SAYS = {
     KEEP: "keep the draft as it is",
-    REFRESH: "refresh it in closed form (`redraft adapt --method relay+refresh+expert --base BASE --set train.epochs=0`)",
-    ADAPT: "adapt it (`redraft adapt`)",
-    RETRAIN: "train a draft of its own (`redraft adapt --method scratch`)",
+    REFRESH: "refresh it in closed form (`redraft adapt --method relay+refresh+expert --base BASE --set train.epochs=0`, with the settings below)",
+    ADAPT: "adapt it (`redraft adapt`, with the settings below)",
+    RETRAIN: "train a draft of its own (`redraft adapt --method scratch`, with the settings below)",
 }
 
 
@@ -225,7 +224,7 @@ def _predicted(check: Check | ServedCheck) -> list[str]:
     cuts = [name for name in _drawn(check.sampling) if name != "temperature"]
     if cuts:
         said.append(
-            f"of sampling only the temperature is foretold by: {', '.join(cuts)} brings tau nearer to greedy"
+            f"of sampling only the temperature is a sign: cuts ({', '.join(cuts)}) move tau towards greedy"
         )
     if check.outside:
         names = ", ".join(SIGN_NAMES[name] for name in check.outside)
@@ -244,7 +243,7 @@ def _way(sampling: Sampling) -> str:
 
 def _sets(check: Check | ServedCheck) -> str:
     """The settings that adapt needs to train, sample and measure as it is foretold here."""
-    found = dict(AS_KNOWN_CASES)
+    found: dict[str, object] = dict(SETTINGS)
     if drawn := _drawn(check.sampling):
         found |= {f"regenerate.{name}": value for name, value in drawn.items()}
         found["measure.temperature"] = check.sampling.temperature
