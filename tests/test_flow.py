@@ -218,6 +218,23 @@ def test_the_page_says_what_the_report_says(
     assert "off domain: other" in out
 
 
+def test_a_draft_can_be_refreshed_without_training(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    """What a check's verdict to refresh says to run: a page without a training curve too."""
+    prompts = write_prompts(tmp_path / "p.jsonl", 24)
+    result = flow.adapt(
+        target,
+        str(draft_folder),
+        str(prompts),
+        out=tmp_path / "run",
+        config=settings(train__method="relay+refresh+expert", train__epochs=0, train__loss="ce"),
+        base=target,
+    )
+    assert result.report.train.steps == 0
+    assert "held-out tau by step" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_the_target_computes_in_bf16_too(
     target_folder: Path, draft_folder: Path, tmp_path: Path
 ) -> None:

@@ -42,7 +42,7 @@ def curve(points: tuple[tuple[int, float], ...]) -> list[tuple[float, float, int
     """Held-out tau by step as (x, y, step, tau) in the figure's pixels, 1.0 at the bottom."""
     if not points:
         return []
-    last = max(step for step, _ in points)
+    last = max(max(step for step, _ in points), 1)  # one point where nothing was trained
     top = max(tau for _, tau in points)
     span = max(top - 1.0, 1e-9)
     return [
