@@ -23,6 +23,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from redraft import console
 from redraft.bench.language_model import END, PAD, SPECIALS, TEMPLATE
@@ -86,6 +87,44 @@ def save_target(folder: Path, config: Any, seed: int = 0, template: str | None =
     model.save_pretrained(folder)
     make_tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def tiny_model(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    vocab: int = 97,
+    seed: int = 0,
+    **variant: Any,
+) -> Any:
+    """A random model of a family that Transformers knows, 8 thin layers, with lively weights.
+
+    The same numbers in every dtype, up to rounding. `variant` are config fields.
+    """
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    config = CONFIG_MAPPING[family](**{**sizes, **variant})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                noise = torch.randn(parameter.shape, generator=draw)
+                parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+    model.generation_config.eos_token_id = 1
+    return model.to(dtype)
 
 
 def write_prompts(path: Path, count: int, start: int = 0) -> Path:

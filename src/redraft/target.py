@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .head import logits_from
 
 MOST_ADDED = 64
 """Tokens added by a fine-tune that are looked for when a draft was made for the tokenizer without them."""
@@ -120,6 +121,13 @@ class Target:
             return Reading(output.logits[..., :0], output.logits)
         features = [output.hidden_states[tap] for tap in taps]
         return Reading(torch.cat(features, dim=-1), output.logits)
+
+    def logits_from(self, last_NH: Tensor, columns_D: Tensor | None = None) -> Tensor:
+        """Logits [N, V] of states after the final norm (hs[n]), as the model itself makes them.
+
+        With `columns_D` those of these token ids alone, [N, D].
+        """
+        return logits_from(self.model, last_NH, columns_D)
 
     def render(
         self,

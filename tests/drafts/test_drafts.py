@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.drafts import layers
+from redraft.drafts import chain_attention, layers
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle import EagleDraft
 from redraft.drafts.eagle3 import Eagle3Draft
@@ -121,7 +121,7 @@ def test_the_oracle_catches_wrong_versions(
 ) -> None:
     draft = fresh_draft(target64, kind=kind)
     folder = export(target64, draft, tmp_path / "draft")
-    chain = layers.chain_attention
+    chain = chain_attention.chain_attention
     if mutant == "position":  # rotary positions of a chain that do not advance
         rotate = layers.rotate
 

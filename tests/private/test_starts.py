@@ -153,7 +153,10 @@ class Turned(Target):
         reading = super().read(*args, **named)
         if not reading.features_BTF.shape[-1]:
             return reading
-        return Reading(reading.features_BTF @ self.map_ff.T.to(self.dtype), reading.logits_BTV)
+        width = len(self.map_ff)
+        features, rest = reading.features_BTF[..., :width], reading.features_BTF[..., width:]
+        mapped = features @ self.map_ff.T.to(self.dtype)
+        return Reading(torch.cat([mapped, rest], -1), reading.logits_BTV)
 
 
 def turn(size: int) -> Tensor:

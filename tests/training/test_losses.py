@@ -1,6 +1,6 @@
 """Losses against loops in plain Python, their gradients by differences, and wrong versions caught.
 
-Also: losses in chunks equal the plain ones, and their memory does not grow with the vocabulary.
+Also: the fused loss equals the plain ones, and its memory does not grow with the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from redraft.errors import UserError
-from redraft.training.losses import LOSSES, Teacher, chunked_loss, forward_kl
+from redraft.training.fused_loss import Fused, fused_loss
+from redraft.training.losses import LABELS, LOSSES, OWN, WHOLE, Teacher, forward_kl
 
 N, V, H = 5, 7, 4
 REDUCED = torch.tensor([1, 2, 4, 6])
@@ -319,133 +320,129 @@ def test_states_without_features_are_refused(lacking: str) -> None:
         LOSSES["paper"](teacher, c.draft, None if lacking == "states" else c.states)
 
 
-# -- in chunks ------------------------------------------------------------------------------------
+# -- fused ----------------------------------------------------------------------------------------
+
+
+def fused(
+    name: str,
+    draft_logits: Callable[[Tensor], Tensor],
+    states: list[Tensor],
+    teacher_logits: Callable[[slice], Tensor],
+    vocab: Tensor | None,
+    labels: Tensor,
+    features: Tensor | None,
+    *,
+    rows: int,
+    weights: tuple[float, ...] = (1.0, 0.5, 0.25),
+) -> Tensor:
+    """`fused_loss` whose teacher is made from `teacher_logits` of a slice of the labels."""
+
+    def teacher(part: slice) -> Teacher:
+        own = None if features is None else features[part]
+        return Teacher.from_logits(teacher_logits(part), vocab, labels[part], own)
+
+    about = Fused(LOSSES[name], teacher, draft_logits, weights[: len(states)], rows)
+    return fused_loss(about, states)
 
 
 @EVERY
 @VOCABULARIES
-@pytest.mark.parametrize("tokens", [1, 3, 1000])
-def test_chunks_change_nothing(name: str, vocab: Tensor | None, tokens: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_the_fused_loss_is_the_sum_over_steps_and_its_gradients(
+    name: str, vocab: Tensor | None, rows: int
+) -> None:
+    """Three rollout steps, which predict the last 11, 8 and 2 labels."""
     generator = torch.Generator().manual_seed(2)
-    count = 11
+    counts = (11, 8, 2)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    labels = torch.randint(V, (count,), generator=generator)
-    target_head, target_states, features = normal(V, H), normal(count, H), normal(count, H)
-    start, head = normal(count, H), normal(V if vocab is None else len(vocab), H)
-    seen: list[int] = []
+    labels = torch.randint(V, (counts[0],), generator=generator)
+    target_head, target_states = normal(V, H), normal(counts[0], H)
+    features = normal(counts[0], H)
+    starts = [normal(count, H) for count in counts]
+    head = normal(V if vocab is None else len(vocab), H)
+    seen: list[slice] = []
 
-    def run(chunked: bool) -> list[Tensor]:
-        states, weights = start.clone().requires_grad_(), head.clone().requires_grad_()
+    def run(is_fused: bool, shift: int = 0) -> list[Tensor]:
+        states = [start.clone().requires_grad_() for start in starts]
+        weights = head.clone().requires_grad_()
 
         def draft_logits(s: Tensor) -> Tensor:
             return s @ weights.T
 
         def teacher_logits(part: slice) -> Tensor:
-            logits = target_states[part] @ target_head.T
-            seen.append(len(logits))
-            return logits
+            seen.append(part)
+            return target_states[part] @ target_head.T
 
-        if chunked:
-            # One number too few for another token.
-            values = (tokens + 1) * V - 1
-            loss = chunked_loss(
-                name, draft_logits, states, teacher_logits, vocab, labels, features, values=values
+        if is_fused:
+            loss = fused(
+                *(name, draft_logits, states, teacher_logits, vocab, labels, features), rows=rows
             )
         else:
             teacher = Teacher.from_logits(target_states @ target_head.T, vocab, labels, features)
-            loss = LOSSES[name](teacher, draft_logits(states), states)
+            parts = [
+                weight
+                * LOSSES[name](teacher.last(len(s) + shift).part(slice(len(s))), draft_logits(s), s)
+                for weight, s in zip((1.0, 0.5, 0.25), states, strict=True)
+                if len(s) + shift <= counts[0]
+            ]
+            loss = torch.stack(parts).sum()
         (3.0 * loss).backward()
-        assert states.grad is not None
+        grads = [torch.zeros_like(s) if s.grad is None else s.grad for s in states]
         assert weights.grad is not None
-        return [loss.detach(), states.grad, weights.grad]
+        return [loss.detach(), *grads, weights.grad]
 
     for got, expected in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    assert max(seen) == min(tokens, count)
-
-
-def test_fewer_values_than_a_vocabulary_still_take_a_token_at_a_time() -> None:
-    c = case(None)
-    sizes: list[int] = []
-
-    def logits(part: slice) -> Tensor:
-        sizes.append(len(c.target[part]))
-        return c.target[part]
-
-    states = c.draft.requires_grad_()
-    loss = chunked_loss("kl", lambda s: s, states, logits, None, c.labels, None, values=1)
-    assert float(loss.detach()) == pytest.approx(by_hand("kl", c, c), abs=1e-12)
-    assert set(sizes) == {1}
+    # Each label's teacher is made once, whatever the rollout.
+    assert sorted(i for part in seen for i in range(part.start, part.stop)) == list(range(11))
+    assert max(part.stop - part.start for part in seen) == min(rows, 11)
+    # Steps that are taught by their neighbours' labels would be seen.
+    assert not torch.allclose(run(True)[0], run(False, shift=1)[0], rtol=1e-3)
 
 
 def test_no_tokens_cost_nothing() -> None:
     states = torch.zeros(0, V, requires_grad=True)
     empty = torch.zeros(0, dtype=torch.long)
-    loss = chunked_loss(
-        "lk", lambda s: s, states, lambda _: torch.zeros(0, V), None, empty, None, values=10
+    loss = fused(
+        *("lk", lambda s: s, [states], lambda _: torch.zeros(0, V), None, empty, None), rows=10
     )
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == 0.0
 
 
-def test_the_target_is_read_as_served_also_under_autocast() -> None:
-    seen: list[torch.dtype] = []
-    head, hidden = torch.randn(V, H), torch.randn(N, H)
-
-    def logits(part: slice) -> Tensor:
-        out = hidden[part] @ head.T
-        seen.append(out.dtype)
-        assert not out.requires_grad
-        return out
-
-    labels = torch.zeros(N, dtype=torch.long)
-    states = torch.randn(N, H, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = chunked_loss(
-            "tv", lambda s: s @ head.T, states, logits, None, labels, None, values=2 * V
-        )
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert set(seen) == {torch.float32}
-    assert loss.dtype == torch.float32
-
-
 @pytest.mark.parametrize("name", ["kl", "lk", "paper"])
-def test_chunks_under_autocast_have_the_same_gradients(name: str) -> None:
+def test_the_fused_loss_under_autocast_has_the_same_gradients(name: str) -> None:
     target_head, head, first = torch.randn(V, H), torch.randn(V, H), torch.randn(H, H)
     hidden, start = torch.randn(N, H), torch.randn(N, H)
     labels = torch.zeros(N, dtype=torch.long)
 
-    def run(chunked: bool) -> list[Tensor]:
+    def run(is_fused: bool) -> list[Tensor]:
         states = start.clone().requires_grad_()
         weights, before = head.clone().requires_grad_(), first.clone().requires_grad_()
 
         def draft_logits(s: Tensor) -> Tensor:
             return s @ merged.T
 
+        def target_logits(part: slice) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return hidden[part] @ target_head.T
+
         with torch.autocast("cpu", torch.bfloat16):
             merged = weights @ before  # the chunks share what was computed before them
             losses = []
             for _ in range(2):  # the second sees what the first left in autocast's cache
-                if chunked:
+                if is_fused:
                     losses.append(
-                        chunked_loss(
-                            name,
-                            draft_logits,
-                            states,
-                            lambda part: hidden[part] @ target_head.T,
-                            None,
-                            labels,
-                            hidden,
-                            values=2 * V,
+                        fused(
+                            *(name, draft_logits, [states], target_logits, None, labels, hidden),
+                            rows=2,
                         )
                     )
                 else:
-                    with torch.autocast("cpu", enabled=False):
-                        logits = hidden @ target_head.T
-                    teacher = Teacher.from_logits(logits, None, labels, hidden)
+                    teacher = Teacher.from_logits(target_logits(slice(N)), None, labels, hidden)
                     losses.append(LOSSES[name](teacher, draft_logits(states), states))
         (losses[0] + 2 * losses[1]).backward()
         return [t.grad for t in (states, weights, before) if t.grad is not None]
@@ -456,13 +453,14 @@ def test_chunks_under_autocast_have_the_same_gradients(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
 
 
-def test_chunks_of_a_frozen_head_and_without_a_graph() -> None:
+def test_the_fused_loss_of_a_frozen_head_and_without_a_graph() -> None:
     c = case(None)
     head = torch.randn(V, V, dtype=torch.float64)
 
     def run() -> Tensor:
-        return chunked_loss(
-            "kl", lambda s: s @ head, c.draft, lambda p: c.target[p], None, c.labels, None, values=9
+        return fused(
+            *("kl", lambda s: s @ head, [c.draft], lambda p: c.target[p], None, c.labels, None),
+            rows=1,
         )
 
     assert not run().requires_grad
@@ -473,12 +471,32 @@ def test_chunks_of_a_frozen_head_and_without_a_graph() -> None:
     assert head.grad is not None
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@VOCABULARIES
+def test_a_loss_reads_no_more_of_the_target_than_its_row_tells(
+    name: str, vocab: Tensor | None
+) -> None:
+    c = case(vocab)
+    reads = LOSSES[name].reads
+    own = c.target if vocab is None else c.target[:, vocab]
+    less = {
+        LABELS: Teacher.from_own_logits(own[:, :0], vocab, c.labels, c.features),
+        OWN: Teacher.from_own_logits(own, vocab, c.labels, c.features),
+        WHOLE: c.teacher(),
+    }
+    assert float(LOSSES[name](less[reads], c.draft, c.states)) == pytest.approx(c.loss(name))
+    if reads == WHOLE:
+        with pytest.raises(AssertionError):
+            LOSSES[name](less[OWN], c.draft, c.states)
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 MEASURE = """
 import json, sys
 import torch
-from redraft.training.losses import LOSSES, Teacher, chunked_loss
+from redraft.training.fused_loss import Fused, fused_loss
+from redraft.training.losses import LOSSES, Teacher
 from redraft.training.memory import current_memory, peak_memory, restart_peak
 
 name, form, vocabulary, values = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -497,8 +515,10 @@ def measure(N, V, values):
     resident = current_memory(cpu)
     def draft(s): return s @ draft_head.T
     def target(part): return hidden[part] @ target_head.T
-    if form == "chunked":
-        loss = chunked_loss(name, draft, states, target, None, labels, hidden, values=values)
+    def teacher(part):
+        return Teacher.from_logits(target(part), None, labels[part], hidden[part])
+    if form == "fused":
+        loss = fused_loss(Fused(LOSSES[name], teacher, draft, [1.0], max(1, values // V)), [states])
     else:
         teacher = Teacher.from_logits(target(slice(None)), None, labels, hidden)
         loss = LOSSES[name](teacher, draft(states), states)
@@ -524,10 +544,10 @@ def rise(name: str, form: str, vocabulary: int) -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @EVERY
-def test_memory_in_chunks_does_not_grow_with_the_vocabulary(name: str) -> None:
+def test_memory_of_the_fused_loss_does_not_grow_with_the_vocabulary(name: str) -> None:
     vocabularies = (4_000, 32_000, 150_000) if name in ("kl", "lk") else (32_000,)
-    chunked = {V: rise(name, "chunked", V) for V in vocabularies}
-    print(name, "chunked", chunked)
+    chunked = {V: rise(name, "fused", V) for V in vocabularies}
+    print(name, "fused", chunked)
     for vocabulary, peak in chunked.items():
         assert peak < 30 * 4 * VALUES / 1e6, vocabulary
 

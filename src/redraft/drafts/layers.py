@@ -1,11 +1,10 @@
-"""The building blocks drafts share: RMS norm, gated FFN with room for an expert, RoPE, chain attention.
+"""The building blocks drafts share: RMS norm, gated FFN with room for an expert, RoPE, attention.
 
-Shapes: B batch, T tokens, S chain starts, N query heads, G key/value heads, C head_dim.
+Shapes: B batch, T tokens, N query heads, G key/value heads, C head_dim.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,44 +125,3 @@ def causal_attention(
 def masked_attention(q_BNTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, seen: Tensor) -> Tensor:
     """Attention to the keys that `seen` (bool, [B, 1, T, keys] or fewer dimensions) marks."""
     return F.scaled_dot_product_attention(q_BNTC, k_BGTC, v_BGTC, attn_mask=seen, enable_gqa=True)
-
-
-def chain_attention(
-    q_BNSC: Tensor,
-    base_k_BGTC: Tensor,
-    base_v_BGTC: Tensor,
-    own_k: list[Tensor],
-    own_v: list[Tensor],
-    first: int,
-    window: int | None = None,
-) -> Tensor:
-    """Attention of chain starts first..first+S-1 at one rollout step.
-
-    Start i sees the true pairs 0..i (`base_k`, `base_v`) and then only its own chain's keys, one
-    per step so far including the present one (`own_k[m]` [B, G, >=S, C], aligned by start): a
-    diagonal. Equal to decoding each chain alone. A `window` counts from the present step's
-    position, so it leaves out pairs on the far side, and in the end the chain's own.
-    """
-    starts, step = q_BNSC.shape[2], len(own_k)
-    if window is not None:
-        own_k, own_v = own_k[-window:], own_v[-window:]
-    groups = q_BNSC.shape[1] // base_k_BGTC.shape[1]
-    keys = base_k_BGTC[:, :, : first + starts].repeat_interleave(groups, 1)
-    values = base_v_BGTC[:, :, : first + starts].repeat_interleave(groups, 1)
-    q = q_BNSC / math.sqrt(q_BNSC.shape[-1])
-    hidden = torch.ones(starts, first + starts, dtype=torch.bool, device=q.device).triu(first + 1)
-    if window is not None:
-        hidden |= torch.ones_like(hidden).tril(first + step - window)
-    scores = [(q @ keys.transpose(-1, -2)).masked_fill(hidden, float("-inf"))]
-    own_k = [k[:, :, :starts].repeat_interleave(groups, 1) for k in own_k]
-    own_v = [v[:, :, :starts].repeat_interleave(groups, 1) for v in own_v]
-    scores += [(q * k).sum(-1, keepdim=True) for k in own_k]
-    weights = torch.cat(scores, dim=-1).softmax(-1, dtype=_softmax_dtype(q)).to(values.dtype)
-    attended = weights[..., : first + starts] @ values
-    for m, v in enumerate(own_v):
-        attended = attended + weights[..., first + starts + m, None] * v
-    return attended
-
-
-def _softmax_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -24,7 +24,8 @@ from ..rng import seeded
 from ..slots import Slots, positions, visible
 from ..target import Target
 from .base import Draft
-from .layers import RMSNorm, Rotary, causal_attention, chain_attention, masked_attention, rotate
+from .chain_attention import chain_attention
+from .layers import RMSNorm, Rotary, causal_attention, masked_attention, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

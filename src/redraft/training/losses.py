@@ -1,6 +1,6 @@
-"""Losses, each named for what it computes. Sums over supervised tokens; the caller divides once.
+"""Losses, each named for what it computes, one row each (LOSSES). Sums over supervised tokens.
 
-p is the target's distribution, q the draft's, which lives on the draft vocabulary only. `kl` is
+The caller divides once. p is the target's distribution, q the draft's, which lives on the draft vocabulary only. `kl` is
 against p renormalised over that vocabulary. `tv` and `lk` are about acceptance, so what p puts
 outside it is lost and counts.
 
@@ -9,7 +9,7 @@ Shapes: N supervised tokens, V target vocabulary, D draft vocabulary, H hidden s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from ..errors import UserError
-from .chunks import sum_in_chunks
 
 LK_ETA = 3.0
 """How fast `lk` turns from KL to total variation as acceptance rises."""
@@ -25,20 +24,26 @@ PAPER_KL = 0.1
 """Weight of the distributions beside the states in `paper`."""
 
 
+LABELS, OWN, WHOLE = "labels", "own", "whole"
+"""What a loss reads of the target: nothing but the answers' tokens, its distribution over the draft
+vocabulary alone, or that over its whole vocabulary."""
+
+
 @dataclass(frozen=True)
 class Teacher:
-    """What the target says at each supervised token, computed once for all rollout steps."""
+    """The target's output at each supervised token, computed once for all rollout steps."""
 
     p_ND: Tensor
-    """Its distribution, renormalised over the draft vocabulary."""
+    """Its distribution, renormalised over the draft vocabulary; no columns for losses of LABELS."""
     entropy_N: Tensor
     """Of `p_ND`, in nats."""
-    kept_N: Tensor
-    """Its probability for the draft vocabulary as a whole: 1 where nothing is left out."""
+    kept_N: Tensor | None
+    """Its probability of the draft vocabulary as a whole (1 where nothing is left out); None for
+    losses that do not read it."""
     label_N: Tensor
     """Row of the answer's token in the draft vocabulary, -1 where it has none."""
     feature_NH: Tensor | None
-    """What a draft's state stands for: its feature after the token before."""
+    """The feature that a draft's state predicts: the target's at the token before."""
 
     @staticmethod
     def from_logits(
@@ -53,33 +58,80 @@ class Teacher:
         """
         wide = logits_NV.to(_wide(logits_NV))
         if draft_vocab is None:
-            kept_N, rows_N = torch.ones_like(wide[:, 0]), labels_N
+            kept_N = torch.ones_like(wide[:, 0])
         else:
             whole_N = wide.logsumexp(-1)
             wide = wide.index_select(-1, draft_vocab)
             kept_N = (wide.logsumexp(-1) - whole_N).exp()
+        return Teacher._of(wide, kept_N, draft_vocab, labels_N, feature_NH)
+
+    @staticmethod
+    def from_own_logits(
+        logits_ND: Tensor,
+        draft_vocab: Tensor | None,
+        labels_N: Tensor,
+        feature_NH: Tensor | None = None,
+    ) -> Teacher:
+        """The same from logits over the draft vocabulary alone, for losses that read no more."""
+        wide = logits_ND.to(_wide(logits_ND))
+        return Teacher._of(wide, None, draft_vocab, labels_N, feature_NH)
+
+    @staticmethod
+    def _of(
+        logits_ND: Tensor,
+        kept_N: Tensor | None,
+        draft_vocab: Tensor | None,
+        labels_N: Tensor,
+        feature_NH: Tensor | None,
+    ) -> Teacher:
+        rows_N = labels_N
+        if draft_vocab is not None:
             rows_N = torch.searchsorted(draft_vocab, labels_N).clamp(max=len(draft_vocab) - 1)
             rows_N = rows_N.masked_fill(draft_vocab[rows_N] != labels_N, -1)
-        log_p = wide.log_softmax(-1)
+        log_p = logits_ND.log_softmax(-1)
         p = log_p.exp()
-        entropy_N = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+        entropy_N = -(p * log_p.masked_fill_(p == 0, 0.0)).sum(-1)
         return Teacher(p, entropy_N, kept_N, rows_N, feature_NH)
+
+    @staticmethod
+    def joined(parts: Sequence[Teacher]) -> Teacher:
+        """Several teachers' tokens, one after the other."""
+        first = parts[0]
+        return Teacher(
+            torch.cat([part.p_ND for part in parts]),
+            torch.cat([part.entropy_N for part in parts]),
+            None if first.kept_N is None else torch.cat([p.kept_N for p in parts]),  # type: ignore[misc]
+            torch.cat([part.label_N for part in parts]),
+            None if first.feature_NH is None else torch.cat([p.feature_NH for p in parts]),  # type: ignore[misc]
+        )
 
     def last(self, count: int) -> Teacher:
         """The last `count` tokens (views)."""
-        begin = len(self.entropy_N) - count
-        feature = None if self.feature_NH is None else self.feature_NH[begin:]
+        return self.part(slice(len(self.label_N) - count, None))
+
+    def part(self, tokens: slice) -> Teacher:
+        """Some of the tokens (views)."""
         return Teacher(
-            self.p_ND[begin:],
-            self.entropy_N[begin:],
-            self.kept_N[begin:],
-            self.label_N[begin:],
-            feature,
+            self.p_ND[tokens],
+            self.entropy_N[tokens],
+            None if self.kept_N is None else self.kept_N[tokens],
+            self.label_N[tokens],
+            None if self.feature_NH is None else self.feature_NH[tokens],
         )
 
 
-Loss = Callable[[Teacher, Tensor, Tensor | None], Tensor]
-"""Teacher, the draft's logits [N, D] and its states [N, H] to a sum over tokens."""
+@dataclass(frozen=True)
+class Loss:
+    """A row of the table: teacher, the draft's logits [N, D] and its states [N, H] to a sum over
+    tokens, and what it `reads` of the target (LABELS, OWN or WHOLE)."""
+
+    compute: Callable[[Teacher, Tensor, Tensor | None], Tensor]
+    reads: str
+
+    def __call__(
+        self, teacher: Teacher, student_logits_ND: Tensor, student_states_NH: Tensor | None = None
+    ) -> Tensor:
+        return self.compute(teacher, student_logits_ND, student_states_NH)
 
 
 def forward_kl(teacher: Teacher, student_logits_ND: Tensor, _: Tensor | None = None) -> Tensor:
@@ -140,50 +192,17 @@ def features_and_kl(
 
 
 LOSSES: dict[str, Loss] = {
-    "kl": forward_kl,
-    "tv": total_variation,
-    "lk": lk_blend,
-    "ce": hard_cross_entropy,
-    "paper": features_and_kl,
+    "kl": Loss(forward_kl, OWN),
+    "tv": Loss(total_variation, WHOLE),
+    "lk": Loss(lk_blend, WHOLE),
+    "ce": Loss(hard_cross_entropy, LABELS),
+    "paper": Loss(features_and_kl, OWN),
 }
-
-
-def chunked_loss(
-    name: str,
-    draft_logits: Callable[[Tensor], Tensor],
-    states_NH: Tensor,
-    teacher_logits: Callable[[slice], Tensor],
-    draft_vocab: Tensor | None,
-    labels_N: Tensor,
-    features_NH: Tensor | None,
-    *,
-    values: int,
-) -> Tensor:
-    """`LOSSES[name]` of all tokens, in memory that does not grow with the vocabulary.
-
-    Logits exist for a few tokens at a time, at most `values` numbers of either model (but one
-    token at least), and again in the backward pass. `draft_logits` turns states [n, H] into logits
-    [n, D]; `teacher_logits` gives the target's [n, V] for a slice of the tokens.
-    """
-    loss = LOSSES[name]
-
-    def served(tokens: slice) -> Tensor:
-        # The target computes as it will be served, also where the draft trains under autocast.
-        with torch.no_grad(), torch.autocast(states_NH.device.type, enabled=False):
-            return teacher_logits(tokens)
-
-    def of_chunk(states: Tensor, tokens: slice) -> Tensor:
-        with torch.no_grad():
-            feature = None if features_NH is None else features_NH[tokens]
-            teacher = Teacher.from_logits(served(tokens), draft_vocab, labels_N[tokens], feature)
-        return loss(teacher, draft_logits(states), states)
-
-    vocabulary = served(slice(0, 1)).shape[-1]
-    return sum_in_chunks(of_chunk, states_NH, max(1, values // vocabulary))
 
 
 def _overlap(teacher: Teacher, student_logits_ND: Tensor) -> Tensor:
     """alpha [N] = sum of min(p, q) over the draft vocabulary, p as it is over the target's whole."""
+    assert teacher.kept_N is not None, "a loss about acceptance reads the whole vocabulary"
     q_ND = student_logits_ND.to(teacher.p_ND.dtype).softmax(-1)
     return torch.minimum(teacher.p_ND * teacher.kept_N[:, None], q_ND).sum(-1)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from ..config import TrainConfig
@@ -23,6 +22,7 @@ from ..methods import Method
 from ..private.part import take
 from ..private.vocabulary import HEAD, Retargeted, extract
 from .checkpoint import TrainState
+from .flops import Flops
 from .lesson import Lesson, rollout_loss
 from .optimize import peak_rate, schedule
 from .precision import autocast
@@ -54,8 +54,7 @@ class Member:
     fitted: Fitted = field(default_factory=lambda: Fitted({}))
     diverged: bool = False
     state: TrainState = field(init=False)
-    per_step: float = 0.0  # operations of a training step, per token
-    per_reading: float = 0.0  # operations of a rollout without a backward pass
+    flops: Flops = field(default_factory=Flops)
 
     def __post_init__(self) -> None:
         self.state = TrainState(0, 0, [], 0, self.take(), math.nan, 0.0)
@@ -87,19 +86,6 @@ class Member:
         if len(taus) <= patience:
             return False
         return max(taus[-patience:]) < max(taus[:-patience]) + RISE
-
-    def count(self, lesson: Lesson) -> None:
-        """Count a step's operations. Apart from training, which computes otherwise while counted."""
-        tokens = lesson.batch.tokens_BT.numel()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            rollout_loss(lesson, self.draft, self.config)
-        self.per_reading = counter.get_total_flops() / tokens
-        if self.trainable:
-            with FlopCounterMode(display=False) as counter:
-                rollout_loss(lesson, self.draft, self.config)[0].backward()  # type: ignore[no-untyped-call]
-            self.per_step = counter.get_total_flops() / tokens
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def learn(self, lesson: Lesson, precision: str) -> None:
         """One optimizer step; the state moves on by one."""

@@ -21,7 +21,7 @@ from ..private.refresh import renewed
 from ..private.relay import SHARES, DownFit, FeatureMap, folded, mapped_layer, maps_features
 from ..records import Answer
 from ..target import Target
-from .lesson import VALUES, Lesson, read_lesson, rollout_loss
+from .lesson import Lesson, read_lesson, rollout_loss
 
 FITTED_ON = 32
 """Batches whose features the map is fitted on."""
@@ -87,8 +87,7 @@ def _lesson(
     target: Target, draft: Draft, answers: Sequence[Answer], indices: Sequence[int]
 ) -> Lesson:
     batch = collate([answers[i] for i in indices], target.device)
-    # All are held at once: where logits would be many, final states are kept instead.
-    return read_lesson(target, batch, draft.taps, VALUES // FITTED_ON)
+    return read_lesson(target, batch, draft.taps)
 
 
 def _map_features(

@@ -98,6 +98,10 @@ class StoredTarget(Target):
         ]
         return Reading(torch.cat(features, dim=-1), logits_BTV)
 
+    def logits_from(self, last_NH: Tensor, columns_D: Tensor | None = None) -> Tensor:
+        with self._allowed():
+            return super().logits_from(last_NH, columns_D)
+
     def normed(self, last_SH: Tensor) -> Tensor:
         """hs[n] of states before the final norm."""
         normed: Tensor = self.norm(last_SH.to(self.device))

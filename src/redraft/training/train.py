@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from ..batches import collate, plan_epochs
@@ -45,6 +44,7 @@ from ..records import Answer, TrainRecord
 from ..target import Target
 from .checkpoint import load_checkpoint, save_checkpoint
 from .fitness import check_fits
+from .flops import count_flops, counted
 from .lesson import Lesson, read_lesson, rollout_loss
 from .member import DivergedError, Member
 from .memory import peak_memory, predict_peak, restart_peak
@@ -140,7 +140,7 @@ def _train(
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
-    stream = _Stream(target, drafts[0].taps, answers, plan)
+    stream = _Stream(target, drafts[0].taps, answers, plan, hold=len(drafts) > 1)
     keys = [
         _key(config, plan, target, base, draft, answers, heldout, k)
         for draft, config in zip(drafts, configs, strict=True)
@@ -204,9 +204,17 @@ class _Stream:
         taps: tuple[int, ...],
         answers: Sequence[Answer],
         plan: list[list[int]],
+        hold: bool,
     ):
         self.target, self.taps, self.answers, self.plan = target, taps, answers, plan
-        self.per_token = 0.0
+        self.hold = hold
+
+    @functools.cached_property
+    def flops_per_token(self) -> float:
+        """Operations of the target's layers, counted on the first batch."""
+        batch = collate([self.answers[i] for i in self.plan[0]], self.target.device)
+        read = counted(lambda: read_lesson(self.target, batch, self.taps))
+        return read / batch.tokens_BT.numel()
 
     @functools.cached_property
     def first_lessons(self) -> list[Lesson]:
@@ -217,12 +225,7 @@ class _Stream:
         began = time.monotonic()
         indices = self.plan[at % len(self.plan)]
         batch = collate([self.answers[i] for i in indices], self.target.device)
-        if self.per_token:
-            lesson = read_lesson(self.target, batch, self.taps)
-        else:
-            with FlopCounterMode(display=False) as counter:
-                lesson = read_lesson(self.target, batch, self.taps)
-            self.per_token = counter.get_total_flops() / batch.tokens_BT.numel()
+        lesson = read_lesson(self.target, batch, self.taps, hold=self.hold)
         return dataclasses.replace(lesson, seconds=time.monotonic() - began)
 
     def length(self, steps: int) -> int:
@@ -275,7 +278,7 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
         hook,
         fitted,
     )
-    member.count(lessons[0])
+    member.flops = count_flops(lessons[0], draft, config)
     return member
 
 
@@ -321,7 +324,7 @@ def _finished(
     Seconds are those of its start, its steps, the readings of the batches it stepped on, and its
     share of the evaluations.
     """
-    state, draft = member.state, member.draft
+    state, draft, flops = member.state, member.draft, member.flops
     put(draft, state.best)
     read = stream.length(state.step)
     if member.hook is not None:
@@ -347,8 +350,9 @@ def _finished(
         miss_rate=(member.retargeted.missed_before, member.retargeted.missed_after)
         if member.retargeted
         else None,
-        target_flops=stream.per_token * (read + member.fitted.target_tokens),
-        draft_flops=member.per_step * read + member.per_reading * member.fitted.draft_tokens,
+        target_flops=stream.flops_per_token * (read + member.fitted.target_tokens)
+        + flops.head * read,
+        draft_flops=flops.step * read + flops.rollout * member.fitted.draft_tokens,
     )
     return Trained(state.best, record)
 
