@@ -162,7 +162,7 @@ def _apart(
 
 def _by_query(x: Tensor, R: int) -> Tensor:
     """[B, G, R * starts, ...] as [B, G, R, starts, ...]."""
-    return x.view(*x.shape[:2], R, -1, x.shape[-1])
+    return x.view(*x.shape[:2], R, x.shape[2] // R, x.shape[-1])
 
 
 def _own_scores(q_BGRSC: Tensor, own_k: Sequence[Tensor]) -> Tensor:
