@@ -61,6 +61,13 @@ class Target:
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
+        self.context_note = ""
+        if (switch := _frequency_switch(config)) and switch[1] < self.max_positions:
+            kind, self.max_positions = switch
+            self.context_note = (
+                f" (its {kind} rotary frequencies change past that, where plain and cached passes "
+                "compute different functions)"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +116,11 @@ class Target:
         all), or those of the token indices given. `placed` are `position_ids` and `attention_mask`
         of rows that need them.
         """
+        if cache is None and tokens_BT.shape[1] > self.max_positions:
+            raise UserError(
+                f"a row of {tokens_BT.shape[1]} tokens is longer than the context of target "
+                f"{self.name}, {self.max_positions} tokens{self.context_note}; shorten it, or leave it out"
+            )
         output = self.model(
             input_ids=tokens_BT,
             past_key_values=cache,
@@ -344,6 +356,23 @@ def _with_adapter(model: Any, adapter: str) -> Any:
         raise UserError(
             f"--target-adapter {adapter} does not fit this target: {problem}"
         ) from problem
+
+
+def _frequency_switch(config: Any) -> tuple[str, int] | None:
+    """The rope type and the length up to which its frequencies are those of the first position.
+
+    None where they never depend on how long a sequence is.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    found = []
+    for kind in kinds:
+        name = str(kind.get("rope_type"))
+        if name == "longrope" or "dynamic" in name:
+            most = kind.get("original_max_position_embeddings")
+            most = most or getattr(config, "original_max_position_embeddings", None)
+            found.append((name, int(most or config.max_position_embeddings)))
+    return min(found, key=lambda f: f[1], default=None)
 
 
 def _spread(num_layers: int) -> tuple[int, ...]:

@@ -1,39 +1,46 @@
 """`redraft bench pipeline`: speed and memory of the stages, each against its bare minimum.
 
-    replay against the live loop        the same draft, prompts and answers, batch 1 live
-    training against its bare modules   the target's forward plus a bare forward and backward of
-                                        the same draft modules on the same tokens
-    regeneration                        tokens per second of the batched loop
-    a gang of six against one           six widths of an expert on one stream; on the target as it is,
-                                        and padded with zeros to the cost that real models have
+    regeneration    the batched loop, against the target's forward passes inside it
+    training        against the target's forward plus a bare forward and backward of the same draft
+                    modules on the same tokens
+    replay          against the target's forward and the draft's rollout on the same batches
+    live loop       one prompt at a time, against the models' forward passes inside it
+    gang of six     (a family only) six widths of an expert on one stream against one, on the target
+                    as it is and padded with zeros to the cost that real models have
 
-Printed, never asserted: speed depends on the machine and on what else runs there.
+It runs on a family of `bench family` or on a pretrained model of `bench model`. Printed, never
+asserted: speed depends on the machine and on what else runs there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batches import Batch, collate, plan_epochs
+from ..batches import Batch, collate, plan_epochs, plan_once
 from ..config import TrainConfig
 from ..console import say
 from ..decode.sampling import Sampling
 from ..drafts.base import Draft
+from ..drafts.new import new_draft
 from ..errors import UserError
 from ..formats.load import StoredDraft, read_draft
 from ..measuring.live import live
 from ..measuring.measure import answer_all
-from ..measuring.replay import replay
-from ..records import Answer, versions
-from ..target import Target
+from ..measuring.replay import BATCH_TOKENS, replay
+from ..measuring.speed import forwards_timed
+from ..records import Answer, Prompt, versions
+from ..target import Target, load_target
 from ..training.train import train, train_gang
+from . import datasets, world
 from .decode import padded
 from .family import family_prompts, load_member
 
@@ -41,50 +48,118 @@ PROMPTS, TOKENS, K = 64, 96, 4
 REPEATS = 3
 GANG = (4, 8, 16, 32, 64, 96)
 PADDED = 100_000_000
+DRAFT_VOCAB = 8192
+"""Draft vocabulary of a pretrained model's draft, a published size."""
 
 
-def bench_pipeline(family: Path) -> dict[str, Any]:
-    """Measure on a family's SFT member; medians of `REPEATS`, with the range."""
+@dataclass(frozen=True)
+class Subject:
+    """What is measured. `build` makes the draft to train and to replay, in a dtype."""
+
+    target: Target
+    prompts: list[Prompt]
+    build: Callable[[Sequence[Answer], torch.dtype], Draft]
+    config: TrainConfig
+    copies: int
+    """How often the answers are repeated, for enough steps."""
+    repeats: int
+
+
+def bench_pipeline(family: Path | None = None, model: Path | None = None) -> dict[str, Any]:
+    """Measure on a family's SFT member, or on a pretrained model. Raises UserError for neither."""
+    if (family is None) == (model is None):
+        raise UserError(
+            "name one of --family FOLDER (bench family) and --model FOLDER (bench model)"
+        )
+    if family is None:
+        return _measure(_pretrained(Path(model or "")))
     if not (family / "family.json").is_file():
         raise UserError(f"{family} holds no family; build one: redraft bench family --out {family}")
+    stored = read_draft(str(family / "draft"))
+    subject = _member(family, stored)
+    found = _measure(subject)
+    answers = found.pop("answers")
+    gang = (
+        ("gang_of_six_over_one", subject.target, answers * 4),
+        ("gang_of_six_over_one_padded_to_1e8", padded(subject.target, PADDED), answers),
+    )
+    return found | {name: _gang_over_one(t, stored, some) for name, t, some in gang}
+
+
+def _member(family: Path, stored: StoredDraft) -> Subject:
     target = load_member(family, "sft")
-    shared = read_draft(str(family / "draft"))
-    draft = shared.build(target, target.dtype)
-    prompts = family_prompts(family, target, ("math",), "eval", PROMPTS)
-    generation, answers = _timed(lambda: answer_all(target, prompts, TOKENS, K, Sampling()))
-    say(f"{PROMPTS} prompts x {TOKENS} tokens at most, K={K}, {target.dtype}")
-    replays, _ = _timed(lambda: replay(target, draft, answers, K))
-    lives, _ = _timed(lambda: live(target, draft, prompts, K, TOKENS), repeats=1)
-    config = TrainConfig(method="full", batch_tokens=2048, rollout=K, epochs=2.0, precision="fp32")
-    pool = [answer for answer in answers if answer.length >= 2] * 4
-    bare = _bare_tokens_per_second(target, shared.build(target, torch.float32), pool, config)
-    trainee = shared.build(target, torch.float32)
-    record = train(target, trainee, pool, answers[:2], config, k=K).record
-    gang = {
-        name: _gang_over_one(one, shared, pool[:count])
-        for name, one, count in (
-            ("as_it_is", target, len(pool)),
-            ("padded", padded(target, PADDED), PROMPTS),
+    return Subject(
+        target,
+        family_prompts(family, target, ("math",), "eval", PROMPTS),
+        lambda _, dtype: stored.build(target, dtype),
+        TrainConfig(method="full", batch_tokens=2048, rollout=K, epochs=2.0, precision="fp32"),
+        copies=4,
+        repeats=REPEATS,
+    )
+
+
+def _pretrained(model: Path) -> Subject:
+    """A model and math questions: those of the data folder, where one is named, else templated."""
+    target = load_target(str(model))
+    folder = datasets.data_folder()
+    if folder is None:
+        chats = world.samples("math", PROMPTS, seed=0, split="eval")
+    else:
+        chats = datasets.chats(folder, "math", split="eval")[:PROMPTS]
+    prompts = [Prompt(c.id, tuple(target.render(list(c.messages[:-1])))) for c in chats]
+
+    def build(answers: Sequence[Answer], dtype: torch.dtype) -> Draft:
+        size = min(DRAFT_VOCAB, target.vocab_size)
+        draft = new_draft(target, answers, draft_vocab_size=size)
+        draft.reinitialise(0)
+        return draft.to(dtype)
+
+    config = TrainConfig(method="scratch", rollout=K, epochs=3.0, evaluations=1)
+    return Subject(target, prompts, build, config, copies=1, repeats=1)
+
+
+def _measure(s: Subject) -> dict[str, Any]:
+    target, draft_of = s.target, s.build
+    say(f"{len(s.prompts)} prompts x {TOKENS} tokens at most, K={K}, {target.dtype}")
+    with _forwards(target) as inside:
+        generation, answers = _timed(
+            lambda: answer_all(target, s.prompts, TOKENS, K, Sampling()), s.repeats, inside
         )
+    pool = [answer for answer in answers if answer.length >= 2] * s.copies
+    bare = _bare_tokens_per_second(target, draft_of(answers, torch.float32), pool, s.config)
+    trainee = draft_of(answers, torch.float32)
+    record = train(target, trainee, pool, pool[:4], s.config, k=K).record
+    draft = trainee.to(target.dtype).eval().requires_grad_(False)
+    bare_replays, _ = _timed(lambda: _bare_replay(target, draft, answers), s.repeats)
+    replays, _ = _timed(lambda: replay(target, draft, answers, K), s.repeats)
+    with forwards_timed(target, draft) as spent:
+        lives, _ = _timed(lambda: live(target, draft, s.prompts, K, TOKENS), 1)
+    generated = sum(len(a.tokens) for a in answers)
+    read = sum(len(a.prompt) + len(a.tokens) for a in answers)
+    answered = sum(a.length for a in answers)
+    stages = {
+        "regeneration": (generated / _median(generation), generated / _median(inside)),
+        "training": (record.tokens_per_second, bare),
+        "replay": (read / _median(replays), read / _median(bare_replays)),
+        "live loop": (answered / lives[0], answered / sum(spent)),
     }
     return {
-        "replay_seconds": _spread(replays),
-        "live_seconds": _spread(lives),
-        "live_over_replay": round(lives[0] / sorted(replays)[len(replays) // 2], 1),
-        "training_tokens_per_second": round(record.tokens_per_second),
-        "bare_modules_tokens_per_second": round(bare),
-        "training_share_of_bare": round(record.tokens_per_second / bare, 2),
-        "regeneration_tokens_per_second": round(
-            sum(len(a.tokens) for a in answers) / sorted(generation)[len(generation) // 2]
-        ),
-        "gang_of_six_over_one": gang["as_it_is"],
-        "gang_of_six_over_one_padded_to_1e8": gang["padded"],
+        "stages": {
+            name: {"tokens_per_second": round(ours), "bare": round(least), "share": ours / least}
+            for name, (ours, least) in stages.items()
+        },
+        "live_over_replay": round(lives[0] / _median(replays), 1),
+        "heldout_tau": record.best_tau(),
+        "training_precision": record.precision,
         "peak_memory_mb": round(record.peak_mb),
         "predicted_peak_mb": round(record.predicted_peak_mb),
-        "prompts": PROMPTS,
-        "repeats": REPEATS,
+        "prompts": len(s.prompts),
+        "repeats": s.repeats,
         "threads": torch.get_num_threads(),
+        "dtype": str(target.dtype),
+        "vocabulary": target.vocab_size,
         "versions": versions(),
+        "answers": answers,
     }
 
 
@@ -96,8 +171,7 @@ def _bare_tokens_per_second(
     plan = plan_epochs(lengths, config.batch_tokens, 1.0, config.seed)
     batches = [collate([answers[i] for i in indices], target.device) for indices in plan]
     draft.requires_grad_(True)
-    for batch in batches[:2]:
-        _bare_step(target, draft, batch, config.rollout)
+    _bare_step(target, draft, batches[0], config.rollout)
     started = time.perf_counter()
     for batch in batches:
         _bare_step(target, draft, batch, config.rollout)
@@ -106,7 +180,7 @@ def _bare_tokens_per_second(
 
 def _bare_step(target: Target, draft: Draft, batch: Batch, steps: int) -> None:
     with torch.no_grad():
-        features = target.read(batch.tokens_BT, draft.taps).features_BTF
+        features = target.read(batch.tokens_BT, draft.taps, keep=1).features_BTF
     total: Tensor | None = None
     row, label, offset = batch.labels()
     for step, states in enumerate(draft.rollout(batch.tokens_BT, features, batch.first, steps)):
@@ -140,18 +214,55 @@ def _gang_over_one(target: Target, shared: StoredDraft, answers: list[Answer]) -
     return round(seconds[1] / seconds[0], 2)
 
 
-def _timed(work: Callable[[], Any], repeats: int = REPEATS) -> tuple[list[float], Any]:
+@torch.inference_mode()
+def _bare_replay(target: Target, draft: Draft, answers: list[Answer]) -> None:
+    """Target forward, rollout and most likely draft tokens of the same batches."""
+    for indices in plan_once([len(a.prompt) + len(a.tokens) for a in answers], BATCH_TOKENS):
+        batch = collate([answers[i] for i in indices], target.device, overrun=True)
+        features = target.read(batch.tokens_BT, draft.taps, keep=1).features_BTF
+        for states in draft.rollout(batch.tokens_BT, features, batch.first, K):
+            draft.logits(states).argmax(-1)
+
+
+@contextmanager
+def _forwards(target: Target) -> Iterator[list[float]]:
+    """Collects the seconds of the target's own forward passes, one entry per pass."""
+    spent: list[float] = []
+    began: list[float] = []
+    hooks = [
+        target.model.register_forward_pre_hook(lambda *_: began.append(time.perf_counter())),
+        target.model.register_forward_hook(
+            lambda *_: spent.append(time.perf_counter() - began.pop())
+        ),
+    ]
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _timed(
+    work: Callable[[], Any], repeats: int, inside: list[float] | None = None
+) -> tuple[list[float], Any]:
+    """Seconds of each repeat, after a warm-up where there are several, and the last result.
+
+    `inside` collects the seconds of parts of the work, and is left with their sum in each repeat.
+    """
     if repeats > 1:
-        work()  # warm-up
-    seconds = []
+        work()
+    seconds, parts = [], []
     for _ in range(repeats):
+        if inside is not None:
+            inside.clear()
         began = time.perf_counter()
         result = work()
         seconds.append(time.perf_counter() - began)
+        parts.append(sum(inside or ()))
+    if inside is not None:
+        inside[:] = parts
     return seconds, result
 
 
-def _spread(seconds: list[float]) -> list[float]:
-    """Least, median and most."""
-    ranked = sorted(seconds)
-    return [round(x, 3) for x in (ranked[0], ranked[len(ranked) // 2], ranked[-1])]
+def _median(seconds: list[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2]

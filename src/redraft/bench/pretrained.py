@@ -190,9 +190,7 @@ def _from_hub(name: str, row: Pretrained) -> Any:
         ) from None
 
 
-def _save(
-    out: Path, known: dict[str, Any], model: Any, source: Path | str, **named: Any
-) -> None:
+def _save(out: Path, known: dict[str, Any], model: Any, source: Path | str, **named: Any) -> None:
     """Model, tokenizer and record, which take their folder's name together."""
     from transformers import AutoTokenizer
 

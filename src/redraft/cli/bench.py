@@ -124,23 +124,36 @@ def bench_model(
 
 @app.command("pipeline")
 def bench_pipeline(
-    family: Annotated[str, typer.Option("--family", help="folder of `bench family`")],
+    family: Annotated[str | None, typer.Option("--family", help="folder of `bench family`")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="folder of `bench model` instead")
+    ] = None,
+    record: Annotated[
+        str | None, typer.Option("--record", help="also write the result to this JSON file")
+    ] = None,
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Speed and memory of replay, training and regeneration on a family.
+    """Speed and memory of regeneration, training, replay and the live loop, against bare minima.
 
-    Example: redraft bench pipeline --family family
+    Example: redraft bench pipeline --model smollm2
     """
     set_quiet(quiet)
     from ..bench.pipeline import bench_pipeline as run
+    from ..files import write_text
 
-    result = run(Path(family))
+    result = run(Path(family) if family else None, Path(model) if model else None)
+    result.pop("answers", None)
+    if record:
+        write_text(Path(record), json.dumps(result, indent=2) + "\n")
     if as_json:
         print_json(result)
-    else:
-        for name, value in result.items():
-            typer.echo(f"{name:36} {value}")
+        return
+    typer.echo(f"{'stage':14} {'tokens/s':>9} {'bare':>9} {'share':>6}")
+    for name, row in result.pop("stages").items():
+        typer.echo(f"{name:14} {row['tokens_per_second']:9,} {row['bare']:9,} {row['share']:6.2f}")
+    for name, value in result.items():
+        typer.echo(f"{name:36} {value}")
 
 
 @app.command("repair")

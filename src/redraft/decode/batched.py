@@ -22,6 +22,7 @@ from ..target import Target
 from .cache import keep_rows, new_cache
 from .modes import MODES
 from .noise import seeds_tensor
+from .room import check_prompts
 from .sampling import Sampling, scores
 
 
@@ -44,10 +45,11 @@ def generate_answers(
     """The target's answers, batch by batch of the plan.
 
     Each answer ends with a stop token or after `max_new_tokens` (or the context), and is followed
-    by `overrun` further tokens of the target's own.
+    by `overrun` further tokens of the target's own. Raises UserError for prompts that leave no room.
     """
     for indices in plan:
         batch = [prompts[i] for i in indices]
+        check_prompts(target, [prompt.tokens for prompt in batch])
         rows = _decode(target, batch, sampling, max_new_tokens, overrun, seed)
         yield [
             _answer(

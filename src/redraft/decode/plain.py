@@ -11,6 +11,7 @@ from .cache import new_cache
 from .door import Door
 from .modes import Decoding
 from .noise import seeds_tensor
+from .room import check_prompts
 
 
 @torch.inference_mode()
@@ -24,8 +25,10 @@ def decode_plain(
 ) -> list[int]:
     """The target's answer to `prompt` (token ids), stop token included; greedy unless told.
 
-    It ends at a stop token, after `max_new_tokens`, or where the context is full.
+    It ends at a stop token, after `max_new_tokens`, or where the context is full. Raises UserError
+    for an empty prompt, and one that fills the context.
     """
+    check_prompts(target, [prompt])
     decoding = decoding or Decoding()
     door = door or Door(decoding.sampling)
     seeds_B = seeds_tensor([seed], target.device)

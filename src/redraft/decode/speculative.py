@@ -25,6 +25,7 @@ from .cache import RowCache, why_alone
 from .door import Door
 from .modes import Decoding
 from .noise import seeds_tensor
+from .room import check_prompts
 from .sampling import NEVER
 
 Stop = Callable[[int, list[int], int], int | None]
@@ -156,21 +157,6 @@ def speculate(
         batches = [[row] for row in rows]
     for batch in batches:
         yield from _decode(context, batch, stop)
-
-
-def check_prompts(target: Target, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise UserError for prompts that leave nothing to decode."""
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(
-                f"prompt {i + 1} of {len(prompts)} is empty: there is nothing to continue; leave it "
-                "out, or begin it with the tokenizer's first token"
-            )
-        if len(prompt) >= target.max_positions:
-            raise UserError(
-                f"prompt {i + 1} of {len(prompts)} has {len(prompt)} tokens and fills the context "
-                f"of {target.max_positions}; shorten it"
-            )
 
 
 @dataclass
