@@ -263,13 +263,26 @@ class KChoice:
         )
 
 
+CHANCE = 0.01
+"""A correct decoder is taken for a wrong one, by its count of near-ties, at most so often."""
+
+
 @dataclass(frozen=True)
 class Lossless:
-    """Prompts compared, how many gave identical tokens, and how many differ at an excused tie."""
+    """Prompts compared, how many gave identical tokens, and how many differ at near-ties only.
+
+    Of the answers that differ: `ties` are the near-ties among the `tokens` decoded with the draft,
+    `own_ties` those among plain decoding's `own_tokens` (see `measuring/lossless.py`).
+    """
 
     prompts: int
     identical: int
     excused: int
+    ties: int = 0
+    tokens: int = 0
+    own_ties: int = 0
+    own_tokens: int = 0
+    slack: float = 0.0  # of a near-tie, as a share of the larger of the two logits
 
     @property
     def different(self) -> int:
@@ -277,7 +290,34 @@ class Lossless:
 
     @property
     def holds(self) -> bool:
-        return self.different == 0
+        return self.different == 0 and not self.unexplained
+
+    def problem(self, what: str = "outputs") -> str:
+        """Why it does not hold, as part of a sentence; empty where it does."""
+        if self.different:
+            return f"{self.different} of {self.prompts} {what} differ"
+        if self.unexplained:
+            return (
+                f"{self.excused} of {self.prompts} {what} differ at near-ties, which are "
+                f"{self.ties} in {self.tokens:,} tokens where plain decoding has {self.own_ties} in "
+                f"{self.own_tokens:,}: more than rounding explains"
+            )
+        return ""
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether there are more near-ties with the draft than plain decoding has, beyond chance
+        (one-sided, 1 %), or answers were excused without an audit."""
+        if not self.excused:
+            return False
+        if not self.tokens or not self.own_tokens:
+            return True
+        from scipy.stats import binomtest
+
+        share = self.tokens / (self.tokens + self.own_tokens)
+        total = self.ties + self.own_ties
+        test = binomtest(self.ties, total, share, alternative="greater")
+        return total > 0 and bool(test.pvalue < CHANCE)
 
 
 @dataclass(frozen=True)

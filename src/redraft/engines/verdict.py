@@ -24,8 +24,8 @@ def judge(found: Verification) -> list[str]:
     for at in found.speed:
         if not at.outputs.holds:
             reasons.append(
-                f"{at.outputs.different} of {at.outputs.prompts} outputs differ from those without "
-                f"the draft ({at.concurrency} at a time)"
+                f"with the draft {at.outputs.problem()} from those without it "
+                f"({at.concurrency} at a time)"
             )
     if engine_disagrees(found):
         reasons.append(
@@ -86,8 +86,5 @@ def below_record(found: Verification) -> bool:
 
 def other_target(found: Verification) -> str:
     """That the engine's target is not the one redraft reads."""
-    seen = found.against_redraft
-    return (
-        f"even without a draft the engine answers {seen.different} of {seen.prompts} prompts "
-        "otherwise than redraft does with the same target"
-    )
+    seen = found.against_redraft.problem("answers")
+    return f"even without a draft {seen} between the engine and redraft with the same target"

@@ -150,14 +150,14 @@ def _refused(target: Target, answers: Sequence[Answer], samples: int) -> list[li
 
 def _verdict(greedy: Lossless, seeded: Lossless, rates: RefusalRates) -> tuple[bool, str]:
     wrong = [
-        f"{same.different} of {same.prompts} {arm} answers"
+        same.problem(f"{arm} answers")
         for arm, same in (("greedy", greedy), ("seeded", seeded))
         if not same.holds
     ]
     if rates.detectable is not None and rates.p_value < LEVEL:
-        wrong.append(f"the refusal rate, by {100 * rates.difference:+.1f} points")
+        wrong.append(f"the refusal rate differs by {100 * rates.difference:+.1f} points")
     if wrong:
-        return False, f"with the draft differ: {', '.join(wrong)}"
+        return False, f"with the draft {'; '.join(wrong)}"
     excused = greedy.excused + seeded.excused
     but = f" ({excused} at near-ties of the target's own)" if excused else ""
     return True, (

@@ -184,7 +184,11 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
 def compared(outputs: Lossless) -> str:
     """How many outputs are the same, in words."""
     text = f"{outputs.identical}/{outputs.prompts} same"
-    text += f", {outputs.excused} near-ties" if outputs.excused else ""
+    if outputs.excused:
+        text += (
+            f", {outputs.excused} near-ties ({outputs.ties} such tokens, plain decoding "
+            f"{outputs.own_ties}{': TOO MANY' if outputs.unexplained else ''})"
+        )
     return text + (f", {outputs.different} DIFFERENT" if outputs.different else "")
 
 
