@@ -173,6 +173,7 @@ def _drafted(
             temperature=c.safety.temperature,
             seed=c.safety.seed,
             batch_size=c.regenerate.batch_size,
+            batch_tokens=c.regenerate.batch_tokens,
         ):
             append_lines(file, [answer.to_line() for answer in answers])
     return _in_order(file, prompts)

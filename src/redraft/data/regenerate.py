@@ -27,7 +27,10 @@ from ..records import Answer, Prompt
 from ..target import Target
 from .turns import check_room, next_turn
 
-NO_INPUTS = ("batch_size", "endpoints", "endpoint_model", "concurrency", "timeout", "patience")
+NO_INPUTS = (
+    *("batch_size", "batch_tokens"),
+    *("endpoints", "endpoint_model", "concurrency", "timeout", "patience"),
+)
 """The settings that no answer depends on."""
 ENDPOINTS = "answered_by_endpoints"
 """Where the record beside an answers' file says which servers gave some of them."""
@@ -131,11 +134,14 @@ class _Own:
     ) -> Generator[list[Answer], None, None]:
         """The answers to those prompts whose id is not in `done`, batch by batch."""
         c = self.config
-        plan = plan_generation(prompts, c.batch_size)
+        new_tokens = c.max_new_tokens + self.overrun
+        plan = plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens)
+        if done:
+            plan = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
         batches = generate_answers(
             self.target,
             prompts,
-            [batch for batch in plan if not all(prompts[i].id in done for i in batch)],
+            plan,
             sampling=sampling_of(c),
             max_new_tokens=c.max_new_tokens,
             overrun=self.overrun,
