@@ -8,13 +8,14 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .records import Answer
+from .records import Answer, Prompt
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,37 @@ def collate(answers: Sequence[Answer], device: torch.device, *, overrun: bool = 
     )
 
 
-def plan_once(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Cover every sample once: sorted by length, as many as fit `batch_tokens` with padding."""
+def lengths_of(prompts: Sequence[Prompt]) -> Sequence[int]:
+    """How many tokens each prompt has; a sequence that knows its `lengths` reads no prompt for it."""
+    known: Sequence[int] | None = getattr(prompts, "lengths", None)
+    return array("i", (len(prompt.tokens) for prompt in prompts)) if known is None else known
+
+
+def plan_once(
+    lengths: Sequence[int], batch_tokens: int, rows: int | None = None
+) -> list[list[int]]:
+    """Cover every sample once: sorted by length, as many as fit `batch_tokens` with padding, and at
+    most `rows`."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    return _fill(order, lengths, batch_tokens)
+    return _fill(order, lengths, batch_tokens, rows)
 
 
-def _fill(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of neighbours in `order`, each within `batch_tokens` when padded to its longest."""
+def plan_in_order(lengths: Sequence[int], batch_tokens: int, rows: int) -> list[list[int]]:
+    """The same without sorting: each batch is a run of neighbours."""
+    return _fill(range(len(lengths)), lengths, batch_tokens, rows)
+
+
+def _fill(
+    order: Sequence[int], lengths: Sequence[int], batch_tokens: int, rows: int | None = None
+) -> list[list[int]]:
+    """Batches of neighbours in `order`, each within `batch_tokens` when padded to its longest, and of
+    at most `rows`. A sample that alone exceeds the tokens is a batch of its own."""
     plan: list[list[int]] = []
     longest = 0
     for index in order:
         longest = max(longest, lengths[index])
-        if plan and longest * (len(plan[-1]) + 1) <= batch_tokens:
+        size = len(plan[-1]) + 1 if plan else 1
+        if plan and longest * size <= batch_tokens and (rows is None or size <= rows):
             plan[-1].append(index)
         else:
             plan.append([index])

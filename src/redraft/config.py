@@ -117,7 +117,13 @@ class RegenerateConfig:
         0.0, "keep tokens this likely against the likeliest when sampling", low=0.0, high=1.0
     )
     max_new_tokens: int = _opt(256, "longest answer, in tokens", low=2)
-    batch_size: int = _opt(64, "prompts answered together", low=1)
+    batch_size: int = _opt(64, "most prompts answered together", low=1)
+    batch_tokens: int = _opt(
+        32768,
+        "bounds the KV cache: the most tokens of a batch, its rows x (longest prompt + max_new_tokens + "
+        "lookahead tokens); a prompt beyond it is answered alone",
+        low=1,
+    )
     answers: str = _opt(
         "regenerate",
         "'regenerate': the target writes the answers; 'original': take those in the prompts file",

@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +25,8 @@ from .faults import point
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCK = 1 << 16
+"""Bytes read at a time, from the end, to find a file's last line."""
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room in the disk quota",
@@ -63,6 +65,26 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         with path.open("ab") as stream:
             _put(stream, "".join(f"{line}\n" for line in lines).encode("utf-8"), "lines")
         point("lines: written")
+
+
+def finish_lines(path: Path, is_whole: Callable[[bytes], bool]) -> None:
+    """Make a file of lines end with a whole line, so that lines can be appended. For its writer alone:
+    beside another writer it could cut the line that this one is in the middle of.
+
+    A last line without its end gets one if `is_whole` says so, and is cut off otherwise.
+    """
+    with writing(path), path.open("r+b") as stream:
+        begin = _last_line(stream)
+        stream.seek(begin)
+        rest = stream.read()
+        if not rest:
+            return
+        if is_whole(rest):
+            stream.write(b"\n")
+        else:
+            stream.truncate(begin)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def remove(path: Path) -> None:
@@ -131,6 +153,19 @@ def _put(stream: BinaryIO, content: bytes, kind: str) -> None:
     stream.write(view[half:])
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def _last_line(stream: BinaryIO) -> int:
+    """Where the line without an end begins; the file's length when there is none."""
+    end = stream.seek(0, os.SEEK_END)
+    while end:
+        begin = max(end - BLOCK, 0)
+        stream.seek(begin)
+        at = stream.read(end - begin).rfind(b"\n")
+        if at >= 0:
+            return begin + at + 1
+        end = begin
+    return 0
 
 
 def _delete(path: Path) -> None:

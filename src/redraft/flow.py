@@ -290,7 +290,7 @@ def _regenerate(
         ) -> None:
             found = regenerate(target, prompts, run.path / file, config, overrun)
             if config.answers == "original":
-                whose = ownership(target, found)
+                whose = ownership(target, found, config.batch_tokens)
                 run.write_json("ownership.json", asdict(whose))
                 say(whose.describe())
 

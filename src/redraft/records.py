@@ -9,9 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
+
+from .tokens import Tokens, plain
 
 CLOCKED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
 """The fields of a `TrainRecord` and of a checkpoint that differ when the same work is done again."""
@@ -19,47 +23,54 @@ CLOCKED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_mb", "pre
 
 def to_json(record: Any) -> dict[str, Any]:
     """A dataclass record as plain JSON types."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record)))
-    return plain
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record), default=plain))
+    return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt as the target's chat template renders it.
 
-    `tokens` are token ids, generation prompt included. `reference` is the answer that came with
-    the row, if one did; it is used only where original answers are asked for. A conversation of
+    `tokens` are token ids, generation prompt included; they are kept as `Tokens`, whatever sequence
+    is given. `reference` is the answer that came with the row, if one did; it is used only where
+    original answers are asked for. A conversation of
     several turns goes on with `later`: `history` are the messages in `tokens`, and each of `later`
     is the reply that the row had (or None), then what is asked after it (see `data/turns.py`).
     """
 
     id: str
-    tokens: tuple[int, ...]
-    reference: tuple[int, ...] | None = None
+    tokens: Sequence[int]
+    reference: Sequence[int] | None = None
     history: tuple[dict[str, Any], ...] = ()
     later: tuple[tuple[dict[str, Any] | None, ...], ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", Tokens(self.tokens))
+        if self.reference is not None:
+            object.__setattr__(self, "reference", Tokens(self.reference))
+
     def to_row(self) -> list[Any]:
         """As plain JSON types."""
-        return [self.id, self.tokens, self.reference, self.history, self.later, self.tools]
+        reference = None if self.reference is None else list(self.reference)
+        return [self.id, list(self.tokens), reference, self.history, self.later, self.tools]
 
     @staticmethod
     def from_row(row: list[Any]) -> Prompt:
         name, tokens, reference, history, later, tools = row
         return Prompt(
             name,
-            tuple(tokens),
-            None if reference is None else tuple(reference),
+            tokens,
+            reference,
             tuple(history),
             tuple(tuple(turns) for turns in later),
             None if tools is None else tuple(tools),
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt with an answer, in token ids.
+    """A prompt with an answer, in token ids, kept as `Tokens` whatever sequence is given.
 
     `length` counts the answer's tokens up to and including the stop token. Tokens after it are
     the target's own continuation, kept so that the last verification step of a replay is not cut
@@ -68,8 +79,8 @@ class Answer:
     """
 
     id: str
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
+    prompt: Sequence[int]
+    tokens: Sequence[int]
     length: int
     finish: str  # "stop" or "length"
     temperature: float = 0.0
@@ -78,18 +89,28 @@ class Answer:
     min_p: float = 0.0
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", Tokens(self.prompt))
+        object.__setattr__(self, "tokens", Tokens(self.tokens))
+        object.__setattr__(self, "finish", sys.intern(self.finish))
+
     @property
-    def answer(self) -> tuple[int, ...]:
+    def answer(self) -> Sequence[int]:
         return self.tokens[: self.length]
 
+    @property
+    def whole(self) -> Tokens:
+        """The prompt and the answer, without the tokens past its end."""
+        return Tokens(self.prompt) + self.answer
+
     def to_line(self) -> str:
-        return json.dumps(to_json(self), separators=(",", ":"))
+        row = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return json.dumps(row, separators=(",", ":"), default=plain)
 
     @staticmethod
     def from_line(line: str) -> Answer:
-        row = json.loads(line)
-        row["prompt"], row["tokens"] = tuple(row["prompt"]), tuple(row["tokens"])
-        return Answer(**row)
+        """Raises ValueError, KeyError, TypeError or OverflowError for what is no answer."""
+        return Answer(**json.loads(line))
 
 
 @dataclass(frozen=True)

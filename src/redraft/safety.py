@@ -20,7 +20,7 @@ from typing import Any
 from .config import AdaptConfig
 from .console import say
 from .data.prompts import PromptSet, read_prompts
-from .data.regenerate import answer_inputs, read_answers, regenerate
+from .data.regenerate import answer_inputs, continued, iter_answers, regenerate
 from .drafts.base import Draft
 from .errors import UserError
 from .files import append_lines
@@ -163,7 +163,7 @@ def _drafted(
 ) -> list[Answer]:
     """The answers with the draft, those that an interrupted run left included."""
     file = folder / f"{arm}.jsonl"
-    done = {answer.id for answer in read_answers(file)} if file.exists() else set()
+    done = continued(file)
     left = [prompt for prompt in prompts if prompt.id not in done]
     if left:
         for answers in with_draft(
@@ -173,11 +173,12 @@ def _drafted(
             temperature=c.safety.temperature,
             seed=c.safety.seed,
             batch_size=c.regenerate.batch_size,
+            batch_tokens=c.regenerate.batch_tokens,
         ):
             append_lines(file, [answer.to_line() for answer in answers])
     return _in_order(file, prompts)
 
 
 def _in_order(file: Path, prompts: Sequence[Prompt]) -> list[Answer]:
-    by_id = {answer.id: answer for answer in read_answers(file)}
+    by_id = {answer.id: answer for answer in iter_answers(file)}
     return [by_id[prompt.id] for prompt in prompts]

@@ -14,7 +14,7 @@ import pytest
 from redraft import console
 from redraft.config import RegenerateConfig, SelectConfig
 from redraft.data.prompts import read_prompts, split_prompts
-from redraft.data.regenerate import read_answers, regenerate
+from redraft.data.regenerate import continued, read_answers, regenerate
 from redraft.data.select import select, within_budget
 from redraft.errors import UserError
 from redraft.formats.chat import understand
@@ -166,11 +166,13 @@ def test_a_last_line_without_its_end_is_kept_if_it_is_whole(tmp_path: Path) -> N
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines))
     assert [a.id for a in read_answers(path)] == ["a0", "a1"]
+    assert continued(path) == {"a0", "a1"}
     assert path.read_text() == "\n".join([*lines, ""])
     path.write_text(lines[0])
     assert [a.id for a in read_answers(path)] == ["a0"]
     path.write_text(f"{lines[0]}\n{lines[1][:20]}")
     assert [a.id for a in read_answers(path)] == ["a0"]
+    assert continued(path) == {"a0"}
     assert path.read_text() == f"{lines[0]}\n"
 
 

@@ -76,7 +76,7 @@ def test_batched_answers_equal_plain_ones(
     pair64: tuple[Target, Draft], prompts: list[Prompt]
 ) -> None:
     target, _ = pair64
-    plan = plan_generation(prompts, 8)
+    plan = plan_generation(prompts, 8, 4096, LONGEST + 5)
     batches = generate_answers(
         target, prompts, plan, sampling=Sampling(), max_new_tokens=LONGEST, overrun=5, seed=0
     )
@@ -116,7 +116,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(target: Target, prompts: lis
         batches = generate_answers(
             target,
             prompts[:9],
-            plan_generation(prompts[:9], batch_size),
+            plan_generation(prompts[:9], batch_size, 4096, 12),
             sampling=Sampling(0.8, top_k=20, top_p=0.9),
             max_new_tokens=12,
             overrun=0,

@@ -53,6 +53,7 @@ class MadeUp:
                     temperature=WARM,
                     seed=5,
                     batch_size=64,
+                    batch_tokens=4096,
                 )
                 for answer in batch
             ]
@@ -145,6 +146,7 @@ def test_sampled_answers_have_noise_of_their_own(made_up: MadeUp) -> None:
                     temperature=WARM,
                     seed=5,
                     batch_size=9,
+                    batch_tokens=4096,
                 )
             )
         )

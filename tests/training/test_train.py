@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.table import KINDS
 from redraft.errors import UserError
-from redraft.formats.folders import tensor_hash
+from redraft.formats.folders import state_hash, tensor_hash
 from redraft.formats.load import load_draft, stored
 from redraft.formats.twin import Twin
 from redraft.measuring.acceptance import pooled_tau
@@ -76,6 +78,25 @@ def target64(target_folder: Path) -> Target:
 
 def read(target: Target, draft: Draft, hold: bool = False) -> Lesson:
     return read_lesson(target, collate(ROWS, target.device), draft.taps, hold=hold)
+
+
+def test_a_runs_key_is_the_hash_of_the_whole_text(target: Target) -> None:
+    """Told answer by answer, it is that of runs whose key was made from one long text."""
+    draft, plan = fresh_draft(target), [[0, 1], [2]]
+    for answers, heldout in ((ROWS, ROWS[:1]), (ROWS[:1], [])):
+        about = [
+            asdict(CONFIG),
+            plan,
+            target.fingerprint(),
+            None,
+            draft.taps,
+            state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
+            [[a.id, list(a.tokens)] for a in answers],
+            [[a.id, list(a.tokens)] for a in heldout],
+            3,
+        ]
+        key = train_module._key(CONFIG, plan, target, None, draft, answers, heldout, 3)
+        assert key == hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 # -- what is supervised ---------------------------------------------------------------------------

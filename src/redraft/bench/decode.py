@@ -119,7 +119,7 @@ def bench_decode(
     inputs = {
         "target": loaded.fingerprint(),
         "draft": str(draft),
-        "prompts": [p.tokens for p in found],
+        "prompts": [list(p.tokens) for p in found],
         "assistant": assistant,
         "settings": [list(ks), max_new_tokens, repeats],
     }

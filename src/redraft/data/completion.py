@@ -48,8 +48,11 @@ class Asking:
 
     def room(self, prompt: Prompt, context: int = UNBOUNDED) -> int:
         """The longest answer that fits the target's context and the server's, in tokens."""
-        left = min(self.target.max_positions, context) - len(prompt.tokens)
-        return min(self.max_new_tokens, left)
+        return self.room_after(len(prompt.tokens), context)
+
+    def room_after(self, length: int, context: int = UNBOUNDED) -> int:
+        """The same after a prompt of `length` tokens."""
+        return min(self.max_new_tokens, min(self.target.max_positions, context) - length)
 
     def body(self, prompt: Prompt, model: str, context: int = UNBOUNDED) -> dict[str, Any]:
         """The request for one prompt."""

@@ -17,12 +17,14 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..batches import lengths_of
 from ..decode.sampling import Sampling
 from ..errors import UserError, nearest
 from ..records import Prompt
@@ -97,7 +99,10 @@ def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]
             f"NOTE: {url} returns no token ids; its text is tokenised again, which may give other "
             "tokens than it sampled. vLLM from 0.10.2 on returns them"
         )
-    cut = sum(asking.room(p, found.context) < asking.room(p, UNBOUNDED) for p in prompts)
+    cut = sum(
+        asking.room_after(length, found.context) < asking.room_after(length)
+        for length in lengths_of(prompts)
+    )
     if cut:
         lines.append(
             f"NOTE: {url} serves a context of {found.context} tokens: {cut} answers may be cut short"
@@ -200,7 +205,8 @@ async def _compare_weights(
 ) -> tuple[bool, int, float | None, float]:
     """Whether token ids come back, tokens compared, mean difference and mean gap in nats."""
     asking = Asking(target, Sampling(), PROBE_TOKENS, 0)
-    probes = [p for p in prompts if asking.room(p, context) >= 1][:PROBES]
+    fit = (i for i, n in enumerate(lengths_of(prompts)) if asking.room_after(n, context) >= 1)
+    probes = [prompts[i] for i in itertools.islice(fit, PROBES)]
     if not probes:
         raise UserError(
             f"{endpoint.url} serves a context of {context} tokens, and no prompt is that short; serve "

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..records import Prompt
@@ -64,22 +65,36 @@ class Station:
 
 @dataclass
 class Work:
-    """The prompts of one call: the line, how often each failed, and what became of them."""
+    """The prompts of one call: the line, how often each failed, and what became of them.
 
-    line: collections.deque[Prompt]
-    open: int
+    In the line a prompt is its index, and is read when its turn comes; one that was taken before and is
+    back in the line is itself. `open` counts those without an answer.
+    """
+
+    prompts: Sequence[Prompt]
+    line: collections.deque[int | Prompt] = field(init=False)
+    open: int = field(init=False)
     failed: collections.Counter[str] = field(default_factory=collections.Counter)
     given_up: list[tuple[str, str]] = field(default_factory=list)
     repeats: int = 0
     more: asyncio.Event = field(default_factory=asyncio.Event)
     last_good: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        self.line, self.open = collections.deque(range(len(self.prompts))), len(self.prompts)
+
     async def take(self) -> Prompt:
         """The next prompt, as soon as there is one."""
         while not self.line:
             self.more.clear()
             await self.more.wait()
-        return self.line.popleft()
+        first = self.line.popleft()
+        return self.prompts[first] if isinstance(first, int) else first
+
+    def put_back(self, prompt: Prompt) -> None:
+        """A prompt that was taken and not asked is the next one again."""
+        self.line.appendleft(prompt)
+        self.more.set()
 
     def give_back(self, prompt: Prompt, problem: EndpointError, station: Station) -> None:
         """Back in the line; given up after `TRIES` failures that may be the prompt's own."""

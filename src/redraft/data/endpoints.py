@@ -22,6 +22,7 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
+from ..batches import lengths_of
 from ..config import RegenerateConfig, read_endpoints
 from ..console import say
 from ..errors import UserError
@@ -99,7 +100,7 @@ class Endpoints:
         stop: threading.Event,
     ) -> None:
         """All of one call: start, watch, end. Whatever ends it is put into `out` last."""
-        work = Work(collections.deque(prompts), len(prompts))
+        work = Work(prompts)
         self._stations = [
             Station(url, self._found.get(url))
             for url in read_endpoints(self.config.endpoints)
@@ -175,13 +176,14 @@ class Endpoints:
         """Is this server the target, and do the prompts fit it? Raises UserError when not."""
         asking = self.asking
         found = await check(endpoint, asking.target, prompts, self.config.endpoint_model)
-        long = [p for p in prompts if asking.room(p, found.context) < 1]
+        lengths = lengths_of(prompts)
+        long = [i for i, n in enumerate(lengths) if asking.room_after(n, found.context) < 1]
         if long:
             raise UserError(
                 f"{station.url} serves a context of {found.context} tokens, which {len(long)} of "
-                f"{len(prompts)} prompts fill (first: {long[0].id}, {len(long[0].tokens)} tokens); "
-                "serve the target with a longer one (vLLM: --max-model-len "
-                f"{max(len(p.tokens) for p in long) + asking.max_new_tokens})"
+                f"{len(prompts)} prompts fill (first: {prompts[long[0]].id}, {lengths[long[0]]} "
+                "tokens); serve the target with a longer one (vLLM: --max-model-len "
+                f"{max(lengths) + asking.max_new_tokens})"
             )
         first = station.url not in self._found
         station.findings = self._found[station.url] = found
@@ -202,8 +204,7 @@ class Endpoints:
             await station.well.wait()
             prompt = await work.take()
             if not station.well.is_set() or station.findings is None:
-                work.line.appendleft(prompt)
-                work.more.set()
+                work.put_back(prompt)
                 continue
             station.under_way += 1
             try:

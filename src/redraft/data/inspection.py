@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..records import Prompt
@@ -124,7 +124,7 @@ def _shown(prompt: Prompt, target: Target) -> Shown:
     )
 
 
-def _spans(tokens: tuple[int, ...], target: Target, supervised: bool) -> Iterator[Span]:
+def _spans(tokens: Sequence[int], target: Target, supervised: bool) -> Iterator[Span]:
     """Tokens as text, each special token by itself."""
     special = {*target.tokenizer.get_added_vocab().values(), *target.tokenizer.all_special_ids}
     run: list[int] = []

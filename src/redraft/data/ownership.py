@@ -16,7 +16,7 @@ import torch
 
 from ..batches import collate, plan_once
 from ..decode.sampling import Sampling
-from ..measuring.measure import answer_all
+from ..measuring.measure import GENERATE_TOKENS, answer_all
 from ..measuring.replay import BATCH_LOGITS, BATCH_TOKENS
 from ..records import Answer, Prompt
 from ..target import Target
@@ -81,13 +81,18 @@ class Ownership:
         )
 
 
-def ownership(target: Target, answers: Sequence[Answer]) -> Ownership:
-    """Read up to 32 of the answers, which are not empty, and as many that the target draws."""
+def ownership(
+    target: Target, answers: Sequence[Answer], batch_tokens: int = GENERATE_TOKENS
+) -> Ownership:
+    """Read up to 32 of the answers, which are not empty, and as many that the target draws, in batches
+    of at most `batch_tokens` (see `plan_generation`)."""
     step = max(len(answers) / LOOKED_AT, 1.0)
     some = [answers[int(i * step)] for i in range(min(LOOKED_AT, len(answers)))]
     longest = min(max(answer.length for answer in some), LONGEST)
     asked = [Prompt(answer.id, answer.prompt) for answer in some]
-    drawn = answer_all(target, asked, longest, 0, Sampling(temperature=1.0))
+    drawn = answer_all(
+        target, asked, longest, 0, Sampling(temperature=1.0), batch_tokens=batch_tokens
+    )
     given, own = cost(target, some), cost(target, drawn)
     error = math.hypot(given.error, own.error)
     return Ownership(len(some), given.tokens, given.surprise, own.surprise, error, given.agreement)

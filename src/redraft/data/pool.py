@@ -2,16 +2,20 @@
 
 Prompts are written to a temporary file as they come and read back one at a time. A small pool never
 leaves memory. The file has no name and goes with the process.
+
+How long each prompt is stays in memory, because batches are planned by it (see `batches.lengths_of`).
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import overload
 
+from ..batches import lengths_of
 from ..records import Prompt
 
 MEMORY = 1 << 25
@@ -19,17 +23,25 @@ MEMORY = 1 << 25
 
 
 class PromptPool(Sequence[Prompt]):
-    """Prompts in the order they were added."""
+    """Prompts in the order they were added. Threads may read it at the same time."""
 
     def __init__(self, prompts: Iterable[Prompt] = (), memory: int = MEMORY):
         self._file = tempfile.SpooledTemporaryFile(max_size=memory)  # noqa: SIM115
-        self._starts = array("q")
+        self._starts, self._lengths = array("q"), array("i")
+        self._place = threading.Lock()  # of the file's position
         for prompt in prompts:
             self.add(prompt)
 
     def add(self, prompt: Prompt) -> None:
-        self._starts.append(self._file.seek(0, 2))
-        self._file.write(json.dumps(prompt.to_row()).encode() + b"\n")
+        with self._place:
+            self._starts.append(self._file.seek(0, 2))
+            self._file.write(json.dumps(prompt.to_row()).encode() + b"\n")
+        self._lengths.append(len(prompt.tokens))
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How many tokens each prompt has."""
+        return self._lengths
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -41,8 +53,10 @@ class PromptPool(Sequence[Prompt]):
     def __getitem__(self, at: int | slice) -> Prompt | Picked:
         if isinstance(at, slice):
             return Picked(self, range(len(self))[at])
-        self._file.seek(self._starts[at])
-        return Prompt.from_row(json.loads(self._file.readline()))
+        with self._place:
+            self._file.seek(self._starts[at])
+            line = self._file.readline()
+        return Prompt.from_row(json.loads(line))
 
 
 class Picked(Sequence[Prompt]):
@@ -50,6 +64,12 @@ class Picked(Sequence[Prompt]):
 
     def __init__(self, whole: Sequence[Prompt], indices: Iterable[int]):
         self._whole, self._indices = whole, array("q", indices)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How many tokens each prompt has."""
+        lengths = lengths_of(self._whole)
+        return array("i", (lengths[at] for at in self._indices))
 
     def __len__(self) -> int:
         return len(self._indices)

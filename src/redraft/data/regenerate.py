@@ -21,14 +21,20 @@ from ..console import Progress, say
 from ..decode.batched import generate_answers, plan_generation
 from ..decode.sampling import Sampling
 from ..errors import UserError
-from ..files import append_lines, write_text
+from ..files import append_lines, finish_lines, write_text
 from ..formats.folders import read_json
 from ..records import Answer, Prompt
 from ..target import Target
+from .pool import Picked, PromptPool
 from .turns import check_room, next_turn
 
-NO_INPUTS = ("batch_size", "endpoints", "endpoint_model", "concurrency", "timeout", "patience")
+NO_INPUTS = (
+    *("batch_size", "batch_tokens"),
+    *("endpoints", "endpoint_model", "concurrency", "timeout", "patience"),
+)
 """The settings that no answer depends on."""
+NO_ANSWER = (ValueError, KeyError, TypeError, OverflowError)
+"""What `Answer.from_line` raises for a line that is no answer."""
 ENDPOINTS = "answered_by_endpoints"
 """Where the record beside an answers' file says which servers gave some of them."""
 
@@ -56,8 +62,8 @@ def regenerate(
 
 def _answer_round(backend: _Own | _Served, prompts: Sequence[Prompt], out: Path) -> None:
     """Append the answers to those prompts that have none in the file."""
-    done = {answer.id for answer in read_answers(out)} if out.exists() else set()
-    left = sum(prompt.id not in done for prompt in prompts)
+    done = continued(out)
+    left = sum(prompt.id not in done for prompt in prompts) if done else len(prompts)
     if left < len(prompts):
         say(f"{out.name}: {len(prompts) - left} of {len(prompts)} answers are there already")
     if not left:
@@ -76,13 +82,17 @@ def _answer_round(backend: _Own | _Served, prompts: Sequence[Prompt], out: Path)
             progress.advance(len(answers), note.rstrip())
 
 
-def _next_round(target: Target, asked: Sequence[Prompt], out: Path, context: int) -> list[Prompt]:
+def _next_round(
+    target: Target, asked: Sequence[Prompt], out: Path, context: int
+) -> Sequence[Prompt]:
     """The next turns of the conversations that go on, in a context of so many tokens."""
-    going_on = [prompt for prompt in asked if prompt.later]
+    going_on = Picked(asked, (i for i, prompt in enumerate(asked) if prompt.later))
+    turns = PromptPool()
     if not going_on:
-        return []
-    said = {answer.id: answer for answer in read_answers(out)}
-    found, ended = [], []
+        return turns
+    names = {prompt.id for prompt in going_on}
+    said = {answer.id: answer for answer in iter_answers(out) if answer.id in names}
+    ended = []
     for prompt in going_on:
         try:
             turn = next_turn(prompt, said[prompt.id], target)
@@ -94,10 +104,10 @@ def _next_round(target: Target, asked: Sequence[Prompt], out: Path, context: int
         if turn is None:
             ended.append(f"answer {prompt.id} was cut by its length")
         else:
-            found.append(turn)
+            turns.add(turn)
     if ended:
         say(f"{len(ended)} conversations end early (first: {ended[0]})")
-    return found
+    return turns
 
 
 def sampling_of(config: RegenerateConfig) -> Sampling:
@@ -131,11 +141,14 @@ class _Own:
     ) -> Generator[list[Answer], None, None]:
         """The answers to those prompts whose id is not in `done`, batch by batch."""
         c = self.config
-        plan = plan_generation(prompts, c.batch_size)
+        new_tokens = c.max_new_tokens + self.overrun
+        plan = plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens)
+        if done:
+            plan = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
         batches = generate_answers(
             self.target,
             prompts,
-            [batch for batch in plan if not all(prompts[i].id in done for i in batch)],
+            plan,
             sampling=sampling_of(c),
             max_new_tokens=c.max_new_tokens,
             overrun=self.overrun,
@@ -164,9 +177,8 @@ class _Served:
     ) -> Generator[list[Answer], None, None]:
         """The answers to those prompts whose id is not in `done`, as they come."""
         noted: dict[str, Any] = {}
-        with contextlib.closing(
-            self.pool.answers([prompt for prompt in prompts if prompt.id not in done])
-        ) as batches:
+        left = Picked(prompts, (i for i, prompt in enumerate(prompts) if prompt.id not in done))
+        with contextlib.closing(self.pool.answers(left)) as batches:
             for answers in batches:
                 if noted != self.pool.about:
                     noted = dict(self.pool.about)
@@ -239,35 +251,52 @@ def _about(out: Path) -> Path:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The answers of a file. A last line cut short by an interruption is dropped from the file; a
-    whole one is given its line end."""
+    """The answers of a file, as `iter_answers`."""
+    return list(iter_answers(path))
+
+
+def iter_answers(path: Path) -> Iterator[Answer]:
+    """The answers of a file, one after another. The file is only read.
+
+    A last line that an interruption cut, or that a writer is in the middle of, is passed over. Raises
+    UserError for any other line that is no answer.
+    """
     if not path.is_file():
         raise UserError(f"answers {path}: no such file; `redraft regenerate` writes one")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as problem:
-        raise UserError(f"{path} is damaged ({problem}); remove it to answer anew") from None
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        if _is_whole(rest):
-            whole = f"{whole}\n{rest}" if whole else rest
-        write_text(path, whole + "\n" if whole else "")
-    answers = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            answers.append(Answer.from_line(line))
-        except (json.JSONDecodeError, KeyError, TypeError) as problem:
-            raise UserError(
-                f"{path}, line {number}: not an answer record ({problem}); remove the file to "
-                "answer anew"
-            ) from None
-    return answers
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            ended = line.endswith(b"\n")
+            try:
+                answer = Answer.from_line(line.decode("utf-8"))
+            except NO_ANSWER as problem:
+                if not ended:
+                    return
+                raise _damaged(path, number, problem) from None
+            yield answer
+            if not ended:  # what a writer adds to this line meanwhile is the rest of it
+                return
 
 
-def _is_whole(line: str) -> bool:
+def _damaged(path: Path, number: int, problem: Exception) -> UserError:
+    if isinstance(problem, UnicodeDecodeError):
+        return UserError(f"{path} is damaged ({problem}); remove it to answer anew")
+    return UserError(
+        f"{path}, line {number}: not an answer record ({problem}); remove the file to answer anew"
+    )
+
+
+def continued(path: Path) -> set[str]:
+    """The ids answered in a file that is about to be appended to; an incomplete last line is cut off."""
+    if not path.exists():
+        return set()
+    finish_lines(path, _is_whole)
+    return {answer.id for answer in iter_answers(path)}
+
+
+def _is_whole(line: bytes) -> bool:
     try:
-        Answer.from_line(line)
-    except (ValueError, KeyError, TypeError):
+        Answer.from_line(line.decode("utf-8"))
+    except NO_ANSWER:
         return False
     return True
 

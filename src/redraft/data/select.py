@@ -75,14 +75,14 @@ def select(
         raise UserError("there is nothing to choose from: no answers, or no prompts")
     found = score(samples, config, models or Scorers())
     order = sorted(range(len(samples)), key=lambda i: (-found.values[i], samples[i].id))
-    tokens = [(*s.prompt, *s.answer) for s in samples]
+    all_fit = len(within_budget([s.length for s in samples], config.budget)) == len(samples)
+    compared = bool(config.duplicates) and not all_fit
+    tokens = [s.whole for s in samples] if config.coverage or compared else []
     groups = clusters(tokens, config.coverage, config.seed) if config.coverage else None
     if groups:
         order = _taking_turns(order, groups)
     copies: dict[int, int] = {}
-    if config.duplicates and len(within_budget([s.length for s in samples], config.budget)) < len(
-        samples
-    ):
+    if compared:
         copies = near_duplicates(tokens, order, config.duplicates)
         order.sort(key=lambda i: i in copies)
     kept = set(within_budget([samples[i].length for i in order], config.budget))

@@ -102,14 +102,14 @@ def next_turn(prompt: Prompt, answer: Answer | None, target: Target) -> Prompt |
 
 def render_prompt(
     target: Target, messages: Sequence[Message], tools: tuple[Message, ...] | None
-) -> tuple[int, ...]:
+) -> Sequence[int]:
     """Token ids of what is asked. Raises ValueError when too little of the context is left."""
     return check_room(tuple(target.render(messages, tools=tools)), target.max_positions)
 
 
 def check_room(
-    tokens: tuple[int, ...], context: int, whose: str = "the target's context"
-) -> tuple[int, ...]:
+    tokens: Sequence[int], context: int, whose: str = "the target's context"
+) -> Sequence[int]:
     """The tokens of a prompt. Raises ValueError when too little of the context is left."""
     if len(tokens) + SHORTEST_ROOM > context:
         raise ValueError(f"the prompt is {len(tokens)} tokens long, {whose} is {context}")
@@ -121,7 +121,7 @@ def reference_of(
     asked: Sequence[Message],
     reply: Message,
     tools: tuple[Message, ...] | None,
-    tokens: tuple[int, ...],
+    tokens: Sequence[int],
 ) -> tuple[int, ...] | None:
     """The reply's tokens after `tokens`; None where the template renders the two together otherwise."""
     whole = target.render([*asked, reply], answered=True, tools=tools)

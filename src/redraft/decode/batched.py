@@ -10,12 +10,14 @@ Shapes: B batch (rows still running), T tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
+from ..batches import lengths_of, plan_in_order, plan_once
 from ..records import Answer, Prompt
 from ..rng import derived_seed
 from ..target import Target
@@ -26,10 +28,28 @@ from .room import check_prompts
 from .sampling import Sampling, scores
 
 
-def plan_generation(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
-    """Batches of prompt indices, sorted by length so that little is padded."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def plan_generation(
+    prompts: Sequence[Prompt], batch_size: int, batch_tokens: int, new_tokens: int
+) -> list[list[int]]:
+    """Batches of prompt indices, sorted by length so that little is padded.
+
+    A batch is at most `batch_size` rows, and its rows times the longest prompt with `new_tokens` (the
+    longest answer and its lookahead) are at most `batch_tokens`: the positions that the KV cache may
+    come to hold. A prompt that alone exceeds them is a batch of its own.
+    """
+    return plan_once(_filled(prompts, new_tokens), batch_tokens, batch_size)
+
+
+def plan_live(
+    prompts: Sequence[Prompt], batch_size: int, batch_tokens: int, new_tokens: int
+) -> list[list[int]]:
+    """The same with the prompts in their order."""
+    return plan_in_order(_filled(prompts, new_tokens), batch_tokens, batch_size)
+
+
+def _filled(prompts: Sequence[Prompt], new_tokens: int) -> Sequence[int]:
+    """The positions that each prompt takes with its longest answer."""
+    return array("q", (length + new_tokens for length in lengths_of(prompts)))
 
 
 def generate_answers(

@@ -119,4 +119,7 @@ def lines_of(answers: Sequence[Answer]) -> str:
 
 
 def answers_hash(answers: Sequence[Answer]) -> str:
-    return hashlib.sha256(lines_of(answers).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for answer in answers:
+        digest.update(f"{answer.to_line()}\n".encode())
+    return digest.hexdigest()[:16]

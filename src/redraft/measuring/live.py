@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from ..config import RegenerateConfig
 from ..console import Progress
+from ..decode.batched import plan_live
 from ..decode.modes import Decoding
 from ..decode.speculative import decode_speculative
 from ..drafts.base import Draft
@@ -25,16 +27,18 @@ def live(
     decoding: Decoding | None = None,
     seed: int = 0,
     batch_size: int = 1,
+    batch_tokens: int = RegenerateConfig.batch_tokens,
 ) -> tuple[list[StepTrace], list[Answer]]:
     """Decode every prompt with the draft; the steps taken and the answers given.
 
-    A prompt's noise is that of its answer in a replay under the same `seed`.
+    A prompt's noise is that of its answer in a replay under the same `seed`. Batches are bounded as
+    in `plan_generation`, with the prompts in their order.
     """
     decoding = decoding or Decoding()
     keyed = asdict(decoding.sampling) if decoding.sampling.temperature else {}
     traces, answers = [], []
-    for begin in range(0, len(prompts), batch_size):
-        batch = prompts[begin : begin + batch_size]
+    for indices in plan_live(prompts, batch_size, batch_tokens, max_new_tokens + k):
+        batch = [prompts[i] for i in indices]
         seeds = [derived_seed(seed, "answer", prompt.id) for prompt in batch]
         rows = [prompt.tokens for prompt in batch]
         found = decode_speculative(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config import RegenerateConfig
 from ..console import Progress
 from ..decode.batched import generate_answers, plan_generation
 from ..decode.modes import Decoding
@@ -19,7 +20,8 @@ from .acceptance import Steps, summarise
 from .live import live
 from .replay import decoding_of, expect, replay
 
-GENERATE_BATCH = 64
+GENERATE_BATCH, GENERATE_TOKENS = RegenerateConfig.batch_size, RegenerateConfig.batch_tokens
+"""The bounds of a batch where no settings of regeneration are at hand."""
 SCORES: dict[str, Callable[..., Any]] = {"replay": replay, "expected": expect}
 WAYS = (*SCORES, "live")
 """The ways to measure: two that score saved answers, and the loop itself."""
@@ -46,6 +48,7 @@ def measure(
     decoding: Decoding | None = None,
     seed: int = 0,
     batch_size: int = GENERATE_BATCH,
+    batch_tokens: int = GENERATE_TOKENS,
 ) -> Measured:
     """Measure a draft on prompts (token ids).
 
@@ -66,7 +69,9 @@ def measure(
                 target, draft, prompts, k, max_new_tokens, progress, decoding=decoding, seed=seed
             )
         return _measured(target, draft, traces, answers, k, mode, decoding, started)
-    answers = answer_all(target, prompts, max_new_tokens, k, decoding.sampling, seed, batch_size)
+    answers = answer_all(
+        *(target, prompts, max_new_tokens, k, decoding.sampling, seed, batch_size, batch_tokens)
+    )
     return measure_answers(target, draft, answers, k=k, mode=mode, decoding=decoding, since=started)
 
 
@@ -117,9 +122,10 @@ def answer_all(
     sampling: Sampling,
     seed: int = 0,
     batch_size: int = GENERATE_BATCH,
+    batch_tokens: int = GENERATE_TOKENS,
 ) -> list[Answer]:
     """The target's answers to all prompts, in the prompts' order, each with an overrun to replay."""
-    plan = plan_generation(prompts, batch_size)
+    plan = plan_generation(prompts, batch_size, batch_tokens, max_new_tokens + overrun)
     by_index: dict[int, Answer] = {}
     with Progress("answering", len(prompts), "prompts") as progress:
         batches = generate_answers(

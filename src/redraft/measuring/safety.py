@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..console import Progress
+from ..decode.batched import plan_live
 from ..decode.modes import Decoding
 from ..decode.sampling import Sampling
 from ..drafts.base import Draft
@@ -57,6 +58,7 @@ def with_draft(
     temperature: float,
     seed: int,
     batch_size: int,
+    batch_tokens: int,
 ) -> Iterator[list[Answer]]:
     """The answers of one of the `ARMS` with the draft, batch by batch.
 
@@ -66,13 +68,13 @@ def with_draft(
     decoding = Decoding(arm, Sampling() if arm == "greedy" else Sampling(temperature))
     keyed = derived_seed(seed, "safety", arm) if arm == "sampled" else seed
     with Progress(f"safety prompts with the draft ({arm})", len(prompts), "answers") as progress:
-        for begin in range(0, len(prompts), batch_size):
-            batch = prompts[begin : begin + batch_size]
+        for indices in plan_live(prompts, batch_size, batch_tokens, max_new_tokens + k):
             yield live(
-                *(target, draft, batch, k, max_new_tokens, progress),
+                *(target, draft, [prompts[i] for i in indices], k, max_new_tokens, progress),
                 decoding=decoding,
                 seed=keyed,
                 batch_size=batch_size,
+                batch_tokens=batch_tokens,
             )[1]
 
 

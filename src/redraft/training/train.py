@@ -444,8 +444,13 @@ def _key(
         base.fingerprint() if base and read_method(config.method).starts else None,
         draft.taps,
         state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
-        [[a.id, a.tokens] for a in answers],
-        [[a.id, a.tokens] for a in heldout],
-        k,
     ]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(about)[:-1].encode())
+    for some in (answers, heldout):  # one at a time: the whole text would be as large as the file
+        digest.update(b", [")
+        for at, answer in enumerate(some):
+            row = json.dumps([answer.id, list(answer.tokens)])
+            digest.update(f"{', ' if at else ''}{row}".encode())
+        digest.update(b"]")
+    digest.update(f", {json.dumps(k)}]".encode())
+    return digest.hexdigest()[:16]

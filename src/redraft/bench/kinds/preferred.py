@@ -66,7 +66,7 @@ def brief_pairs(
         ended = sorted((a for a in drawn if a.finish == "stop"), key=lambda a: a.length)
         if len(ended) > 1 and ended[0].length < ended[-1].length:
             texts = [
-                target.tokenizer.decode(a.answer, skip_special_tokens=True)
+                target.tokenizer.decode(list(a.answer), skip_special_tokens=True)
                 for a in (ended[0], ended[-1])
             ]
             found.append((messages, *texts))
