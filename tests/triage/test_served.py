@@ -126,6 +126,20 @@ def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
     assert given.verdict != found.verdict, "the published figure tells nothing"
 
 
+def test_a_server_without_counts_by_position_has_an_interval(
+    prompts_file: Path, cases: list[Case]
+) -> None:
+    class Coarse(FakeVllm):
+        def metrics(self) -> str:
+            return "".join(
+                line for line in super().metrics().splitlines(True) if "per_pos" not in line
+            )
+
+    found = ask(Coarse(), prompts_file, cases, most=20)
+    assert (found.k, found.per_position) == (K, ())
+    assert 1 < found.tau[1] < 2.2 < found.tau[2] < K + 1
+
+
 @pytest.mark.parametrize(
     ("fake", "message"),
     [

@@ -130,7 +130,8 @@ def check_served(
             f"{url} answered {answered} prompts and drafted nothing: it serves {name} without speculation; "
             "start it with --speculative-config, or check the weights with --target and --draft"
         )
-    found, k = whole.acceptance(), len(whole.per_position)
+    # Without counts by position, K is what a draft proposes.
+    found, k = whole.acceptance(), len(whole.per_position) or round(whole.drafted / whole.drafts)
     groups = [[(float(group.accepted), float(group.drafts)) for group in counted]]
     draws, interval = intervals.tau_draws(groups, k), intervals.tau(groups, k)
     signs = {"reused": found.tau} | ({"native": published} if published else {})
