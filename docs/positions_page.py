@@ -49,7 +49,7 @@ step. A step counts where it begins, with all that it accepted. Bins of {bin} to
 draft takes {least} steps or more in them. Chain of K = 4, by replay of the target's own answers at each temperature;
 the draft takes its likeliest token at any temperature (vLLM's default), the target samples without top-k or
 top-p. recovery: (adapted - reuse) / (dedicated - reuse), each tau pooled over the steps of the bin, [95 %] over
-training seeds and prompts, numerator and denominator in the same resample. Where the gap is below 0.15 tau
+training seeds and prompts, which numerator and denominator share. Where the gap is below 0.15 tau
 or its interval reaches 0, tau stands in its place. change: recovery in the last bin less that in the first.
 
 Rows that adapt train the same private part (`expert+fc+norms` at the shared width, hard labels) on the same number of

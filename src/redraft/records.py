@@ -166,7 +166,7 @@ class Acceptance:
     tau = 1 + accepted / steps, sum over sum (vLLM's "mean acceptance length"); the prefill's own
     token belongs to no step; prompts whose answer is that token alone are `excluded`.
     `per_position[j]` is conditional: of the steps that reached position j, the share that
-    accepted it. `ci` is the 95 % interval of tau under resampling of prompts. `mode` is how it was
+    accepted it. `ci` is the 95 % interval of tau over prompts (`measuring/intervals.py`). `mode` is how it was
     measured (replay, expected, live), `acceptance` the acceptance mode; `steps` and `accepted` are
     whole numbers unless `mode` is expected.
     """

@@ -9,13 +9,12 @@ import pytest
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.errors import UserError
+from redraft.measuring import intervals
 from redraft.measuring import replay as replay_module
 from redraft.measuring.acceptance import (
-    bootstrap_recovery,
-    bootstrap_tau,
     is_loop,
     per_position,
-    pooled_tau,
+    prompt_counts,
     summarise,
 )
 from redraft.measuring.live import live
@@ -57,20 +56,23 @@ def test_no_step_anywhere_is_an_error() -> None:
         summarise([StepTrace("a", (), 1)], [], k=4, mode="live", seconds=0.0)
 
 
-def test_the_interval_covers_tau_and_shrinks_with_prompts() -> None:
+def test_the_interval_is_that_of_the_counts_and_narrows_with_prompts() -> None:
     few = [trace(i % 4, (i * 7) % 5) for i in range(12)]
-    low, high = bootstrap_tau(few)
-    assert low < pooled_tau(few) < high
-    narrow_low, narrow_high = bootstrap_tau(few * 16)
-    assert narrow_high - narrow_low < (high - low) / 2
+    answers = [Answer(t.id, (1,), tuple(range(9)), t.answer_length, "stop") for t in few]
+    found = summarise(few, answers, k=4, mode="live", seconds=1.0)
+    low, high = found.ci
+    assert low < found.tau < high
+    assert found.ci == intervals.tau([[(sum(t.accepted), 2) for t in few]], 4).ends
+    narrow = intervals.tau(prompt_counts(few * 16), 4)
+    assert narrow.high - narrow.low < (high - low) / 2
+    wide = summarise(few, answers, k=4, mode="live", seconds=1.0, level=0.98).ci
+    assert wide[0] < low < high < wide[1]
 
 
-def test_recovery_interval_resamples_the_same_prompts() -> None:
-    reused = [trace(0, i % 2) for i in range(40)]
-    dedicated = [trace(3, 2 + i % 2) for i in range(40)]
-    interval = bootstrap_recovery(dedicated, reused, dedicated)
-    assert interval == pytest.approx((1.0, 1.0))
-    assert bootstrap_recovery(reused, reused, reused) is None
+def test_one_prompt_has_a_wide_interval() -> None:
+    one = [trace(1, 1)]
+    found = summarise(one, [Answer("a", (1,), (1,) * 5, 5, "stop")], k=4, mode="live", seconds=1.0)
+    assert found.ci == pytest.approx((1.025, 4.925))
 
 
 def test_loops() -> None:

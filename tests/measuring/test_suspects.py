@@ -27,12 +27,14 @@ TRUE_TAPS = (3, 5, 6)
 
 
 def scripted(accepted: int, steps: int = 1) -> Any:
-    """A replay in which only the true reading accepts `accepted` tokens, in one of `steps` steps."""
+    """A replay in which only the true reading accepts tokens, in one of `steps` steps: one more and one
+    less than `accepted` in turn."""
 
     def replay(target: Target, draft: Draft, answers: Sequence[Answer], k: int) -> list[StepTrace]:
         right = draft.taps == TRUE_TAPS and not draft.config.norm_before_residual
-        taken = (accepted if right else 0, *([0] * (steps - 1)))
-        return [StepTrace(a.id, taken, a.length) for a in answers]
+        taken = [accepted + (-1) ** at if right and accepted else 0 for at in range(len(answers))]
+        rest = [0] * (steps - 1)
+        return [StepTrace(a.id, (n, *rest), a.length) for n, a in zip(taken, answers, strict=True)]
 
     return replay
 

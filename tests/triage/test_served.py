@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def test_the_model_that_is_meant_and_the_url_as_people_write_it(
 def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
     fake = FakeVllm()
     found = ask(fake, prompts_file, cases, most=20, rows=4)
-    assert found.tau == (2.2, 2.2, 2.2)  # 1 + 6 / 5, whichever prompts are drawn
+    unseen = 1 - 0.025 ** (1 / 5)  # 1 + 6 / 5 in each of five groups; of others it is not known
+    assert found.tau == pytest.approx((2.2, 2.2 - 1.2 * unseen, 2.2 + 1.8 * unseen))
     assert found.per_position == (3 / 5, 2 / 3, 1 / 2)
     assert (found.k, found.prompts, found.answer_tokens) == (K, 20, 240)
     assert found.others == 0.0
@@ -122,6 +124,20 @@ def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
     assert busy.others == pytest.approx(1 - 240 / 440)
     given = ask(FakeVllm(), prompts_file, cases, most=20, published=3.0)
     assert given.verdict != found.verdict, "the published figure tells nothing"
+
+
+def test_a_server_without_counts_by_position_has_an_interval(
+    prompts_file: Path, cases: list[Case]
+) -> None:
+    class Coarse(FakeVllm):
+        def metrics(self) -> str:
+            return "".join(
+                line for line in super().metrics().splitlines(True) if "per_pos" not in line
+            )
+
+    found = ask(Coarse(), prompts_file, cases, most=20)
+    assert (found.k, found.per_position) == (K, ())
+    assert 1 < found.tau[1] < 2.2 < found.tau[2] < K + 1
 
 
 @pytest.mark.parametrize(
@@ -159,9 +175,10 @@ def test_the_interval_is_that_of_groups_that_differ(
     )
     tau, low, high = ask(fake, prompts_file, cases, most=16).tau
     assert tau == 1.6
-    # eight groups of which each is 2.2 or 1 with equal odds: sd 0.6 / sqrt(8); totals so far vary less
-    assert low == pytest.approx(1.6 - 1.96 * 0.6 / 8**0.5, abs=0.1)
-    assert high == pytest.approx(1.6 + 1.96 * 0.6 / 8**0.5, abs=0.1)
+    # eight groups, each 2.2 or 1: Student's t of 7 degrees of freedom, on the logit of 0.6 accepted of 3
+    reach = 2.3646 * 0.6 / 7**0.5 / (3 * 0.2 * 0.8)
+    ends = [1 + 3 / (1 + 4 * math.exp(side * reach)) for side in (1, -1)]
+    assert (low, high) == pytest.approx(ends, abs=1e-3)
 
 
 def test_prompts_that_the_server_refuses_are_left_out(

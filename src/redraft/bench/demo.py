@@ -31,7 +31,8 @@ from ..drafts.base import Draft
 from ..errors import UserError, nearest
 from ..formats.load import load_draft, read_draft
 from ..formats.private_part import read_training
-from ..measuring.acceptance import bootstrap_recovery
+from ..measuring import intervals
+from ..measuring.acceptance import prompt_counts
 from ..measuring.lossless import compare
 from ..measuring.measure import Measured, measure_answers
 from ..measuring.speed import drafted, plain, race, transformers_generate
@@ -255,16 +256,15 @@ def _row(
 
 def _recovery(measured: dict[str, Measured]) -> dict[str, Any]:
     """The share of the gap that was closed; only the difference where the gap is too small."""
-    r, a, d = (measured[n].acceptance.tau for n in ("reused", "adapted", "dedicated"))
-    interval = bootstrap_recovery(
-        measured["adapted"].traces, measured["reused"].traces, measured["dedicated"].traces
-    )
-    if interval is None:
-        return {"recovery": None, "recovery_ci": None, "difference_in_tau": a - r}
+    rise = measured["adapted"].acceptance.tau - measured["reused"].acceptance.tau
+    ends = [prompt_counts(measured[name].traces) for name in ("adapted", "reused", "dedicated")]
+    found = intervals.recovery(ends[0], ends[1], ends[2], K)
+    if found is None:
+        return {"recovery": None, "recovery_ci": None, "difference_in_tau": rise}
     return {
-        "recovery": (a - r) / (d - r),
-        "recovery_ci": list(interval),
-        "difference_in_tau": a - r,
+        "recovery": found.value,
+        "recovery_ci": list(found.ends),
+        "difference_in_tau": rise,
     }
 
 

@@ -26,7 +26,8 @@ from ..errors import UserError, nearest
 from ..files import write_text
 from ..formats.folders import read_json
 from ..formats.load import StoredDraft, read_draft
-from ..measuring.acceptance import bootstrap_tau, pooled_tau
+from ..measuring import intervals
+from ..measuring.acceptance import pooled_tau, prompt_counts
 from ..measuring.cost import measure_cost
 from ..measuring.replay import replay
 from ..records import Answer, Prompt, StepTrace
@@ -201,7 +202,9 @@ class _Bench:
         used = {action: [t for t in traces if t.accepted] for action, traces in steps.items()}
         found = {
             "taus": {action: pooled_tau(traces) for action, traces in used.items()},
-            "intervals": {action: bootstrap_tau(traces) for action, traces in used.items()},
+            "intervals": {
+                a: intervals.tau(prompt_counts(traces), K).ends for a, traces in used.items()
+            },
         }
         write_text(file, json.dumps(found, indent=1) + "\n")
         return found

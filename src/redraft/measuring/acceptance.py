@@ -1,7 +1,7 @@
 """From verification steps to figures: tau, its interval, per-position acceptance, loop rate.
 
 tau = 1 + accepted draft tokens / verification steps, pooled over prompts (sum over sum), every
-step counted in full; the prefill's own token belongs to no step.
+step counted in full; the prefill's own token belongs to no step. Intervals are in `intervals.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from ..decode.modes import Decoding
 from ..errors import UserError
 from ..records import Acceptance, Answer, ExpectedSteps, StepTrace
+from . import intervals
 
 Steps = StepTrace | ExpectedSteps
 
-RESAMPLES = 2000
 LOOP_WINDOW = 48
 LONGEST_PERIOD = 12
 
@@ -31,8 +31,12 @@ def summarise(
     seconds: float,
     decoding: Decoding | None = None,
     provenance: dict[str, Any] | None = None,
+    level: float = intervals.LEVEL,
 ) -> Acceptance:
-    """Pool the steps of all prompts. Raises UserError when no prompt has a step."""
+    """Pool the steps of all prompts. Raises UserError when no prompt has a step.
+
+    `level` is the interval's nominal level, above 95 % where prompts were asked until it was narrow.
+    """
     decoding = decoding or Decoding()
     used = [trace for trace in traces if trace.steps]
     if not used:
@@ -46,7 +50,7 @@ def summarise(
     steps = sum(trace.steps for trace in used)
     return Acceptance(
         tau=1 + accepted / steps,
-        ci=bootstrap_tau(used),
+        ci=intervals.tau(prompt_counts(used), k, level).ends,
         accepted=accepted,
         steps=steps,
         prompts=len(used),
@@ -68,47 +72,9 @@ def pooled_tau(traces: Sequence[Steps]) -> float:
     return 1 + sum(t.gained for t in traces) / sum(t.steps for t in traces)
 
 
-def resampled_tau(traces: Sequence[Steps], seed: int = 0) -> Any:
-    """Tau under RESAMPLES draws of the prompts, float64 [RESAMPLES]. Equal seeds draw equal prompts."""
-    accepted = np.array([t.gained for t in traces], dtype=float)
-    steps = np.array([t.steps for t in traces], dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(traces), (RESAMPLES, len(traces)))
-    return 1 + accepted[draws].sum(1) / steps[draws].sum(1)
-
-
-def bootstrap_tau(traces: Sequence[Steps], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of tau when prompts are resampled, numerator and denominator together."""
-    low, high = np.percentile(resampled_tau(traces, seed), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def bootstrap_difference(
-    one: Sequence[Steps], other: Sequence[Steps], seed: int = 0
-) -> tuple[float, float]:
-    """95 % interval of tau(one) - tau(other) over the same resampled prompts."""
-    differences = resampled_tau(one, seed) - resampled_tau(other, seed)
-    low, high = np.percentile(differences, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def bootstrap_recovery(
-    adapted: Sequence[Steps],
-    reused: Sequence[Steps],
-    dedicated: Sequence[Steps],
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """95 % interval of (adapted - reused) / (dedicated - reused) over the same resampled prompts.
-
-    None when the denominator's interval reaches 0 or it does not exceed 0.15 tau: then only the
-    difference in tau may be reported.
-    """
-    # All three walk the same prompts, so the same draws resample numerator and denominator.
-    a, r, d = (resampled_tau(t, seed) for t in (adapted, reused, dedicated))
-    gap = d - r
-    if np.percentile(gap, 2.5) <= 0 or pooled_tau(dedicated) - pooled_tau(reused) <= 0.15:
-        return None
-    low, high = np.percentile((a - r) / gap, [2.5, 97.5])
-    return float(low), float(high)
+def prompt_counts(traces: Sequence[Steps]) -> list[list[tuple[float, float]]]:
+    """(accepted, steps) of each prompt, in one list as of one seed: what intervals are made from."""
+    return [[(trace.gained, trace.steps) for trace in traces]]
 
 
 def per_position(traces: Sequence[Steps], k: int) -> tuple[float, ...]:

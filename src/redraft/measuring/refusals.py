@@ -30,9 +30,9 @@ import numpy as np
 from scipy.stats import t
 
 from ..records import RefusalRates
-from .acceptance import RESAMPLES
 
 LEVEL, POWER = 0.05, 0.80
+RESAMPLES = 2000
 LEAST_PROMPTS = 6
 """With fewer, no pattern of signs is rarer than 5 %: 2 / 2^5 is 6 %."""
 SPARSE = 8.0

@@ -12,7 +12,8 @@ from ..formats.load import StoredDraft
 from ..formats.misreadings import misreadings
 from ..records import Answer, StepTrace
 from ..target import Target
-from .acceptance import bootstrap_difference, pooled_tau
+from . import intervals
+from .acceptance import pooled_tau, prompt_counts
 from .replay import replay
 
 FEWEST = 8
@@ -37,7 +38,8 @@ def suspects(target: Target, stored: StoredDraft, answers: Sequence[Answer], k: 
     for other in misreadings(stored, target):
         found = traces(other.draft)
         tau, base = pooled_tau(found), pooled_tau(written)
-        if tau > base + CLEARLY and bootstrap_difference(found, written)[0] > 0:
+        rise = intervals.difference(prompt_counts(found), prompt_counts(written), k)
+        if rise.value > CLEARLY and rise.low > 0:
             figures = f"tau {tau:.2f} that way, {base:.2f} as written, {len(written)} prompts"
             named.append((tau, f"{other.cause} ({figures})"))
     return [cause for _, cause in sorted(named, reverse=True)]

@@ -1,7 +1,9 @@
 """What a few requests show of a draft: acceptance now, on the base, with the states put back, and refreshed.
 
 Prompts are answered batch by batch, until the interval of tau is narrow enough or the prompts are used
-up. Answers lie in a folder; a check that is run again there asks only for what is missing.
+up. Answers lie in a folder; a check that is run again there asks only for what is missing. Each batch is a look
+at the interval, so all intervals and draws of a check of several batches have the level that covers 95 % under
+this rule (`intervals.level_of`).
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config import RegenerateConfig
 from ..console import say
 from ..data.ownership import cost
@@ -26,7 +26,8 @@ from ..errors import UserError
 from ..files import write_text
 from ..formats.folders import read_json
 from ..formats.load import StoredDraft
-from ..measuring.acceptance import bootstrap_tau, pooled_tau, resampled_tau, summarise
+from ..measuring import intervals
+from ..measuring.acceptance import pooled_tau, prompt_counts, summarise
 from ..measuring.replay import decoding_of, replay, replay_each
 from ..measuring.suspects import suspects
 from ..records import Acceptance, Answer, Prompt, StepTrace
@@ -137,11 +138,12 @@ def gather(
         say(f"{base.name} has no chat template: it is asked with the target's")
     theirs = list(read_prompts(source, base, most, "last").prompts) if base else []
     changes = compare(target, base, found, theirs) if base else None
-    answers, traces, rate = _answer(target, draft, found, out, k, answering)
-    draws = {KEEP: resampled_tau(traces)}
+    level = intervals.level_of(-(-len(found) // BATCH))
+    answers, traces, rate = _answer(target, draft, found, out, k, answering, level)
+    draws = {KEEP: intervals.tau_draws(prompt_counts(traces), k, level)}
     evidence = Evidence(
         prompts=len(traces),
-        reused=_summary(traces, answers, k),
+        reused=_summary(traces, answers, k, level),
         entropy=cost(target, answers).entropy,
         answer_tokens=sum(answer.length for answer in answers),
         answer_rate=rate,
@@ -165,13 +167,13 @@ def gather(
             f"the base {base.name} answers {len(on_base)} of {len(asked)} prompts with more than a token, too "
             "few to compare with; leave --base out"
         )
-    refreshed, rise = _refresh(target, base, stored.fitted(target), answers, k)
+    refreshed, rise = _refresh(target, base, stored.fitted(target), answers, k, level)
     if refreshed:
         draws[REFRESH] = draws[KEEP] + rise
     evidence = dataclasses.replace(
         evidence,
-        native=_summary(on_base, native, k),
-        retention=_retention(traces, on_base),
+        native=_summary(on_base, native, k, level),
+        retention=_retention(traces, on_base, k, level),
         changes=changes,
         causes=find_causes(target, base, stored, answers, native, k),
         refreshed=refreshed,
@@ -186,8 +188,12 @@ def _answer(
     out: Path,
     k: int,
     answering: RegenerateConfig,
+    level: float,
 ) -> tuple[list[Answer], list[StepTrace], float]:
-    """Answers and steps of as many prompts as it takes, and the rate of answering in tokens/s."""
+    """Answers and steps of as many prompts as it takes, and the rate of answering in tokens/s.
+
+    `level` is the nominal level of the interval that has to be narrow.
+    """
     answers: list[Answer] = []
     traces: list[StepTrace] = []
     spent = read_json(out / RATE) if (out / RATE).is_file() else {"tokens": 0, "seconds": 0.0}
@@ -202,7 +208,7 @@ def _answer(
             spent["seconds"] += time.monotonic() - began
             write_text(out / RATE, json.dumps(spent) + "\n")
         traces = _walked(replay(target, draft, answers, k)) if answers else []
-        if len(traces) >= BATCH // 2 and _narrow(traces):
+        if len(traces) >= BATCH // 2 and _narrow(traces, k, level):
             break
     if len(traces) < LEAST:
         raise UserError(
@@ -223,24 +229,30 @@ def _answered(
     return [a for a in regenerate(target, prompts, file, answering, overrun=k) if a.length >= 2]
 
 
-def _narrow(traces: Sequence[StepTrace]) -> bool:
-    low, high = bootstrap_tau(traces)
-    return (high - low) / 2 <= NARROW * pooled_tau(traces)
+def _narrow(traces: Sequence[StepTrace], k: int, level: float) -> bool:
+    found = intervals.tau(prompt_counts(traces), k, level)
+    return (found.high - found.low) / 2 <= NARROW * found.value
 
 
 def _walked(traces: Sequence[StepTrace]) -> list[StepTrace]:
     return [trace for trace in traces if trace.accepted]
 
 
-def _summary(traces: Sequence[StepTrace], answers: Sequence[Answer], k: int) -> Acceptance:
+def _summary(
+    traces: Sequence[StepTrace], answers: Sequence[Answer], k: int, level: float
+) -> Acceptance:
     decoding = decoding_of(answers)
-    return summarise(traces, answers, k=k, mode="replay", seconds=0.0, decoding=decoding)
+    return summarise(
+        traces, answers, k=k, mode="replay", seconds=0.0, decoding=decoding, level=level
+    )
 
 
-def _retention(ours: Sequence[StepTrace], native: Sequence[StepTrace]) -> Interval:
-    """Resampled apart, which is a little wider than in pairs: the two may leave out other prompts."""
-    low, high = np.percentile(resampled_tau(ours, 0) / resampled_tau(native, 1), [2.5, 97.5])
-    return pooled_tau(ours) / pooled_tau(native), float(low), float(high)
+def _retention(
+    ours: Sequence[StepTrace], native: Sequence[StepTrace], k: int, level: float
+) -> Interval:
+    """Not in pairs, which is a little wider: the two may leave out other prompts."""
+    found = intervals.ratio(prompt_counts(ours), prompt_counts(native), k, level)
+    return found.value, found.low, found.high
 
 
 def _refresh(
@@ -249,6 +261,7 @@ def _refresh(
     stored: StoredDraft,
     answers: Sequence[Answer],
     k: int,
+    level: float,
 ) -> tuple[Refreshed | None, Any]:
     """What closed forms bring, and the rise in tau as draws; None for a draft that has none.
 
@@ -266,9 +279,10 @@ def _refresh(
     seconds = time.monotonic() - began
     drafts = [stored.build(target), fuse_draft(stored, part, target).build(target)]
     was, now = map(_walked, replay_each(target, drafts, answers[half:], k))
-    rise = resampled_tau(now) - resampled_tau(was)
-    low, high = np.percentile(rise, [2.5, 97.5])
-    interval = (float(low), float(high))
+    pair = prompt_counts(now), prompt_counts(was)
+    # A seed of its own: the draws of tau come from another set of prompts.
+    rise = intervals.difference_draws(*pair, k, level, seed=1)
+    interval = intervals.difference(*pair, k, level).ends
     return Refreshed(
         REFRESHING, pooled_tau(now), pooled_tau(was), interval, len(now), seconds
     ), rise

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import numpy as np
 
 from ..config import RegenerateConfig
 from ..console import Progress
@@ -24,20 +23,20 @@ from ..decode.sampling import Sampling
 from ..engines.counters import Counters, read_counters
 from ..errors import UserError
 from ..formats.chat import Understood, understand
+from ..measuring import intervals
 from .evidence import ANSWERING
 from .outlook import KEEP, Case, check_enough, outlook, read_cases
 from .pilot import PLANS
 from .verdict import WORTH, Bill, Pace, Verdict, decide
 
 GROUPS = 8
-"""Groups of prompts, between which the counters are read: tau is resampled over groups."""
+"""Groups of prompts, between which the counters are read: the interval of tau is over groups."""
 REQUEST_SECONDS = 600.0
 SETTLE_SECONDS = 0.3
 """Counters lag behind the answers."""
 SETTLE_LOOKS = 5
 OF_THE_PROMPT = (400, 413, 422)
 """Statuses that say something of one prompt, not of the server."""
-RESAMPLES = 2000
 UNKNOWN = (
     "speed-up over plain decoding (serve without the draft and compare, or `redraft check --target`)",
     "the cause (needs the weights and --base)",
@@ -131,8 +130,10 @@ def check_served(
             f"{url} answered {answered} prompts and drafted nothing: it serves {name} without speculation; "
             "start it with --speculative-config, or check the weights with --target and --draft"
         )
-    found, k = whole.acceptance(), len(whole.per_position)
-    draws = _resampled(counted)
+    # Without counts by position, K is what a draft proposes.
+    found, k = whole.acceptance(), len(whole.per_position) or round(whole.drafted / whole.drafts)
+    groups = [[(float(group.accepted), float(group.drafts)) for group in counted]]
+    draws, interval = intervals.tau_draws(groups, k), intervals.tau(groups, k)
     signs = {"reused": found.tau} | ({"native": published} if published else {})
     rate = tokens / max(seconds, 1e-9)
     bills = {KEEP: Bill(0, 0.0)} | {
@@ -141,7 +142,6 @@ def check_served(
     }
     seen = outlook(signs, k, {KEEP: draws}, known, answering.temperature)
     verdict = decide(seen, Pace(rate / found.tau, None), bills, worth)
-    low, high = np.percentile(draws, [2.5, 97.5])
     # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
     emitted = whole.accepted + whole.drafts
     return ServedCheck(
@@ -152,7 +152,7 @@ def check_served(
         refused=len(asked) - answered,
         answer_tokens=tokens,
         sampling=sampling_of(answering),
-        tau=(found.tau, float(low), float(high)),
+        tau=(found.tau, *interval.ends),
         per_position=found.per_position,
         rate=rate,
         rows=rows,
@@ -284,11 +284,3 @@ def _question(row: Understood) -> list[dict[str, Any]]:
     """The messages up to the last user turn."""
     last = max((at for at, m in enumerate(row.messages) if m["role"] == "user"), default=-1)
     return list(row.messages[: last + 1])
-
-
-def _resampled(groups: Sequence[Counters]) -> Any:
-    """Tau under draws of the groups, float64 [RESAMPLES]."""
-    accepted = np.array([group.accepted for group in groups], dtype=float)
-    drafts = np.array([group.drafts for group in groups], dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(groups), (RESAMPLES, len(groups)))
-    return 1 + accepted[draws].sum(1) / np.maximum(drafts[draws].sum(1), 1)
