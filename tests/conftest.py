@@ -95,11 +95,13 @@ def tiny_model(
     *,
     vocab: int = 97,
     seed: int = 0,
+    gain: float = 1.5,
     **variant: Any,
 ) -> Any:
-    """A random model of a family that Transformers knows, 8 thin layers, with lively weights.
+    """A random model of a family that Transformers knows, 8 thin layers.
 
-    The same numbers in every dtype, up to rounding. `variant` are config fields.
+    The same numbers in every dtype, up to rounding. `gain` is how lively its weights are, `variant`
+    are config fields.
     """
     sizes = {
         "vocab_size": vocab,
@@ -122,7 +124,7 @@ def tiny_model(
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=draw)
-                parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+                parameter.copy_(noise * gain * parameter.shape[-1] ** -0.5)
     model.generation_config.eos_token_id = 1
     return model.to(dtype)
 

@@ -6,6 +6,7 @@ any target and at any temperature, without training. Its state is the logits the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -29,10 +30,13 @@ class CheatingDraft(Draft):
         self.feature_size = target.hidden_size
         self.vocab_size = target.vocab_size
         self.draft_vocab = vocabulary
-        generator = torch.Generator().manual_seed(11)
-        self.noise_VV = noise * torch.randn(
-            target.vocab_size, target.vocab_size, generator=generator, dtype=torch.float64
-        )
+        self.noise = noise
+
+    @functools.cache  # noqa: B019 - a draft lives as long as its test
+    def noise_after(self, token: int) -> Tensor:
+        """The noise [V] on the logits after a token."""
+        generator = torch.Generator().manual_seed(11 + token)
+        return self.noise * torch.randn(self.vocab_size, generator=generator, dtype=torch.float64)
 
     def new_cache(self, first_B: Tensor) -> Any:
         return {"true": [[token] for token in first_B.tolist()], "drafted": [[] for _ in first_B]}
@@ -69,7 +73,7 @@ class CheatingDraft(Draft):
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         logits_BTV = self.target[0].read(tokens, ()).logits_BTV
         ends = torch.tensor([len(row) - 1 for row in rows])
-        noise = self.noise_VV[torch.tensor([row[-1] for row in rows])]
+        noise = torch.stack([self.noise_after(row[-1]) for row in rows])
         return (logits_BTV[torch.arange(len(rows)), ends] + noise.to(logits_BTV))[:, None]
 
     def rollout(

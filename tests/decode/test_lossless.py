@@ -24,7 +24,7 @@ from redraft.decode.plain import decode_plain
 from redraft.decode.sampling import Sampling
 from redraft.decode.speculative import Decoded, decode_speculative
 from redraft.drafts.base import Draft
-from redraft.measuring.lossless import compare, is_near_tie
+from redraft.measuring.lossless import compare
 from redraft.records import Prompt
 from redraft.target import Target, load_target
 from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, save_target
@@ -243,4 +243,5 @@ def test_the_audit_excuses_no_clear_difference(target_folder: Path) -> None:
         wrong = [*reference[:3], (reference[3] + 1) % 200, *reference[4:]]
         row = bench.plain[name].index(reference)
         prompt = Prompt("a", tuple(bench.prompts[row]))
-        assert not is_near_tie(bench.target, prompt, reference, wrong, decoding, row)
+        found = compare(bench.target, [prompt], [reference], [wrong], decoding, [row])
+        assert (found.different, found.holds) == (1, False)

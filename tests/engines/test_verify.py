@@ -73,13 +73,24 @@ def test_other_outputs_with_the_draft(good: Verification) -> None:
     speed = list(good.speed)
     speed[1] = dataclasses.replace(speed[1], outputs=Lossless(PROMPTS, 3, 1))
     assert judge(dataclasses.replace(good, speed=tuple(speed))) == [
-        "1 of 5 outputs differ from those without the draft (4 at a time)"
+        "with the draft 1 of 5 outputs differ from those without it (4 at a time)"
     ]
 
 
 def test_near_ties_are_no_difference(good: Verification) -> None:
-    speed = (dataclasses.replace(good.speed[0], outputs=Lossless(PROMPTS, 3, 2)),)
+    few = Lossless(PROMPTS, 3, 2, ties=3, tokens=40, own_ties=2, own_tokens=40)
+    speed = (dataclasses.replace(good.speed[0], outputs=few),)
     assert judge(dataclasses.replace(good, speed=speed)) == []
+
+
+def test_more_near_ties_than_plain_decoding_has_are_one(good: Verification) -> None:
+    many = Lossless(PROMPTS, 0, 5, ties=12, tokens=200, own_ties=1, own_tokens=200)
+    speed = (dataclasses.replace(good.speed[0], outputs=many),)
+    (reason,) = judge(dataclasses.replace(good, speed=speed))
+    assert "12 in 200 tokens where plain decoding has 1 in 200: more than rounding" in reason
+    unaudited = Lossless(PROMPTS, 3, 2)
+    speed = (dataclasses.replace(good.speed[0], outputs=unaudited),)
+    assert judge(dataclasses.replace(good, speed=speed))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +108,7 @@ def test_an_engine_that_counts_otherwise(
 
 def test_an_engine_with_another_target(good: Verification) -> None:
     other = dataclasses.replace(good, against_redraft=Lossless(PROMPTS, 2, 0))
-    words = "even without a draft the engine answers 3 of 5 prompts otherwise"
+    words = "even without a draft 3 of 5 answers differ between the engine and redraft"
     assert words in judge(other)[0]
     half = dataclasses.replace(other, dtype="bfloat16")
     assert judge(half) == []
@@ -267,7 +278,7 @@ def test_a_draft_not_fit_to_serve_exits_with_3(
     )
     assert code == 3, err
     said = " ".join(out.split())
-    assert "do not serve it: 1 of 4 outputs differ from those without the draft" in said
+    assert "do not serve it: with the draft 1 of 4 outputs differ from those without it" in said
     assert "the engine counts tau 1.000" in said
     assert "cause: the engine computes another function" in said
     assert "3/4 same, 1 DIFFERENT" in said

@@ -32,7 +32,7 @@ from ..decode.sampling import scores
 from ..records import Lossless, Prompt
 from ..target import Target
 
-HALF, WIDE = (3.0, 8.0), (64.0, 256.0)
+HALF, WIDE = (4.0, 32.0), (64.0, 512.0)
 ROUNDINGS = {
     torch.bfloat16: HALF,
     torch.float16: HALF,
@@ -44,7 +44,7 @@ precision the last rounding is most of the difference between two passes; in wid
 sums before it. Measured: docs/lossless.md."""
 BEYOND_OWN = 1.5
 """The slack, as a multiple of the largest margin of plain decoding's own."""
-GRID = (0.25, 0.5, 0.75, 1.0, 4 / 3, 5 / 3, 2.0, 8 / 3, 4.0)
+GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Margins are told apart so finely, as multiples of the least slack."""
 
 
@@ -162,6 +162,8 @@ def _kept(logits_V: Tensor, decoding: Decoding, slack: float) -> Tensor:
     kept = torch.ones_like(logits_V, dtype=torch.bool)
     if 0 < s.top_k < len(logits_V):
         scaled_V = logits_V / s.temperature
-        kept = scaled_V >= scaled_V.topk(s.top_k).values[-1] - slack
-    moved = replace(s, top_k=0, top_p=min(s.top_p + slack, 1.0), min_p=s.min_p * (1 - slack))
+        least = scaled_V.topk(s.top_k).values[-1] - slack
+        kept = scaled_V >= least.clamp(max=scaled_V.max())
+    top_p = min(max(s.top_p + slack, torch.finfo(torch.float32).tiny), 1.0)
+    moved = replace(s, top_k=0, top_p=top_p, min_p=min(s.min_p * max(1 - slack, 0.0), 1.0))
     return kept & torch.isfinite(scores(logits_V.masked_fill(~kept, float("-inf")), moved))

@@ -1,4 +1,7 @@
-"""Peak memory of training: predicted from shapes before the first step, read from the system after."""
+"""Peak memory of training: predicted from shapes before the first step, read from the system after.
+
+Shapes: B rows, T tokens, F features.
+"""
 
 from __future__ import annotations
 
@@ -10,46 +13,133 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ..private.lora import stored_name
+from ..drafts.base import Draft
+from ..errors import UserError
 from ..target import Target
-from .lesson import VALUES
+from .lesson import HELD, VALUES
+from .losses import LABELS, LOSSES, OWN
 
 if TYPE_CHECKING:
     from .member import Member
 
 MB = 1e6
+CHUNK_COPIES = 8
+"""Float32 copies of a chunk's logits that live together: the teacher's three, the draft's five."""
+PROBE = 24
+"""Tokens of the row on which a draft's saved tensors are counted."""
+LEAST_ROOM_MB = 512
+"""Memory left free by a run that is let begin."""
 
 
 def predict_peak(
-    target: Target, members: Sequence[Member], batch_tokens: int, longest: int
+    target: Target, members: Sequence[Member], batch_tokens: int, longest: int, first: int = 0
 ) -> float:
     """Predicted peak in MB: what is resident now plus gradients, optimizer and activations.
 
-    Activations: the target's logits and taps once (in its dtype, widened to float32 for the loss).
-    The most demanding member adds, for each rollout step, its logits (three float32 copies: logits,
-    log-softmax, gradient), about 24 H + 4 I floats of its layer per token and the attention
-    weights over the longest row (scores, weights and gradient). Logits beyond VALUES are never
-    held at once.
+    `batch_tokens` are those of the largest batch, whose rows have `longest` tokens and whose chains
+    start at `first`. Activations: the target's features and one of its layers, then what the most
+    demanding member saves for its backward pass (counted on a short row) and one chunk of logits.
     """
     element = target.dtype.itemsize
-    optimizer = sum(p.numel() for m in members for p in m.parameters) * 4 * 3
-    heads: int = target.model.config.get_text_config().num_attention_heads
-    logits = min(batch_tokens * target.vocab_size, VALUES)
-    most = 0.0
+    parameters = [p for m in members for p in m.parameters]
+    optimizer = sum(p.numel() for p in parameters) * 4 * 3
+    config = target.model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * target.hidden_size
+    features = batch_tokens * (members[0].draft.feature_size + target.hidden_size) * element
+    layer = batch_tokens * (8 * target.hidden_size + 3 * int(inner)) * max(element, 4) // 2
+    held = most = 0.0
     for member in members:
-        draft = member.draft
-        vocab = target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
-        inner = sum(
-            p.shape[0]
-            for n, p in draft.named_parameters()
-            if stored_name(n).endswith("gate_proj.weight")
-        )
-        own = batch_tokens * (4 * (24 * draft.hidden_size + 4 * inner) + 12 * heads * longest)
-        own += 3 * 4 * min(batch_tokens * vocab, VALUES)
-        most = max(most, own * (member.config.rollout if draft.feeds_back else 1))
-    read = logits * (element + 4) + batch_tokens * members[0].draft.feature_size * element
-    return current_memory(target.device) + (optimizer + read + most) / MB
+        most = max(most, _of_member(target, member, batch_tokens, longest, first))
+        if len(members) > 1:
+            held = max(held, min(batch_tokens * _columns(target, member.draft), HELD) * 4)
+    activations = 2 * features + max(layer, most + held)
+    return current_memory(target.device) + (optimizer + activations) / MB
+
+
+def check_room(target: Target, predicted: float, batch_tokens: int, longest: int) -> None:
+    """Raise UserError, saying what to change, for a run that does not fit into what is free."""
+    room = current_memory(target.device) + free_memory(target.device)
+    if predicted + LEAST_ROOM_MB <= room:
+        return
+    way = (
+        f"lower train.batch_tokens ({batch_tokens:,})"
+        if longest <= batch_tokens
+        else f"leave out answers as long as the longest, a batch of its own with {longest:,} tokens"
+    )
+    raise UserError(
+        f"training would take about {predicted:,.0f} MB at the peak and {room:,.0f} MB can be had on "
+        f"{target.device}: {way}, take a smaller draft vocabulary than {target.vocab_size:,} tokens, or "
+        "train fewer parameters"
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Memory that could still be taken, MB: of the device, or of this machine and its control group;
+    without bound where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MB
+    found = [_from_meminfo("MemAvailable")]
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        folder = Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError, ValueError):
+            most = int((folder / limit).read_text())
+            found.append((most - int((folder / used).read_text())) / MB)
+    return min(found)
+
+
+def _of_member(
+    target: Target, member: Member, batch_tokens: int, longest: int, first: int
+) -> float:
+    """Bytes of a member's step: saved tensors, and one chunk of logits with its gradients."""
+    draft, config = member.draft, member.config
+    steps = config.rollout if draft.feeds_back else 1
+    saved = _saved_per_token(draft, steps)
+    chained = (longest - first) / max(longest, 1)
+    rolled = batch_tokens * (saved[0] + chained * sum(saved[1:]))
+    reads = LOSSES[config.loss].reads
+    columns = _columns(target, draft)
+    width = max(columns if reads in (LABELS, OWN) else target.vocab_size, columns)
+    labels = max(round(batch_tokens * chained), 1)
+    chunk = min(labels, max(VALUES // width, 1)) * width * 4 * CHUNK_COPIES
+    states = 2 * steps * labels * draft.hidden_size * 4
+    head = sum(p.numel() for n, p in draft.named_parameters() if "head" in n and p.requires_grad)
+    return rolled + chunk + states + 2 * 4 * head
+
+
+def _columns(target: Target, draft: Draft) -> int:
+    return target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
+
+
+def _saved_per_token(draft: Draft, steps: int) -> list[float]:
+    """Bytes that the backward pass of each rollout step keeps, per token, counted on a short row."""
+    device = next(draft.parameters()).device
+    dtype = next(p.dtype for p in draft.parameters())
+    tokens = torch.zeros(1, PROBE + steps, dtype=torch.long, device=device)
+    features = torch.zeros(1, PROBE + steps, draft.feature_size, dtype=dtype, device=device)
+    own = {p.untyped_storage().data_ptr() for p in draft.parameters()}
+    seen: set[int] = set(own)
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    found, kept = [], []
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        for states in draft.rollout(tokens, features, 0, steps):
+            kept.append(states)  # alive, so that no storage is counted twice
+            found.append(total / states.shape[1])
+            total = 0
+    return found or [0.0]
 
 
 def current_memory(device: torch.device) -> float:
@@ -73,6 +163,16 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MB
     return _from_status("VmHWM")
+
+
+def _from_meminfo(key: str) -> float:
+    """A figure of /proc/meminfo in MB; without bound elsewhere."""
+    path = Path("/proc/meminfo")
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024 / MB
+    return float("inf")
 
 
 def _from_status(key: str) -> float:
