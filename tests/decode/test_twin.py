@@ -104,7 +104,7 @@ def test_the_twin_catches_wrong_loops(
 
 def test_no_step_runs_past_the_context(double: Target) -> None:
     target = copy.copy(double)
-    draft = CheatingDraft(target, noise=0.0)
+    draft = CheatingDraft(double, noise=0.0)
     target.max_positions = len(PROMPTS[2]) + 7
     read = target.model.forward
     seen: list[int] = []

@@ -19,14 +19,14 @@ from ..drafts.base import Draft
 from ..errors import UserError
 from ..target import Target
 from .lesson import HELD, VALUES
-from .losses import LABELS, LOSSES, OWN
+from .losses import LABELS, LOSSES, OWN, WHOLE
 
 if TYPE_CHECKING:
     from .member import Member
 
 MB = 1e6
-CHUNK_COPIES = 8
-"""Float32 copies of a chunk's logits that live together: the teacher's three, the draft's five."""
+CHUNK_COPIES = {LABELS: 4, OWN: 6, WHOLE: 10}
+"""Float32 copies of a chunk's logits that live together, by what a loss reads of the target; measured."""
 PROBE = 24
 """Tokens of the row on which a draft's saved tensors are counted."""
 LEAST_ROOM_MB = 512
@@ -105,7 +105,7 @@ def _of_member(
     columns = _columns(target, draft)
     width = max(columns if reads in (LABELS, OWN) else target.vocab_size, columns)
     labels = max(round(batch_tokens * chained), 1)
-    chunk = min(labels, max(VALUES // width, 1)) * width * 4 * CHUNK_COPIES
+    chunk = min(labels, max(VALUES // width, 1)) * width * 4 * CHUNK_COPIES[reads]
     states = 2 * steps * labels * draft.hidden_size * 4
     head = sum(p.numel() for n, p in draft.named_parameters() if "head" in n and p.requires_grad)
     return rolled + chunk + states + 2 * 4 * head
