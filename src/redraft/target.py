@@ -60,6 +60,8 @@ class Target:
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
+        if self.head is not None:
+            self.head.register_forward_pre_hook(_contiguous)
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.context_note = ""
         if (switch := _frequency_switch(config)) and switch[1] < self.max_positions:
@@ -356,6 +358,12 @@ def _with_adapter(model: Any, adapter: str) -> Any:
         raise UserError(
             f"--target-adapter {adapter} does not fit this target: {problem}"
         ) from problem
+
+
+def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The head's input in one block. The last states of several rows are a view with gaps, for which
+    PyTorch copies the head's weight once per row (2.4 GB for 16 rows, 150,000 tokens, hidden 512)."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def _frequency_switch(config: Any) -> tuple[str, int] | None:

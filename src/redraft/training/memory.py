@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from .member import Member
 
 MB = 1e6
-CHUNK_COPIES = {LABELS: 4, OWN: 6, WHOLE: 10}
-"""Float32 copies of a chunk's logits that live together, by what a loss reads of the target; measured."""
+DRAFT_COPIES, TEACHER_COPIES = 4, {LABELS: 0, OWN: 2, WHOLE: 6}
+"""Float32 copies of a chunk's logits that live together: of the draft's, and of the target's by what
+a loss reads of it. Measured."""
 PROBE = 24
 """Tokens of the row on which a draft's saved tensors are counted."""
 LEAST_ROOM_MB = 512
@@ -103,9 +104,10 @@ def _of_member(
     rolled = batch_tokens * (saved[0] + chained * sum(saved[1:]))
     reads = LOSSES[config.loss].reads
     columns = _columns(target, draft)
-    width = max(columns if reads in (LABELS, OWN) else target.vocab_size, columns)
+    read = target.vocab_size if reads == WHOLE else columns
     labels = max(round(batch_tokens * chained), 1)
-    chunk = min(labels, max(VALUES // width, 1)) * width * 4 * CHUNK_COPIES[reads]
+    rows = min(labels, max(VALUES // max(read, columns), 1))
+    chunk = rows * 4 * (TEACHER_COPIES[reads] * read + DRAFT_COPIES * columns)
     states = 2 * steps * labels * draft.hidden_size * 4
     head = sum(p.numel() for n, p in draft.named_parameters() if "head" in n and p.requires_grad)
     return rolled + chunk + states + 2 * 4 * head

@@ -47,7 +47,7 @@ from .fitness import check_fits
 from .flops import count_flops, counted
 from .lesson import Lesson, read_lesson, rollout_loss
 from .member import DivergedError, Member
-from .memory import peak_memory, predict_peak, restart_peak
+from .memory import check_room, peak_memory, predict_peak, restart_peak
 from .optimize import make_optimizer
 from .precision import choose_precision
 from .starts import fit_starts
@@ -156,7 +156,8 @@ def _train(
             member.state = found or member.state
     precision = _precision(stream, members)
     del stream.first_lessons
-    predicted = predict_peak(target, members, c.batch_tokens, max(lengths))
+    predicted = _predicted(target, members, answers, plan)
+    check_room(target, predicted, c.batch_tokens, max(lengths))
     _announce(members, plan, precision, predicted)
 
     def evaluate(some: Sequence[Member]) -> None:
@@ -355,6 +356,17 @@ def _finished(
         draft_flops=flops.step * read + flops.rollout * member.fitted.draft_tokens,
     )
     return Trained(state.best, record)
+
+
+def _predicted(
+    target: Target, members: Sequence[Member], answers: Sequence[Answer], plan: list[list[int]]
+) -> float:
+    """The peak in MB that the largest batch of the plan makes."""
+    longest = [max(len(answers[i].prompt) + answers[i].length for i in batch) for batch in plan]
+    at = max(range(len(plan)), key=lambda i: longest[i] * len(plan[i]))
+    tokens = longest[at] * len(plan[at])
+    first = max(min(len(answers[i].prompt) for i in plan[at]) - 1, 0)
+    return predict_peak(target, members, tokens, longest[at], first)
 
 
 def _announce(
