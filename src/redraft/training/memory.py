@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .member import Member
 
 MB = 1e6
-DRAFT_COPIES, TEACHER_COPIES = 4, {LABELS: 0, OWN: 2, WHOLE: 6}
+DRAFT_COPIES, TEACHER_COPIES = 5, {LABELS: 0, OWN: 1, WHOLE: 4}
 """Float32 copies of a chunk's logits that live together: of the draft's, and of the target's by what
 a loss reads of it. Measured."""
 PROBE = 24

@@ -1,0 +1,174 @@
+"""A real pretrained model, end to end: SmolLM2-135M-Instruct, 49,152 tokens, bf16.
+
+Skipped where its package is not installed (`make install` installs it).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redraft import cli
+from redraft.bench.pretrained import build_model, missing, tune_lora
+from redraft.bench.world import Sample
+from redraft.config import TrainConfig
+from redraft.decode.plain import decode_plain
+from redraft.decode.sampling import Sampling
+from redraft.drafts.new import new_draft
+from redraft.errors import UserError
+from redraft.formats.load import load_draft, stored
+from redraft.measuring.acceptance import pooled_tau
+from redraft.measuring.live import live
+from redraft.measuring.lossless import compare
+from redraft.measuring.measure import answer_all
+from redraft.measuring.replay import replay
+from redraft.records import Answer, Prompt
+from redraft.target import Target, load_target
+from redraft.training.train import train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing("smollm2")), reason=missing("smollm2")),
+    pytest.mark.timeout(600),
+]
+K, LONGEST = 4, 24
+
+
+@dataclass
+class Suite:
+    """The base model, a LoRA fine-tune of it, a draft of the base, prompts, and the base's answers."""
+
+    base: Path
+    adapter: Path
+    draft: Path
+    prompts: Path
+    target: Target
+    asked: list[Prompt]
+    answers: list[Answer]
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    root = tmp_path_factory.mktemp("smollm2")
+    build_model("smollm2", root / "base")
+    things = ("a cat", "the sea", "bread", "a bicycle", "rain", "the moon", "a violin", "salt")
+    rows: list[dict[str, Any]] = [
+        {"id": f"{verb} {thing}", "messages": [{"role": "user", "content": f"{verb} {thing}."}]}
+        for verb in ("Describe", "Explain")
+        for thing in things
+    ]
+    told = {"role": "assistant", "content": "Ask a librarian about it, and read slowly."}
+    chats = [Sample(row["id"], "tune", (*row["messages"], told)) for row in rows[:4]]
+    tune_lora(root / "base", chats, root / "lora", steps=2, batch=2)
+    prompts = root / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = load_target(str(root / "base"))
+    asked = [Prompt(str(r["id"]), tuple(target.render(r["messages"]))) for r in rows]
+    answers = answer_all(target, asked, LONGEST, K, Sampling())
+    draft = new_draft(target, answers, draft_vocab_size=8192, width=256)
+    config = TrainConfig(
+        method="scratch",
+        precision="fp32",
+        loss="ce",
+        lr=3e-3,
+        epochs=8,
+        batch_tokens=512,
+        evaluations=1,
+        rollout=K,
+    )
+    train(target, draft, answers, answers[:4], config, k=K)
+    stored(draft, target).save(root / "draft")
+    return Suite(root / "base", root / "lora", root / "draft", prompts, target, asked, answers)
+
+
+@pytest.fixture
+def redraft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(*arguments: object) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["redraft", *map(str, arguments), "--json"])
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code, capsys.readouterr().err
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    return run
+
+
+def test_the_model_answers(suite: Suite) -> None:
+    assert suite.target.dtype == torch.bfloat16
+    assert suite.target.vocab_size == 49_152
+    question = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
+    answer = decode_plain(suite.target, suite.target.render(question), 16)
+    assert "Paris" in suite.target.tokenizer.decode(answer)
+    assert build_model("smollm2", suite.base)["licence"] == "Apache-2.0"  # there already
+    with pytest.raises(UserError, match="holds files that `redraft bench model` did not write"):
+        build_model("smollm2", suite.adapter)
+
+
+def test_check_adapt_and_measure_run_from_the_command_line(
+    suite: Suite, redraft: Any, tmp_path: Path
+) -> None:
+    tuned = ("--target", suite.base, "--target-adapter", suite.adapter)
+    shared = (*tuned, "--draft", suite.draft, "--prompts", suite.prompts)
+    checked = redraft("check", *shared, "--most", 8, "--max-new-tokens", 12)
+    assert checked["evidence"]["reused"]["tau"] >= 1, sorted(checked["evidence"])
+    run = tmp_path / "run"
+    settings = (
+        "train.epochs=1",
+        "train.batch_tokens=512",
+        "train.precision=fp32",
+        "train.evaluations=1",
+        "regenerate.max_new_tokens=12",
+    )
+    sets = [word for setting in settings for word in ("--set", setting)]
+    report = redraft("adapt", *shared, "--out", run, "--limit", 12, *sets)
+    assert report["train"]["steps"] > 0
+    assert report["train"]["peak_mb"] < 4 * report["train"]["predicted_peak_mb"]
+    measured = redraft(
+        *("measure", *tuned, "--draft", run / "draft", "--prompts", suite.prompts),
+        *("--limit", 4, "--max-new-tokens", 12),
+    )
+    assert 1 <= measured["tau"] <= K + 1
+    assert measured["ci"][0] < measured["tau"] < measured["ci"][1]
+
+
+def test_training_taught_the_draft_something(suite: Suite) -> None:
+    draft = load_draft(str(suite.draft), suite.target, suite.target.dtype)
+    assert pooled_tau(replay(suite.target, draft, suite.answers, K)) > 1.15
+
+
+def test_speculative_decoding_is_plain_decoding_up_to_near_ties(suite: Suite) -> None:
+    draft = load_draft(str(suite.draft), suite.target, suite.target.dtype)
+    some = suite.asked[:4]
+    plain = [decode_plain(suite.target, prompt.tokens, LONGEST) for prompt in some]
+    for batch in (1, 4):
+        _, answers = live(suite.target, draft, some, K, LONGEST, batch_size=batch)
+        found = compare(suite.target, some, plain, [a.answer for a in answers])
+        print(batch, found)
+        assert found.holds
+
+
+def test_replay_is_the_live_loop_in_float32_step_for_step(suite: Suite) -> None:
+    target = load_target(str(suite.base), dtype="float32")
+    draft = load_draft(str(suite.draft), target, target.dtype)
+    answers = answer_all(target, suite.asked[:4], LONGEST, K, Sampling())
+    traces, lived = live(target, draft, suite.asked[:4], K, LONGEST)
+    assert [a.answer for a in lived] == [a.answer for a in answers]
+    assert [t.accepted for t in traces] == [t.accepted for t in replay(target, draft, answers, K)]
+
+
+def test_a_merged_draft_and_its_parts_accept_the_same(suite: Suite, tmp_path: Path) -> None:
+    """Export against import, merged against unmerged, in both dtypes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        draft = load_draft(str(suite.draft), suite.target, dtype)
+        stored(draft, suite.target).save(tmp_path / str(dtype))
+        again = load_draft(str(tmp_path / str(dtype)), suite.target, dtype)
+        ours, theirs = (replay(suite.target, d, suite.answers[:8], K) for d in (draft, again))
+        assert ours == theirs
