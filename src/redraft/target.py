@@ -24,6 +24,8 @@ from .head import logits_from
 
 MOST_ADDED = 64
 """Tokens added by a fine-tune that are looked for when a draft was made for the tokenizer without them."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""The dtypes that a target can be loaded in."""
 SAMPLES, BLOCK = 64, 4096
 """Blocks of a weight file that `weights_hash` looks at, and their bytes."""
 
@@ -271,7 +273,9 @@ def load_target(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sources = [source] if adapter is None else [source, adapter]
-    return Target(model.to(device), tokenizer, sources, read_template(chat_template))
+    found = Target(model.to(device), tokenizer, sources, read_template(chat_template))
+    check_computes(found.dtype, found.device, found.name)
+    return found
 
 
 def checked_source(source: str, dtype: str) -> torch.dtype | str:
@@ -282,12 +286,27 @@ def checked_source(source: str, dtype: str) -> torch.dtype | str:
             f"target {source}: expected a model folder with config.json; "
             f"{'found none in it' if where.exists() else 'no such folder'}"
         )
-    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype, None)
-    if torch_dtype != "auto" and not isinstance(torch_dtype, torch.dtype):
+    if dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown; known: auto, {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def check_computes(dtype: torch.dtype, device: torch.device, name: str) -> None:
+    """Raise UserError for a dtype in which this device computes no product and no attention."""
+    try:
+        x = torch.ones(1, 1, 2, 8, device=device, dtype=dtype)
+        product = torch.nn.functional.linear(x, x[0, 0])
+        attended = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        finite = bool(torch.isfinite(product).all() & torch.isfinite(attended).all())
+    except (RuntimeError, NotImplementedError) as problem:
         raise UserError(
-            f"unknown dtype '{dtype}'; known: auto, float32, bfloat16, float16, float64"
-        )
-    return torch_dtype
+            f"target {name} is in {str(dtype).removeprefix('torch.')}, in which {device} does not compute "
+            f"({str(problem).splitlines()[0]}); load it in another with --dtype, for example bfloat16"
+        ) from None
+    assert finite, f"{dtype} on {device}: a product of ones is not finite"
 
 
 def read_template(path: str | None) -> str | None:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import redraft
 from redraft import cli
 from redraft.bench.pretrained import build_model, missing, tune_lora
 from redraft.bench.world import Sample
 from redraft.config import TrainConfig
 from redraft.decode.plain import decode_plain
 from redraft.decode.sampling import Sampling
+from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.new import new_draft
 from redraft.errors import UserError
 from redraft.formats.load import load_draft, stored
@@ -28,6 +30,9 @@ from redraft.measuring.live import live
 from redraft.measuring.lossless import compare
 from redraft.measuring.measure import answer_all
 from redraft.measuring.replay import replay
+from redraft.methods import read_method
+from redraft.private.fuse import fuse
+from redraft.private.part import declare, prepare, take
 from redraft.records import Answer, Prompt
 from redraft.target import Target, load_target
 from redraft.training.train import train
@@ -88,14 +93,17 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 
 @pytest.fixture
-def redraft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*arguments: object) -> dict[str, Any]:
         monkeypatch.setattr(sys, "argv", ["redraft", *map(str, arguments), "--json"])
+        code = 0
         try:
             cli.main()
         except SystemExit as end:
-            assert not end.code, capsys.readouterr().err
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+            code = int(end.code or 0)
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        found: dict[str, Any] = json.loads(captured.out)
         return found
 
     return run
@@ -113,11 +121,11 @@ def test_the_model_answers(suite: Suite) -> None:
 
 
 def test_check_adapt_and_measure_run_from_the_command_line(
-    suite: Suite, redraft: Any, tmp_path: Path
+    suite: Suite, command: Any, tmp_path: Path
 ) -> None:
     tuned = ("--target", suite.base, "--target-adapter", suite.adapter)
     shared = (*tuned, "--draft", suite.draft, "--prompts", suite.prompts)
-    checked = redraft("check", *shared, "--most", 8, "--max-new-tokens", 12)
+    checked = command("check", *shared, "--most", 8, "--max-new-tokens", 12)
     assert checked["evidence"]["reused"]["tau"] >= 1, sorted(checked["evidence"])
     run = tmp_path / "run"
     settings = (
@@ -128,10 +136,10 @@ def test_check_adapt_and_measure_run_from_the_command_line(
         "regenerate.max_new_tokens=12",
     )
     sets = [word for setting in settings for word in ("--set", setting)]
-    report = redraft("adapt", *shared, "--out", run, "--limit", 12, *sets)
+    report = command("adapt", *shared, "--out", run, "--limit", 12, *sets)
     assert report["train"]["steps"] > 0
     assert report["train"]["peak_mb"] < 4 * report["train"]["predicted_peak_mb"]
-    measured = redraft(
+    measured = command(
         *("measure", *tuned, "--draft", run / "draft", "--prompts", suite.prompts),
         *("--limit", 4, "--max-new-tokens", 12),
     )
@@ -164,11 +172,49 @@ def test_replay_is_the_live_loop_in_float32_step_for_step(suite: Suite) -> None:
     assert [t.accepted for t in traces] == [t.accepted for t in replay(target, draft, answers, K)]
 
 
-def test_a_merged_draft_and_its_parts_accept_the_same(suite: Suite, tmp_path: Path) -> None:
-    """Export against import, merged against unmerged, in both dtypes."""
-    for dtype in (torch.float32, torch.bfloat16):
+def test_export_and_merge_keep_what_a_draft_accepts(suite: Suite, tmp_path: Path) -> None:
+    """Export against import, and merged against unmerged, in both dtypes."""
+    for dtype, strays in ((torch.float32, 0), (torch.bfloat16, 6)):
         draft = load_draft(str(suite.draft), suite.target, dtype)
+        shared = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
         stored(draft, suite.target).save(tmp_path / str(dtype))
         again = load_draft(str(tmp_path / str(dtype)), suite.target, dtype)
         ours, theirs = (replay(suite.target, d, suite.answers[:8], K) for d in (draft, again))
         assert ours == theirs
+        method = read_method("expert+norms")
+        prepare(draft, method, width=32, rank=4, init="active", seed=0)
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in declare(draft, method):
+                if name.endswith("down_proj.weight"):
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
+        merged = Eagle3Draft(replace(draft.config, intermediate_size=256 + 32), draft.draft_vocab)
+        merged.load_state_dict(fuse(shared, take(draft, method)))
+        merged.to(dtype).bind(suite.target)
+        apart, one = (replay(suite.target, d, suite.answers, K) for d in (draft, merged))
+        moved = sum(abs(a.gained - b.gained) for a, b in zip(apart, one, strict=True))
+        assert moved <= strays, dtype
+        assert [t.gained for t in apart] != [t.gained for t in ours]  # the adapter does something
+
+
+def test_transformers_generate_is_plain_generate_up_to_near_ties(suite: Suite) -> None:
+    """Prompts one at a time, in bf16, through Transformers' own `generate`."""
+    model, some = suite.target.model, suite.asked[:3]
+    draft = load_draft(str(suite.draft), suite.target, suite.target.dtype)
+    texts: dict[bool, list[list[int]]] = {True: [], False: []}
+    for prompt in some:
+        ids = torch.tensor([prompt.tokens])
+        for drafted, more in (
+            (False, {}),
+            (True, {"custom_generate": redraft.generate(draft, k=K)}),
+        ):
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=16,
+                pad_token_id=2,
+                **more,
+            )
+            texts[drafted].append(out[0, ids.shape[1] :].tolist())
+    assert compare(suite.target, some, texts[False], texts[True]).holds
