@@ -125,7 +125,7 @@ def test_check_adapt_and_measure_run_from_the_command_line(
 ) -> None:
     tuned = ("--target", suite.base, "--target-adapter", suite.adapter)
     shared = (*tuned, "--draft", suite.draft, "--prompts", suite.prompts)
-    checked = command("check", *shared, "--most", 8, "--max-new-tokens", 12)
+    checked = command("check", *shared, "--most", 8, "--max-new-tokens", 8)
     assert checked["evidence"]["reused"]["tau"] >= 1, sorted(checked["evidence"])
     run = tmp_path / "run"
     settings = (

@@ -141,6 +141,7 @@ def fit(
     lr: float,
     seed: int,
     label: str,
+    precision: str = "auto",
 ) -> float:
     """Train for `steps` batches, cycling through `examples`; the mean loss of the last tenth."""
     device = next(model.parameters()).device
@@ -159,7 +160,8 @@ def fit(
         optimizer.zero_grad()
 
     one_shape = len({len(ids) for ids, _ in examples}) == 1
-    precision = choose_precision(device, probe, WORTH_FIXED if one_shape else WORTH)
+    if precision == "auto":
+        precision = choose_precision(device, probe, WORTH_FIXED if one_shape else WORTH)
     recent: list[float] = []
     with Progress(label, steps, "steps") as progress:
         for step, indices in enumerate(batches):

@@ -130,7 +130,9 @@ def tune_lora(
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         model = get_peft_model(model, config)
-    loss = fit(model, kept, steps=steps, batch=batch, lr=LORA_LR, seed=seed, label="LoRA")
+    loss = fit(
+        model, kept, steps=steps, batch=batch, lr=LORA_LR, seed=seed, label="LoRA", precision="bf16"
+    )
     save_model(out, model, tokenizer)
     return loss
 
