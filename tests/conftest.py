@@ -32,9 +32,10 @@ from redraft.decode.sampling import Sampling
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.new import new_draft
 from redraft.formats.load import stored
+from redraft.loading import load_target
 from redraft.measuring.measure import answer_all
 from redraft.records import Answer, Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from redraft.training.train import train
 
 console.set_quiet(True)

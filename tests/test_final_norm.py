@@ -10,7 +10,8 @@ from torch import nn
 
 from redraft.errors import UserError
 from redraft.final_norm import find_final_norm, in_place_of, states_entering
-from redraft.target import Target, load_target
+from redraft.loading import load_target
+from redraft.target import Target
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 TOKENS = torch.tensor([[5, 9, 40, 41, 42, 43, 7, 8]])

@@ -239,7 +239,7 @@ def test_the_target_computes_in_bf16_too(
     target_folder: Path, draft_folder: Path, tmp_path: Path
 ) -> None:
     """A bf16 target is served a bf16 draft; training stays in float32."""
-    from redraft.target import load_target
+    from redraft.loading import load_target
 
     target = load_target(str(target_folder), dtype="bfloat16")
     prompts = write_prompts(tmp_path / "p.jsonl", 12)

@@ -10,7 +10,7 @@ import pytest
 
 from redraft import flow, rounds
 from redraft.config import resolve
-from redraft.data.regenerate import read_answers
+from redraft.data.answer_file import read_answers
 from redraft.errors import UserError
 from redraft.formats.folders import read_json
 from redraft.records import Prompt

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from redraft.decode.cache import new_cache
 from redraft.errors import UserError
-from redraft.target import check_taps, default_taps, load_target
+from redraft.loading import load_target
+from redraft.target import check_taps, default_taps
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 

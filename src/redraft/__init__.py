@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .custom_generate import generate
     from .flow import adapt
     from .formats.load import load_draft
+    from .loading import load_target
     from .measuring.measure import measure
-    from .target import load_target
 
 __version__ = "0.1.0"
 __all__ = ["adapt", "generate", "load_draft", "load_target", "measure"]

@@ -1,8 +1,8 @@
 """The one door to the disk: whatever redraft writes or removes, it does here.
 
 A whole file is written to a temporary neighbour, flushed to the device, and takes its name in one
-step: a reader sees the old file or the new one. Lines are appended in batches, each flushed; a kill
-can cut the last line short, which readers of such files drop.
+step: a reader sees the old file or the new one, also after a power loss. Lines are appended in batches, each
+flushed; a kill can cut the last line short, which readers of such files drop.
 
 An error of the system becomes a UserError of one sentence. Reading needs no door.
 """
@@ -61,9 +61,12 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Append lines (without their line ends) to a file; on the device when this returns."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
         point("lines: before")
         with path.open("ab") as stream:
             _put(stream, "".join(f"{line}\n" for line in lines).encode("utf-8"), "lines")
+        if new:
+            _sync_names(path.parent)
         point("lines: written")
 
 
@@ -95,6 +98,7 @@ def remove(path: Path) -> None:
         _delete(gone)  # of a removal that was interrupted
         if path.exists():
             path.replace(gone)
+            _sync_names(path.parent)
             point("remove: half")
             _delete(gone)
         point("remove: done")
@@ -102,10 +106,21 @@ def remove(path: Path) -> None:
 
 def set_aside(path: Path) -> Path:
     """Give a damaged file another name, which is returned, so that a new one can be written."""
-    aside = path.with_name(f"{path.name}.damaged")
-    with writing(path, "renamed"):
-        path.replace(aside)
+    aside, number = path.with_name(f"{path.name}.damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    move(path, aside)
     return aside
+
+
+def move(path: Path, to: Path) -> None:
+    """Give a file another name on the same disk, in one step."""
+    with writing(path, "renamed"):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(to)
+        for folder in {path.parent, to.parent}:
+            _sync_names(folder)
 
 
 @contextlib.contextmanager
@@ -137,11 +152,29 @@ def _write_whole(path: Path, content: bytes, kind: str) -> None:
                 _put(stream, content, kind)
             point(f"{kind}: before rename")
             scratch.replace(path)
+            _sync_names(path.parent)
         except OSError:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 scratch.unlink()  # a full disk needs the room
             raise
         point(f"{kind}: renamed")
+
+
+def _sync_names(folder: Path) -> None:
+    """Put a folder's names on the device: a file's own flush does not say under which name it lies.
+
+    Where the system cannot flush a folder (Windows, some network disks), names are as safe as it makes them.
+    """
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as problem:
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _put(stream: BinaryIO, content: bytes, kind: str) -> None:

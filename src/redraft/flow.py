@@ -16,16 +16,12 @@ from typing import Any
 
 from .config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from .console import say
+from .data.answer_file import answer_inputs, prompts_hash, read_answers
+from .data.clock import continue_time, kept_time
 from .data.ownership import ownership
 from .data.pool import Picked
 from .data.prompts import PromptSet, read_prompts, split_prompts
-from .data.regenerate import (
-    answer_inputs,
-    check_backend,
-    prompts_hash,
-    read_answers,
-    regenerate,
-)
+from .data.regenerate import check_backend, regenerate
 from .data.scoring import NEEDS, Scorers, as_samples, check_scorers
 from .data.select import read_selection, select, write_selection
 from .drafts.base import Draft
@@ -123,6 +119,7 @@ def adapt(
     check_fits(built, c.train, target, base)
     check_scorers(c.select, Scorers(target, base, built, c.measure.k))
     _check_auto(c)
+    continue_time(target, [Path(out) / "run.json"])
     everything = read_prompts(source, target, limit, c.regenerate.turns)
     say(everything.summary())
     elsewhere = {
@@ -294,8 +291,7 @@ def _regenerate(
                 run.write_json("ownership.json", asdict(whose))
                 say(whose.describe())
 
-        continues = [file, f"answers/{name}.about.json"]
-        keys[name] = run.stage(f"regenerate {name}", inputs, [file], work, continues)
+        keys[name] = run.stage(f"regenerate {name}", inputs, [file], work, keeps=[file])
     return keys
 
 
@@ -421,5 +417,7 @@ def _describe(
         "left_out": [list(row) for row in prompts.left_out],
         "config": asdict(resolved.config),
         "origins": resolved.origins,
+        "template_args": target.template_args,
+        **kept_time(target),
         "versions": versions(),
     }

@@ -1,4 +1,4 @@
-"""One process per folder: a lock that the system gives back when its holder dies, however it dies."""
+"""One process per folder or file: a lock that the system gives back when its holder dies, however it dies."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold `folder` for the block. Raises UserError at once if another process (or thread) does."""
-    path = folder / LOCK
+def held(place: Path) -> Iterator[None]:
+    """Hold a folder that is there, or a file, for the block.
+
+    Raises UserError at once if another process (or thread) does.
+    """
+    what, path = "folder", place / LOCK
+    if not place.is_dir():
+        what, path = "file", place.with_name(f".{place.name}{LOCK}")
     lock = FileLock(path)
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{folder}: another redraft process{_holder(path)} works in this folder; wait for "
-                "it, or name another folder"
+                f"{place}: another redraft process{_holder(path)} works in this {what}; wait for "
+                f"it, or name another {what}"
             ) from None
     try:
         with writing(path):

@@ -24,6 +24,11 @@ from transformers.cache_utils import DynamicLayer
 from .errors import UserError
 from .slots import Slots, positions, visible
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers (`layer_types`) whose whole state is keys and values."""
+UNSTEADY = 0.2
+"""Relative difference of logits that no rounding explains."""
+
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values [B, G, T, C]: views of larger buffers."""
@@ -98,12 +103,53 @@ class Rows:
 def new_cache(model: Any, name: str) -> Any:
     """An empty cache of Transformers' shape. Raises UserError for models whose state cannot be
     rolled back."""
-    if getattr(model, "_is_stateful", False):
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    others = sorted(kinds - ATTENTION)
+    if others or getattr(model, "_is_stateful", False):
+        named = f" (layers of kind {', '.join(others)})" if others else ""
         raise UserError(
-            f"{name} keeps a recurrent state, which cannot be rolled back after a rejected "
+            f"{name} keeps a recurrent state{named}, which cannot be rolled back after a rejected "
             "token; speculative decoding needs an attention cache"
         )
     return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def check_rolls_back(model: Any, name: str) -> None:
+    """Raise UserError for a model that does not read on after its cache was rolled back.
+
+    Found by trying once: three tokens, the last of them forgotten and read again.
+    """
+    rows = Rows(model, 1, name)
+    parameter = next(model.parameters())
+    tokens = torch.tensor([[0, 1, 2]], device=parameter.device).clamp(
+        max=model.config.get_text_config().vocab_size - 1
+    )
+    read = []
+    try:
+        for begin in (0, 2):
+            placed = rows.place(3 - begin)
+            with torch.no_grad():
+                output = model(
+                    input_ids=tokens[:, begin:],
+                    past_key_values=rows.layers,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **placed,
+                )
+            read.append(output.logits[0, -1].double())
+            rows.grow([3 - begin])
+            rows.roll_back([1])
+    except Exception as problem:
+        raise UserError(
+            f"{name}: its model does not read on from an attention cache that was rolled back "
+            f"({type(problem).__name__}: {problem}); speculative decoding needs that"
+        ) from problem
+    far = float((read[1] - read[0]).norm() / read[0].norm().clamp(min=1e-30))
+    if not far <= UNSTEADY and parameter.dtype in (torch.float32, torch.float64):
+        raise UserError(
+            f"{name}: after its cache was rolled back its model answers the same token with logits that "
+            f"differ by {far:.1e} of their size; speculative decoding needs a cache that forgets exactly"
+        )
 
 
 def keep_rows(cache: Any, rows: Tensor) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 from .config import AdaptConfig
 from .console import say
+from .data.answer_file import answer_inputs, read_answers
 from .data.pool import Picked
-from .data.regenerate import answer_inputs, read_answers, regenerate
+from .data.regenerate import regenerate
 from .data.scores import random_score
 from .files import write_text
 from .formats.folders import read_json
@@ -122,8 +123,7 @@ def _answered(
     def work() -> None:
         regenerate(target, prompts, run.path / file, c.regenerate)
 
-    continues = [file, f"answers/round-{number}.about.json"]
-    return run.stage(f"regenerate round {number}", inputs, [file], work, continues)
+    return run.stage(f"regenerate round {number}", inputs, [file], work, keeps=[file])
 
 
 def _trained(

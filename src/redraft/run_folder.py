@@ -1,7 +1,7 @@
 """The run folder: which stages are done, by the hash of their inputs and of what they wrote.
 
     run.json     resolved configuration with the origin of each value, versions
-    state.json   stage -> {inputs: hash, done, seconds, outputs: {file: hash}}
+    state.json   stage -> {inputs: hash, of: {input: hash}, done, seconds, outputs: {file: hash}}
     .lock        held by the process that works here
 
 A stage whose inputs have not changed and whose outputs are as it left them is skipped, and says so;
@@ -57,12 +57,14 @@ class RunFolder:
         outputs: Sequence[str],
         work: Callable[[], None],
         continues: Sequence[str] = (),
+        keeps: Sequence[str] = (),
     ) -> str:
         """Run `work` unless its `outputs` (files or folders) are there for these inputs.
 
         `continues` are paths that the work takes up again and that name their own inputs, so they
-        outlive a lost state.json. Returns a hash of inputs and outputs: later stages name it among
-        their inputs, so a change travels down the run.
+        outlive a lost state.json. `keeps` are outputs that cost too much to remove: the work itself sees
+        to them when inputs change, and damaged ones are set aside. Returns a hash of inputs and outputs:
+        later stages name it among their inputs, so a change travels down the run.
         """
         text = json.dumps(inputs, sort_keys=True, default=str)
         key = _short(f"{name} {text}".encode())
@@ -74,11 +76,21 @@ class RunFolder:
                 say(f"{name}: nothing to do, already done in {known['seconds']:.0f} s")
                 return self._version(name)
             say(f"{name}: {', '.join(changed)} is not as this stage left it; doing it again")
-            self._remove(changed)
+            self._set_aside([output for output in changed if output in keeps])
+            self._remove([output for output in changed if output not in keeps])
         elif not same:
-            self._remove([o for o in outputs if known or o not in continues])
+            if known:
+                say(f"{name}: {_what_changed(known, inputs)} changed; doing it again")
+            self._remove([o for o in outputs if o not in keeps and (known or o not in continues)])
             self._remove(continues if known else ())
-        self._work(name, key, known["seconds"] if known and same else 0.0, work, outputs)
+        entry = {
+            "inputs": key,
+            "done": False,
+            "seconds": known["seconds"] if known and same else 0.0,
+            "outputs": {},
+            "of": _each(inputs),
+        }
+        self._work(name, entry, work, outputs)
         return self._version(name)
 
     def seconds(self) -> dict[str, float]:
@@ -89,11 +101,15 @@ class RunFolder:
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def _work(
-        self, name: str, key: str, spent: float, work: Callable[[], None], outputs: Sequence[str]
+        self,
+        name: str,
+        entry: dict[str, Any],
+        work: Callable[[], None],
+        outputs: Sequence[str],
     ) -> None:
-        """Do a stage's work and note what came of it; `spent` are its seconds in earlier tries."""
+        """Do a stage's work and note in its `entry` what came of it, after the seconds of earlier tries."""
         self.worked = True
-        entry = {"inputs": key, "done": False, "seconds": spent, "outputs": {}}
+        spent = entry["seconds"]
         self._mark(name, entry)
         started = time.monotonic()
         try:
@@ -132,6 +148,11 @@ class RunFolder:
         own = {f: h for f, h in known.items() if f == output or f.startswith(f"{output}/")}
         return not own or not own.items() <= self._hashes([output]).items()
 
+    def _set_aside(self, names: Sequence[str]) -> None:
+        for name in names:
+            if (self.path / name).exists():
+                say(f"{name}: kept as {set_aside(self.path / name).name}")
+
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
             remove(self.path / name)
@@ -167,6 +188,20 @@ def _make(folder: Path) -> None:
             f"--out {folder} holds other files ({', '.join(sorted(others)[:3])}) and no run; "
             "name an empty folder"
         )
+
+
+def _each(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """A hash of every input by itself, so that what changed can be named."""
+    return {
+        key: _short(json.dumps(value, sort_keys=True, default=str).encode())
+        for key, value in inputs.items()
+    }
+
+
+def _what_changed(known: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    before, now = known.get("of", {}), _each(inputs)
+    changed = sorted(key for key in now.keys() | before.keys() if before.get(key) != now.get(key))
+    return ", ".join(changed) if before else "its inputs"
 
 
 def _short(content: bytes) -> str:

@@ -19,8 +19,9 @@ from typing import Any
 
 from .config import AdaptConfig
 from .console import say
+from .data.answer_file import answer_inputs, continued, iter_answers
 from .data.prompts import PromptSet, read_prompts
-from .data.regenerate import answer_inputs, continued, iter_answers, regenerate
+from .data.regenerate import regenerate
 from .drafts.base import Draft
 from .errors import UserError
 from .files import append_lines
@@ -148,8 +149,7 @@ def _plainly(run: RunFolder, target: Target, again: Sequence[Prompt], c: AdaptCo
         regenerate(target, again, run.path / file, config, c.measure.k)
 
     inputs = answer_inputs(target, again, config, c.measure.k)
-    continues = [file, "answers/safety-sampled.about.json"]
-    return run.stage("regenerate safety", inputs, [file], work, continues)
+    return run.stage("regenerate safety", inputs, [file], work, keeps=[file])
 
 
 def _drafted(

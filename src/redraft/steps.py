@@ -12,7 +12,7 @@ import torch
 
 from .config import TrainConfig, read_width
 from .console import say
-from .data.regenerate import read_answers
+from .data.answer_file import read_answers
 from .data.select import read_selection
 from .drafts.base import Draft
 from .drafts.new import new_draft

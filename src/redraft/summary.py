@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from .config import Resolved
+from .data.answer_file import endpoints_of, read_answers
 from .data.prompts import PromptSet
-from .data.regenerate import endpoints_of, read_answers
 from .formats.folders import read_json
 from .formats.load import StoredDraft
 from .formats.private_part import load_private, read_training

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,20 @@ from .head import logits_from
 
 MOST_ADDED = 64
 """Tokens added by a fine-tune that are looked for when a draft was made for the tokenizer without them."""
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-"""The dtypes that a target can be loaded in."""
+DIRECTIVES = [f"%{sign}" for sign in "aAwdbBmyYHIpMSfzZjUWcxX"] + [
+    f"%-{sign}" for sign in "dmHIMSj"
+]
+"""What a time is written with."""
+FIXED_TIME = """\
+{%- macro strftime_now(format) -%}
+{%- set written = namespace(text=format) -%}
+{%- for sign, value in rendered_at.items() -%}
+{%- set written.text = written.text | replace(sign, value) -%}
+{%- endfor -%}
+{{- written.text -}}
+{%- endmacro -%}
+{{- "" }}"""
+"""Put before a chat template that writes the time: it is told `rendered_at` in place of the clock's."""
 SAMPLES, BLOCK = 64, 4096
 """Blocks of a weight file that `weights_hash` looks at, and their bytes."""
 
@@ -48,9 +61,13 @@ class Target:
         sources: Sequence[str],
         template: str | None = None,
         *,
+        template_args: Mapping[str, Any] | None = None,
         freeze: bool = True,
     ):
-        """Around a loaded model, which is set to evaluation and frozen unless `freeze` is off."""
+        """Around a loaded model, which is set to evaluation and frozen unless `freeze` is off.
+
+        `template_args` are variables that the chat template is given, such as `enable_thinking`.
+        """
         self.model: Any = model.eval().requires_grad_(False) if freeze else model
         self.tokenizer = tokenizer
         self.sources = tuple(sources)
@@ -58,6 +75,9 @@ class Target:
         # The commit of a Hub snapshot; local folders have none.
         self.revision: str | None = getattr(self.model.config, "_commit_hash", None)
         self.template = template
+        self.template_args = dict(template_args or {})
+        self.rendered_at = datetime.now()
+        """The time that a chat template is told when it asks; kept beside answers, see `data/clock.py`."""
         config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
@@ -93,6 +113,24 @@ class Target:
     def head(self) -> Any:
         """The module that turns the last hidden state into logits; some drafts share it."""
         return self.model.get_output_embeddings()
+
+    @property
+    def template_text(self) -> str:
+        """The chat template in use; '' where there is none."""
+        return self.template or str(getattr(self.tokenizer, "chat_template", None) or "")
+
+    def apply_template(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, **how: Any
+    ) -> Any:
+        """What the tokenizer's `apply_chat_template` makes of a conversation, under this target's template,
+        with its `template_args` and at `rendered_at`; `how` are further arguments of that function."""
+        template = self.tokenizer.get_chat_template(self.template, tools=tools)
+        if "strftime_now" in template:
+            how["rendered_at"] = {sign: self.rendered_at.strftime(sign) for sign in DIRECTIVES}
+            template = FIXED_TIME + template
+        return self.tokenizer.apply_chat_template(
+            list(messages), tools=tools, chat_template=template, **how, **self.template_args
+        )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -158,16 +196,15 @@ class Target:
         `tools` are the functions that the target may call, as JSON schemas.
         Raises UserError when there is no chat template, ValueError when it refuses the roles.
         """
-        if self.template is None and not getattr(self.tokenizer, "chat_template", None):
+        if not self.template_text:
             raise UserError(
                 f"the tokenizer of {self.name} has no chat template, so prompts cannot be rendered "
                 "as the target saw them; pass one with --chat-template FILE (a Jinja file)"
             )
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=self.template,
+            rendered = self.apply_template(
+                messages,
+                list(tools) if tools else None,
                 add_generation_prompt=not answered,
                 tokenize=True,
                 return_dict=True,
@@ -199,6 +236,8 @@ class Target:
 
     def template_hash(self) -> str:
         text = self.template or str(getattr(self.tokenizer, "chat_template", None))
+        if self.template_args:
+            text += json.dumps(self.template_args, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def tokenizer_hash(self, without: int = 0) -> str:
@@ -244,69 +283,6 @@ def check_taps(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
             "so any other order would be served differently from how it was trained"
         )
     return tuple(taps)
-
-
-def load_target(
-    source: str,
-    *,
-    adapter: str | None = None,
-    chat_template: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-) -> Target:
-    """Load a causal LM from a folder or a Hub id, with an optional PEFT adapter on top.
-
-    `dtype` is 'auto' (as stored) or a torch dtype name. `chat_template` is a Jinja file. Nothing
-    is downloaded for a local path and remote code is never run. Raises UserError when the folder
-    or adapter is not there or not a causal LM.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch_dtype = checked_source(source, dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"target {source} could not be loaded: {problem}") from problem
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    sources = [source] if adapter is None else [source, adapter]
-    found = Target(model.to(device), tokenizer, sources, read_template(chat_template))
-    check_computes(found.dtype, found.device, found.name)
-    return found
-
-
-def checked_source(source: str, dtype: str) -> torch.dtype | str:
-    """The dtype to load in ('auto' stays). Raises UserError for no model folder, and no dtype."""
-    where = Path(source)
-    if (where.exists() or source.startswith((".", "/"))) and not (where / "config.json").is_file():
-        raise UserError(
-            f"target {source}: expected a model folder with config.json; "
-            f"{'found none in it' if where.exists() else 'no such folder'}"
-        )
-    if dtype == "auto":
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; known: auto, {', '.join(DTYPES)}")
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def check_computes(dtype: torch.dtype, device: torch.device, name: str) -> None:
-    """Raise UserError for a dtype in which this device computes no product and no attention."""
-    try:
-        x = torch.ones(1, 1, 2, 8, device=device, dtype=dtype)
-        product = torch.nn.functional.linear(x, x[0, 0])
-        attended = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
-        finite = bool(torch.isfinite(product).all() & torch.isfinite(attended).all())
-    except (RuntimeError, NotImplementedError) as problem:
-        raise UserError(
-            f"target {name} is in {str(dtype).removeprefix('torch.')}, in which {device} does not compute "
-            f"({str(problem).splitlines()[0]}); load it in another with --dtype, for example bfloat16"
-        ) from None
-    assert finite, f"{dtype} on {device}: a product of ones is not finite"
 
 
 def read_template(path: str | None) -> str | None:
@@ -361,22 +337,6 @@ def weights_hash(source: str) -> str:
                     stream.seek(max(size - BLOCK, 0) * i // (SAMPLES - 1))
                     digest.update(stream.read(BLOCK))
     return digest.hexdigest()[:16]
-
-
-def _with_adapter(model: Any, adapter: str) -> Any:
-    """The model with a PEFT adapter on top, unmerged as engines serve it (a bf16 merge rounds)."""
-    from peft import PeftModel
-
-    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(
-            f"--target-adapter {adapter}: expected a PEFT folder with adapter_config.json"
-        )
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(
-            f"--target-adapter {adapter} does not fit this target: {problem}"
-        ) from problem
 
 
 def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

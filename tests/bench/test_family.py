@@ -28,11 +28,12 @@ from redraft.config import resolve
 from redraft.decode.sampling import Sampling
 from redraft.drafts.table import KINDS
 from redraft.errors import UserError
+from redraft.loading import load_target
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.live import live
 from redraft.measuring.measure import answer_all
 from redraft.records import Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the family is built in its first test
 

@@ -16,7 +16,7 @@ from redraft.bench.kinds.weights import make_merged, make_rounded, mean_of, roun
 from redraft.bench.members import DEFAULT, MEMBERS, Merged, Preferring, Rounded, chosen_members
 from redraft.bench.world_harm import HARMFUL, HARMLESS, harm_pairs
 from redraft.errors import UserError
-from redraft.target import load_target
+from redraft.loading import load_target
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 PLAIN = {"domain": "math", "lora_rank": None, "plain_text": False, "replay": 0}

@@ -17,13 +17,14 @@ from redraft.bench.cells import MethodCell, read_cells, steps_of
 from redraft.bench.methods import bench_methods, matched_rank
 from redraft.bench.rows import ALL, IDEAS, REFERENCES, ROWS, TUNED_LIKE
 from redraft.config import TrainConfig
-from redraft.data.regenerate import read_answers
+from redraft.data.answer_file import read_answers
 from redraft.errors import UserError
 from redraft.formats.load import load_draft
+from redraft.loading import load_target
 from redraft.measuring.measure import measure_answers
 from redraft.methods import read_method
 from redraft.private.part import prepare
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import FAMILIES, fresh_draft, make_tokenizer, save_target, write_prompts
 
 RUN = ["reuse", "expert-narrow", "lora-matched", "relay expert", "dedicated"]

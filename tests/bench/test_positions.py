@@ -16,12 +16,12 @@ from redraft.bench import recovery
 from redraft.bench.corpus import Corpus
 from redraft.bench.positions import PositionCell, Rows, bench_positions, joined, print_positions
 from redraft.bench.world import Sample
-from redraft.data.regenerate import read_answers
+from redraft.data.answer_file import read_answers
 from redraft.errors import UserError
 from redraft.formats.load import load_draft
+from redraft.loading import load_target
 from redraft.measuring.measure import measure_answers
 from redraft.records import Answer, to_json
-from redraft.target import load_target
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 ROWS = ["cut", "whole", "longest", "half at 0.7"]

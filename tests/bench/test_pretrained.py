@@ -25,6 +25,7 @@ from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.new import new_draft
 from redraft.errors import UserError
 from redraft.formats.load import load_draft, stored
+from redraft.loading import load_target
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.live import live
 from redraft.measuring.lossless import compare
@@ -34,7 +35,7 @@ from redraft.methods import read_method
 from redraft.private.fuse import fuse
 from redraft.private.part import declare, prepare, take
 from redraft.records import Answer, Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from redraft.training.train import train
 
 pytestmark = [

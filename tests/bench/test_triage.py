@@ -20,12 +20,12 @@ from redraft.bench.family import family_prompts
 from redraft.bench.triage import bench_triage, print_cases
 from redraft.cli.app import app
 from redraft.config import TrainConfig
-from redraft.data.regenerate import read_answers
+from redraft.data.answer_file import read_answers
 from redraft.errors import UserError
 from redraft.formats.load import read_draft
+from redraft.loading import load_target
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.replay import replay
-from redraft.target import load_target
 from redraft.training.train import train
 from redraft.triage import evidence
 from redraft.triage.outlook import ACTIONS, Case, read_cases

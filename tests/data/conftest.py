@@ -12,8 +12,9 @@ from redraft.config import RegenerateConfig
 from redraft.data import endpoint_work, endpoints
 from redraft.data import regenerate as regenerate_module
 from redraft.data.regenerate import regenerate
+from redraft.loading import load_target
 from redraft.records import Answer, Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import SHAPE, make_tokenizer, save_target
 from tests.data.fake_openai import Brain, FakeOpenAI
 

@@ -19,12 +19,13 @@ import pytest
 from redraft import files
 from redraft.config import RegenerateConfig
 from redraft.data import regenerate as regenerate_module
+from redraft.data.answer_file import continued, iter_answers, read_answers
 from redraft.data.completion import Asking
 from redraft.data.endpoint_check import Findings, remarks
 from redraft.data.endpoint_work import Work
 from redraft.data.endpoints import Endpoints
 from redraft.data.pool import Picked, PromptPool
-from redraft.data.regenerate import continued, iter_answers, read_answers, regenerate
+from redraft.data.regenerate import regenerate
 from redraft.decode.batched import plan_generation
 from redraft.errors import UserError
 from redraft.formats.feature_writer import answers_hash, lines_of

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 
 from redraft import console
 from redraft.config import RegenerateConfig, SelectConfig
+from redraft.data.answer_file import continued, read_answers
 from redraft.data.prompts import read_prompts, split_prompts
-from redraft.data.regenerate import continued, read_answers, regenerate
+from redraft.data.regenerate import regenerate
 from redraft.data.select import select, within_budget
 from redraft.errors import UserError
 from redraft.formats.chat import understand
@@ -116,21 +116,6 @@ def test_repeats_and_refused_templates_are_rows_left_out(
     monkeypatch.setattr(target, "template", picky)
     found = read_prompts(str(path), target)
     assert "refused the row: no y" in dict(found.left_out)[3]
-
-
-def test_answers_to_something_else_are_not_continued(target: Target, tmp_path: Path) -> None:
-    prompts = read_prompts(str(write_prompts(tmp_path / "p.jsonl", 4)), target).prompts
-    others = read_prompts(str(write_prompts(tmp_path / "o.jsonl", 4, start=9)), target).prompts
-    config, out = RegenerateConfig(max_new_tokens=6), tmp_path / "a.jsonl"
-    regenerate(target, prompts, out, config)
-    kept = out.read_bytes()
-    with pytest.raises(UserError, match="made with other prompts"):
-        regenerate(target, others, out, config)
-    with pytest.raises(UserError, match="made with other overrun, temperature"):
-        regenerate(target, prompts, out, replace(config, temperature=0.5), overrun=3)
-    assert out.read_bytes() == kept
-    regenerate(target, prompts, out, replace(config, batch_size=2))
-    assert out.read_bytes() == kept
 
 
 def test_splits_are_disjoint_and_keyed_by_the_seed() -> None:

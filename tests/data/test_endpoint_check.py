@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from redraft.data import endpoint_check
-from redraft.data.regenerate import endpoints_of, read_answers, regenerate
+from redraft.data.answer_file import endpoints_of, read_answers
+from redraft.data.regenerate import regenerate
 from redraft.errors import UserError
+from redraft.loading import load_target
 from redraft.records import Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import TEMPLATE, make_tokenizer
 from tests.data.conftest import own, settings
 from tests.data.fake_openai import Brain, FakeOpenAI, Key, Wrong

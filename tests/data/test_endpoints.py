@@ -23,9 +23,10 @@ from redraft.cli import job, main, stages
 from redraft.config import RegenerateConfig, read_endpoints, resolve
 from redraft.data import endpoint_work, endpoints
 from redraft.data import regenerate as regenerate_module
+from redraft.data.answer_file import endpoints_of, read_answers
 from redraft.data.endpoint import _seconds, connect, key_for
 from redraft.data.prompts import read_prompts
-from redraft.data.regenerate import endpoints_of, read_answers, regenerate
+from redraft.data.regenerate import regenerate
 from redraft.errors import UserError
 from redraft.files import append_lines
 from redraft.records import AdaptReport, Answer, Prompt, to_json

@@ -18,8 +18,9 @@ from redraft.data.features import Plan, compare_features, convert_features, writ
 from redraft.errors import UserError
 from redraft.formats.feature_layouts import WRITERS, open_features
 from redraft.formats.feature_store import FeatureStore
+from redraft.loading import load_target
 from redraft.records import Answer
-from redraft.target import Target, load_target
+from redraft.target import Target
 from redraft.training.stored_target import StoredTarget, load_stored_target
 from tests.faults.crashes import WRITES, Bomb, Crash, armed
 

@@ -14,8 +14,8 @@ from redraft import console, flow
 from redraft.cli.app import app
 from redraft.config import SelectConfig, resolve
 from redraft.data.alike import clusters, near_duplicates
+from redraft.data.answer_file import read_answers
 from redraft.data.explain import explain
-from redraft.data.regenerate import read_answers
 from redraft.data.select import read_selection, select, within_budget, write_selection
 from redraft.errors import UserError
 from redraft.records import Answer

@@ -20,8 +20,9 @@ from redraft.decode.verify import accept_chosen
 from redraft.drafts.base import Draft
 from redraft.drafts.table import KINDS
 from redraft.formats.load import load_draft
+from redraft.loading import load_target
 from redraft.records import Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, save_target
 
 LONGEST = 40

@@ -24,9 +24,10 @@ from redraft.decode.plain import decode_plain
 from redraft.decode.sampling import Sampling
 from redraft.decode.speculative import Decoded, decode_speculative
 from redraft.drafts.base import Draft
+from redraft.loading import load_target
 from redraft.measuring.lossless import compare
 from redraft.records import Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, save_target
 from tests.decode.cheat import CheatingDraft
 

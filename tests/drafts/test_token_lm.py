@@ -27,9 +27,10 @@ from redraft.drafts.new import new_draft
 from redraft.drafts.token_lm import TokenLMConfig, TokenLMDraft
 from redraft.errors import UserError
 from redraft.formats.load import load_draft, read_draft
+from redraft.loading import load_target
 from redraft.private.expert import widenable
 from redraft.records import Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import FAMILIES, SHAPE, fresh_draft, in_double, make_tokenizer, save_target
 
 SMALL = {**SHAPE, "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}

@@ -16,8 +16,9 @@ from redraft.engines.verdict import judge, notes_on
 from redraft.engines.verify import Request, fitting, serving_of, verify
 from redraft.errors import UserError
 from redraft.formats.load import read_draft, stored
+from redraft.loading import load_target
 from redraft.records import Acceptance, Lossless, Prompt, Verification, to_json
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import fresh_draft, write_prompts
 from tests.engines.conftest import PROMPTS, FakeEngine, K, install_fake
 from tests.formats.crafted import edit, retensor
@@ -230,7 +231,7 @@ def finished_run(
 
 def plan_of(finished: Path, target: Target, draft: str) -> dict[str, Any]:
     """What a truthful engine does with a run's own evaluation prompts."""
-    from redraft.data.regenerate import read_answers
+    from redraft.data.answer_file import read_answers
     from redraft.formats.load import load_draft
     from redraft.measuring.replay import replay
     from tests.engines.conftest import key

@@ -16,9 +16,10 @@ import pytest
 
 from redraft.bench.family import build_family, load_member
 from redraft.config import RegenerateConfig
+from redraft.data.answer_file import endpoints_of, read_answers
 from redraft.data.endpoint import Endpoint
 from redraft.data.prompts import read_prompts
-from redraft.data.regenerate import endpoints_of, read_answers, regenerate
+from redraft.data.regenerate import regenerate
 from redraft.engines.environment import VARIABLE, Environment, find_environment
 from redraft.engines.server import free_port
 from redraft.engines.verify import Request, serving_of

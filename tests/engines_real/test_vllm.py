@@ -19,10 +19,10 @@ from redraft.bench.demo import Repaired
 from redraft.bench.family import load_member
 from redraft.decode.sampling import Sampling
 from redraft.formats.load import read_draft
+from redraft.loading import load_target
 from redraft.measuring.lossless import compare
 from redraft.measuring.measure import answer_all
 from redraft.measuring.suspects import suspects
-from redraft.target import load_target
 from tests.engines_real.cells import TOKENS, Cell, K, Table, own_plain
 from tests.engines_real.conftest import BUILD
 

@@ -22,8 +22,9 @@ import torch
 from redraft import cli, faults, flow
 from redraft.config import resolve
 from redraft.console import set_quiet
+from redraft.loading import load_target
 from redraft.records import CLOCKED
-from redraft.target import Target, load_target
+from redraft.target import Target
 from redraft.training import train as train_module
 from redraft.training.checkpoint import TrainState, load_checkpoint
 

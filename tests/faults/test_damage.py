@@ -64,7 +64,8 @@ def test_a_damaged_output_is_noticed_and_made_again(
     said = " ".join(capsys.readouterr().err.split())
     assert f"{stage}: {name.split('/')[0]}" in said
     assert "is not as this stage left it; doing it again" in said
-    assert differences(out, expected) == []
+    paid = name.startswith("answers/") and harm is not Path.unlink
+    assert differences(out, expected) == ([f"{name}.damaged"] if paid else [])
 
 
 @pytest.mark.parametrize("harm", [cut, flip])

@@ -16,10 +16,11 @@ from redraft.decode.sampling import Sampling
 from redraft.errors import UserError
 from redraft.flow import adapt
 from redraft.formats.load import StoredDraft, read_draft
+from redraft.loading import load_target
 from redraft.measuring.measure import answer_all
 from redraft.measuring.replay import replay
 from redraft.records import Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import write_prompts
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redraft import flow, safety
 from redraft.config import resolve
-from redraft.data.regenerate import read_answers
+from redraft.data.answer_file import read_answers
 from redraft.decode import modes
 from redraft.decode.sampling import Sampling
 from redraft.errors import UserError

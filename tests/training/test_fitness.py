@@ -13,7 +13,8 @@ from redraft.config import TrainConfig, resolve
 from redraft.errors import UserError
 from redraft.formats.folders import state_hash
 from redraft.formats.load import stored
-from redraft.target import Target, load_target
+from redraft.loading import load_target
+from redraft.target import Target
 from redraft.training.fitness import check_fits
 from tests.conftest import FAMILIES, SHAPE, fresh_draft, make_tokenizer, save_target, write_prompts
 

@@ -30,9 +30,10 @@ from redraft.errors import UserError
 from redraft.formats.feature_layouts import open_features
 from redraft.formats.feature_rows import FeatureRows
 from redraft.formats.load import load_draft
+from redraft.loading import load_target
 from redraft.measuring.replay import replay
 from redraft.records import Answer
-from redraft.target import Target, load_target
+from redraft.target import Target
 from redraft.training import stored_target as stored_module
 from redraft.training.lesson import read_lesson
 from redraft.training.stored_target import StoredTarget, load_stored_target

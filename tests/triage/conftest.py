@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from redraft.target import Target, load_target
+from redraft.loading import load_target
+from redraft.target import Target
 from redraft.triage.outlook import Case, tau_of, z_of
 from tests.conftest import write_prompts
 

@@ -12,11 +12,12 @@ from transformers import LlamaConfig
 from redraft.decode.sampling import Sampling
 from redraft.errors import UserError
 from redraft.formats.load import read_draft
+from redraft.loading import load_target
 from redraft.measuring.acceptance import pooled_tau
 from redraft.measuring.measure import answer_all
 from redraft.measuring.replay import replay
 from redraft.records import Answer, Prompt
-from redraft.target import Target, load_target
+from redraft.target import Target
 from redraft.triage.causes import find_causes
 from redraft.triage.kinship import compare
 from tests.conftest import SHAPE, make_tokenizer, save_target

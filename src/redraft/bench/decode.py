@@ -26,6 +26,7 @@ from ..decode.sampling import Sampling
 from ..drafts.base import Draft
 from ..errors import UserError
 from ..formats.load import load_draft
+from ..loading import load_target
 from ..measuring.acceptance import per_position, pooled_tau
 from ..measuring.cost import measure_cost, speedup
 from ..measuring.lossless import compare
@@ -41,7 +42,7 @@ from ..measuring.speed import (
 )
 from ..records import Lossless, Prompt, StepCost, Throughput, to_json, versions
 from ..run_folder import RunFolder
-from ..target import Target, load_target
+from ..target import Target
 
 LOOKUP_TOKENS = 4
 ASSISTANT_TOKENS = 4

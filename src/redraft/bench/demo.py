@@ -22,7 +22,7 @@ from rich.table import Table
 from .. import flow
 from ..config import TrainConfig, read_yaml, recipe_path, resolve
 from ..console import say
-from ..data.regenerate import read_answers
+from ..data.answer_file import read_answers
 from ..decode.modes import Decoding
 from ..decode.plain import decode_plain
 from ..decode.sampling import Sampling

@@ -32,11 +32,12 @@ from ..drafts.table import KINDS
 from ..errors import UserError, nearest
 from ..files import write_text
 from ..formats.load import load_draft
+from ..loading import load_target
 from ..measuring.measure import Measured, answer_all, measure_answers
 from ..records import Answer, Prompt, to_json
 from ..run_folder import RunFolder
 from ..steps import save_fresh
-from ..target import Target, load_target
+from ..target import Target
 from ..training.train import train
 from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus, chat_of
 from .datasets import data_folder

@@ -24,12 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import RegenerateConfig, TrainConfig
 from ..console import say
+from ..data.answer_file import read_answers
 from ..data.prompts import read_prompts
-from ..data.regenerate import read_answers, regenerate
+from ..data.regenerate import regenerate
 from ..drafts.base import Draft
 from ..errors import UserError, nearest
 from ..files import write_text
 from ..formats.load import StoredDraft, read_draft
+from ..loading import load_target
 from ..measuring.acceptance import pooled_tau
 from ..measuring.replay import replay_each
 from ..methods import read_method
@@ -38,7 +40,7 @@ from ..private.fuse import fuse, home_of
 from ..private.lora import linear_layers
 from ..records import Answer, StepTrace, to_json, versions
 from ..steps import save_fresh
-from ..target import Target, load_target
+from ..target import Target
 from ..training.train import Trained, train, train_gang
 from ..training.widths import resolve_width, shared_width
 from .cells import MethodCell

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..config import RegenerateConfig
 from ..console import say
+from ..data.answer_file import answer_inputs
 from ..data.prompts import read_prompts
-from ..data.regenerate import answer_inputs
 from ..errors import UserError
 from ..files import write_text
 from ..formats.folders import read_json

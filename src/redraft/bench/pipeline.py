@@ -33,12 +33,13 @@ from ..drafts.base import Draft
 from ..drafts.new import new_draft
 from ..errors import UserError
 from ..formats.load import StoredDraft, read_draft
+from ..loading import load_target
 from ..measuring.live import live
 from ..measuring.measure import answer_all
 from ..measuring.replay import BATCH_TOKENS, replay
 from ..measuring.speed import forwards_timed
 from ..records import Answer, Prompt, versions
-from ..target import Target, load_target
+from ..target import Target
 from ..training.train import train, train_gang
 from . import datasets, world
 from .decode import padded

@@ -26,18 +26,20 @@ from rich.table import Table
 
 from ..config import RegenerateConfig, TrainConfig
 from ..console import say
+from ..data.answer_file import read_answers
 from ..data.prompts import read_prompts
-from ..data.regenerate import read_answers, regenerate
+from ..data.regenerate import regenerate
 from ..drafts.base import Draft
 from ..errors import UserError, nearest
 from ..files import write_text, writing
 from ..formats.load import StoredDraft, read_draft
+from ..loading import load_target
 from ..measuring.positions import Counts, binned_steps
 from ..measuring.replay import replay
 from ..private.fuse import fuse
 from ..records import Answer, to_json, versions
 from ..steps import train_private
-from ..target import Target, load_target
+from ..target import Target
 from . import recovery
 from .corpus import DRAFT_LR, SIZES, Corpus, Size
 from .datasets import data_folder

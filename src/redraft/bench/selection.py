@@ -22,19 +22,21 @@ from rich.table import Table
 from ..batches import plan_epochs
 from ..config import RegenerateConfig, SelectConfig, TrainConfig
 from ..console import say
+from ..data.answer_file import read_answers
 from ..data.prompts import read_prompts
-from ..data.regenerate import read_answers, regenerate
+from ..data.regenerate import regenerate
 from ..data.scoring import Scorers, as_samples
 from ..data.select import Selection, select
 from ..drafts.base import Draft
 from ..errors import UserError, nearest
 from ..files import write_text
 from ..formats.load import StoredDraft, load_draft, read_draft
+from ..loading import load_target
 from ..measuring.replay import replay
 from ..private.fuse import fuse
 from ..records import Answer, Prompt, to_json, versions
 from ..steps import train_private
-from ..target import Target, load_target
+from ..target import Target
 from . import recovery
 from .corpus import SIZES, Corpus
 from .datasets import data_folder

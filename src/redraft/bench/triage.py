@@ -26,13 +26,14 @@ from ..errors import UserError, nearest
 from ..files import write_text
 from ..formats.folders import read_json
 from ..formats.load import StoredDraft, read_draft
+from ..loading import load_target
 from ..measuring import intervals
 from ..measuring.acceptance import pooled_tau, prompt_counts
 from ..measuring.cost import measure_cost
 from ..measuring.replay import replay
 from ..records import Answer, Prompt, StepTrace
 from ..steps import fuse_draft, train_private
-from ..target import Target, load_target
+from ..target import Target
 from ..training.train import train
 from ..triage.evidence import REFRESHING, gather
 from ..triage.outlook import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Case, as_json

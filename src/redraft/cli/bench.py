@@ -20,6 +20,7 @@ from .flags import (
     QuietFlag,
     TargetFlag,
     TemperatureFlag,
+    TemplateArgFlag,
     TemplateFlag,
     load,
     print_json,
@@ -426,6 +427,7 @@ def bench_case(
     record: RecordFlag = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -445,7 +447,7 @@ def bench_case(
     from ..triage.outlook import as_json as table
 
     cases = run(
-        load(target, target_adapter, chat_template, dtype),
+        load(target, target_adapter, chat_template, dtype, template_arg),
         read_draft(draft),
         load(base, None, None, dtype),
         prompts,

@@ -20,6 +20,7 @@ from .flags import (
     PromptsFlag,
     QuietFlag,
     TemperatureFlag,
+    TemplateArgFlag,
     TemplateFlag,
     TopKFlag,
     TopPFlag,
@@ -103,6 +104,7 @@ def check(
     ] = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -147,6 +149,7 @@ def check(
             "--out": out,
             "--target-adapter": target_adapter,
             "--chat-template": chat_template,
+            "--template-arg": template_arg,
             "--min-p": min_p or None,  # vLLM refuses it where it speculates
         }
         _refuse(given)
@@ -172,7 +175,7 @@ def check(
             "that serves them"
         )
     tried = resolve([("flag", {"train.method": method} if method else {})]).config.train
-    loaded = load(target, target_adapter, chat_template, dtype)
+    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     with tempfile.TemporaryDirectory() as scratch:
         found = run(
             loaded,

@@ -13,7 +13,16 @@ import typer
 from ..console import say, set_quiet
 from ..errors import UserError, nearest
 from ..records import Acceptance, AdaptReport, Prompt, to_json
-from .flags import AdapterFlag, DtypeFlag, JsonFlag, QuietFlag, TemplateFlag, print_json
+from .flags import (
+    AdapterFlag,
+    DtypeFlag,
+    JsonFlag,
+    QuietFlag,
+    TemplateArgFlag,
+    TemplateFlag,
+    print_json,
+    template_args_from,
+)
 
 NOT_GOOD = 3
 """Exit code of a verification that went through and found the draft not fit to serve."""
@@ -33,7 +42,7 @@ class Run:
 
     def prompts(self, limit: int) -> list[Prompt]:
         """The prompts its record was measured on."""
-        from ..data.regenerate import read_answers
+        from ..data.answer_file import read_answers
 
         answers = read_answers(self.folder / "answers" / "eval.jsonl")
         return [Prompt(a.id, a.prompt) for a in answers[:limit]]
@@ -87,6 +96,7 @@ def verify(
     ] = 900.0,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -111,12 +121,17 @@ def verify(
     from ..engines.verify import verify as work
     from ..formats.inspection import REFUSED, inspect_draft
     from ..formats.load import read_draft
+    from ..loading import load_target
     from ..report.terminal import print_verification
-    from ..target import load_target
 
     environment = find_environment(python)
     loaded = load_target(
-        target, adapter=target_adapter, chat_template=chat_template, dtype=dtype, device="cpu"
+        target,
+        adapter=target_adapter,
+        chat_template=chat_template,
+        template_args=template_args_from(template_arg),
+        dtype=dtype,
+        device="cpu",
     )
     files = inspect_draft(draft, loaded)
     findings = [f.says for f in files.engines if f.engine == engine and f.level != "note"]

@@ -16,9 +16,11 @@ from .flags import (
     JsonFlag,
     QuietFlag,
     TargetFlag,
+    TemplateArgFlag,
     TemplateFlag,
     finish,
     load,
+    template_args_from,
 )
 
 FeaturesFlag = Annotated[
@@ -95,6 +97,7 @@ def features(
     allow_pickle: PickleFlag = False,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -105,11 +108,13 @@ def features(
     --out features
     """
     set_quiet(quiet)
+    from ..data.answer_file import read_answers
     from ..data.features import GB, Plan
-    from ..data.regenerate import read_answers
     from ..records import to_json
 
-    asked = _Asked(target, target_adapter, chat_template, dtype, draft, taps, allow_pickle)
+    asked = _Asked(
+        target, target_adapter, chat_template, dtype, draft, taps, allow_pickle, template_arg
+    )
     if check is not None:
         _check(asked.load(), check, taps, allow_pickle, as_json)
         return
@@ -145,9 +150,10 @@ class _Asked:
     draft: str | None
     taps: str | None
     allow_pickle: bool
+    template_arg: list[str] | None
 
     def load(self) -> Any:
-        return load(self.target, self.adapter, self.template, self.dtype)
+        return load(self.target, self.adapter, self.template, self.dtype, self.template_arg)
 
     def write(self, answers: list[Any], plan: Any) -> Any:
         """From the target itself."""
@@ -200,6 +206,7 @@ class _Asked:
             self.adapter,
             self.template,
             self.dtype,
+            self.template_arg,
         )
 
 
@@ -211,6 +218,7 @@ def load_beside(
     adapter: str | None,
     template: str | None,
     dtype: str,
+    template_arg: list[str] | None = None,
 ) -> Any:
     """The target that the flags describe without its layers, beside stored features."""
     from ..formats.feature_layouts import open_features
@@ -218,7 +226,14 @@ def load_beside(
 
     named = taps_from(taps)
     rows = [open_features(Path(folder), named, unpickle=allow_pickle) for folder in folders]
-    return load_stored_target(target, rows, adapter=adapter, chat_template=template, dtype=dtype)
+    return load_stored_target(
+        target,
+        rows,
+        adapter=adapter,
+        chat_template=template,
+        template_args=template_args_from(template_arg),
+        dtype=dtype,
+    )
 
 
 def taps_from(text: str | None) -> tuple[int, ...] | None:

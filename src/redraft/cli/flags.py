@@ -20,6 +20,13 @@ AdapterFlag = Annotated[
 TemplateFlag = Annotated[
     str | None, typer.Option("--chat-template", help="Jinja file, where the tokenizer has none")
 ]
+TemplateArgFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        help="variable for the chat template, e.g. enable_thinking=false; repeatable",
+    ),
+]
 DtypeFlag = Annotated[
     str, typer.Option("--dtype", help="target's dtype: auto (as stored), float32, bfloat16, ...")
 ]
@@ -130,11 +137,36 @@ def joined(given: Any) -> Any:
     return ",".join(given) or None if isinstance(given, list) else given
 
 
-def load(source: str, adapter: str | None, template: str | None, dtype: str) -> Any:
+def load(
+    source: str,
+    adapter: str | None,
+    template: str | None,
+    dtype: str,
+    template_arg: list[str] | None = None,
+) -> Any:
     """The target that the flags describe."""
-    from ..target import load_target
+    from ..loading import load_target
 
-    return load_target(source, adapter=adapter, chat_template=template, dtype=dtype)
+    given = template_args_from(template_arg)  # first: a slip should not cost the time of loading
+    return load_target(
+        source, adapter=adapter, chat_template=template, template_args=given, dtype=dtype
+    )
+
+
+def template_args_from(given: list[str] | None) -> dict[str, Any]:
+    """The variables of `--template-arg key=value`; a value that is JSON (false, 3) is taken as JSON."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise UserError(
+                f"--template-arg takes NAME=VALUE, for example enable_thinking=false; got '{text}'"
+            )
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def k_from(text: str) -> int | None:

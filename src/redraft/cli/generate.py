@@ -23,6 +23,7 @@ from .flags import (
     QuietFlag,
     TargetFlag,
     TemperatureFlag,
+    TemplateArgFlag,
     TemplateFlag,
     TopKFlag,
     TopPFlag,
@@ -60,6 +61,7 @@ def generate(
     ] = False,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -85,7 +87,7 @@ def generate(
     from ..measuring.cost import auto_k
     from ..records import Prompt
 
-    loaded = load(target, target_adapter, chat_template, dtype)
+    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     proposer = load_draft(draft, loaded)
     try:
         tokens = loaded.render([{"role": "user", "content": prompt}])

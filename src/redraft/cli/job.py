@@ -22,6 +22,7 @@ from .flags import (
     LimitFlag,
     QuietFlag,
     TargetFlag,
+    TemplateArgFlag,
     TemplateFlag,
     TimeoutFlag,
     joined,
@@ -105,6 +106,7 @@ def adapt(
     timeout: TimeoutFlag = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     base: BaseFlag = None,
     limit: LimitFlag = None,
@@ -132,7 +134,7 @@ def adapt(
     elsewhere = _pairs(off_domain or [], "--off-domain")
     from .. import flow
 
-    loaded = load(target, target_adapter, chat_template, dtype)
+    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     result = flow.adapt(
         loaded,
         draft,

@@ -15,6 +15,7 @@ from .flags import (
     LimitFlag,
     QuietFlag,
     TargetFlag,
+    TemplateArgFlag,
     TemplateFlag,
     load,
     print_json,
@@ -41,6 +42,7 @@ def inspect(
     ] = "all",
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     limit: LimitFlag = None,
     as_json: JsonFlag = False,
@@ -60,7 +62,7 @@ def inspect(
         check_value(stage_fields()["regenerate.turns"][1], turns)
     except ValueError as problem:
         raise UserError(f"--turns {problem}") from None
-    loaded = load(target, target_adapter, chat_template, dtype)
+    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     found = inspect_prompts(read_prompts(prompts, loaded, limit, turns), loaded, rows)
     if as_json:
         print_json(asdict(found))

@@ -27,6 +27,7 @@ from .flags import (
     QuietFlag,
     TargetFlag,
     TemperatureFlag,
+    TemplateArgFlag,
     TemplateFlag,
     TopKFlag,
     TopPFlag,
@@ -58,6 +59,7 @@ def regenerate(
     ] = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     limit: LimitFlag = None,
     as_json: JsonFlag = False,
@@ -72,6 +74,8 @@ def regenerate(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.regenerate
+    from ..data.answer_file import about
+    from ..data.clock import continue_time
     from ..data.pool import Picked
     from ..data.prompts import read_prompts
     from ..data.regenerate import check_backend
@@ -79,7 +83,8 @@ def regenerate(
     from ..data.select import read_selection
 
     check_backend(c, overrun)
-    loaded = load(target, target_adapter, chat_template, dtype)
+    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
+    continue_time(loaded, [about(Path(out))])
     found = read_prompts(prompts, loaded, limit, c.turns)
     say(found.summary())
     asked: Any = found.prompts
@@ -91,7 +96,7 @@ def regenerate(
                 f"{selection} keeps {len(kept)} prompts, of which {prompts} has {len(asked)}; name the file "
                 "that was chosen from"
             )
-    answers = run(loaded, asked, Path(out), c, overrun)
+    answers = run(loaded, asked, Path(out), c, overrun, grow=True)
     finish(
         as_json,
         f"{len(answers)} answers, {sum(a.length for a in answers):,} tokens in {out}",
@@ -130,6 +135,7 @@ def select(
     ] = False,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     limit: LimitFlag = None,
     as_json: JsonFlag = False,
@@ -142,9 +148,9 @@ def select(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.select
+    from ..data.answer_file import read_answers
     from ..data.explain import explain
     from ..data.prompts import read_prompts
-    from ..data.regenerate import read_answers
     from ..data.scoring import Scorers, as_samples
     from ..data.select import select as run
     from ..data.select import write_selection
@@ -154,7 +160,7 @@ def select(
     given, missing = (prompts, "--prompts") if c.by == "prompts" else (answers, "--answers")
     if given is None:
         raise UserError(f"--by {c.by} chooses among {c.by}: name them with {missing}")
-    loaded = load(target, target_adapter, chat_template, dtype) if target else None
+    loaded = load(target, target_adapter, chat_template, dtype, template_arg) if target else None
     if c.by == "answers":
         pool = read_answers(Path(given))[:limit]
     elif loaded:
@@ -230,6 +236,7 @@ def train(
     allow_pickle: PickleFlag = False,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -245,10 +252,17 @@ def train(
 
     if features:
         loaded = load_beside(
-            features, feature_taps, allow_pickle, target, target_adapter, chat_template, dtype
+            features,
+            feature_taps,
+            allow_pickle,
+            target,
+            target_adapter,
+            chat_template,
+            dtype,
+            template_arg,
         )
     else:
-        loaded = load(target, target_adapter, chat_template, dtype)
+        loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     record = train_command(
         loaded,
         draft=draft,
@@ -301,6 +315,7 @@ def measure(
     ] = None,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
+    template_arg: TemplateArgFlag = None,
     dtype: DtypeFlag = "auto",
     limit: LimitFlag = None,
     as_json: JsonFlag = False,
@@ -333,7 +348,7 @@ def measure(
         min_p,
     )
     chosen = k_from(k)
-    loaded = load(target, target_adapter, chat_template, dtype)
+    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     proposer = load_draft(draft, loaded)
     found = read_prompts(prompts, loaded, limit)
     say(found.summary())

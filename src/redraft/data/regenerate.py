@@ -1,18 +1,14 @@
 """Regeneration: the target answers the prompts, and each batch is on disk before the next begins.
 
-An answers file is JSONL, one `Answer` per line. Written lines are never asked for again: batches
-are planned from the prompts alone, so a resumed run redoes only what is missing. The target answers
+Answers that are written are never asked for again (see `answer_file.py`). The target answers
 in this process, or behind the endpoints that serve it (`endpoints.py`): same prompts, same file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +17,75 @@ from ..console import Progress, say
 from ..decode.batched import generate_answers, plan_generation
 from ..decode.sampling import Sampling
 from ..errors import UserError
-from ..files import append_lines, finish_lines, write_text
-from ..formats.folders import read_json
+from ..files import append_lines, write_text
+from ..lock import held
 from ..records import Answer, Prompt
 from ..target import Target
+from .answer_file import (
+    answer_inputs,
+    claim,
+    continued,
+    endpoints_of,
+    iter_answers,
+    note_endpoints,
+    read_answers,
+    use_again,
+)
+from .clock import kept_time
 from .pool import Picked, PromptPool
 from .turns import check_room, next_turn
 
-NO_INPUTS = (
-    *("batch_size", "batch_tokens"),
-    *("endpoints", "endpoint_model", "concurrency", "timeout", "patience"),
-)
-"""The settings that no answer depends on."""
-NO_ANSWER = (ValueError, KeyError, TypeError, OverflowError)
-"""What `Answer.from_line` raises for a line that is no answer."""
-ENDPOINTS = "answered_by_endpoints"
-"""Where the record beside an answers' file says which servers gave some of them."""
-
 
 def regenerate(
-    target: Target, prompts: Sequence[Prompt], out: Path, config: RegenerateConfig, overrun: int = 0
+    target: Target,
+    prompts: Sequence[Prompt],
+    out: Path,
+    config: RegenerateConfig,
+    overrun: int = 0,
+    *,
+    grow: bool = False,
 ) -> list[Answer]:
     """Answer every prompt into the file `out`, continuing what is there; answers in file order.
 
     The answers come from this process, or from the endpoints that `config` names; a file may be
     begun by the one and continued by the other. Conversations are answered turn by turn: all first
-    turns, then all second ones, and so on.
+    turns, then all second ones, and so on. A file of other inputs is set aside first, and its answers are
+    used again where they can be (see `answer_file.py`); with `grow` it keeps its answers to other prompts.
+    Raises UserError when another process writes the file.
     """
     check_backend(config, overrun)
-    _claim(out, answer_inputs(target, prompts, config, overrun))
-    if config.answers == "original":
-        return _write_originals(prompts, out, config.max_new_tokens, target)
-    backend = _Served(target, config, out) if config.endpoints else _Own(target, config, overrun)
-    asked = prompts
-    while len(asked):
-        _answer_round(backend, asked, out)
-        asked = _next_round(target, asked, out, backend.context())
-    return read_answers(out)
+    inputs = answer_inputs(target, prompts, config, overrun)
+    with held(out):
+        asked = claim(out, inputs, prompts, grow=grow, beside=kept_time(target))
+        if config.answers == "original":
+            return _write_originals(prompts, out, config.max_new_tokens, target)
+        backend = (
+            _Served(target, config, out) if config.endpoints else _Own(target, config, overrun)
+        )
+        while len(asked):
+            _answer_round(backend, asked, out, inputs)
+            asked = _next_round(target, asked, out, backend.context())
+        return read_answers(out)
 
 
-def _answer_round(backend: _Own | _Served, prompts: Sequence[Prompt], out: Path) -> None:
+def _answer_round(
+    backend: _Own | _Served, prompts: Sequence[Prompt], out: Path, inputs: dict[str, Any]
+) -> None:
     """Append the answers to those prompts that have none in the file."""
-    done = continued(out)
-    left = sum(prompt.id not in done for prompt in prompts) if done else len(prompts)
-    if left < len(prompts):
-        say(f"{out.name}: {len(prompts) - left} of {len(prompts)} answers are there already")
-    if not left:
+    missing = _unanswered(prompts, out)
+    if again := use_again(out, inputs, missing):
+        say(f"{out.name}: {again} answers given before to the same prompts are used again")
+        missing = _unanswered(prompts, out)
+    if len(missing) < len(prompts):
+        say(
+            f"{out.name}: {len(prompts) - len(missing)} of {len(prompts)} answers are there already"
+        )
+    if not missing:
         return
     tokens, began = 0, time.monotonic()
     with (
-        Progress(f"answers ({out.stem})", left, "answers") as progress,
-        contextlib.closing(backend.answers(prompts, done)) as batches,
+        Progress(f"answers ({out.stem})", len(missing), "answers") as progress,
+        contextlib.closing(backend.answers(missing)) as batches,
     ):
         for answers in batches:
             if answers:
@@ -80,6 +94,13 @@ def _answer_round(backend: _Own | _Served, prompts: Sequence[Prompt], out: Path)
             rate = tokens / max(time.monotonic() - began, 1e-9)
             note = f"{tokens:,} tokens, {rate:,.0f}/s  {backend.health()}"
             progress.advance(len(answers), note.rstrip())
+
+
+def _unanswered(prompts: Sequence[Prompt], out: Path) -> Sequence[Prompt]:
+    done = continued(out)
+    if not done:
+        return prompts
+    return Picked(prompts, (i for i, prompt in enumerate(prompts) if prompt.id not in done))
 
 
 def _next_round(
@@ -136,26 +157,22 @@ class _Own:
     def __init__(self, target: Target, config: RegenerateConfig, overrun: int):
         self.target, self.config, self.overrun = target, config, overrun
 
-    def answers(
-        self, prompts: Sequence[Prompt], done: set[str]
-    ) -> Generator[list[Answer], None, None]:
-        """The answers to those prompts whose id is not in `done`, batch by batch."""
+    def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
+        """The answers to the prompts, batch by batch.
+
+        Batches are filled in the order of length, so those that an interruption left are the same ones.
+        """
         c = self.config
         new_tokens = c.max_new_tokens + self.overrun
-        plan = plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens)
-        if done:
-            plan = [batch for batch in plan if not all(prompts[i].id in done for i in batch)]
-        batches = generate_answers(
+        yield from generate_answers(
             self.target,
             prompts,
-            plan,
+            plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens),
             sampling=sampling_of(c),
             max_new_tokens=c.max_new_tokens,
             overrun=self.overrun,
             seed=c.seed,
         )
-        for answers in batches:
-            yield [answer for answer in answers if answer.id not in done]
 
     def context(self) -> int:
         return self.target.max_positions
@@ -170,21 +187,16 @@ class _Served:
     def __init__(self, target: Target, config: RegenerateConfig, out: Path):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
-        self.pool, self.out, self.about = Endpoints(target, config), out, _about(out)
+        self.pool, self.out = Endpoints(target, config), out
 
-    def answers(
-        self, prompts: Sequence[Prompt], done: set[str]
-    ) -> Generator[list[Answer], None, None]:
-        """The answers to those prompts whose id is not in `done`, as they come."""
+    def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
+        """The answers to the prompts, as they come."""
         noted: dict[str, Any] = {}
-        left = Picked(prompts, (i for i, prompt in enumerate(prompts) if prompt.id not in done))
-        with contextlib.closing(self.pool.answers(left)) as batches:
+        with contextlib.closing(self.pool.answers(prompts)) as batches:
             for answers in batches:
                 if noted != self.pool.about:
                     noted = dict(self.pool.about)
-                    known = read_json(self.about)
-                    known[ENDPOINTS] = {**known.get(ENDPOINTS, {}), **noted}
-                    write_text(self.about, json.dumps(known, indent=2) + "\n")
+                    note_endpoints(self.out, noted)
                 yield answers
 
     def context(self) -> int:
@@ -194,111 +206,6 @@ class _Served:
 
     def health(self) -> str:
         return self.pool.health()
-
-
-def answer_inputs(
-    target: Target, prompts: Sequence[Prompt], config: RegenerateConfig, overrun: int
-) -> dict[str, Any]:
-    """All that an answer depends on: not who computes it, nor how many at a time."""
-    settings = {k: v for k, v in asdict(config).items() if k not in NO_INPUTS}
-    return {
-        "target": target.fingerprint(),
-        "prompts": prompts_hash(prompts),
-        "overrun": overrun,
-        **settings,
-    }
-
-
-def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(prompt.to_row()).encode())
-    return digest.hexdigest()[:16]
-
-
-def _claim(out: Path, inputs: dict[str, Any]) -> None:
-    """Refuse to continue a file that holds answers to something else."""
-    about = _about(out)
-    served: dict[str, Any] = {}
-    if out.exists() and about.exists():
-        try:
-            known = read_json(about)
-        except UserError as problem:
-            raise UserError(f"{problem}; remove {out} and {about.name} to answer anew") from None
-        changed = sorted(key for key in inputs if known.get(key) != inputs[key])
-        if changed:
-            raise UserError(
-                f"{out} holds answers made with other {', '.join(changed)}; name another file, or "
-                "remove it to answer anew"
-            )
-        served = {key: known[key] for key in (ENDPOINTS,) if key in known}
-    elif out.exists():
-        raise UserError(
-            f"{out} exists and was not written by `redraft regenerate`; name another file"
-        )
-    write_text(about, json.dumps({**inputs, **served}, indent=2) + "\n")
-
-
-def endpoints_of(answers: Path) -> dict[str, Any]:
-    """The endpoints that gave some of the answers in a file: URL -> what was found of it."""
-    about = _about(answers)
-    found: dict[str, Any] = read_json(about).get(ENDPOINTS, {}) if about.is_file() else {}
-    return found
-
-
-def _about(out: Path) -> Path:
-    return out.with_suffix(".about.json")
-
-
-def read_answers(path: Path) -> list[Answer]:
-    """The answers of a file, as `iter_answers`."""
-    return list(iter_answers(path))
-
-
-def iter_answers(path: Path) -> Iterator[Answer]:
-    """The answers of a file, one after another. The file is only read.
-
-    A last line that an interruption cut, or that a writer is in the middle of, is passed over. Raises
-    UserError for any other line that is no answer.
-    """
-    if not path.is_file():
-        raise UserError(f"answers {path}: no such file; `redraft regenerate` writes one")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            ended = line.endswith(b"\n")
-            try:
-                answer = Answer.from_line(line.decode("utf-8"))
-            except NO_ANSWER as problem:
-                if not ended:
-                    return
-                raise _damaged(path, number, problem) from None
-            yield answer
-            if not ended:  # what a writer adds to this line meanwhile is the rest of it
-                return
-
-
-def _damaged(path: Path, number: int, problem: Exception) -> UserError:
-    if isinstance(problem, UnicodeDecodeError):
-        return UserError(f"{path} is damaged ({problem}); remove it to answer anew")
-    return UserError(
-        f"{path}, line {number}: not an answer record ({problem}); remove the file to answer anew"
-    )
-
-
-def continued(path: Path) -> set[str]:
-    """The ids answered in a file that is about to be appended to; an incomplete last line is cut off."""
-    if not path.exists():
-        return set()
-    finish_lines(path, _is_whole)
-    return {answer.id for answer in iter_answers(path)}
-
-
-def _is_whole(line: bytes) -> bool:
-    try:
-        Answer.from_line(line.decode("utf-8"))
-    except NO_ANSWER:
-        return False
-    return True
 
 
 def _write_originals(

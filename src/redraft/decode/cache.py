@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import model_cache
-from ..model_cache import Rows, keep_rows
+from ..model_cache import UNSTEADY, Rows, keep_rows
 from ..target import Reading, Target
 
 __all__ = ["RowCache", "keep_rows", "new_cache", "why_alone"]
@@ -63,8 +63,6 @@ def why_alone(target: Target) -> str:
 
 ROUNDINGS = {torch.bfloat16: 4.0, torch.float16: 8.0, torch.float32: 64.0, torch.float64: 64.0}
 """Relative difference of logits that is always rounding, in units of eps."""
-UNSTEADY = 0.2
-"""No rounding is as large as this."""
 _ALONE: WeakKeyDictionary[Target, str] = WeakKeyDictionary()
 
 

@@ -13,7 +13,7 @@ Shapes: B batch, T tokens, L taps, H target hidden size, F = taps * H, V target 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -28,8 +28,9 @@ from ..errors import UserError
 from ..final_norm import find_final_norm, in_place_of
 from ..formats.feature_rows import FeatureRows
 from ..formats.feature_store import FeatureStore
+from ..loading import checked_source, on_device, read_config, read_model, read_tokenizer
 from ..records import Answer
-from ..target import Reading, Target, checked_source, read_template
+from ..target import Reading, Target, read_template
 
 NO_LAYERS = (
     "this target was loaded without its layers (--features): it knows the stored rows and nothing else, so "
@@ -40,6 +41,8 @@ WITNESSED = {torch.float64: 1e-4, torch.float32: 1e-3}
 COARSE = 3e-2
 LEAST_SAID = 0.2
 """Stored states under which fewer of the answers' tokens than this are the likeliest are not theirs."""
+OF_A_LAYER = re.compile(r"\.\d+\.")
+"""In the name of a tensor: it belongs to one of the layers."""
 LOOKED_AT = 8
 """Answers that `check_says` reads."""
 
@@ -54,13 +57,15 @@ class StoredTarget(Target):
         sources: Sequence[str],
         template: str | None,
         features: Sequence[FeatureRows],
+        *,
+        template_args: Mapping[str, Any] | None = None,
     ):
         """Around a model without layers, whose configuration is that of the whole one.
 
         Raises UserError for features of another target, of another dtype, and such as do not give
         the logits that their target gave.
         """
-        super().__init__(model, tokenizer, sources, template)
+        super().__init__(model, tokenizer, sources, template, template_args=template_args)
         self.features = tuple(features)
         self.norm = find_final_norm(self)
         self._reading = False
@@ -211,6 +216,7 @@ def load_stored_target(
     *,
     adapter: str | None = None,
     chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     device: str | None = None,
 ) -> StoredTarget:
@@ -219,37 +225,28 @@ def load_stored_target(
     Raises UserError for a model that cannot be loaded so, and an adapter that changes more than
     layers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     torch_dtype = checked_source(source, dtype)
+    template = read_template(chat_template)
     if adapter is not None:
         _check_adapter(adapter)
+    config = read_config(source)
+    whole = _take_layers_out(config.get_text_config())
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list every tensor of the layers as not used
     try:
-        config = AutoConfig.from_pretrained(source)
-        whole = _take_layers_out(config.get_text_config())
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch_dtype, output_loading_info=True
+        model, _ = read_model(
+            source, config, torch_dtype, lambda name: bool(OF_A_LAYER.search(name))
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"target {source} could not be loaded: {problem}") from problem
     finally:
         logging.set_verbosity(told)
     for key, value in whole.items():  # what reads the configuration reads the target's
         setattr(model.config.get_text_config(), key, value)
-    if info["missing_keys"]:
-        raise UserError(
-            f"target {source} could not be loaded without its layers: {', '.join(sorted(info['missing_keys']))} "
-            "missing; train without --features"
-        )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = read_tokenizer(source)
     sources = [source] if adapter is None else [source, adapter]
-    template = read_template(chat_template)
-    return StoredTarget(model.to(device), tokenizer, sources, template, features)
+    placed = on_device(model, device, source)
+    return StoredTarget(placed, tokenizer, sources, template, features, template_args=template_args)
 
 
 def _take_layers_out(config: Any) -> dict[str, Any]:
@@ -268,7 +265,7 @@ def _check_adapter(adapter: str) -> None:
     if not path.is_file():
         raise UserError(f"--target-adapter {adapter}: expected adapter_model.safetensors in it")
     with safe_open(path, framework="pt") as stream:
-        others = [key for key in stream.keys() if not re.search(r"\.\d+\.", key)]  # noqa: SIM118
+        others = [key for key in stream.keys() if not OF_A_LAYER.search(key)]  # noqa: SIM118
     if others:
         raise UserError(
             f"--target-adapter {adapter} changes {others[0]}, which is no layer: merge it into the target "

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..config import RegenerateConfig
 from ..console import say
+from ..data.clock import continue_time
 from ..data.ownership import cost
 from ..data.prompts import read_prompts
 from ..data.regenerate import regenerate
@@ -132,10 +133,10 @@ def gather(
     """
     draft = stored.build(target)
     on_its_base = stored.build(base) if base is not None else None
+    continue_time(target, sorted(out.glob("*.about.json")))
     found = list(read_prompts(source, target, most, "last").prompts)
-    if base and base.template is None and not getattr(base.tokenizer, "chat_template", None):
-        base.template = target.template or target.tokenizer.chat_template
-        say(f"{base.name} has no chat template: it is asked with the target's")
+    if base is not None:
+        _render_alike(base, target)
     theirs = list(read_prompts(source, base, most, "last").prompts) if base else []
     changes = compare(target, base, found, theirs) if base else None
     level = intervals.level_of(-(-len(found) // BATCH))
@@ -216,6 +217,16 @@ def _answer(
             f"{LEAST} at least, {BATCH} or more are better; {len(prompts)} prompts were read"
         )
     return answers, traces, spent["tokens"] / max(spent["seconds"], 1e-9)
+
+
+def _render_alike(base: Target, target: Target) -> None:
+    """Have the base asked as the target is: at the same time, with the same template variables."""
+    if not base.template_text:
+        base.template = target.template_text or None
+        say(f"{base.name} has no chat template: it is asked with the target's")
+    base.rendered_at = target.rendered_at
+    args = target.template_args.items()
+    base.template_args = {name: value for name, value in args if name in base.template_text}
 
 
 def _span(prompts: Sequence[Prompt], at: int) -> str:

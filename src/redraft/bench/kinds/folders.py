@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...target import load_target
+from ...loading import load_target
 from ..members import BASE
 
 

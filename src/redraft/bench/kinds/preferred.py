@@ -12,9 +12,9 @@ import torch
 from ...console import Progress
 from ...decode.sampling import Sampling
 from ...errors import UserError
+from ...loading import load_target
 from ...measuring.measure import answer_all
 from ...records import Prompt
-from ...target import load_target
 from ..corpus import Corpus, Size
 from ..language_model import load_tokenizer, save_model
 from ..members import Preferring

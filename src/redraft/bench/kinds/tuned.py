@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ...decode.sampling import Sampling
+from ...loading import load_target
 from ...measuring.measure import answer_all
 from ...records import Prompt
-from ...target import load_target
 from ..corpus import Corpus
 from ..language_model import (
     IGNORE,
