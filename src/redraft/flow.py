@@ -38,7 +38,6 @@ from .records import (
     Answer,
     Prompt,
     to_json,
-    versions,
 )
 from .rounds import AUTO, answer_in_rounds, in_order
 from .run_folder import RunFolder
@@ -419,5 +418,4 @@ def _describe(
         "origins": resolved.origins,
         "template_args": target.template_args,
         **kept_time(target),
-        "versions": versions(),
     }

@@ -1,7 +1,7 @@
 """The run folder: which stages are done, by the hash of their inputs and of what they wrote.
 
-    run.json     resolved configuration with the origin of each value, versions
-    state.json   stage -> {inputs: hash, of: {input: hash}, done, seconds, outputs: {file: hash}}
+    run.json     resolved configuration with the origin of each value
+    state.json   stage -> {inputs: hash, of: {input: hash}, versions, done, seconds, outputs: {file: hash}}
     .lock        held by the process that works here
 
 A stage whose inputs have not changed and whose outputs are as it left them is skipped, and says so;
@@ -25,6 +25,7 @@ from .faults import point
 from .files import remove, set_aside, write_text
 from .formats.folders import read_json
 from .lock import held
+from .records import versions
 
 STATE = "state.json"
 FIELDS = {"inputs", "done", "seconds", "outputs"}
@@ -89,9 +90,19 @@ class RunFolder:
             "seconds": known["seconds"] if known and same else 0.0,
             "outputs": {},
             "of": _each(inputs),
+            "versions": versions(),
         }
         self._work(name, entry, work, outputs)
         return self._version(name)
+
+    def versions(self) -> dict[str, str]:
+        """The versions that did the stages, where one differs with each that took part ("1.0, 1.1")."""
+        found: dict[str, list[str]] = {}
+        for entry in self.state.values():
+            for name, version in entry.get("versions", {}).items():
+                seen = found.setdefault(name, [])
+                seen += [version] if version not in seen else []
+        return {name: ", ".join(seen) for name, seen in found.items()}
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each finished stage."""

@@ -12,15 +12,16 @@ import torch
 
 from .config import TrainConfig, read_width
 from .console import say
-from .data.answer_file import read_answers
+from .data.answer_file import answers_for
 from .data.select import read_selection
 from .drafts.base import Draft
 from .drafts.new import new_draft
 from .errors import UserError
-from .files import write_text
+from .files import write_text, writing
 from .formats.folders import state_hash
 from .formats.load import StoredDraft, made_for, read_draft, stored
 from .formats.private_part import TRAINING, check_belongs, save_private
+from .lock import held
 from .methods import EXPERT, read_method
 from .private.expert import detach
 from .private.fuse import fuse, home_of
@@ -147,32 +148,42 @@ def train_command(
     kind: str = "eagle3",
     base: Target | None = None,
 ) -> TrainRecord:
-    """Train and save; a private part, or for a method that starts fresh a whole stock draft."""
-    chosen = chosen_answers(read_answers(answers), selection)
+    """Train and save; a private part, or for a method that starts fresh a whole stock draft.
+
+    Raises UserError when another process works in `out`.
+    """
+    chosen = chosen_answers(answers_for(target, answers), selection)
     if heldout is None:
         raise UserError(
             "--heldout is needed: answers the training does not see decide when to stop; write "
             f"some with redraft regenerate --overrun {k}"
         )
-    held = read_answers(heldout)
+    stopping = answers_for(target, heldout)
     if isinstance(target, StoredTarget):
         said = target.check_says(chosen)
         say(f"the stored states make {said:.1%} of the answers' tokens the likeliest")
-    if draft is not None:
-        shared = read_draft(draft).fitted(target)
-        part = train_private(target, shared, chosen, held, config, k, out / "checkpoints", base)
-        save_private(out, part)
-        return TrainRecord(**part.card["train"])
-    if not read_method(config.method).fresh:
-        raise UserError(f"--method {config.method} trains beside a draft: name it with --draft")
-    fresh = new_draft(
-        target,
-        chosen,
-        kind=kind,
-        taps=taps,
-        draft_vocab_size=draft_vocab,
-        width=draft_width,
-    )
-    trained = train(target, fresh, chosen, held, config, k=k, checkpoints=out / "checkpoints")
-    save_fresh(out, fresh, target, trained.record)
-    return trained.record
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with held(out):
+        if draft is not None:
+            shared = read_draft(draft).fitted(target)
+            part = train_private(
+                target, shared, chosen, stopping, config, k, out / "checkpoints", base
+            )
+            save_private(out, part)
+            return TrainRecord(**part.card["train"])
+        if not read_method(config.method).fresh:
+            raise UserError(f"--method {config.method} trains beside a draft: name it with --draft")
+        fresh = new_draft(
+            target,
+            chosen,
+            kind=kind,
+            taps=taps,
+            draft_vocab_size=draft_vocab,
+            width=draft_width,
+        )
+        trained = train(
+            target, fresh, chosen, stopping, config, k=k, checkpoints=out / "checkpoints"
+        )
+        save_fresh(out, fresh, target, trained.record)
+        return trained.record

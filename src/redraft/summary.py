@@ -12,7 +12,7 @@ from .data.prompts import PromptSet
 from .formats.folders import read_json
 from .formats.load import StoredDraft
 from .formats.private_part import load_private, read_training
-from .records import AdaptReport, Safety, TrainRecord, acceptance, to_json, versions
+from .records import AdaptReport, Safety, TrainRecord, acceptance, to_json
 from .report.page import write_page
 from .rounds import ANSWERS, AUTO, trained_in_all
 from .run_folder import RunFolder
@@ -66,7 +66,7 @@ def report_of(
         },
         config=asdict(resolved.config),
         origins=resolved.origins,
-        versions=versions(),
+        versions=run.versions(),
         safety=safety,
     )
     run.write_json("report.json", to_json(report))

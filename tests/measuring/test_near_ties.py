@@ -20,7 +20,7 @@ from tests.conftest import tiny_model
 from tests.decode.cheat import CheatingDraft
 
 PROMPTS, LONGEST = 16, 24
-CASES = (("llama", 97), ("llama", 49_152), ("gemma2", 97), ("granite", 1_000))
+CASES = (("llama", 49_152), ("gemma2", 97), ("granite", 1_000))
 """Logits close to each other in bf16, as those of a random model are: near-ties are everywhere."""
 
 

@@ -65,7 +65,6 @@ print(json.dumps([before, predicted, peak_memory(target.device)]))
     "case",
     [
         ("llama", "float32", "eagle3", "8000", "kl"),
-        ("gemma2", "bfloat16", "eagle3", "8000", "kl"),
         ("granite", "bfloat16", "eagle3", "32000", "tv"),
     ],
     ids=lambda case: f"{case[0]}-{case[4]}",

@@ -148,7 +148,7 @@ def select(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.select
-    from ..data.answer_file import read_answers
+    from ..data.answer_file import answers_for, read_answers
     from ..data.explain import explain
     from ..data.prompts import read_prompts
     from ..data.scoring import Scorers, as_samples
@@ -162,7 +162,7 @@ def select(
         raise UserError(f"--by {c.by} chooses among {c.by}: name them with {missing}")
     loaded = load(target, target_adapter, chat_template, dtype, template_arg) if target else None
     if c.by == "answers":
-        pool = read_answers(Path(given))[:limit]
+        pool = (answers_for(loaded, Path(given)) if loaded else read_answers(Path(given)))[:limit]
     elif loaded:
         found = read_prompts(given, loaded, limit)
         say(found.summary())

@@ -203,6 +203,20 @@ def read_answers(path: Path) -> list[Answer]:
     return list(iter_answers(path))
 
 
+def answers_for(target: Target, path: Path) -> list[Answer]:
+    """The answers of a file. Raises UserError where a token of theirs is none of the target's."""
+    answers, rows = read_answers(path), target.embedding_VH.shape[0]
+    for answer in answers:
+        tokens = (*answer.prompt, *answer.tokens)
+        if tokens and not 0 <= min(tokens) <= max(tokens) < rows:
+            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+            raise UserError(
+                f"{path}: answer {answer.id} has token {wrong}, the embedding of target {target.name} has "
+                f"{rows} rows: these are answers of another model"
+            )
+    return answers
+
+
 def iter_answers(path: Path) -> Iterator[Answer]:
     """The answers of a file, one after another. The file is only read.
 
