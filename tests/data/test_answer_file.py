@@ -19,7 +19,7 @@ from redraft.data.prompts import read_prompts
 from redraft.data.regenerate import regenerate
 from redraft.errors import UserError
 from redraft.lock import held
-from redraft.records import Prompt
+from redraft.records import Answer, Prompt
 from redraft.target import Target
 from tests.conftest import write_prompts
 
@@ -266,3 +266,29 @@ def test_one_more_row_and_another_split_cost_only_themselves(
     assert all(read_answers(file) for file in kept)
     answered = read_answers(run / "answers" / "adapt.jsonl")
     assert len({a.id for a in answered}) == len(answered)
+
+
+def test_answers_of_another_model_are_named(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = target.embedding_VH.shape[0]
+    for prompt, tokens in (((1, rows), (2,)), ((1,), (2, rows))):
+        path.write_text(Answer("x", prompt, tokens, 1, "stop").to_line() + "\n")
+        with pytest.raises(
+            UserError, match=rf"answer x has token .* {rows} rows: .* another model"
+        ):
+            answer_file.answers_for(target, path)
+    path.write_text(Answer("x", (1,), (rows - 1,), 1, "stop").to_line() + "\n")
+    assert answer_file.answers_for(target, path) == [Answer("x", (1,), (rows - 1,), 1, "stop")]
+
+
+def test_a_run_says_which_versions_did_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate(("a", "b", "c")):
+        version = {"redraft": "1.0" if number < 2 else "1.1", "python": "3.12"}
+        monkeypatch.setattr(run_folder, "versions", lambda version=version: version)
+        with run_folder.RunFolder.open(tmp_path / "run") as run:
+            for stage in ("a", "b", "c")[: number + 1]:
+                run.stage(
+                    stage, {}, [f"{stage}.json"], lambda s=stage: run.write_json(f"{s}.json", 1)
+                )
+            assert run.state[name]["versions"] == version
+    assert run.versions() == {"redraft": "1.0, 1.1", "python": "3.12"}

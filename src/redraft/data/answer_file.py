@@ -207,11 +207,10 @@ def answers_for(target: Target, path: Path) -> list[Answer]:
     """The answers of a file. Raises UserError where a token of theirs is none of the target's."""
     answers, rows = read_answers(path), target.embedding_VH.shape[0]
     for answer in answers:
-        tokens = (*answer.prompt, *answer.tokens)
-        if tokens and not 0 <= min(tokens) <= max(tokens) < rows:
-            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+        highest = max((*answer.prompt, *answer.tokens), default=0)
+        if highest >= rows:
             raise UserError(
-                f"{path}: answer {answer.id} has token {wrong}, the embedding of target {target.name} has "
+                f"{path}: answer {answer.id} has token {highest}, the embedding of target {target.name} has "
                 f"{rows} rows: these are answers of another model"
             )
     return answers
