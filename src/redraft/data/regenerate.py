@@ -52,7 +52,9 @@ def regenerate(
     _claim(out, answer_inputs(target, prompts, config, overrun))
     if config.answers == "original":
         return _write_originals(prompts, out, config.max_new_tokens, target)
-    backend = _Served(target, config, out) if config.endpoints else _Own(target, config, overrun)
+    backend = (
+        _Served(target, config, out, overrun) if config.endpoints else _Own(target, config, overrun)
+    )
     asked = prompts
     while len(asked):
         _answer_round(backend, asked, out)
@@ -116,13 +118,9 @@ def sampling_of(config: RegenerateConfig) -> Sampling:
 
 
 def check_backend(config: RegenerateConfig, overrun: int) -> None:
-    """Raise UserError for settings that endpoints cannot follow."""
-    if config.endpoints and overrun:
-        raise UserError(
-            f"--overrun {overrun} asks for the target's own tokens past each answer's end, which an "
-            "endpoint does not give; leave out --endpoint for answers to be replayed, or --overrun "
-            "for answers to train on"
-        )
+    """Raise UserError for settings that do not go together."""
+    if overrun < 0:
+        raise UserError(f"--overrun takes a number of tokens, 0 or more; got {overrun}")
     if config.endpoints and config.answers == "original":
         raise UserError(
             "answers=original takes the answers in the prompts file, so no endpoint is asked; leave out "
@@ -167,10 +165,10 @@ class _Own:
 class _Served:
     """Answers from endpoints; what these are is noted beside the answers' file."""
 
-    def __init__(self, target: Target, config: RegenerateConfig, out: Path):
+    def __init__(self, target: Target, config: RegenerateConfig, out: Path, overrun: int):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
-        self.pool, self.out, self.about = Endpoints(target, config), out, _about(out)
+        self.pool, self.out, self.about = Endpoints(target, config, overrun), out, _about(out)
 
     def answers(
         self, prompts: Sequence[Prompt], done: set[str]
