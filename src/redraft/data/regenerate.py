@@ -25,6 +25,7 @@ from ..files import append_lines, finish_lines, write_text
 from ..formats.folders import read_json
 from ..records import Answer, Prompt
 from ..target import Target
+from .finish_note import unfinished_note
 from .pool import Picked, PromptPool
 from .turns import check_room, next_turn
 
@@ -59,7 +60,10 @@ def regenerate(
     while len(asked):
         _answer_round(backend, asked, out)
         asked = _next_round(target, asked, out, backend.context())
-    return read_answers(out)
+    found = read_answers(out)
+    if note := unfinished_note(sum(a.finish == "stop" for a in found), len(found), target):
+        say(note)
+    return found
 
 
 def _answer_round(backend: _Own | _Served, prompts: Sequence[Prompt], out: Path) -> None:
