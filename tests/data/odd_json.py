@@ -36,7 +36,7 @@ def mutated(reply: Any, draw: random.Random) -> bytes:
 def _changed(value: Any, draw: random.Random) -> Any:
     """One place of a JSON value replaced, left out, repeated or added."""
     if not isinstance(value, dict | list) or not value or draw.random() < 0.15:
-        return draw.choice(ODD)
+        return copy.deepcopy(draw.choice(ODD))
     if isinstance(value, dict):
         name = draw.choice(list(value))
         if draw.random() < 0.15:
