@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,26 +80,36 @@ def read_shares(text: str) -> dict[str, float]:
     return shares
 
 
+_BARE = re.compile(r"(https?)://(?:[^@/?#,]*@)?([^@/?#,\s]+(?:/[^@?#,\s]*)?)(?:[?#][^@]*)?")
+"""A URL in which it is clear where a user, a password or a query begins and ends."""
+
+
 def read_endpoints(text: str) -> tuple[str, ...]:
     """The servers in `endpoints`, each as its root URL: without a last slash or /v1.
 
     Raises ValueError for what is no http(s) URL, for one named twice, and for a user, password or
     query in it, which would be stored with the settings and are therefore not repeated.
     """
+    if set(text) & set("@?#"):
+        bare = _BARE.fullmatch(text.strip())
+        raise ValueError(
+            "takes no user, password or query in a URL, because settings are stored; give "
+            f"{'://'.join(bare.groups()) if bare else 'the rest'} and put the key into the environment "
+            "variable REDRAFT_API_KEY"
+        )
     found: list[str] = []
     for url in filter(None, (part.strip() for part in text.split(","))):
-        parts = urlsplit(url)
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
-                f"takes no user, password or query in a URL, because settings are stored; give {shown} "
-                "and put the key into the environment variable REDRAFT_API_KEY"
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
             raise ValueError(
                 "takes URLs of OpenAI-compatible servers (http://127.0.0.1:8000, "
-                f"https://host/v1); got '{shown if parts.netloc else url}'"
+                f"https://host/v1); got '{url}'"
             )
+        shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
         root = shown.rstrip("/").removesuffix("/v1").rstrip("/")
         if root in found:
             raise ValueError(f"names {root} twice; --concurrency sets the requests to one server")
@@ -275,6 +286,12 @@ class MeasureConfig:
     eval_limit: int = _opt(64, "prompts kept aside for the before/after measurement", low=1)
     heldout: int = _opt(32, "prompts kept aside for early stopping", low=1)
     eval_new_tokens: int = _opt(128, "longest answer measured, in tokens", low=2)
+    answers: str = _opt(
+        "here",
+        "who writes the answers that are measured on and stopped by: 'here', this process; 'endpoints', "
+        "those of regenerate.endpoints (safety prompts are answered here)",
+        choices=("here", "endpoints"),
+    )
     temperature: float = _opt(
         0.0,
         "sampling temperature of what is measured and stopped by, with regenerate's cuts; 0 is greedy",

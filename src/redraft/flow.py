@@ -113,6 +113,7 @@ def adapt(
     shared = read_draft(_source_of(draft)).fitted(target)
     # What does not fit is refused before anything is paid for.
     check_backend(resolved.config.regenerate, 0)
+    _check_measured(resolved.config)
     refuse_routed(getattr(shared.config, "routed", None))
     c, built = resolved.config, shared.build(target)
     check_fits(built, c.train, target, base)
@@ -168,6 +169,14 @@ def _check_auto(c: AdaptConfig) -> None:
             "--budget auto asks prompts in a random order until answers stop paying: leave out "
             f"{', '.join(name for name, there in wrong.items() if there)}, or name a budget (500, "
             "0.5 or 20000t)"
+        )
+
+
+def _check_measured(c: AdaptConfig) -> None:
+    if c.measure.answers == "endpoints" and not c.regenerate.endpoints:
+        raise UserError(
+            "measure.answers=endpoints needs a server that writes the answers; name one with --endpoint, or "
+            "leave it out"
         )
 
 
@@ -250,20 +259,22 @@ def _regenerate(
 
     One stage per file, so that one more file costs only itself.
 
-    What is measured is answered at `measure.temperature`, with an overrun of K, and in this process:
-    endpoints give no overrun, and their words part from the target's at near-ties. Safety prompts are
-    answered greedily, to be compared with greedy decoding. Returns each file's stage key.
+    What is measured is answered at `measure.temperature`, with an overrun of K, and in this process
+    unless `measure.answers` says otherwise: the words of endpoints part from the target's at near-ties.
+    Safety prompts are answered greedily and here, to be compared with greedy decoding. Returns each
+    file's stage key.
     """
-    if c.regenerate.endpoints:
+    there = c.measure.answers == "endpoints"
+    if c.regenerate.endpoints and not there:
         say("the answers to adapt on come from the endpoints; those measured on, from this process")
     measured = dataclasses.replace(
         c.regenerate,
         answers="regenerate",
-        endpoints="",
+        endpoints=c.regenerate.endpoints if there else "",
         temperature=c.measure.temperature,
         max_new_tokens=c.measure.eval_new_tokens,
     )
-    greedy = dataclasses.replace(measured, temperature=0.0)
+    greedy = dataclasses.replace(measured, temperature=0.0, endpoints="")
     jobs = {
         **({"adapt": (adapt, c.regenerate, 0)} if len(adapt) else {}),
         "heldout": (aside[0], measured, c.measure.k),

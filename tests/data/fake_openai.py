@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from redraft.decode.cache import new_cache
 from redraft.decode.plain import decode_plain
 from redraft.target import Target
 
@@ -26,13 +27,15 @@ Key = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Wrong:
-    """One misbehaviour: a status (with headers), a delay, a body cut at the half, or another text."""
+    """One misbehaviour: a status (with headers), a delay, a body cut at the half, another text, or
+    more of it announced than there is."""
 
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
     text: str | None = None
     delay: float = 0.0
     half: bool = False
+    announced: int = 0
 
 
 class Brain:
@@ -54,10 +57,24 @@ class Brain:
                 self._known[prompt] = (tokens, chosen[:, 0].tolist())
             return self._known[prompt]
 
+    @torch.inference_mode()
+    def go_on(self, tokens: list[int], count: int, banned: list[int]) -> list[int]:
+        """The next tokens, whatever they are, but none of those that are banned."""
+        with self._lock:
+            cache, window, found = new_cache(self.target), list(tokens), []
+            for _ in range(count):
+                reading = self.target.read(torch.tensor([window]), (), cache, keep=1)
+                logits = reading.logits_BTV[0, -1]
+                logits[banned] = -torch.inf
+                window = [int(logits.argmax())]
+                found += window
+            return found
+
 
 class FakeOpenAI:
-    """The server. `asked` counts completions by prompt, those of the check aside.
+    """The server. `asked` counts completions by prompt, those of the check and lookahead tokens aside.
 
+    Told to ignore stop tokens it goes on past them, or `eos` is "heeded" or "forbidden".
     `wrong` may answer a completion in its place: it gets the request's number, from 1, and its body.
     """
 
@@ -69,6 +86,7 @@ class FakeOpenAI:
         self.logprobs: bool = options.pop("logprobs", True)
         self.tokenize: bool = options.pop("tokenize", True)
         self.takes_ids: bool = options.pop("takes_ids", True)
+        self.eos: str = options.pop("eos", "ignored")
         self.key: str | None = options.pop("key", None)
         self.renderer: Target = options.pop("renderer", brain.target)
         self.wrong: Callable[[int, dict[str, Any]], Wrong | None] = options.pop(
@@ -78,6 +96,7 @@ class FakeOpenAI:
         assert not options
         self.asked: collections.Counter[Key] = collections.Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.ahead: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.under_way = self.most = self.checks = self.probes = 0
         self.lock = threading.Lock()
@@ -156,6 +175,10 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(404, {"detail": "Not Found"})
         elif not fake.takes_ids:
             self.reply(422, {"error": {"message": "prompt: Input should be a valid string"}})
+        elif body.get("ignore_eos"):
+            with fake.lock:
+                fake.ahead.append(body)
+            self.reply(200, self.going_on(body))
         elif "logprobs" in body:
             with fake.lock:
                 fake.probes += 1
@@ -195,6 +218,17 @@ class Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"token_logprobs": logprobs}
         return {"choices": [choice], "usage": {"completion_tokens": len(tokens)}}
 
+    def going_on(self, body: dict[str, Any]) -> dict[str, Any]:
+        fake, stops = self.server_of, list(self.server_of.brain.target.stop_ids)
+        assert body["stop_token_ids"] == []
+        banned = stops if fake.eos == "forbidden" else []
+        tokens = fake.brain.go_on(body["prompt"], body["max_tokens"], banned)
+        end = next((i for i, t in enumerate(tokens) if t in stops and fake.eos == "heeded"), None)
+        choice: dict[str, Any] = {"text": "", "finish_reason": "length" if end is None else "stop"}
+        if fake.ids:
+            choice["token_ids"] = tokens if end is None else tokens[: end + 1]
+        return {"choices": [choice]}
+
     def _locked(self) -> bool:
         """Whether the key was missing, which is then said, with the key that came in the message."""
         fake = self.server_of
@@ -211,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(status)
             for name, value in wrong.headers:
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(len(data) + wrong.announced))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if wrong.half else data)
             self.wfile.flush()

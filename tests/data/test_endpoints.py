@@ -515,6 +515,13 @@ def test_flags_of_both_commands(monkeypatch: pytest.MonkeyPatch) -> None:
         ("host:8000", r"takes URLs of OpenAI-compatible servers.*got 'host:8000'"),
         ("ftp://host/v1", r"got 'ftp://host/v1'"),
         ("http://a:1,http://a:1/v1/", r"names http://a:1 twice; --concurrency"),
+        ("http://me:se,secret@host:1", r"takes no user, password.*give the rest and put"),
+        ("http://me:secret/x@host:1", r"takes no user, password.*give the rest and put"),
+        ("http://me:secret?x@host:1", r"takes no user, password.*give the rest and put"),
+        ("https://host/v1?key=a@secret", r"takes no user, password.*give the rest and put"),
+        ("me:secret@host:8000", r"takes no user, password.*give the rest and put"),
+        ("http://host:80a0", r"takes URLs of .*got 'http://host:80a0'"),
+        ("http://[::", r"takes URLs of .*got 'http://\[::'"),
     ],
 )
 def test_urls_that_cannot_be_used(text: str, message: str) -> None:
@@ -527,18 +534,20 @@ def test_settings_that_do_not_go_together(
     target: Target, prompts: list[Prompt], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     config = settings(endpoints="http://127.0.0.1:9")
-    with pytest.raises(UserError, match="--overrun 4 asks for the target's own tokens past"):
-        regenerate(target, prompts, tmp_path / "a.jsonl", config, overrun=4)
+    with pytest.raises(UserError, match="--overrun takes a number of tokens, 0 or more; got -1"):
+        regenerate(target, prompts, tmp_path / "a.jsonl", config, overrun=-1)
     with pytest.raises(UserError, match="answers=original takes the answers in the prompts file"):
         original = dataclasses.replace(config, answers="original")
         regenerate(target, prompts, tmp_path / "a.jsonl", original)
-    command = "redraft regenerate --target T --prompts P --out O --overrun 2 --endpoint http://a:1"
+    command = (
+        "redraft regenerate --target T --prompts P --out O --answers original --endpoint http://a:1"
+    )
     monkeypatch.setattr(sys, "argv", command.split())
     monkeypatch.setattr(console.console, "quiet", False)
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "leave out --endpoint for answers to be replayed" in capsys.readouterr().err
+    assert "so no endpoint is asked" in capsys.readouterr().err
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import collections
+import io
 import json
 import math
+import random
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 
 from redraft.config import RegenerateConfig
 from redraft.decode.sampling import Sampling
@@ -17,8 +23,11 @@ from redraft.engines.counters import Counters
 from redraft.errors import UserError
 from redraft.triage import served as module
 from redraft.triage.outlook import Case
+from redraft.triage.screen import print_served
 from redraft.triage.served import check_served
+from redraft.visible import visible
 from tests.conftest import write_prompts
+from tests.data.odd_json import mutated
 
 K = 3
 
@@ -206,3 +215,124 @@ def test_nobody_there_and_too_few_prompts(
         check_served("http://127.0.0.1:9", str(prompts_file), cases=cases)
     with pytest.raises(UserError, match="has 3 prompts of use .* needs 8 at least"):
         ask(FakeVllm(), write_prompts(tmp_path / "few.jsonl", 3), cases)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:pass%40word@box:8000/v1",
+        "http://me:pass,word@box:8000",
+        "http://me:pass/word@box",
+        "https://box/v1?key=pass-word",
+        "box:8000?key=pass@word#x",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_without_it(
+    url: str, prompts_file: Path, cases: list[Case]
+) -> None:
+    with pytest.raises(UserError, match="takes no user, password or query in a URL") as failed:
+        check_served(url, str(prompts_file), cases=cases)
+    assert "pass" not in str(failed.value).replace("password or query", "")
+    assert "word" not in str(failed.value).replace("password or query", "")
+
+
+def test_a_server_that_repeats_the_key_or_writes_to_the_terminal(
+    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "sk-SECRET-123"
+    monkeypatch.setenv("REDRAFT_API_KEY", key)
+    fake = FakeVllm()
+    seen: list[str] = []
+
+    def echo(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["Authorization"])
+        said = f"no \x1b]0;owned\x07 {seen[-1]} sk\\u002dSECRET-123 " + "x" * 400
+        if request.url.path == where:
+            return httpx.Response(status, json={"error": {"message": said}})
+        return fake(request)
+
+    for status in (400, 401, 500):
+        for where in ("/v1/models", "/metrics", "/v1/chat/completions"):
+            with pytest.raises(UserError) as failed:
+                ask(echo, prompts_file, cases, most=16)
+            told = str(failed.value)
+            assert "no \\x1b]0;owned\\x07 Bearer *** *** xxx" in told, (status, where)
+            assert key not in told
+            assert "\x1b" not in told
+            assert len(told) < 500
+    assert set(seen) == {f"Bearer {key}"}
+    named = httpx.Response(200, json={"data": [{"id": f"m {key}\x1b[2J"}]})
+    found = ask(
+        lambda r: named if r.url.path == "/v1/models" else fake(r), prompts_file, cases, most=16
+    )
+    assert found.model == "m ***\x1b[2J"
+    out = io.StringIO()
+    print_served(found, Console(file=out, width=200, highlight=False))
+    assert "serves m ***\\x1b[2J with" in out.getvalue()
+
+
+def test_a_reply_that_never_ends_is_given_up(
+    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drops() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.01)
+            yield b" "
+
+    monkeypatch.setattr(module, "REQUEST_SECONDS", 0.1)
+    with pytest.raises(UserError, match=r"does not answer \(no whole reply within 0.1 s\)"):
+        ask(lambda request: httpx.Response(200, content=drops()), prompts_file, cases)
+
+
+def test_a_server_that_was_restarted_meanwhile(prompts_file: Path, cases: list[Case]) -> None:
+    class Restarted(FakeVllm):
+        def metrics(self) -> str:
+            text = super().metrics()
+            self.answered = 0
+            return text
+
+    fake = Restarted()
+    fake.answered = 50
+    with pytest.raises(UserError, match="went down while it was asked: it was restarted"):
+        ask(fake, prompts_file, cases, most=16)
+
+
+def test_odd_replies_end_in_a_sentence(prompts_file: Path, cases: list[Case]) -> None:
+    outcomes = collections.Counter[str]()
+    began = time.monotonic()
+    for seed in range(120):
+        draw, fake = random.Random(seed), FakeVllm()
+        odd = draw.choice(["/v1/models", "/metrics", "/v1/chat/completions"])
+        after = draw.choice((0, 1, 3))
+
+        def reply(
+            request: httpx.Request, draw: Any = draw, fake: Any = fake, odd: str = odd
+        ) -> httpx.Response:
+            nonlocal after
+            good = fake(request)
+            after -= request.url.path == odd
+            if request.url.path != odd or after >= 0:
+                return good
+            if odd == "/metrics":
+                number = draw.choice(("1e999", ".", "-4", "NaN", "1e12", "0", "9" * 400, "7"))
+                lines = good.text.splitlines()
+                at = draw.randrange(len(lines))
+                lines[at] = lines[at].rpartition(" ")[0] + " " + number
+                return httpx.Response(200, text="\n".join(lines) + "\n")
+            return httpx.Response(
+                draw.choice((200, 200, 200, 400)), content=mutated(good.json(), draw)
+            )
+
+        try:
+            found = ask(reply, prompts_file, cases, most=16)
+            print_served(found, Console(file=io.StringIO(), width=200))
+            outcomes["found"] += 1
+        except UserError as problem:
+            text = str(problem)
+            assert visible(text) == text
+            assert len(text.encode()) < 1500, text
+            outcomes["sentence"] += 1
+        except Exception as problem:
+            raise AssertionError(f"seed {seed}: {problem!r}") from problem
+    assert time.monotonic() - began < 60
+    assert min(outcomes.values()) > 10, outcomes

@@ -12,6 +12,7 @@ import typer
 
 from ..config import stage_fields
 from ..errors import UserError
+from ..visible import visible
 
 TargetFlag = Annotated[str, typer.Option("--target", help="target model: folder or Hub id")]
 AdapterFlag = Annotated[
@@ -208,11 +209,11 @@ def print_examples(examples: Any) -> None:
         if sample.duplicate_of:
             fate += f", like {sample.duplicate_of}"
         answer = f"\n  -> {_shortened(example.answer)}" if example.answer else ""
-        typer.echo(
+        text = (
             f"{example.where}, rank {example.rank}: {sample.score:.4g} ({fate}) {sample.id}\n"
-            f"  {_shortened(example.prompt)}{answer}",
-            err=True,
+            f"  {_shortened(example.prompt)}{answer}"
         )
+        typer.echo(visible(text), err=True)
 
 
 def _shortened(text: str, most: int = 300) -> str:

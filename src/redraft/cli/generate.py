@@ -11,6 +11,7 @@ import typer
 
 from ..console import say, set_quiet
 from ..errors import UserError
+from ..visible import visible
 from .flags import (
     AcceptanceFlag,
     AdapterFlag,
@@ -103,7 +104,8 @@ def generate(
         loaded, proposer, tokens, chosen, max_new_tokens, decoding, seed, said
     ):
         if not as_json:
-            typer.secho(text, fg=(COLOURS[kind] if show_drafts else "") or None, nl=False)
+            colour = (COLOURS[kind] if show_drafts else "") or None
+            typer.secho(visible(text), fg=colour, nl=False)
     seconds = time.monotonic() - began
     steps = len(said.accepted)
     tau = 1 + sum(said.accepted) / steps if steps else None

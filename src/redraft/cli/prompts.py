@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..console import set_quiet
+from ..visible import visible
 from .flags import (
     AdapterFlag,
     DtypeFlag,
@@ -110,9 +111,10 @@ def _print(found: Inspection) -> None:
 
 def _visible(span: Span) -> str:
     """Marked by signs as well as by colour, for a log file and for a colour-blind eye."""
+    text = visible(span.text)
     if span.special:
-        return f"«⟨{span.text}⟩»" if span.supervised else f"⟨{span.text}⟩"
-    return f"«{span.text}»" if span.supervised else span.text
+        return f"«⟨{text}⟩»" if span.supervised else f"⟨{text}⟩"
+    return f"«{text}»" if span.supervised else text
 
 
 def _style(span: Span) -> str:

@@ -1,8 +1,9 @@
 """One OpenAI-compatible server: a request, its reply as JSON, and every way in which it can fail.
 
-Failures are of three kinds, for what to do about them: `Trouble` may pass, `Busy` passes when its
-time is up, `Refused` would be the same again. The API key travels in a header and in nothing else:
-where a server repeats it in a message, it is blanked.
+Failures are of four kinds, for what to do about them: `Trouble` may pass, `Busy` passes when its
+time is up, `Refused` would be the same again, `Unable` is the server's and would be so for any prompt.
+The API key travels in a header and in nothing else: where a server repeats it, it is blanked. A
+server's words are shown with their control characters escaped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from ..errors import UserError
+from ..visible import visible
+from .blanking import SECRET, blanked
 
 KEY, OTHER_KEY = "REDRAFT_API_KEY", "OPENAI_API_KEY"
 CONNECT_SECONDS, LOOK_SECONDS = 10.0, 30.0
@@ -57,6 +60,10 @@ class Refused(EndpointError):
         self.status = status
 
 
+class Unable(EndpointError):
+    """The server lacks what the run needs."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """The server at `url` (its root). `timeout` is the longest wait for a reply, in seconds."""
@@ -91,19 +98,19 @@ class Endpoint:
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise Trouble(f"gave no whole reply within {timeout:g} s") from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as problem:
-            said = _cause(problem) or f"no connection within {CONNECT_SECONDS:g} s"
+            said = visible(_cause(problem)) or f"no connection within {CONNECT_SECONDS:g} s"
             raise Trouble(f"cannot be reached ({said})", reached=False) from None
-        except httpx.RequestError as problem:
-            said = self._blank(str(problem)) or type(problem).__name__
+        except (httpx.RequestError, httpx.InvalidURL) as problem:
+            said = shown(str(problem), self.key) or type(problem).__name__
             raise Trouble(f"broke off its reply ({said})") from None
         finally:
             request.cancel()
         return self._read(reply)
 
     def _read(self, reply: httpx.Response) -> dict[str, Any]:
-        text = reply.text
+        text = text_of(reply.content)
         if reply.status_code != 200:
-            said = self._blank(_message(text))
+            said = message_of(text, self.key)
             if reply.status_code == 429 or (
                 reply.status_code == 503 and "retry-after" in reply.headers
             ):
@@ -112,17 +119,12 @@ class Endpoint:
             if reply.status_code >= 500 or reply.status_code in MAY_PASS:
                 raise Trouble(f"failed with HTTP {reply.status_code}: {said}")
             raise Refused(reply.status_code, said)
-        try:
-            content = json.loads(text)
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            shown = self._blank(text.strip()[:80])
-            raise Trouble(f"replied with something that is no JSON object: {shown!r}")
+        content = object_of(text, self.key)
+        if content is None:
+            raise Trouble(
+                f"replied with something that is no JSON object: '{shown(text, self.key, 80)}'"
+            )
         return content
-
-    def _blank(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
 
 
 def connect(url: str, concurrency: int, timeout: float) -> httpx.AsyncClient:
@@ -196,15 +198,56 @@ def _seconds(text: str | None) -> float | None:
     return min(max(wait, 0.0), LONGEST_WAIT) if wait == wait else None
 
 
-def _message(text: str) -> str:
-    """The sentence inside an OpenAI-style error, else the beginning of the text."""
+def text_of(content: bytes) -> str:
+    """A reply as text: UTF-8, as JSON is, whatever its header says."""
+    return content.decode("utf-8-sig", "replace")
+
+
+def object_of(text: str, key: str | None) -> dict[str, Any] | None:
+    """The JSON object that a reply is, without the key in its strings; None for anything else."""
     try:
         content = json.loads(text)
-    except ValueError:
-        content = None
-    if isinstance(content, dict):
-        error = content.get("error", content)
-        if isinstance(error, dict):
-            error = error.get("message", error.get("detail", error))
-        return " ".join(str(error).split())[:300]
-    return " ".join(text.split())[:120] or "no reason given"
+        if isinstance(content, dict) and (
+            "\\ud" in text.lower() or (key and len(key) >= SECRET and blanked(text, key) != text)
+        ):
+            content = _tidied(content, key if key and len(key) >= SECRET else None)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _tidied(value: Any, key: str | None) -> Any:
+    """JSON without the key and without halves of characters, which cannot be written anywhere."""
+    if isinstance(value, dict):
+        return {_tidied(name, key): _tidied(each, key) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_tidied(each, key) for each in value]
+    if isinstance(value, str):
+        return blanked(value.encode("utf-8", "replace").decode(), key)
+    return value
+
+
+def message_of(text: str, key: str | None = None) -> str:
+    """The sentence inside an OpenAI-style error, else the beginning of the text, fit to be shown."""
+    content = object_of(text, None)
+    if content is None:
+        return shown(text, key, 120) or "no reason given"
+    error = content.get("error", content)
+    if isinstance(error, dict):
+        error = error.get("message", error.get("detail", error))
+    return shown(str(error), key)
+
+
+def shown(text: str, key: str | None, most: int = 300) -> str:
+    """The beginning of a server's text on one line, without the key and with nothing a terminal obeys."""
+    return visible(blanked(" ".join(text.split()), key)[:most])
+
+
+def models_of(reply: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The models of a /v1/models reply by name. Raises Trouble for what is no such list."""
+    listed = reply.get("data")
+    if not isinstance(listed, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed
+    ):
+        raise Trouble("listed its models in no known form")
+    return {m["id"]: m for m in listed}

@@ -6,6 +6,10 @@ the prompts  /tokenize renders conversations to the target's own token ids (toke
 the weights  the server continues a few prompts greedily, with log-probabilities, and the target reads
              what it wrote.
 
+Where lookahead tokens are wanted there is a fourth: the server continues the same prompts past their stop
+tokens, and what it writes is the target's own too. (Some servers forbid stop tokens when told to ignore
+them, which gives other tokens.)
+
 On the same tokens the same weights give the same log-probabilities up to rounding: fp32 against fp16
 differs by 0.001 nats a token on average, against bf16 by 0.01, and another fine-tune of the same base
 by 0.8 to 8, because it also writes what the target would not. What lies within `SAME` is taken for the
@@ -27,15 +31,18 @@ import torch
 from ..batches import lengths_of
 from ..decode.sampling import Sampling
 from ..errors import UserError, nearest
-from ..records import Prompt
+from ..records import Answer, Prompt
 from ..target import Target
+from ..visible import visible
 from .completion import UNBOUNDED, Asking, first_choice
-from .endpoint import KEY, OTHER_KEY, Endpoint, Refused, Trouble
+from .endpoint import KEY, OTHER_KEY, Endpoint, Refused, Trouble, Unable, models_of
 
 SAME = 0.1
 """Nats a token: the most that rounding, batching and half precision explain on average."""
 EXACT = 0.002
 """Nats a token: more than this against an fp32 target is half precision at the server."""
+FORBIDDEN = 1.0
+"""Nats: no rounding makes a token that is so much less likely than another the likeliest."""
 PROBES, PROBE_TOKENS = 4, 32
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello! What is 12345 + 67?"}],
@@ -88,7 +95,7 @@ def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]
         if found.difference is None
         else f"log-probabilities {found.difference:.4f} nats apart on {found.compared} tokens"
     )
-    lines = [f"{url}: '{found.model}' is the target ({apart})"]
+    lines = [f"{url}: '{visible(found.model)}' is the target ({apart})"]
     lines += [f"NOTE: {url}: not checked: {what}" for what in found.skipped]
     if asking.target.dtype.itemsize == 4 and (found.difference or 0.0) > EXACT:
         lines.append(
@@ -111,28 +118,28 @@ def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]
 
 
 async def check(
-    endpoint: Endpoint, target: Target, prompts: Sequence[Prompt], model: str
+    endpoint: Endpoint, target: Target, prompts: Sequence[Prompt], model: str, overrun: int = 0
 ) -> Findings:
     """Ask `endpoint` for its model named `model` ('': the only one), and compare with `target`.
 
-    Raises UserError when it is another model, tokenizer or template, or cannot be used; Trouble when
+    `overrun` is how many lookahead tokens will be asked for. Raises UserError when it is another model, tokenizer or template, or cannot be used; Trouble when
     it does not answer for now.
     """
     skipped: list[str] = []
     name, context = await _find_model(endpoint, model, skipped)
     try:
-        version = str((await endpoint.get("/version")).get("version", "unknown"))
+        version = str((await endpoint.get("/version")).get("version", "unknown"))[:80]
     except Refused:
         version = "unknown"
     await _compare_rendering(endpoint, target, name, skipped)
-    read = await _compare_weights(endpoint, target, prompts, name, context, skipped)
+    read = await _compare_weights(endpoint, target, prompts, name, context, skipped, overrun)
     return Findings(name, version, context, *read, tuple(skipped))
 
 
 async def _find_model(endpoint: Endpoint, model: str, skipped: list[str]) -> tuple[str, int]:
     """The model's name at the server and the context it is served with."""
     try:
-        listed = (await endpoint.get("/v1/models")).get("data")
+        known = models_of(await endpoint.get("/v1/models"))
     except Refused as problem:
         if problem.status in (401, 403):
             raise UserError(_key_problem(endpoint, problem)) from None
@@ -143,16 +150,14 @@ async def _find_model(endpoint: Endpoint, model: str, skipped: list[str]) -> tup
             ) from None
         skipped.append(f"the model's name ({problem})")
         return model, UNBOUNDED
-    if not isinstance(listed, list) or not all(isinstance(m, dict) and "id" in m for m in listed):
-        raise Trouble("listed its models in no known form")
-    known = {str(m["id"]): m for m in listed}
     if model and model not in known:
         raise UserError(
-            f"{endpoint.url} does not serve --endpoint-model {model}; {nearest(model, known)}"
+            f"{endpoint.url} does not serve --endpoint-model {model}; {visible(nearest(model, known))}"
         )
     if not model and len(known) != 1:
+        names = visible(", ".join(sorted(known))) or "none"
         raise UserError(
-            f"{endpoint.url} serves {len(known)} models ({', '.join(sorted(known)) or 'none'}); name "
+            f"{endpoint.url} serves {len(known)} models ({names}); name "
             "the one that is the target with --endpoint-model"
         )
     name = model or next(iter(known))
@@ -178,7 +183,7 @@ async def _compare_rendering(
         except Refused as problem:
             skipped.append(f"tokenizer and chat template (/tokenize: {problem})")
             return
-        if not isinstance(found, list):
+        if not isinstance(found, list) or not all(type(token) is int for token in found):
             skipped.append("tokenizer and chat template (/tokenize gives no tokens)")
             return
         if found != expected:
@@ -202,9 +207,10 @@ async def _compare_weights(
     model: str,
     context: int,
     skipped: list[str],
+    overrun: int,
 ) -> tuple[bool, int, float | None, float]:
     """Whether token ids come back, tokens compared, mean difference and mean gap in nats."""
-    asking = Asking(target, Sampling(), PROBE_TOKENS, 0)
+    asking = Asking(target, Sampling(), PROBE_TOKENS, 0, overrun)
     fit = (i for i, n in enumerate(lengths_of(prompts)) if asking.room_after(n, context) >= 1)
     probes = [prompts[i] for i in itertools.islice(fit, PROBES)]
     if not probes:
@@ -219,6 +225,8 @@ async def _compare_weights(
         reply = await _probe(endpoint, asking.body(prompt, model, context))
         try:
             heard = asking.hear(prompt, reply, PROBE_TOKENS)
+        except Unable as problem:
+            raise UserError(f"{endpoint.url} {problem}") from None
         except Trouble as problem:
             if "vocabulary" in str(problem):
                 raise UserError(f"{endpoint.url} {problem}: it serves another model") from None
@@ -228,9 +236,9 @@ async def _compare_weights(
             continue  # tokens that the server did not choose say nothing about it
         own, best = await asyncio.to_thread(_read, target, prompt, heard.answer.tokens)
         gaps += [b - o for o, b in zip(own, best, strict=True)]
-        given = (first_choice(reply).get("logprobs") or {}).get("token_logprobs")
-        if isinstance(given, list) and len(given) == len(own) and None not in given:
-            apart += [abs(float(g) - o) for g, o in zip(given, own, strict=True)]
+        given = _logprobs(first_choice(reply))
+        if len(given) == len(own):
+            apart += [abs(g - o) for g, o in zip(given, own, strict=True)]
         else:
             complete = False
     if not gaps:
@@ -241,7 +249,42 @@ async def _compare_weights(
     if not complete:
         skipped.append("log-probabilities (it returns none; the words were compared)")
     _refuse_other_weights(endpoint, target, model, len(gaps), difference, gap)
+    if overrun:
+        for prompt in probes:
+            await _check_ahead(endpoint, asking, prompt, model, context)
     return returns_ids, len(gaps), difference, gap
+
+
+def _logprobs(choice: dict[str, Any]) -> list[float]:
+    """The log-probabilities of a completion's tokens; none where they are not all numbers."""
+    given = choice.get("logprobs")
+    listed = given.get("token_logprobs") if isinstance(given, dict) else None
+    try:
+        return [float(each) for each in listed] if isinstance(listed, list) else []
+    except (TypeError, ValueError, OverflowError):
+        return []
+
+
+async def _check_ahead(
+    endpoint: Endpoint, asking: Asking, prompt: Prompt, model: str, context: int
+) -> None:
+    """Does the server go on after a stop token, and with the target's own tokens?"""
+    count = asking.room(prompt, context)
+    nothing = Answer(prompt.id, prompt.tokens, (), 0, "length")
+    try:
+        reply = await endpoint.post("/v1/completions", asking.body_ahead(nothing, count, model))
+        ahead = asking.hear_ahead(reply, count)
+    except (Refused, Unable) as problem:
+        raise UserError(f"{endpoint.url} {problem}") from None
+    own, best = await asyncio.to_thread(_read, asking.target, prompt, ahead)
+    worst = max(b - o for o, b in zip(own, best, strict=True))
+    if not worst <= FORBIDDEN:
+        raise UserError(
+            f"{endpoint.url}: asked to ignore stop tokens (ignore_eos), its model '{visible(model)}' writes a "
+            f"token where the target finds another likelier by {worst:.1f} nats; it may forbid stop tokens "
+            "then. Lookahead tokens (--overrun) have to come from another server (vLLM, SGLang), or leave out "
+            "--endpoint"
+        )
 
 
 def _refuse_other_weights(
@@ -259,7 +302,7 @@ def _refuse_other_weights(
     )
     if not found <= SAME:  # a NaN is not the target's either
         raise UserError(
-            f"{endpoint.url}: its model '{model}' is not the target {target.name}: on {tokens} tokens "
+            f"{endpoint.url}: its model '{visible(model)}' is not the target {target.name}: on {tokens} tokens "
             f"that it wrote {what} {found:.2f} nats a token on average; rounding explains {SAME:g} "
             "at most. Serve the target there, or name the model that is the target with "
             "--endpoint-model"

@@ -20,6 +20,7 @@ import random
 import threading
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..batches import lengths_of
@@ -29,7 +30,7 @@ from ..errors import UserError
 from ..records import Answer, Prompt
 from ..target import Target
 from .completion import Asking, Heard
-from .endpoint import Endpoint, EndpointError, Refused, Trouble, connect, key_for
+from .endpoint import Endpoint, EndpointError, Refused, Trouble, Unable, connect, key_for
 from .endpoint_check import Findings, check, describe, remarks
 from .endpoint_work import FIRST_REST, ILL_AFTER, Station, Work
 from .regenerate import sampling_of
@@ -43,11 +44,12 @@ START_PATIENCE = 60.0
 class Endpoints:
     """The servers that `config` names, as one backend for answers of `target`.
 
-    `about` says, for each server that was found to be the target, what it is; it holds no secret.
+    `overrun` is how many lookahead tokens are kept past each answer's end. `about` says, for each server that was found to be the target, what it is; it holds no secret.
     """
 
-    def __init__(self, target: Target, config: RegenerateConfig):
-        self.asking = Asking(target, sampling_of(config), config.max_new_tokens, config.seed)
+    def __init__(self, target: Target, config: RegenerateConfig, overrun: int = 0):
+        sampling = sampling_of(config)
+        self.asking = Asking(target, sampling, config.max_new_tokens, config.seed, overrun)
         self.config = config
         self.about: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Findings] = {}
@@ -175,15 +177,17 @@ class Endpoints:
     async def _check(self, station: Station, endpoint: Endpoint, prompts: Sequence[Prompt]) -> None:
         """Is this server the target, and do the prompts fit it? Raises UserError when not."""
         asking = self.asking
-        found = await check(endpoint, asking.target, prompts, self.config.endpoint_model)
+        found = await check(
+            *(endpoint, asking.target, prompts, self.config.endpoint_model), asking.overrun
+        )
         lengths = lengths_of(prompts)
         long = [i for i, n in enumerate(lengths) if asking.room_after(n, found.context) < 1]
         if long:
             raise UserError(
-                f"{station.url} serves a context of {found.context} tokens, which {len(long)} of "
-                f"{len(prompts)} prompts fill (first: {prompts[long[0]].id}, {lengths[long[0]]} "
-                "tokens); serve the target with a longer one (vLLM: --max-model-len "
-                f"{max(lengths) + asking.max_new_tokens})"
+                f"{station.url} serves a context of {min(found.context, asking.target.max_positions)} "
+                f"tokens, which {len(long)} of {len(prompts)} prompts fill (first: {prompts[long[0]].id}, "
+                f"{lengths[long[0]]} tokens); serve the target with a longer one (vLLM: --max-model-len "
+                f"{max(lengths) + asking.max_new_tokens + asking.overrun})"
             )
         first = station.url not in self._found
         station.findings = self._found[station.url] = found
@@ -208,10 +212,9 @@ class Endpoints:
                 continue
             station.under_way += 1
             try:
-                model, context = station.findings.model, station.findings.context
-                body = self.asking.body(prompt, model, context)
-                reply = await endpoint.post("/v1/completions", body)
-                heard = self.asking.hear(prompt, reply, body["max_tokens"])
+                heard = await self._ask(endpoint, prompt, station.findings)
+            except Unable as problem:
+                raise UserError(f"{station.url} {problem}") from None
             except Refused as problem:
                 if problem.status in (401, 403, 404):  # not about the prompt: let the check say it
                     work.give_back(prompt, problem, station)
@@ -233,6 +236,19 @@ class Endpoints:
                 work.open -= 1
             finally:
                 station.under_way -= 1
+
+    async def _ask(self, endpoint: Endpoint, prompt: Prompt, found: Findings) -> Heard:
+        """One prompt's answer, with its lookahead tokens. Raises an EndpointError."""
+        asking = self.asking
+        body = asking.body(prompt, found.model, found.context)
+        reply = await endpoint.post("/v1/completions", body)
+        heard = asking.hear(prompt, reply, body["max_tokens"])
+        if not asking.overrun:
+            return heard
+        ahead = asking.body_ahead(heard.answer, asking.overrun, found.model)
+        reply = await endpoint.post("/v1/completions", ahead)
+        tokens = (*heard.answer.tokens, *asking.hear_ahead(reply, asking.overrun))
+        return replace(heard, answer=replace(heard.answer, tokens=tokens))
 
     def _note(self, heard: Heard) -> Answer:
         """Count what is odd about an answer, for the summing up."""

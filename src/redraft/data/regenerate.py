@@ -32,6 +32,7 @@ from .answer_file import (
     use_again,
 )
 from .clock import kept_time
+from .finish_note import unfinished_note
 from .pool import Picked, PromptPool
 from .turns import check_room, next_turn
 
@@ -60,12 +61,17 @@ def regenerate(
         if config.answers == "original":
             return _write_originals(prompts, out, config.max_new_tokens, target)
         backend = (
-            _Served(target, config, out) if config.endpoints else _Own(target, config, overrun)
+            _Served(target, config, out, overrun)
+            if config.endpoints
+            else _Own(target, config, overrun)
         )
         while len(asked):
             _answer_round(backend, asked, out, inputs)
             asked = _next_round(target, asked, out, backend.context())
-        return read_answers(out)
+        found = read_answers(out)
+    if note := unfinished_note(sum(a.finish == "stop" for a in found), len(found), target):
+        say(note)
+    return found
 
 
 def _answer_round(
@@ -137,13 +143,9 @@ def sampling_of(config: RegenerateConfig) -> Sampling:
 
 
 def check_backend(config: RegenerateConfig, overrun: int) -> None:
-    """Raise UserError for settings that endpoints cannot follow."""
-    if config.endpoints and overrun:
-        raise UserError(
-            f"--overrun {overrun} asks for the target's own tokens past each answer's end, which an "
-            "endpoint does not give; leave out --endpoint for answers to be replayed, or --overrun "
-            "for answers to train on"
-        )
+    """Raise UserError for settings that do not go together."""
+    if overrun < 0:
+        raise UserError(f"--overrun takes a number of tokens, 0 or more; got {overrun}")
     if config.endpoints and config.answers == "original":
         raise UserError(
             "answers=original takes the answers in the prompts file, so no endpoint is asked; leave out "
@@ -184,10 +186,10 @@ class _Own:
 class _Served:
     """Answers from endpoints; what these are is noted beside the answers' file."""
 
-    def __init__(self, target: Target, config: RegenerateConfig, out: Path):
+    def __init__(self, target: Target, config: RegenerateConfig, out: Path, overrun: int):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
-        self.pool, self.out = Endpoints(target, config), out
+        self.pool, self.out = Endpoints(target, config, overrun), out
 
     def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
         """The answers to the prompts, as they come."""

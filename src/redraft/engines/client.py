@@ -8,9 +8,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..console import Progress
+from ..data.completion import first_choice
+from ..data.endpoint import Trouble, message_of, object_of, shown
 from ..errors import UserError
 from ..records import Prompt
 from .counters import Counters, read_counters
@@ -42,15 +44,18 @@ class Client:
         }
         text = self._request("POST", "/v1/completions", json.dumps(body))
         try:
-            tokens: list[int] | None = json.loads(text)["choices"][0].get("token_ids")
-        except (ValueError, LookupError, TypeError, AttributeError):
+            choice = first_choice(object_of(text, None) or {})
+        except Trouble:
             # A dying server's last answer may be a status line and nothing more.
-            self._no_answer("/v1/completions", f"no completion: {text[:100]!r}")
+            self._no_answer("/v1/completions", f"no completion: '{shown(text, None, 100)}'")
+        tokens = choice.get("token_ids")
         if tokens is None:
             raise UserError(
                 f"{self.server.name} answers without token ids; expected `token_ids` because of "
                 "`return_token_ids`: a newer version is needed"
             )
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            self._no_answer("/v1/completions", "its `token_ids` are no list of numbers")
         return tokens
 
     def complete_all(
@@ -101,7 +106,7 @@ class Client:
             connection.close()
         if response.status != 200:
             raise UserError(
-                f"{self.server.name} refused {path} (HTTP {response.status}): {_message(text)}; "
+                f"{self.server.name} refused {path} (HTTP {response.status}): {message_of(text)}; "
                 f"its log: {self.server.log}"
             )
         return text
@@ -120,16 +125,3 @@ def _let_it_end(server: Server) -> None:
     deadline = time.monotonic() + 2.0
     while server.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _message(text: str) -> str:
-    """The sentence inside an OpenAI-style error, else the beginning of the text."""
-    try:
-        answer: Any = json.loads(text)
-    except ValueError:
-        return text.strip()[:300] or "no reason given"
-    if isinstance(answer, dict):
-        error = answer.get("error", answer)
-        if isinstance(error, dict) and "message" in error:
-            return str(error["message"])
-    return text.strip()[:300]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..decode.sampling import Sampling
+from ..visible import visible
 from .check import Check
 from .evidence import NARROW, Evidence
 from .outlook import ADAPT, KEEP, REFRESH, RETRAIN
@@ -69,7 +70,7 @@ def print_check(check: Check, out: Console | None = None) -> None:
             )
         )
     for name, text in lines:
-        out.print(f"{name:<12} {text}", markup=False, soft_wrap=True)
+        out.print(visible(f"{name:<12} {text}"), markup=False, soft_wrap=True)
     print_verdict(check.verdict, out)
     for note in notes(check):
         out.print(f"  {note}", markup=False, soft_wrap=True)
@@ -112,7 +113,7 @@ def print_served(check: ServedCheck, out: Console | None = None) -> None:
     if check.others > NOISY:
         lines.append(f"NOTE: {check.others:.0%} of the counted tokens were of other requests")
     for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(visible(line), markup=False, soft_wrap=True)
     print_verdict(check.verdict, out)
     out.print(
         f"  not known from a server: {'; '.join(check.unknown)}", markup=False, soft_wrap=True

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 
-from ..config import RegenerateConfig
+from ..config import RegenerateConfig, read_endpoints
 from ..console import Progress
-from ..data.endpoint import key_for
+from ..data.endpoint import Trouble, key_for, message_of, models_of, object_of, shown, text_of
 from ..data.regenerate import sampling_of
 from ..data.rows import read_rows
 from ..decode.sampling import Sampling
@@ -24,6 +24,7 @@ from ..engines.counters import Counters, read_counters
 from ..errors import UserError
 from ..formats.chat import Understood, understand
 from ..measuring import intervals
+from ..visible import visible
 from .evidence import ANSWERING
 from .outlook import KEEP, Case, check_enough, outlook, read_cases
 from .pilot import PLANS
@@ -32,6 +33,7 @@ from .verdict import WORTH, Bill, Pace, Verdict, decide
 GROUPS = 8
 """Groups of prompts, between which the counters are read: the interval of tau is over groups."""
 REQUEST_SECONDS = 600.0
+"""The longest wait for a whole reply."""
 SETTLE_SECONDS = 0.3
 """Counters lag behind the answers."""
 SETTLE_LOOKS = 5
@@ -89,16 +91,12 @@ def check_served(
     Raises UserError for a server that cannot be reached, has no counters or does not speculate, and for
     too few prompts.
     """
+    url = _root(url)
     known = list(cases) if cases is not None else read_cases()
     check_enough(known)  # before anything is asked
     asked = _read(source, max(most, 2 * rows), rows)
-    with httpx.Client(
-        base_url=url.rstrip("/").removesuffix("/v1"),
-        timeout=REQUEST_SECONDS,
-        headers=_key(url),
-        transport=transport,
-    ) as client:
-        server = _Server(url, client, model)
+    with httpx.Client(base_url=url, timeout=REQUEST_SECONDS, transport=transport) as client:
+        server = _Server(url, client, model, key_for(url))
         name = server.model()
         lengths: list[int | None] = []
         counted, seconds = [], 0.0
@@ -115,7 +113,7 @@ def check_served(
                 lengths += pool.map(lambda u: server.ask(name, u, answering), group)
                 seconds += time.monotonic() - began
                 now = server.settled()
-                counted.append(now.since(before))
+                counted.append(_since(before, now, url))
                 before = now
                 progress.advance(len(group))
     whole = before.since(first)
@@ -127,8 +125,8 @@ def check_served(
         )
     if whole.drafts == 0:
         raise UserError(
-            f"{url} answered {answered} prompts and drafted nothing: it serves {name} without speculation; "
-            "start it with --speculative-config, or check the weights with --target and --draft"
+            f"{url} answered {answered} prompts and drafted nothing: it serves {visible(name)} without "
+            "speculation; start it with --speculative-config, or check the weights with --target and --draft"
         )
     # Without counts by position, K is what a draft proposes.
     found, k = whole.acceptance(), len(whole.per_position) or round(whole.drafted / whole.drafts)
@@ -167,33 +165,37 @@ def check_served(
 class _Server:
     """The few requests that a check makes."""
 
-    def __init__(self, url: str, client: httpx.Client, named: str | None):
-        self.url, self.client, self.named = url, client, named
+    def __init__(self, url: str, client: httpx.Client, named: str | None, key: str | None):
+        self.url, self.client, self.named, self.key = url, client, named, key
         self.refusal = ""
 
     def model(self) -> str:
-        listed = self._object(self._reply("GET", "/v1/models"), "/v1/models")
-        models = listed.get("data") or [{}]
-        names = [str(m.get("id")) for m in models]
+        try:
+            names = list(models_of(self._object("GET", "/v1/models")))
+        except Trouble:
+            names = []
+        if not names:
+            raise UserError(f"{self.url}/v1/models names no model; expected an OpenAI-style list")
+        told = visible(", ".join(names))
         if self.named is not None and self.named not in names:
-            raise UserError(f"{self.url} serves {', '.join(names)}, not {self.named}")
+            raise UserError(f"{self.url} serves {told}, not {self.named}")
         if self.named is None and len(names) > 1:
             raise UserError(
-                f"{self.url} serves {', '.join(names)}: name the one to check with --endpoint-model"
+                f"{self.url} serves {told}: name the one to check with --endpoint-model"
             )
-        name = self.named or models[0].get("id")
-        if not isinstance(name, str):
-            raise UserError(f"{self.url}/v1/models names no model; expected an OpenAI-style list")
-        return name
+        return self.named or names[0]
 
     def counters(self) -> Counters:
-        page = self._reply("GET", "/metrics").text
+        page = self._reply("GET", "/metrics")[1]
         if "vllm:" not in page:
             raise UserError(
                 f"{self.url}/metrics holds no counters of vLLM, from which acceptance is read; check the "
                 "weights instead: --target, --draft and --prompts"
             )
-        return read_counters(page)
+        try:
+            return read_counters(page)
+        except (ValueError, OverflowError):
+            raise UserError(f"{self.url}/metrics holds counters that are no numbers") from None
 
     def settled(self) -> Counters:
         """The counters, once they have come to rest."""
@@ -221,44 +223,74 @@ class _Server:
         else:
             path = "/v1/completions"
             body["prompt"] = row.text if row.tokens is None else list(row.tokens)
-        reply = self._reply("POST", path, body, may_refuse=True)
-        if reply.status_code != 200:
-            self.refusal = self.refusal or reply.text.strip()[:300]
+        status, text = self._reply("POST", path, body, may_refuse=True)
+        if status != 200:
+            self.refusal = self.refusal or message_of(text, self.key)
             return None
-        usage = self._object(reply, path).get("usage") or {}
-        count = usage.get("completion_tokens")
-        if not isinstance(count, int):
-            raise UserError(f"{self.url}{path} does not say how many tokens it wrote (usage)")
+        usage = self._parsed(text, path).get("usage")
+        count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if type(count) is not int or not 0 <= count <= how.max_new_tokens:
+            raise UserError(
+                f"{self.url}{path} does not say how many tokens it wrote (usage.completion_tokens, of at most "
+                f"{how.max_new_tokens})"
+            )
         return count
 
-    def _object(self, reply: httpx.Response, path: str) -> dict[str, Any]:
-        try:
-            found = reply.json()
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
+    def _object(self, verb: str, path: str) -> dict[str, Any]:
+        return self._parsed(self._reply(verb, path)[1], path)
+
+    def _parsed(self, text: str, path: str) -> dict[str, Any]:
+        found = object_of(text, self.key)
+        if found is None:
             raise UserError(f"{self.url}{path} replied with something that is no JSON object")
         return found
 
     def _reply(
         self, verb: str, path: str, body: dict[str, Any] | None = None, may_refuse: bool = False
-    ) -> httpx.Response:
+    ) -> tuple[int, str]:
+        """Status and text. The client bounds the silence between two bytes; here the whole is bounded."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        end, content = time.monotonic() + REQUEST_SECONDS, b""
         try:
-            reply = self.client.request(verb, path, json=body)
-        except httpx.HTTPError as problem:
+            with self.client.stream(verb, path, json=body, headers=headers) as reply:
+                for piece in reply.iter_bytes():
+                    content += piece
+                    if time.monotonic() > end:
+                        raise httpx.ReadTimeout(f"no whole reply within {REQUEST_SECONDS:g} s")
+        except (httpx.HTTPError, httpx.InvalidURL) as problem:
+            said = shown(str(problem), self.key) or type(problem).__name__
+            raise UserError(f"{self.url}{path} does not answer ({said})") from None
+        status, text = reply.status_code, text_of(content)
+        if status != 200 and not (may_refuse and status in OF_THE_PROMPT):
             raise UserError(
-                f"{self.url}{path} does not answer ({problem or type(problem).__name__})"
-            ) from None
-        if reply.status_code != 200 and not (may_refuse and reply.status_code in OF_THE_PROMPT):
-            raise UserError(
-                f"{self.url}{path} refused (HTTP {reply.status_code}): {reply.text.strip()[:300]}"
+                f"{self.url}{path} refused (HTTP {status}): {message_of(text, self.key)}"
             )
-        return reply
+        return status, text
 
 
-def _key(url: str) -> dict[str, str]:
-    key = key_for(url)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def _since(before: Counters, now: Counters, url: str) -> Counters:
+    """What was counted between two readings. Raises UserError where that cannot be."""
+    found = now.since(before)
+    if min(found.drafts, found.drafted, found.accepted, *found.per_position) < 0:
+        raise UserError(
+            f"the counters of {url} went down while it was asked: it was restarted; check it again"
+        )
+    if found.accepted > found.drafted:
+        raise UserError(
+            f"{url}/metrics counts {found.accepted} accepted tokens of {found.drafted} drafted: no counts "
+            "of speculation"
+        )
+    return found
+
+
+def _root(url: str) -> str:
+    try:
+        roots = read_endpoints(url)
+    except ValueError as problem:
+        raise UserError(f"--endpoint {problem}") from None
+    if len(roots) != 1:
+        raise UserError("check asks one server; name one with --endpoint")
+    return roots[0]
 
 
 def _read(source: str, most: int, rows: int) -> list[Understood]:
