@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "redraft"
 LAYERS = [
-    {"errors", "rng", "faults", "head", "tokens"},
+    {"errors", "rng", "faults", "head", "tokens", "encodings", "tool_calls"},
     {"files", "methods"},
     {"records", "config", "console", "lock"},
     {"target", "batches", "slots"},

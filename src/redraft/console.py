@@ -5,6 +5,7 @@ On a terminal a bar is drawn; elsewhere (a log file, CI) a line appears every te
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import TracebackType
@@ -131,3 +132,14 @@ class Waiting:
         elif not _quiet and now - self._logged > LOG_EVERY_SECONDS:
             self._logged = now
             print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that steer a terminal or turn the direction of text, and halves of surrogate pairs."""
+
+
+def visible(text: str) -> str:
+    """A text from a stranger, with what a terminal would obey or hide shown escaped."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
