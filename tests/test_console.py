@@ -40,3 +40,11 @@ def test_waiting_is_silent_when_quiet(loud: None, capsys: pytest.CaptureFixture[
     with console.Waiting("starting the engine") as waiting:
         waiting.tick()
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_terminal_would_obey_is_shown() -> None:
+    assert console.visible("\x1b[2J \x07 \r \x7f \x9b \u202e \u2066 \ud800") == (
+        "\\x1b[2J \\x07 \\r \\x7f \\x9b \\u202e \\u2066 \\ud800"
+    )
+    plain = "é\tü\n\N{GRINNING FACE}\u200d 漢字 עברית"
+    assert console.visible(plain) == plain

@@ -166,9 +166,9 @@ class PromptReader:
             most = self.unread.most_common(COLUMNS_NAMED)
             others = len(self.unread) - len(most)
             named = [f"{name} ({count} row{'s' * (count > 1)})" for name, count in most]
+            named += [f"{others} others"] if others else []
             notes.append(
-                f"of the columns {', '.join(named)}{f' and {others} others' if others else ''} the text is "
-                "not read; where it belongs to the question, put it there"
+                f"columns {', '.join(named)} are not read; where one belongs to the question, add its text there"
             )
         for what, rows in self._has.items():
             if self._drops[what]:

@@ -51,7 +51,6 @@ UNDER_A_KEY = re.compile(
     rb'"(?:data|rows|train|dataset|examples|instances|samples|items|records|prompts|questions)"\s*:\s*\[(?=\s*\{)'
 )
 """An object that holds the rows as a list of objects under one of its keys."""
-SURROGATE = re.compile(r"\\u[dD][89abAB]")
 
 
 def read_rows(source: str) -> Read:
@@ -177,14 +176,9 @@ def _row(raw: bytes) -> Any:
 def _parsed(raw: bytes) -> Any:
     """A JSON value. Raises ValueError in words for a person."""
     try:
-        text = raw.decode("utf-8-sig")
-        value = DECODER.decode(text)
-        if SURROGATE.search(text):  # a pair is fine, a half is no text
-            json.dumps(value, ensure_ascii=False).encode()
+        return DECODER.decode(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
         raise ValueError(f"byte {problem.start + 1} of the row is not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair, which is no character") from None
     except json.JSONDecodeError as problem:
         empty = not raw.strip()
         raise ValueError(
@@ -194,7 +188,6 @@ def _parsed(raw: bytes) -> Any:
         raise ValueError("not readable: nested too deeply") from None
     except ValueError as problem:  # a number too long, a key twice
         raise ValueError(f"not readable: {str(problem).split(';')[0]}") from None
-    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -46,7 +46,11 @@ class Understood:
 def understand(row: Mapping[str, Any]) -> Understood:
     """What a row holds. Raises ValueError when its shape is unknown, empty or out of order."""
     try:
-        return _understood({str(key): value for key, value in row.items() if value is not None})
+        found = _understood({str(key): value for key, value in row.items() if value is not None})
+        json.dumps([found.text, found.messages, found.tools], ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair, which is no character") from None
     except RecursionError:
         raise ValueError("the row is nested too deeply") from None
 

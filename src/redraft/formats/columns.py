@@ -36,11 +36,11 @@ METADATA = re.compile(
     id s? | uuid | idx | index | key | hash | hashed_ip | ip | checksum | md5 | sha\d* |
     source s? | dataset | origin | provenance | subset | split | config | corpus | file (name)? | path |
     url s? | link s? | license | author | annotator | worker | generator | generated_by | model s? | version |
-    revision | categor(y|ies) | type s? | kind | tag s? | topic s? | subject | domain s? | task s? | level |
+    revision | categor(y|ies) | q? type s? | kind | tag s? | topic s? | subject | domain s? | task s? | level |
     difficulty | lang | language s? | locale | country | title | name s? | status |
     created(_at)? | updated(_at)? | timestamp s? | date s? | time s? | year | header |
     score s? | rating s? | rank | label s? | vote s? | winner | quality | reward s? | toxic(ity)? | moderation |
-    meta | metadata | info | extra | extra_info | stats | annotation s? | turn_identifier
+    meta | metadata | info | extra | extra_info | stats | cluster | service s? | entry_point | annotation s? | turn_identifier
     )"""
 )
 LONGEST_METADATA = 200
