@@ -23,7 +23,7 @@ from torch import Tensor
 from .encodings import encoding_of
 from .errors import UserError
 from .head import logits_from
-from .tool_calls import as_object, as_text, with_arguments, written_as_python, written_as_text
+from .tool_calls import forms, written_as_python, written_as_text
 
 MOST_ADDED = 64
 """Tokens added by a fine-tune that are looked for when a draft was made for the tokenizer without them."""
@@ -224,9 +224,9 @@ class Target:
             try:
                 return str(self._apply(form, how, tokenize=False))
             except ValueError:
-                return None  # refused; when both are, rendering the first says why
+                return None  # where both are refused, rendering the first says why
 
-        objects, texts = (with_arguments(messages, form) for form in (as_object, as_text))
+        objects, texts = forms(messages)
         first = rendered(objects)
         if first is not None and not written_as_python(messages, first):
             return objects

@@ -13,14 +13,10 @@ from typing import Any
 Messages = Sequence[dict[str, Any]]
 
 
-def with_arguments(messages: Messages, form: Callable[[Any], Any]) -> list[dict[str, Any]]:
-    """The messages with the arguments of each tool call in another form."""
-    return [
-        {**message, "tool_calls": [_changed(call, form) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
-        for message in messages
-    ]
+def forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:
+    """The messages with arguments as objects, then as text."""
+    for change in (as_object, as_text):
+        yield [_changed(message, change) for message in messages]
 
 
 def as_object(arguments: Any) -> Any:
@@ -38,26 +34,27 @@ def as_text(arguments: Any) -> Any:
 
 
 def written_as_python(messages: Messages, rendered: str) -> bool:
-    """Whether a rendered conversation holds an object of arguments as Python writes it, which is no JSON."""
-    found = (as_object(arguments) for arguments in _arguments(messages))
+    """Whether a rendered conversation has an object of arguments as Python writes it, which is no JSON."""
+    found = (as_object(function["arguments"]) for function in _functions(messages))
     return any(isinstance(one, dict) and one and str(one) in rendered for one in found)
 
 
 def written_as_text(messages: Messages, rendered: str) -> bool:
-    """Whether a rendered conversation holds the arguments of every tool call as their text."""
-    return all(str(as_text(arguments)) in rendered for arguments in _arguments(messages))
+    """Whether a rendered conversation has the arguments of every call as their text."""
+    return all(str(as_text(function["arguments"])) in rendered for function in _functions(messages))
 
 
-def _arguments(messages: Messages) -> Iterator[Any]:
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict) and "arguments" in function:
-                yield function["arguments"]
+def _functions(messages: Messages) -> Iterator[dict[str, Any]]:
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    functions = (call.get("function") for call in calls if isinstance(call, dict))
+    yield from (one for one in functions if isinstance(one, dict) and "arguments" in one)
 
 
-def _changed(call: Any, form: Callable[[Any], Any]) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or "arguments" not in function:
-        return call
-    return {**call, "function": {**function, "arguments": form(function["arguments"])}}
+def _changed(message: dict[str, Any], form: Callable[[Any], Any]) -> dict[str, Any]:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and "arguments" in function:
+            call = {**call, "function": {**function, "arguments": form(function["arguments"])}}
+        calls.append(call)
+    return {**message, "tool_calls": calls} if calls else message

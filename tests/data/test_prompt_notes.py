@@ -65,6 +65,7 @@ def ends(*tail: str) -> str:
     [
         (ends("<|system|>"), True),
         (ends("\\n<|system|>\\n"), True),
+        (ends("<|im_end|>\\n"), True),
         (ends("<|system|><|end|>"), False),
         (ends("<|end|>\\n"), False),
         (ends("\\n"), False),
@@ -80,7 +81,8 @@ def test_an_end_of_turn_that_is_no_stop_token(
     said = end_of_turn_note(target)
     assert bool(said) == warned
     if said:
-        assert "ends an assistant's turn with <|system|> (id 4)" in said
+        what = "<|im_end|>, ordinary text" if "im_end" in template else "<|system|> (id 4)"
+        assert f"ends an assistant's turn with {what}" in said
         assert "no stop token (stop tokens: <|end|>)" in said
         assert said in notes(target, {"prompt": "x"})
         assert said not in notes(target, {"text": "x"}, {"input_ids": [5, 6]})

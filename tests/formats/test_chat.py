@@ -243,6 +243,7 @@ def test_marks_of_the_answer(marks: dict[str, Any]) -> None:
         ({"completion_mask": ["0"] * 8}, "completion_mask has values that are neither"),
         ({"loss_mask": [float("nan")] * 8}, "loss_mask has values"),
         ({"loss_mask": MASK, "attention_mask": [1, 1, 0, 1, 1, 1, 1, 1]}, "attention_mask has zeros between"),
+        ({"answer_mask": MASK, "attention_mask": [1] * 8}, "answer_mask may mark the answer; known marks"),
         ({"attention_mask": [0] * 8}, "attention_mask is 0 for every token"),
     ],
 )  # fmt: skip

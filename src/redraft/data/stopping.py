@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 from ..target import Target
 
 ANSWER = "redraft-was-here"
 """A text that no template has in it."""
+MARK = re.compile(r"</?[^\s<>]+>|\[/?[A-Z_]+\]")
+"""What looks like a special token."""
 
 
 def end_of_turn_note(target: Target) -> str | None:
-    """A warning when no special token that the chat template writes after an answer is a stop token.
+    """A warning when nothing that the chat template writes after an answer is a stop token.
 
     None too where the template writes none, or refuses a single turn.
     """
@@ -21,15 +25,23 @@ def end_of_turn_note(target: Target) -> str | None:
     except ValueError:
         return None  # a template for other conversations
     _, answered, end = rendered.rpartition(ANSWER)
+    if not answered:
+        return None
     special = special_ids(target)
-    ids = target.tokenizer.encode(end, add_special_tokens=False) if answered else []
+    ids = target.tokenizer.encode(end, add_special_tokens=False)
     ends = [token for token in ids if token in special]
-    if not ends or set(ends) & set(target.stop_ids):
+    if set(ends) & set(target.stop_ids):
+        return None
+    if ends:
+        what, wanted = f"{names(target, ends[:1])} (id {ends[0]})", f"id {ends[0]}"
+    elif mark := MARK.search(end):
+        what, wanted = f"{mark[0]}, ordinary text to this tokenizer", "its id"
+    else:
         return None
     return (
-        f"the chat template ends an assistant's turn with {names(target, ends[:1])} (id {ends[0]}), which is "
-        f"no stop token (stop tokens: {names(target, target.stop_ids) or 'none'}), so answers run on to "
-        f"max_new_tokens; add {ends[0]} to eos_token_id in generation_config.json"
+        f"the chat template ends an assistant's turn with {what}, which is no stop token (stop tokens: "
+        f"{names(target, target.stop_ids) or 'none'}), so answers run on to max_new_tokens; make it one: put "
+        f"{wanted} into eos_token_id of generation_config.json"
     )
 
 

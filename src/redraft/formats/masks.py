@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-MARKS = ("loss_mask", "labels", "assistant_masks", "assistant_mask", "completion_mask")
+MARKS = (
+    "loss_mask",
+    "labels",
+    "assistant_masks",
+    "assistant_mask",
+    "assistant_tokens_mask",
+    "completion_mask",
+    "response_mask",
+)
+OTHER_MARKS = re.compile(r"(?i)(?!attention|special_tokens|padding|pad_).*(mask|weight|label)s?")
+"""Columns that may mark the answer too, in a way that is not known."""
 NO_LABEL = -100
 """What `labels` have in place of a token that is not learned."""
 
@@ -30,6 +41,8 @@ def split(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] | No
     kept = {name: [marks[at] for at in present] for name, marks in found.items()}
     tokens = tokens[present.start : present.stop]
     if not kept:
+        if other := next((key for key in row if OTHER_MARKS.fullmatch(key)), None):
+            raise ValueError(f"{other} may mark the answer; known marks: {', '.join(MARKS)}")
         return tokens, None
     (name, marks), *others = kept.items()
     for other, differing in others:
