@@ -9,11 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "src" / "redraft"
 LAYERS = [
-    {"errors", "rng", "faults", "head", "tokens", "visible"},
+    {"errors", "rng", "faults", "head", "tokens", "visible", "encodings", "tool_calls"},
     {"files", "methods"},
     {"records", "config", "console", "lock"},
     {"target", "batches", "slots"},
     {"model_cache", "final_norm"},
+    {"loading"},
     {"drafts"},
     {"private", "decode"},
     {"formats"},

@@ -24,7 +24,7 @@ _HOMES = {
     "adapt": "flow",
     "generate": "custom_generate",
     "load_draft": "formats.load",
-    "load_target": "target",
+    "load_target": "loading",
     "measure": "measuring.measure",
 }
 

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import Tensor
 
+from .encodings import encoding_of
 from .errors import UserError
 from .head import logits_from
+from .tool_calls import forms, written_as_python, written_as_text
 
 MOST_ADDED = 64
 """Tokens added by a fine-tune that are looked for when a draft was made for the tokenizer without them."""
@@ -119,19 +122,6 @@ class Target:
         """The chat template in use; '' where there is none."""
         return self.template or str(getattr(self.tokenizer, "chat_template", None) or "")
 
-    def apply_template(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None, **how: Any
-    ) -> Any:
-        """What the tokenizer's `apply_chat_template` makes of a conversation, under this target's template,
-        with its `template_args` and at `rendered_at`; `how` are further arguments of that function."""
-        template = self.tokenizer.get_chat_template(self.template, tools=tools)
-        if "strftime_now" in template:
-            how["rendered_at"] = {sign: self.rendered_at.strftime(sign) for sign in DIRECTIVES}
-            template = FIXED_TIME + template
-        return self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, chat_template=template, **how, **self.template_args
-        )
-
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer: the generation config's, and the tokenizer's own."""
@@ -201,18 +191,77 @@ class Target:
                 f"the tokenizer of {self.name} has no chat template, so prompts cannot be rendered "
                 "as the target saw them; pass one with --chat-template FILE (a Jinja file)"
             )
-        try:
-            rendered = self.apply_template(
-                messages,
-                list(tools) if tools else None,
-                add_generation_prompt=not answered,
-                tokenize=True,
-                return_dict=True,
+        how = {"tools": list(tools) if tools else None, "add_generation_prompt": not answered}
+        if any(message.get("tool_calls") for message in messages):
+            messages = self._as_it_reads_calls(messages, how)
+        return self.checked(list(self._apply(messages, how, tokenize=True)["input_ids"]))
+
+    def render_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        answered: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The text that `render` makes token ids of; raises as it does."""
+        how = {"tools": tools, "add_generation_prompt": not answered}
+        return str(self._apply(messages, how, tokenize=False))
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """The token ids. Raises UserError for one that the embedding does not have."""
+        rows = self.embedding_VH.shape[0]
+        if ids and max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"the tokenizer of {self.name} writes {token!r} as token {max(ids)}, but the model's embedding "
+                f"has {rows} rows: the tokenizer is not this model's. Put the model's own tokenizer in its "
+                "folder, or train the model with an embedding of the tokenizer's size"
             )
+        return ids
+
+    def _apply(
+        self, messages: Sequence[dict[str, Any]], how: dict[str, Any], tokenize: bool
+    ) -> Any:
+        """What the tokenizer's `apply_chat_template` makes of a conversation, under this target's template,
+        with its `template_args` and at `rendered_at`; `how` are further arguments of that function."""
+        variables = dict(self.template_args)
+        try:
+            template = self.tokenizer.get_chat_template(self.template, tools=how["tools"])
+            if "strftime_now" in template:
+                template = FIXED_TIME + template
+                variables["rendered_at"] = {x: self.rendered_at.strftime(x) for x in DIRECTIVES}
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                **how,
+                **variables,
+            )
+        except TemplateSyntaxError as problem:
+            raise _unreadable(f"the chat template of {self.name}", problem) from None
         except Exception as problem:
             # Templates are user code in Jinja and raise what they like; name the source.
             raise ValueError(f"the chat template refused the row: {problem}") from problem
-        return list(rendered["input_ids"])
+
+    def _as_it_reads_calls(
+        self, messages: Sequence[dict[str, Any]], how: dict[str, Any]
+    ) -> Sequence[dict[str, Any]]:
+        """The messages with the arguments of tool calls in the form that the template writes as JSON."""
+
+        def rendered(form: Sequence[dict[str, Any]]) -> str | None:
+            try:
+                return str(self._apply(form, how, tokenize=False))
+            except ValueError:
+                return None  # where both are refused, rendering the first says why
+
+        objects, texts = forms(messages)
+        first = rendered(objects)
+        if first is not None and not written_as_python(messages, first):
+            return objects
+        second = rendered(texts)
+        fits = second is not None and (first is None or written_as_text(messages, second))
+        return texts if fits else objects
 
     def fingerprint(self, dtype: torch.dtype | None = None) -> str:
         """Changes when the weights, the adapter, the chat template or the dtype change.
@@ -286,12 +335,51 @@ def check_taps(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of a chat template's file, where one is named."""
+    """The text of a chat template's file, where one is named.
+
+    Raises UserError for a file that is no text, no Jinja, or JSON (a tokenizer_config.json).
+    """
     if path is None:
         return None
+    where = f"--chat-template {path}"
     if not Path(path).is_file():
-        raise UserError(f"--chat-template {path}: no such file")
-    return Path(path).read_text(encoding="utf-8")
+        found = "is a folder; name the file in it" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{where}: {found}")
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode(encoding_of(content)).replace("\r\n", "\n")
+    except UnicodeDecodeError as problem:
+        raise UserError(
+            f"{where}: byte {problem.start + 1} is not {problem.encoding}; save the file as UTF-8"
+        ) from None
+    if not text.strip() or "\0" in text:
+        raise UserError(f"{where}: expected a Jinja template, found {_kind_of(text)}")
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        _compile(where, text)
+        return text
+    raise UserError(
+        f"{where}: expected a Jinja template, found JSON; save its chat_template value as a file of its own"
+    )
+
+
+def _kind_of(text: str) -> str:
+    return "a binary file" if text.strip() else "an empty file"
+
+
+def _compile(where: str, text: str) -> None:
+    """Raise UserError for a text that is no Jinja template as Transformers reads it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(text)
+    except TemplateSyntaxError as problem:
+        raise _unreadable(where, problem) from None
+
+
+def _unreadable(what: str, problem: TemplateSyntaxError) -> UserError:
+    return UserError(f"{what} is no Jinja template: line {problem.lineno}: {problem.message}")
 
 
 def fingerprint(source: str) -> str:

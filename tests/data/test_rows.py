@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from redraft.data import json_items
 from redraft.data.pool import Picked, PromptPool
 from redraft.data.prompts import PromptReader
 from redraft.data.rows import read_rows
@@ -65,6 +66,130 @@ def test_marks_of_byte_order_and_damage(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(UserError, match="could not be read to the end"):
         list(read_rows(str(path)))
+
+
+THREE = [{"prompt": text} for text in ("a", "é, ü", '[c]}\\"')]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in THREE)
+LAYOUTS = {
+    "lines": LINES,
+    "lines without an end": LINES.rstrip(),
+    "list": json.dumps(THREE),
+    "list over lines": json.dumps(THREE, indent=1, ensure_ascii=False),
+    "under a key": json.dumps({"version": 1, "data": THREE, "more": 2}),
+    "under a key over lines": json.dumps({"train": THREE}, indent=0),
+    "objects over lines": "\n".join(json.dumps(row, indent=2) for row in THREE),
+}
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.json.gz", "p"])
+def test_layouts_encodings_and_names(layout: str, encoding: str, name: str, tmp_path: Path) -> None:
+    content = LAYOUTS[layout].encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(read_rows(str(path))) == list(enumerate(THREE, 1))
+
+
+def test_one_object_is_one_row(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}]}
+    for indent in (None, 2):
+        (tmp_path / "p.json").write_text(json.dumps(row, indent=indent))
+        assert list(read_rows(str(tmp_path / "p.json"))) == [(1, row)]
+
+
+BAD = {
+    "another encoding": ('{"prompt": "é"}'.encode("latin-1"), "is not UTF-8"),
+    "deep": (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+    "a giant number": (b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}", "4300 digits"),
+    "zeros": (b"\0\0\0", "not valid JSON"),
+    "a form feed": (b'{"prompt": "x\x0c"}', "Invalid control character"),
+    "a key twice": (b'{"prompt": "x", "prompt": "y"}', "the key 'prompt' is there twice"),
+    "no JSON": (b"{prompt: x}", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_row_costs_itself_alone(bad: str, listed: bool, tmp_path: Path) -> None:
+    content, reason = BAD[bad]
+    rows = [json.dumps(row).encode() for row in THREE]
+    rows.insert(1, content)
+    path = tmp_path / "p.json"
+    path.write_bytes(b"[" + b",\n".join(rows) + b"]" if listed else b"\n".join(rows))
+    found = [row for _, row in read_rows(str(path))]
+    problem = found.pop(1)
+    assert found == THREE
+    assert isinstance(problem, ValueError)
+    assert reason in str(problem)
+
+
+def test_an_emoji_and_nan_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "\\ud83d\\ude00", "score": NaN}\n')
+    (_, row), *_ = read_rows(str(path))
+    assert row["prompt"] == "\N{GRINNING FACE}"
+
+
+def test_values_of_a_list_do_not_depend_on_where_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([*THREE, 5, "x,]", [1, {"a": []}]], indent=1))
+    whole = list(read_rows(str(path)))
+    assert [row for _, row in whole[3:]] == [5, "x,]", [1, {"a": []}]]
+    for block in (1, 2, 3, 7):
+        monkeypatch.setattr(json_items, "BLOCK", block)
+        assert list(read_rows(str(path))) == whole
+
+
+def test_what_follows_the_first_list_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"train": THREE, "test": THREE}))
+    *rows, (number, problem) = read_rows(str(path))
+    assert (len(rows), number) == (3, 4)
+    assert "more follows the first list" in str(problem)
+    path.write_text(json.dumps(THREE)[:-1])
+    with pytest.raises(UserError, match="the list has no end"):
+        list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("p.csv", b"prompt,answer\na,b\n", r"\.csv files are not read; convert it to JSONL"),
+        ("p.csv.gz", gzip.compress(b"prompt\na\n"), r"\.csv files are not read"),
+        ("p.tsv", b"a\tb\n", r"\.tsv files"),
+        ("p.txt", b"Say a.\n", r"\.txt files"),
+        ("p.yaml", b"- prompt: a\n", r"\.yaml files"),
+        ("p.jsonl.zst", b"\x28\xb5\x2f\xfd....", "packed with Zstandard"),
+        ("p.jsonl", b"PK\x03\x04....", "zip archive"),
+        ("p.parquet", b"PAR1", "could not be read to the end"),
+        ("p.jsonl", gzip.compress(b'{"prompt": "a"}\n')[:-9], "could not be read to the end"),
+        ("p.jsonl", "{}\n".encode("utf-16")[:-1], "could not be read to the end"),
+    ],
+)
+def test_files_of_another_kind_say_what_to_do(
+    name: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        list(read_rows(str(tmp_path / name)))
+    with pytest.raises(UserError, match="a folder; name a file in it"):
+        list(read_rows(str(tmp_path)))
+
+
+def test_a_text_that_is_no_text_in_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"a", b"\xe9", b"c"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "p.parquet")
+    first, (_, problem), last = read_rows(str(tmp_path / "p.parquet"))
+    assert (first, last) == ((1, {"prompt": "a"}), (3, {"prompt": "c"}))
+    assert isinstance(problem, ValueError)
 
 
 def test_json_lines_in_a_json_file(tmp_path: Path) -> None:

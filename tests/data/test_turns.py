@@ -123,7 +123,7 @@ def test_single_turns_carry_no_history(target: Target) -> None:
         ({"messages": [{"role": "system", "content": "s"}]}, "has no user turn"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "parts that are not text",
+            "turn 1 holds a part of type 'image', which is not text",
         ),
         ({"prompt": "a", "tools": "{no"}, "tools is text that is not JSON"),
         ({"prompt": "a", "tools": [1]}, "tools is not a list of objects"),
@@ -149,7 +149,7 @@ def test_more_shapes(target: Target) -> None:
     calls = [{"function": {"name": "f", "arguments": '{"city": "P"}'}, "id": None}]
     row = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": calls}]}
     called = understand(row).messages[1]["tool_calls"]
-    assert called == [{"function": {"name": "f", "arguments": {"city": "P"}}}]
+    assert called == [{"function": {"name": "f", "arguments": '{"city": "P"}'}}]
     assert (
         understand({"prompt": "a", "completion": "A", "tokens": 345, "length": 9}).shape == "prompt"
     )
@@ -238,7 +238,7 @@ def test_inspection_shows_the_mistakes_of_a_template(
     monkeypatch.setattr(target, "template", dropping)
     bad = inspect_prompts(read(target, tmp_path, rows), target, rows=0)
     said = "\n".join(bad.warnings)
-    assert "the chat template drops system prompts: 1 rows" in said
+    assert "the chat template drops system prompts: 1 row with them" in said
     assert "nothing that has the target answer" in said
     assert "hold no stop token under this template (stop tokens: " in said
 

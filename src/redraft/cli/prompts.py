@@ -77,13 +77,13 @@ def _print(found: Inspection) -> None:
 
     out = Console(highlight=False)
     for row in found.rows:
-        text = Text(f"{row.id}: {row.prompt_tokens} tokens", style="bold")
+        text = Text(f"{visible(row.id)}: {row.prompt_tokens} tokens", style="bold")
         text.append(f", answer in the file {row.answer_tokens}" if row.answer_tokens else "")
         text.append(f", {row.turns} turns to answer" if row.turns > 1 else "")
         out.print(text)
         body = Text()
         for span in row.spans:
-            body.append(_visible(span), style=_style(span))
+            body.append(_marked(span), style=_style(span))
         out.print(body, soft_wrap=True)
         out.print()
     legend = Text("special tokens ⟨so⟩", style="magenta")
@@ -103,17 +103,18 @@ def _print(found: Inspection) -> None:
             rows = "rows" if count > 1 else "row"
             at = f"line {found.lines[reason]}"
             out.print(
-                f"  {count} {rows} ({at if count == 1 else f'first: {at}'}): {reason}", markup=False
+                f"  {count} {rows} ({at if count == 1 else f'first: {at}'}): {visible(reason)}",
+                markup=False,
+                soft_wrap=True,
             )
     for warning in found.warnings:
-        out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        out.print(f"warning: {visible(warning)}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _visible(span: Span) -> str:
+def _marked(span: Span) -> str:
     """Marked by signs as well as by colour, for a log file and for a colour-blind eye."""
     text = visible(span.text)
-    if span.special:
-        return f"«⟨{text}⟩»" if span.supervised else f"⟨{text}⟩"
+    text = f"⟨{text}⟩" if span.special else text
     return f"«{text}»" if span.supervised else text
 
 

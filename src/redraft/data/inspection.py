@@ -6,14 +6,14 @@ rendered text.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..records import Prompt
 from ..target import Target
-from .prompts import PromptSet, generation_prompt
+from .prompts import AS_THEY_ARE, PromptSet, alike, generation_prompt
+from .stopping import names, special_ids
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def inspect_prompts(found: PromptSet, target: Target, rows: int) -> Inspection:
     reasons: Counter[str] = Counter()
     lines: dict[str, int] = {}
     for number, reason in found.left_out:
-        reasons[_alike(reason)] += 1
-        lines.setdefault(_alike(reason), number)
+        reasons[alike(reason)] += 1
+        lines.setdefault(alike(reason), number)
     return Inspection(
         source=found.source,
         kept=len(found.prompts),
@@ -92,7 +92,7 @@ def inspect_prompts(found: PromptSet, target: Target, rows: int) -> Inspection:
 
 
 def _warnings(found: PromptSet, target: Target, unfinished: int, answers: int) -> Iterator[str]:
-    templated = len(found.prompts) > found.shapes.get("text", 0) + found.shapes.get("input_ids", 0)
+    templated = len(found.prompts) > sum(found.shapes.get(shape, 0) for shape in AS_THEY_ARE)
     if templated and not generation_prompt(target):
         yield (
             "the chat template writes nothing that has the target answer (it ignores "
@@ -105,12 +105,8 @@ def _warnings(found: PromptSet, target: Target, unfinished: int, answers: int) -
     if unfinished:
         yield (
             f"{unfinished} of {answers} answers in the file hold no stop token under this template "
-            f"(stop tokens: {_names(target)}), so nothing teaches a draft where answers end"
+            f"(stop tokens: {names(target, target.stop_ids)}), so nothing teaches a draft where answers end"
         )
-
-
-def _names(target: Target) -> str:
-    return ", ".join(map(str, target.tokenizer.convert_ids_to_tokens(list(target.stop_ids))))
 
 
 def _shown(prompt: Prompt, target: Target) -> Shown:
@@ -126,7 +122,7 @@ def _shown(prompt: Prompt, target: Target) -> Shown:
 
 def _spans(tokens: Sequence[int], target: Target, supervised: bool) -> Iterator[Span]:
     """Tokens as text, each special token by itself."""
-    special = {*target.tokenizer.get_added_vocab().values(), *target.tokenizer.all_special_ids}
+    special = special_ids(target)
     run: list[int] = []
     for token in tokens:
         if token in special:
@@ -138,13 +134,6 @@ def _spans(tokens: Sequence[int], target: Target, supervised: bool) -> Iterator[
             run.append(token)
     if run:
         yield Span(target.tokenizer.decode(run), supervised, False)
-
-
-def _alike(reason: str) -> str:
-    """A reason without what differs from row to row."""
-    return re.sub(
-        r"same prompt as .*", "same prompt as an earlier row", re.sub(r"\d+", "…", reason)
-    )
 
 
 def _spread(lengths: list[int]) -> tuple[int, int, int]:

@@ -10,17 +10,20 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..console import Waiting
 from ..errors import UserError
-from ..formats.chat import Understood, last_supervised, understand
+from ..formats.chat import Understood, understand
+from ..formats.messages import Message
 from ..records import Prompt
 from ..target import Target
+from ..visible import visible
 from .pool import Picked, PromptPool
 from .rows import read_rows
+from .stopping import end_of_turn_note
 from .turns import check_room, first_turn
 
 GIVEN_NAME = re.compile(r"#\d+$|^line-\d+$")
@@ -28,6 +31,12 @@ GIVEN_NAME = re.compile(r"#\d+$|^line-\d+$")
 altered."""
 REASONS_KEPT = 1000
 """Rows left out are all counted; this many are named."""
+LONGEST_REASON, LONGEST_NAME = 400, 200
+"""Characters."""
+COLUMNS_KEPT, COLUMNS_NAMED = 100, 8
+"""Columns that were not read: so many are counted, so many named."""
+AS_THEY_ARE = ("text", "input_ids", "answer")
+"""Shapes of rows that the chat template does not render."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,14 @@ class PromptSet:
         if self.left_out:
             line, reason = self.left_out[0]
             text += f"; {self.left_out_count} left out (first: line {line}: {reason})"
-        return "\n  ".join([text, *self.notes])
+        return visible("\n  ".join([text, *(f"warning: {note}" for note in self.notes)]))
+
+
+def alike(reason: str) -> str:
+    """A reason without what differs from row to row."""
+    return re.sub(
+        r"same prompt as .*", "same prompt as an earlier row", re.sub(r"(?<![\w-])\d+", "…", reason)
+    )
 
 
 def read_prompts(
@@ -76,10 +92,11 @@ def read_prompts(
                 note(prompt, row)
             waiting.tick(number, "rows")
     if not len(reader.pool):
-        reasons = "\n  ".join(f"{source}, line {n}: {why}" for n, why in reader.left_out[:5])
-        raise UserError(
-            f"{source}: no prompts left after reading {reader.refused} lines\n  {reasons}".rstrip()
-        )
+        same = reader.refused > 1 and len({alike(why) for _, why in reader.left_out}) == 1
+        reasons = [f"{source}, line {n}: {why}" for n, why in reader.left_out[: 1 if same else 5]]
+        head = f"{source}: no prompts left after reading {reader.refused} lines"
+        head += ", all for the same reason" if same else ""
+        raise UserError(visible("\n  ".join([head, *reasons])))
     return PromptSet(
         source,
         reader.pool,
@@ -97,12 +114,15 @@ class PromptReader:
         self.target, self.turns = target, turns
         self.pool = PromptPool()
         self.shapes: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
         self.left_out: list[tuple[int, str]] = []
         self.refused = 0
-        self.system_rows = self.unjoined_rows = 0
+        self.unjoined_rows = 0
         self._names: set[int] = set()
         self._rendered: dict[int, int] = {}
-        self._drops_system: bool | None = None
+        self._has: Counter[str] = Counter()
+        self._drops: dict[str, bool] = {}
+        self._asks: str | None = None
 
     def take(self, number: int, row: object) -> Prompt | None:
         """The row's prompt, now in the pool; None when the row was left out."""
@@ -112,104 +132,154 @@ class PromptReader:
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
             understood = understand(row)
-            name = str(row.get("id", ""))
-            if hash(name) in self._names or GIVEN_NAME.search(name):
-                name = f"{name}@{number}"
-            name = name or f"line-{number}"
-            prompt = self._render(name, understood)
+            prompt = self._render(self._name(number, row), understood)
             whole = hash((prompt.tokens, json.dumps(prompt.later)))
             same = self.pool[self._rendered[whole]] if whole in self._rendered else None
             if same and (same.tokens, same.later) == (prompt.tokens, prompt.later):
                 raise ValueError(f"the same prompt as {same.id}")
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             self.refused += 1
             if len(self.left_out) < REASONS_KEPT:
-                self.left_out.append((number, str(problem)))
+                self.left_out.append((number, str(problem)[:LONGEST_REASON]))
             return None
         self._rendered[whole] = len(self.pool)
         if "id" in row:
-            self._names.add(hash(name))
+            self._names.add(hash(prompt.id))
         self.shapes[understood.shape] += 1
+        self.unread.update(
+            name
+            for name in understood.unread
+            if name in self.unread or len(self.unread) < COLUMNS_KEPT
+        )
         self.pool.add(prompt)
         return prompt
 
+    def _name(self, number: int, row: dict[str, Any]) -> str:
+        given = row.get("id")
+        name = str(given)[:LONGEST_NAME] if isinstance(given, str | int | float) else ""
+        if hash(name) in self._names or GIVEN_NAME.search(name):
+            name = f"{name}@{number}"
+        return name or f"line-{number}"
+
     def notes(self) -> tuple[str, ...]:
         notes = []
-        if self._drops_system:
+        if self.unread:
+            most = self.unread.most_common(COLUMNS_NAMED)
+            others = len(self.unread) - len(most)
+            named = [f"{name} ({count} row{'s' * (count > 1)})" for name, count in most]
+            named += [f"{others} others"] if others else []
             notes.append(
-                f"the chat template drops system prompts: {self.system_rows} rows have one that "
-                "the target never sees; pass the template it is served with (--chat-template)"
+                f"columns {', '.join(named)} are not read; where one belongs to the question, add its text there"
             )
+        for what, rows in self._has.items():
+            if self._drops[what]:
+                notes.append(
+                    f"the chat template drops {what}: {rows} row{'s' * (rows > 1)} with them, which the target "
+                    "never sees; pass the template it is served with (--chat-template)"
+                )
         if self.unjoined_rows:
             notes.append(
                 f"in {self.unjoined_rows} rows the answer in the file does not continue the prompt "
                 "under this template (it renders the two together otherwise), so it cannot be used"
             )
+        rendered = len(self.pool) > sum(self.shapes[shape] for shape in AS_THEY_ARE)
+        if rendered and (note := end_of_turn_note(self.target)):
+            notes.append(note)
         return tuple(notes)
 
     def _render(self, name: str, found: Understood) -> Prompt:
         if found.tokens is not None:
-            return self._of_tokens(name, found)
+            return self._of_tokens(name, found.tokens, found.answer)
         if found.text is not None:
             return self._of_text(name, found.text)
         prompt = first_turn(name, found.messages, found.tools, self.target, self.turns)
-        if found.messages[0]["role"] == "system":
-            self.system_rows += 1
-            if self._drops_system is None:
-                without = self.target.render(found.messages[1:2])
-                self._drops_system = self.target.render(found.messages[:2]) == without
+        for what in _parts(found):
+            self._has[what] += 1
+            if what not in self._drops:
+                self._drops[what] = drops(self.target, what)
         if found.messages[-1]["role"] == "assistant" and not (prompt.reference or prompt.later):
             self.unjoined_rows += 1
         return prompt
 
-    def _of_tokens(self, name: str, found: Understood) -> Prompt:
-        tokens = found.tokens or ()
-        if max(tokens) >= self.target.vocab_size or min(tokens) < 0:
+    def _of_tokens(
+        self, name: str, tokens: tuple[int, ...], answer: tuple[int, ...] | None
+    ) -> Prompt:
+        both = (*tokens, *(answer or ()))
+        if max(both) >= self.target.vocab_size or min(both) < 0:
             raise ValueError(
-                f"input_ids go up to {max(tokens)}, the target's vocabulary has "
+                f"input_ids go up to {max(both)}, the target's vocabulary has "
                 f"{self.target.vocab_size}: it was tokenised for another model"
             )
-        if found.supervised is None:
-            return Prompt(name, check_room(tokens, self.target.max_positions))
-        begin, end = last_supervised(found.supervised)
-        if begin == 0:
-            raise ValueError("loss_mask marks the first token, so there is no prompt before it")
-        return Prompt(
-            name, check_room(tokens[:begin], self.target.max_positions), tokens[begin:end]
-        )
+        return Prompt(name, check_room(tokens, self.target.max_positions), answer)
 
     def _of_text(self, name: str, text: str) -> Prompt:
         """Text is taken as rendered already: the target continues it, after the last place where
         the template would have it answer, if the text has one."""
-        asks = generation_prompt(self.target)
+        if self._asks is None:
+            self._asks = generation_prompt(self.target)
+        asks = self._asks
         at = text.rfind(asks) + len(asks) if asks and asks in text else len(text)
         tokens = tuple(encode(self.target, text[:at]))
-        reply = tuple(self.target.tokenizer.encode(text[at:], add_special_tokens=False))
+        reply = encode(self.target, text[at:], begins=False)
         return Prompt(name, check_room(tokens, self.target.max_positions), reply or None)
+
+
+def _parts(found: Understood) -> Iterator[str]:
+    """What a conversation has that some chat templates ignore."""
+    if found.messages[0]["role"] == "system":
+        yield "system prompts"
+    if found.tools:
+        yield "tools"
+    if any("tool_calls" in message for message in found.messages):
+        yield "tool calls"
+
+
+def drops(target: Target, what: str) -> bool:
+    """Whether the chat template writes the same with `what` as without; a refusal is no drop."""
+    asked, function = {"role": "user", "content": "x"}, {"name": "f", "arguments": {}}
+    call = {"id": "call00000", "type": "function", "function": function}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "content": "y", "name": "f", "tool_call_id": "call00000"}
+    tool = {"type": "function", "function": {"name": "f", "description": "z", "parameters": {}}}
+    having: dict[str, tuple[list[Message], list[Message] | None]] = {
+        "system prompts": ([{"role": "system", "content": "y"}, asked], None),
+        "tools": ([asked], [tool]),
+        "tool calls": ([asked, called, result], None),
+    }
+    messages, tools = having[what]
+    bare = [
+        {key: value for key, value in message.items() if key != "tool_calls"}
+        for message in messages
+        if message["role"] != "system"
+    ]
+    try:
+        return target.render_text(messages, tools=tools) == target.render_text(bare)
+    except ValueError:
+        return False
 
 
 def generation_prompt(target: Target) -> str:
     """What the chat template writes to have the target answer; empty when it writes nothing."""
-    if target.template is None and not getattr(target.tokenizer, "chat_template", None):
+    if not target.template_text:
         return ""
     asked = [{"role": "user", "content": "x"}]
-    without, begun = (
-        str(
-            target.tokenizer.apply_chat_template(
-                asked, chat_template=target.template, add_generation_prompt=add, tokenize=False
-            )
+    try:
+        without, begun = (
+            target.render_text(asked, answered=answered) for answered in (True, False)
         )
-        for add in (False, True)
-    )
+    except ValueError:
+        return ""  # a template for other conversations
     return begun[len(without) :] if begun.startswith(without) else ""
 
 
-def encode(target: Target, text: str) -> list[int]:
-    """Token ids of rendered text; a beginning-of-text token it already has is not doubled."""
+def encode(target: Target, text: str, *, begins: bool = True) -> list[int]:
+    """Token ids of rendered text. A text that `begins` a row gets the tokenizer's beginning-of-text
+    token, unless it has it already."""
     begin = target.tokenizer.bos_token
     doubled = bool(begin) and text.startswith(begin)
-    ids: list[int] = target.tokenizer.encode(text, add_special_tokens=not doubled)
-    return ids
+    return target.checked(
+        list(target.tokenizer.encode(text, add_special_tokens=begins and not doubled))
+    )
 
 
 def split_prompts(

@@ -2,7 +2,7 @@
 
 The target answers each user turn in its own words, so a later turn is asked on top of the target's
 earlier answers, not of those in the file. A reply that calls a tool is kept as the file has it: the
-tool's result, which follows, belongs to that call.
+tool's result, which follows, belongs to that call. So is a reply with weight 0.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ..formats.chat import Message
+from ..formats.messages import Message
 from ..records import Answer, Prompt
 from ..target import Target
 
@@ -49,10 +49,12 @@ def first_turn(
 
 
 def _answered_at(messages: Sequence[Message], at: int) -> bool:
-    """Whether the target answers before message `at`: it is a reply that no tool's result follows,
-    or a user's turn after another that has no reply in the file."""
+    """Whether the target answers before message `at`: it is a reply that no tool's result follows and
+    that has weight, or a user's turn after another that has no reply in the file."""
     if _is(messages[at], "assistant"):
-        return at + 1 == len(messages) or not _is(messages[at + 1], "tool")
+        return messages[at].get("weight") != 0 and (
+            at + 1 == len(messages) or not _is(messages[at + 1], "tool")
+        )
     return _is(messages[at], "user") and _is(messages[at - 1], "user")
 
 
@@ -110,7 +112,9 @@ def render_prompt(
 def check_room(
     tokens: Sequence[int], context: int, whose: str = "the target's context"
 ) -> Sequence[int]:
-    """The tokens of a prompt. Raises ValueError when too little of the context is left."""
+    """The tokens of a prompt. Raises ValueError for none, and when too little of the context is left."""
+    if not tokens:
+        raise ValueError("the chat template writes nothing for the row")
     if len(tokens) + SHORTEST_ROOM > context:
         raise ValueError(f"the prompt is {len(tokens)} tokens long, {whose} is {context}")
     return tokens

@@ -1,32 +1,37 @@
 """Rows as people store them, turned into one shape: a conversation, or text or tokens taken as they are.
 
-Known shapes: `messages` and `conversations` (role/content or from/value), `prompt` (text or messages),
-`instruction` with optional `input` and `output`, `question` with optional `answer`, `text` (rendered
-already), pre-tokenised `input_ids` with optional `loss_mask`, and lines of redraft's answers files.
+The names of columns are in `columns.py`, turns in `messages.py`, rows of tokens in `masks.py`. Lines of
+redraft's answers files are rows too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, Any]
+from . import columns, masks
+from .columns import is_text
+from .messages import Message, in_order, messages_of, plain, unread_keys
+
 SHAPES = (
-    "messages, conversations, prompt, instruction (+ input, output), question (+ answer), text, "
-    "input_ids (+ loss_mask)"
+    "messages, conversations, prompt, instruction (+ input, output), question (+ answer), query, problem, "
+    "chosen, text, input_ids (+ loss_mask, labels)"
 )
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-EXTRAS = ("tool_calls", "tool_call_id", "name", "thinking", "reasoning_content")
-"""What a message may carry beside role and content, handed to the chat template as it is."""
+STRICT = ("messages", "conversations")
+"""Columns that are conversations, whatever they hold; others of such a name may be a number or an id."""
+TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+"""Turns of a conversation in one text, as in Anthropic's preference data."""
 
 
 @dataclass(frozen=True)
 class Understood:
     """What a row was understood to be: `messages` (with `tools`), or `text`, or `tokens`.
 
-    `supervised` marks the tokens that are answers, where the row said so.
+    `answer` are the tokens of the answer, where the row marked them. `unread` names the columns with
+    text that may belong to the question and was not read.
     """
 
     shape: str
@@ -34,170 +39,207 @@ class Understood:
     tools: tuple[dict[str, Any], ...] | None = None
     text: str | None = None
     tokens: tuple[int, ...] | None = None
-    supervised: tuple[bool, ...] | None = None
+    answer: tuple[int, ...] | None = None
+    unread: tuple[str, ...] = ()
 
 
 def understand(row: Mapping[str, Any]) -> Understood:
     """What a row holds. Raises ValueError when its shape is unknown, empty or out of order."""
-    row = {key: value for key, value in row.items() if value is not None}
+    try:
+        found = _understood({str(key): value for key, value in row.items() if value is not None})
+        json.dumps([found.text, found.messages, found.tools], ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise ValueError("the row is nested too deeply") from None
+
+
+def _understood(row: Mapping[str, Any]) -> Understood:
+    if media := next((key for key in row if columns.MEDIA.fullmatch(key) and row[key]), None):
+        raise ValueError(
+            f"the row has more than text (column {media}), and the target is asked in text"
+        )
     if "input_ids" in row:
-        return _tokenised(row)
+        tokens, answer = masks.split(row)
+        return Understood("input_ids", tokens=tokens, answer=answer)
     prompt = row.get("prompt")
     if "tokens" in row and isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return _answered(row)
-    for shape in ("messages", "conversations"):
-        if shape in row and not isinstance(row[shape], list):
-            raise ValueError(f"{shape} is not a list of turns but {type(row[shape]).__name__}")
-    for shape in ("messages", "conversations", "prompt"):
-        if isinstance(row.get(shape), list):
-            answer = row.get("completion", row.get("response")) if shape == "prompt" else None
-            turns = [*row[shape], *(answer if isinstance(answer, list) else ())]
-            messages = _turns(turns)
-            if isinstance(answer, str) and answer:
-                messages.append({"role": "assistant", "content": answer})
-            return Understood(shape, _in_order(_with_system(row, messages)), _tools(row))
-    if isinstance(row.get("prompt"), str):
-        return _pair(row, "prompt", row["prompt"], row.get("response", row.get("completion")))
-    if isinstance(row.get("instruction"), str):
-        extra = row.get("input")
-        text = row["instruction"] + (f"\n\n{extra}" if extra else "")
-        return _pair(row, "instruction", text, row.get("output"))
-    if isinstance(row.get("question"), str):
-        return _pair(row, "question", row["question"], row.get("answer"))
-    if isinstance(row.get("text"), str):
-        if not row["text"].strip():
-            raise ValueError("the text is empty")
-        return Understood("text", text=row["text"])
+    asked = next(_asked(row), None)
+    if asked is not None:
+        return _conversation(row, asked)
+    if is_text(row.get("text")):
+        rest = columns.unread(row, ("text",), (row["text"],))
+        return Understood("text", text=row["text"], unread=tuple(rest))
+    if empty := next(
+        (key for key in (*columns.QUESTIONS, "text") if isinstance(row.get(key), str)), None
+    ):
+        raise ValueError(f"the {empty} is empty")
     raise ValueError(
-        f"unknown schema with keys {', '.join(sorted(row)) or '(none)'}; known: {SHAPES}"
+        f"unknown schema with keys {', '.join(sorted(row))[:300] or '(none)'}; known: {SHAPES}"
     )
 
 
-def last_supervised(supervised: tuple[bool, ...]) -> tuple[int, int]:
-    """Begin and end of the last run of supervised tokens. Raises ValueError when there is none."""
-    if not any(supervised):
-        raise ValueError("loss_mask marks no token, so nothing says where the answer begins")
-    end = len(supervised) - supervised[::-1].index(True)
-    begin = end
-    while begin and supervised[begin - 1]:
-        begin -= 1
-    return begin, end
+def _asked(row: Mapping[str, Any]) -> Iterator[str]:
+    """The columns that may hold what is asked, the best first."""
+    for name in columns.CONVERSATIONS:
+        if isinstance(row.get(name), list) or (name in row and name in STRICT):
+            yield name
+    for name in columns.QUESTIONS:
+        value = row.get(name)
+        if (is_text(value) or (value and isinstance(value, list | Mapping))) and (
+            name != "user" or "assistant" in row
+        ):
+            yield name
+    if row.get("chosen"):
+        yield "chosen"
 
 
-def _tokenised(row: Mapping[str, Any]) -> Understood:
-    tokens, mask = row["input_ids"], row.get("loss_mask")
-    if not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
-        raise ValueError("input_ids is not a list of token ids")
-    if mask is not None and (not isinstance(mask, list) or len(mask) != len(tokens)):
-        raise ValueError(f"loss_mask does not mark each of the {len(tokens)} input_ids")
-    supervised = None if mask is None else tuple(bool(m) for m in mask)
-    return Understood("input_ids", tokens=tuple(tokens), supervised=supervised)
+def _conversation(row: Mapping[str, Any], asked: str) -> Understood:
+    used = {asked}
+    turns = _turns(asked, row[asked])
+    messages = messages_of(turns)
+    if isinstance(row[asked], str) and len(turns) == 1:
+        text = turns[0]["content"]
+        for name in columns.CONTEXTS:
+            if name != asked and (context := _joined(row.get(name))):
+                used.add(name)
+                text += "" if context in text else f"\n\n{context}"
+        messages = [{"role": "user", "content": text}]
+    if (history := _history(row.get("history"))) and asked not in columns.CONVERSATIONS:
+        used.add("history")
+        messages = [*history, *messages]
+    if asked != "chosen" and messages and messages[-1]["role"] != "assistant":
+        messages, name = _with_answer(row, asked, messages)
+        used.add(name)
+    for name in columns.SYSTEMS:
+        if is_text(row.get(name)) and not (messages and messages[0]["role"] == "system"):
+            used.add(name)
+            messages = [{"role": "system", "content": row[name]}, *messages]
+    while messages and messages[-1].get("weight") == 0:
+        messages.pop()  # an answer that is not to be learned, and context of nothing
+    for name in columns.TOOLS:
+        tools = _tools(name, row.get(name))
+        if tools is not None:
+            break
+    texts = [message["content"] for message in messages]
+    if "text" in row and all(text.strip() in str(row["text"]) for text in texts):
+        used.add("text")  # the whole row, rendered
+    rest = [*columns.unread(row, {*used, *columns.TOOLS}, texts)]
+    if isinstance(row[asked], list):
+        within = {key for keys in unread_keys(turns) for key in columns.unread(keys, (), texts)}
+        rest += [f"{asked}[].{key}" for key in sorted(within)]
+    return Understood(asked, in_order(messages), tools, unread=tuple(rest))
+
+
+def _turns(name: str, value: Any) -> list[Any]:
+    """The turns in a column: a list of them, one, or a text; or a transcript, or several questions."""
+    if isinstance(value, str) and name in columns.CONVERSATIONS and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name} is text that is not JSON") from None
+    if isinstance(value, Mapping):
+        return [value]
+    if isinstance(value, list) and name == "turns" and all(isinstance(turn, str) for turn in value):
+        return [{"role": "user", "content": turn} for turn in value]
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str) or name in columns.CONVERSATIONS:
+        raise ValueError(f"{name} is not a list of turns but {type(value).__name__}")
+    if turns := _transcript(value):
+        return turns
+    if name == "chosen":
+        raise ValueError("chosen is an answer, and no column has its prompt")
+    return [{"role": "user", "content": value}]
+
+
+def _transcript(text: str) -> list[Message]:
+    """The turns of a transcript (Human: ... Assistant: ...); none of any other text."""
+    begin, *parts = TRANSCRIPT.split(text.lstrip())
+    if begin or "Assistant" not in parts[::2]:
+        return []
+    turns = [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return turns if turns[-1]["content"] else turns[:-1]
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+
+
+def _with_answer(
+    row: Mapping[str, Any], asked: str, messages: list[Message]
+) -> tuple[list[Message], str]:
+    """The messages with the answer in the row, if one is found, and the column it is in."""
+    for name in columns.ANSWERS:
+        if asked in columns.CONVERSATIONS and name in ("answer", "answers", "solution"):
+            continue  # short results, as benchmarks have them
+        if reply := messages_of(_reply(name, row.get(name))):
+            whole = reply[0]["role"] != "assistant"  # it begins with the question again
+            return (reply if whole else [*messages, *reply]), name
+    return messages, ""
+
+
+def _reply(name: str, value: Any) -> list[Any]:
+    """The turns of an answer in a column; none where it has none."""
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        value = value["text"]  # SQuAD's answers
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        value = value[0]
+    if is_text(value):
+        transcript = _transcript(value) if name == "chosen" else []
+        return transcript or [{"role": "assistant", "content": value}]
+    turns = [value] if isinstance(value, Mapping) else value
+    return turns if isinstance(turns, list) and all(_is_turn(turn) for turn in turns) else []
+
+
+def _joined(context: Any) -> str:
+    """A context as text; a list of texts is several passages."""
+    parts = context if isinstance(context, list) else [context]
+    return "\n\n".join(part.strip("\n") for part in parts) if all(map(is_text, parts)) else ""
+
+
+def _history(history: Any) -> list[Message]:
+    """Earlier turns, as LLaMA-Factory has them: a list of pairs of a question and its answer, or of turns."""
+    if not isinstance(history, list):
+        return []
+    if all(isinstance(turn, Mapping) for turn in history):
+        return messages_of(history)
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        return []
+    roles = ("user", "assistant")
+    return messages_of(
+        [
+            {"role": r, "content": text}
+            for pair in history
+            for r, text in zip(roles, pair, strict=True)
+        ]
+    )
 
 
 def _answered(row: Mapping[str, Any]) -> Understood:
     """A line of an answers file of redraft's."""
     if not isinstance(row["tokens"], list) or not isinstance(row.get("length"), int):
         raise ValueError("tokens and length are not those of an answer record")
-    prompt, said = row["prompt"], row["tokens"][: row["length"]]
-    found = _tokenised({"input_ids": [*prompt, *said]})
-    marks = (False,) * len(prompt) + (True,) * len(said)
-    return Understood("answer", tokens=found.tokens, supervised=marks)
+    prompt = masks.token_ids("prompt", row["prompt"])
+    answer = masks.token_ids("tokens", row["tokens"])[: row["length"]]
+    return Understood("answer", tokens=prompt, answer=answer or None)
 
 
-def _pair(row: Mapping[str, Any], shape: str, user: str, assistant: Any) -> Understood:
-    if not user.strip():
-        raise ValueError("the prompt is empty")
-    messages: list[Message] = [{"role": "user", "content": user}]
-    if isinstance(assistant, str) and assistant:
-        messages.append({"role": "assistant", "content": assistant})
-    return Understood(shape, _in_order(_with_system(row, messages)), _tools(row))
-
-
-def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    system = row.get("system", row.get("system_prompt"))
-    if isinstance(system, str) and system and not (messages and messages[0]["role"] == "system"):
-        return [{"role": "system", "content": system}, *messages]
-    return messages
-
-
-def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
-    tools = row.get("tools")
+def _tools(name: str, tools: Any) -> tuple[dict[str, Any], ...] | None:
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as problem:
-            raise ValueError(f"tools is text that is not JSON: {problem.msg}") from None
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name} is text that is not JSON") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError("tools is not a list of objects")
-    return tuple(_given(dict(tool)) for tool in tools)
-
-
-def _call(call: Any) -> Any:
-    """A tool call with its arguments as an object, which chat templates write as JSON themselves."""
-    call = _given(call)
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-        try:
-            arguments = json.loads(function["arguments"])
-        except json.JSONDecodeError:
-            return call  # no JSON: the template has it as it is
-        return {**call, "function": {**function, "arguments": arguments}}
-    return call
-
-
-def _given(value: Any) -> Any:
-    """Without the keys whose value is null, which Parquet gives every object of a column."""
-    if isinstance(value, Mapping):
-        return {key: _given(inner) for key, inner in value.items() if inner is not None}
-    return [_given(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _turns(turns: list[Any]) -> list[Message]:
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {number} is no object")
-        role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
-        role = str(turn.get(role_key, "")).lower()
-        role = ROLES.get(role, role)
-        if role not in ("system", "user", "assistant", "tool"):
-            raise ValueError(f"turn {number} has the unknown role '{turn.get(role_key)}'")
-        extras = {key: turn[key] for key in EXTRAS if turn.get(key)}
-        if "tool_calls" in extras:
-            extras["tool_calls"] = [_call(call) for call in extras["tool_calls"]]
-        text = _text(turn.get(text_key))
-        if text is None and "tool_calls" not in extras:
-            raise ValueError(f"turn {number} has no text under '{text_key}'")
-        messages.append({"role": role, "content": text or "", **extras})
-    return messages
-
-
-def _text(content: Any) -> str | None:
-    """A message's text: a string, or the text parts of a list of parts."""
-    if isinstance(content, list):
-        parts = [p.get("text") for p in content if isinstance(p, Mapping)]
-        if len(parts) < len(content) or not all(isinstance(part, str) for part in parts):
-            raise ValueError("a turn holds parts that are not text (images, audio)")
-        return "".join(str(part) for part in parts)
-    return content if isinstance(content, str) else None
-
-
-def _in_order(messages: list[Message]) -> tuple[Message, ...]:
-    """The messages, if a chat can go that way. Raises ValueError naming the turn that cannot."""
-    if not any(message["role"] == "user" for message in messages):
-        raise ValueError("the conversation has no user turn")
-    follows = {
-        "system": ("start",),
-        "user": ("start", "system", "assistant", "user"),
-        "assistant": ("user", "tool"),
-        "tool": ("assistant", "tool"),
-    }
-    before = "start"
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        if before not in follows[role]:
-            raise ValueError(f"turn {number} is out of order: {role} after {before}")
-        before = role
-    return tuple(messages)
+        raise ValueError(f"{name} is not a list of objects")
+    if name == "functions":  # OpenAI's older name, without the wrapping
+        tools = [{"type": "function", "function": tool} for tool in tools]
+    return tuple(plain(dict(tool)) for tool in tools)

@@ -1,0 +1,53 @@
+"""Whether the target stops where its chat template ends a turn."""
+
+from __future__ import annotations
+
+import re
+
+from ..target import Target
+
+ANSWER = "redraft-was-here"
+"""A text that no template has in it."""
+MARK = re.compile(r"</?[^\s<>]+>|\[/?[A-Z_]+\]")
+"""What looks like a special token."""
+
+
+def end_of_turn_note(target: Target) -> str | None:
+    """A warning when nothing that the chat template writes after an answer is a stop token.
+
+    None too where the template writes none, or refuses a single turn.
+    """
+    if not target.template_text:
+        return None
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        rendered = target.render_text(turn, answered=True)
+    except ValueError:
+        return None  # a template for other conversations
+    _, answered, end = rendered.rpartition(ANSWER)
+    if not answered:
+        return None
+    special = special_ids(target)
+    ids = target.tokenizer.encode(end, add_special_tokens=False)
+    ends = [token for token in ids if token in special]
+    if set(ends) & set(target.stop_ids):
+        return None
+    if ends:
+        what, wanted = f"{names(target, ends[:1])} (id {ends[0]})", f"id {ends[0]}"
+    elif mark := MARK.search(end):
+        what, wanted = f"{mark[0]}, ordinary text to this tokenizer", "its id"
+    else:
+        return None
+    return (
+        f"the chat template ends an assistant's turn with {what}, which is no stop token (stop tokens: "
+        f"{names(target, target.stop_ids) or 'none'}), so answers run on to max_new_tokens; make it one: put "
+        f"{wanted} into eos_token_id of generation_config.json"
+    )
+
+
+def special_ids(target: Target) -> set[int]:
+    return {*target.tokenizer.get_added_vocab().values(), *target.tokenizer.all_special_ids}
+
+
+def names(target: Target, ids: list[int] | tuple[int, ...]) -> str:
+    return ", ".join(map(str, target.tokenizer.convert_ids_to_tokens(list(ids))))

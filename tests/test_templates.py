@@ -1,0 +1,122 @@
+"""Chat templates as files and as code: what is no template says so, and tool calls are written as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft.data.prompts import PromptReader
+from redraft.errors import UserError
+from redraft.target import Target, read_template
+
+TEXT = "{% for m in messages %}\n{{ m.content }} é{% endfor %}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_template_in_any_unicode_encoding(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(TEXT.replace("\n", "\r\n").encode(encoding))
+    assert read_template(str(path)) == TEXT
+    assert read_template(None) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("é".encode("latin-1"), "byte 1 is not utf-8; save the file as UTF-8"),
+        (b"", "expected a Jinja template, found an empty file"),
+        (b"GGUF\x00\x00\x00", "found a binary file"),
+        (b"a\n{% for m in messages %}b", "is no Jinja template: line 2"),
+        (b"{{ messages | no_such_filter }}", "is no Jinja template: line 1: No filter named"),
+        (json.dumps({"chat_template": TEXT}).encode(), "found JSON; save its chat_template value"),
+    ],
+)
+def test_what_is_no_template_is_refused_before_any_row(
+    content: bytes, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        read_template(str(path))
+    with pytest.raises(UserError, match="is a folder; name the file in it"):
+        read_template(str(tmp_path))
+
+
+def test_a_models_own_template_that_is_none(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "template", "{% for m in messages %}")
+    with pytest.raises(UserError, match=r"the chat template of .* is no Jinja template: line 1"):
+        target.render([{"role": "user", "content": "x"}])
+
+
+def call(arguments: Any) -> list[dict[str, Any]]:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+    return [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+    ]
+
+
+WRITERS = {
+    "joins text": "{{ 'f ' + c.function.arguments }}",
+    "writes any": "{{ c.function.arguments }}",
+    "writes JSON": "{{ c.function.arguments | tojson }}",
+    "asks which": (
+        "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}"
+    ),
+    "writes pairs": (
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("given", [{"city": "Åre"}, '{"city": "Åre"}'])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_arguments_take_the_form_that_the_template_writes_as_json(
+    writer: str, given: Any, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        f"{WRITERS[writer]}{{% endfor %}}{{% endfor %}}"
+    )
+    monkeypatch.setattr(target, "template", template)
+    text = target.tokenizer.decode(target.render(call(given), answered=True))
+    wanted = 'city="Åre"' if writer == "writes pairs" else '{"city": "Åre"}'
+    assert text.removeprefix("x").removeprefix("f ") == wanted
+
+
+def test_text_keeps_its_own_spaces_and_words_are_no_python(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joins = "{% for m in messages if m.tool_calls %}{{ '' + m.tool_calls[0].function.arguments }}{% endfor %}"
+    monkeypatch.setattr(target, "template", joins)
+    assert target.tokenizer.decode(target.render(call('{"a":1}'), answered=True)) == '{"a":1}'
+    writes = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(target, "template", writes)
+    messages = call({"a": "b"})
+    messages[0]["content"] = "is {'a': 'b'} JSON?"  # the arguments as Python writes them
+    text = target.tokenizer.decode(target.render(messages, answered=True))
+    assert '"arguments": {"a": "b"}' in text
+
+
+def test_a_template_that_refuses_both_says_why(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "template", "{{ raise_exception('no tools') }}")
+    with pytest.raises(ValueError, match="refused the row: no tools"):
+        target.render(call({}), answered=True)
+
+
+def test_a_token_that_the_embedding_does_not_have_ends_the_command(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Target, "embedding_VH", target.embedding_VH[:90])
+    for row in ({"prompt": "x"}, {"text": "x"}, {"text": "<|assistant|>x"}):
+        with pytest.raises(
+            UserError, match="'x' as token 92, but the model's embedding has 90 rows"
+        ):
+            PromptReader(target).take(1, row)
