@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import IO
 
 BLOCK = 1 << 16
-QUOTED = re.compile(rb'["\\]')
+QUOTED = re.compile(rb'(?:[^"\\]+|\\.)*', re.DOTALL)
 NESTED = re.compile(rb'["\[\]{}]')
 BETWEEN = re.compile(rb'["\[\]{},]')
 SPACE = b" \t\r\n"
@@ -25,20 +25,25 @@ def items(stream: IO[bytes], in_list: bool) -> Iterator[bytes]:
     begin = at = depth = 0
     quoted = False
     while True:
-        pattern = QUOTED if quoted else NESTED if depth else BETWEEN
-        if (found := pattern.search(buffer, at)) is None:
-            at = max(at, len(buffer)) - begin  # an escaped character may lie past the buffer
+        found = (
+            QUOTED.match(buffer, at)
+            if quoted
+            else (NESTED if depth else BETWEEN).search(buffer, at)
+        )
+        at = found.end() if found else len(buffer)
+        if found is None or (quoted and buffer[at : at + 1] != b'"'):
+            at -= begin
             del buffer[:begin]
             begin = 0
             if not (block := stream.read(BLOCK)):
                 break
             buffer += block
             continue
-        sign, at = found.group(), found.end()
         if quoted:
-            quoted = sign != b'"'
-            at += quoted  # the character after a backslash
+            quoted = False
+            at += 1
             continue
+        sign = found.group()
         quoted = sign == b'"'
         depth += (sign in b"[{") - (sign in b"]}")
         if depth < 0 or (depth == 0 and sign in b"]},"):
