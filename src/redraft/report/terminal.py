@@ -126,11 +126,11 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
     out.print(f"{found.folder}: a draft of kind {found.kind}, {found.layout} layout", markup=False)
     out.print(f"  computes    {found.function}", markup=False)
     for variant in found.variants:
-        out.print(f"              {variant}")
+        out.print(f"              {variant}", markup=False)
     sizes = ", ".join(f"{name} {value}" for name, value in found.shape.items())
     out.print(f"  shape       {sizes or 'not readable'}", markup=False)
     out.print(f"  taps        {found.taps}", markup=False)
-    out.print(f"  vocabulary  {found.vocabulary}")
+    out.print(f"  vocabulary  {found.vocabulary}", markup=False)
     out.print(f"  tensors     {len(stored)}, {', '.join(sorted(set(stored)))}")
     if found.provenance:
         out.print(f"  made for    {found.provenance.get('target', 'not recorded')}", markup=False)
