@@ -273,10 +273,9 @@ TRAPS = {
     ),
     "a name that nobody knows": Trap(
         "specforge",
-        {
-            engine: ("unknown", "is not known to redraft's rules")
-            for engine in ("vllm", "sglang", "llama.cpp")
-        },
+        dict.fromkeys(
+            ("vllm", "sglang", "llama.cpp"), ("unknown", "is not known to redraft's rules")
+        ),
         config={"architectures": ["Eagle3BrandNewForCausalLM"], "eagle_config": ...},
     ),
     "a name that nobody knows, EAGLE-1": Trap(

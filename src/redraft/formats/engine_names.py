@@ -86,6 +86,7 @@ KEYS: dict[str, Callable[[Any], bool]] = {
             "draft_vocab_size",
             "num_hidden_layers",
             "num_aux_hidden_states",
+            "hidden_size",
             "target_hidden_size",
             "kv_lora_rank",
             "sliding_window",

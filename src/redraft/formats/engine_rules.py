@@ -182,6 +182,20 @@ def _layers(raw: Config, tensors: Tensors) -> Findings:
         )
 
 
+def _fc_width(raw: Config, tensors: Tensors) -> Findings:
+    plain, fc = _flat(raw), tensors.get("fc.weight")
+    width = plain.get("target_hidden_size") or plain.get("hidden_size")
+    counted = raw.get("num_aux_hidden_states") or len(_nested(raw, TOP) or (0, 0, 0))
+    if plain.get("model_type") == "qwen3" and raw.get(TOP):
+        counted = raw.get("num_aux_hidden_states") or len(raw[TOP])
+    if fc is not None and fc.dim() == 2 and width and fc.shape[1] != width * counted:
+        yield (
+            "refused",
+            f"fc.weight reads {fc.shape[1]} numbers, config.json says {counted} taps "
+            f"(num_aux_hidden_states) of {width} (target_hidden_size)",
+        )
+
+
 def _no_window(raw: Config, tensors: Tensors) -> Findings:
     plain = _flat(raw)
     slides = SLIDING in (plain.get("layer_types") or [])[:1] or plain.get("use_sliding_window")
@@ -501,6 +515,7 @@ RULES: dict[str, dict[str, list[Rule]]] = {
             _missing("eagle3"),
             _surplus("eagle3", "refused"),
             _layers,
+            _fc_width,
             _vllm_vocabulary,
             _no_map,
             _target_rows,
@@ -516,6 +531,7 @@ RULES: dict[str, dict[str, list[Rule]]] = {
             _missing("eagle3"),
             _surplus("eagle3", "wrong"),
             _layers,
+            _fc_width,
             _no_map,
             _target_rows,
             _map_values("wrong"),

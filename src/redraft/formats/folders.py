@@ -115,8 +115,15 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: listed in the index but missing; download it again") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as problem:
-        reason = str(problem).strip().splitlines()[0][:200]
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+    ) as problem:
+        reason = " ".join(str(problem).split())[:200]
         raise UserError(
             f"{path}: refused, or not a whole file: a pickle may hold tensors and nothing else "
             f"({reason})"

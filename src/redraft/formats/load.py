@@ -27,6 +27,7 @@ from .config_values import ConfigValues, architectures_of
 from .exports import default_format, lay_out
 from .folders import find_folder, read_json, read_tensors, state_hash, write_folder
 from .padding import pad_ffn
+from .published import without_paths
 from .routed import refuse_routed
 from .vocabulary_rows import grew, same_tokens, with_rows_of
 
@@ -118,16 +119,17 @@ class StoredDraft:
         """Write a stock checkpoint folder; `auto` is the kind's own layout for vLLM.
 
         `tp` are tensor-parallel sizes to be served with: the FFN is padded with exact zeros to a
-        width that all of them divide. Raises UserError, before anything is written, for a format
-        that the draft does not fit.
+        width that all of them divide. The record names folders without their paths, as it may be
+        published. Raises UserError, before anything is written, for a format that the draft does not fit.
         """
         refuse_routed(getattr(self.config, "routed", None))
         shape, padded = pad_ffn(self.config, self.tensors, tp)
         name = default_format(self.kind) if format == "auto" else format
-        made_for = str(self.provenance.get("target", "not recorded"))
+        record: dict[str, Any] = without_paths(self.provenance)
+        made_for = str(record.get("target", "not recorded"))
         config, tensors = lay_out(name, self.kind, shape, padded, made_for)
         config["torch_dtype"] = str(_main_dtype(tensors)).removeprefix("torch.")
-        record = {**self.provenance, "format": name, "tensors_hash": state_hash(padded)}
+        record |= {"format": name, "tensors_hash": state_hash(padded)}
         neurons = shape.intermediate_size - self.config.intermediate_size
         if neurons:
             record["zero_neurons"] = neurons

@@ -7,6 +7,7 @@ head tied to the embedding once), and the files beside them byte for byte.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +21,15 @@ from ..drafts.token_lm import TokenLMConfig, TokenLMDraft, as_sentence, skeleton
 from ..errors import UserError
 from ..target import Target
 from .config_values import architectures_of, is_positive, shown
+from .folders import read_json
 from .layer import check_tensors, config_values
+from .published import without_paths
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -39,8 +43,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 TRIED = 6
 """Tokens that a built LM is tried on."""
-ELSEWHERE = ("dtype", "torch_dtype", "intermediate_size")
-"""Keys of config.json that follow from the tensors."""
+ELSEWHERE = ("dtype", "torch_dtype", "intermediate_size", "_name_or_path")
+"""Keys of config.json that follow from the tensors, and the path that old versions wrote."""
 
 
 def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
@@ -141,9 +145,16 @@ def lay_out(
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights, as they are."""
-    found = (folder / name for name in COMPANIONS)
-    return {path.name: path.read_bytes() for path in found if path.is_file()}
+    """The files beside the weights, as they are but for the path that old tokenizers wrote."""
+    found = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    files = {path.name: path.read_bytes() for path in found}
+    if TOKENIZER_CONFIG in files:
+        config = read_json(folder / TOKENIZER_CONFIG)
+        named = without_paths(config.get("name_or_path"))
+        if named != config.get("name_or_path"):
+            text = json.dumps({**config, "name_or_path": named}, indent=2, ensure_ascii=False)
+            files[TOKENIZER_CONFIG] = text.encode()
+    return files
 
 
 def pad_vocabulary(
