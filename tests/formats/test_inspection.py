@@ -236,6 +236,16 @@ TRAPS = {
         {"vllm": ("refused", "d2t with a draft_vocab_size that is missing or equal")},
         tensors={"d2t": lambda d: torch.zeros(261).long(), "t2d": lambda d: torch.ones(261).bool()},
     ),
+    "no size, in SGLang": Trap(
+        "specforge",
+        {"sglang": ("wrong", "draft_vocab_size null: the target's head is used")},
+        config={"draft_vocab_size": None, "eagle_config": ...},
+    ),
+    "fc for another target": Trap(
+        "specforge",
+        {"vllm": ("refused", "fc.weight reads 96 numbers, config.json says 3 taps")},
+        config={"target_hidden_size": 64, "eagle_config": ...},
+    ),
     "two rows for a token": Trap(
         "specforge",
         {

@@ -132,6 +132,24 @@ def test_a_shard_outside_the_folder_is_refused(target: Target, tmp_path: Path) -
         read_draft(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("layout", "stored", "again"),
+    [
+        ("safeai_eagle3", "midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"),
+        ("safeai_eagle", "fc.weight", "model.fc.weight"),
+    ],
+)
+def test_two_names_of_one_tensor(
+    target: Target, tmp_path: Path, layout: str, stored: str, again: str
+) -> None:
+    kind = "eagle" if layout == "safeai_eagle" else "eagle3"
+    folder = LAYOUTS[layout](tmp_path / "d", fresh_draft(target, kind=kind))
+    stale = load_file(folder / "model.safetensors")[stored] + 1
+    retensor(folder, **{again.replace(".", "__"): stale})
+    with pytest.raises(UserError, match=f"{stored}.*two names of one|{again}.*two names of one"):
+        read_draft(str(folder))
+
+
 @pytest.mark.parametrize("layout", ["safeai_eagle3", "safeai_eagle"])
 def test_a_second_layer_is_refused(target: Target, tmp_path: Path, layout: str) -> None:
     kind = "eagle" if layout == "safeai_eagle" else "eagle3"

@@ -29,6 +29,7 @@ from .layer import (
     layer_shapes,
     read_layer,
     refuse_other_layers,
+    renamed,
     write_layer,
 )
 from .routed import NAMED, STORED, fold, read_routed, refuse_routed, routed_shapes
@@ -65,7 +66,7 @@ def parse(
     A bias of zeros is dropped: it changes nothing, and exports write what each engine wants. One
     shared and one private expert become the dense FFN that they are. Raises UserError naming what is missing, extra, or of another function.
     """
-    tensors = {_named(name): tensor for name, tensor in stored.items()}
+    tensors = renamed(stored, _named, where)
     for name, what in (
         (f"{LAYER}input_layernorm.weight", "a norm before the first layer's attention"),
         ("norm.weight", "a final norm"),

@@ -29,6 +29,7 @@ from .layer import (
     layer_shapes,
     read_layer,
     refuse_other_layers,
+    renamed,
     write_layer,
 )
 
@@ -60,7 +61,7 @@ def parse(
 
     Raises UserError naming what is missing, extra, or of another function.
     """
-    tensors = {canonical(name): tensor for name, tensor in stored.items()}
+    tensors = renamed(stored, canonical, where)
     values = config_values(raw, where)
     nested = values.inside("eagle_config")
     if not nested.flag("use_aux_hidden_state", True):

@@ -383,6 +383,8 @@ def _sglang_eagle3(raw: Config, tensors: Tensors) -> Findings:
     yield from _architecture(SGLANG_EAGLE3, NOT_IN_SGLANG, architectures_of(raw))
     if "draft_vocab_size" not in raw:
         yield "refused", "config.json has no draft_vocab_size"
+    elif raw["draft_vocab_size"] is None and "lm_head.weight" in tensors:
+        yield "wrong", "draft_vocab_size null: the target's head is used, not lm_head.weight"
     if raw.get("tie_word_embeddings"):
         yield "refused", "tie_word_embeddings must be false"
     if raw.get("norm_before_residual"):

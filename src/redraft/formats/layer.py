@@ -7,7 +7,7 @@ What the layouts `eagle` and `eagle3` share. Names here are relative to the laye
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,20 @@ def read_layer(raw: Mapping[str, Any], names: Mapping[str, Tensor], where: Path)
 def config_values(raw: Mapping[str, Any], where: Path) -> ConfigValues:
     """The values of the config.json of a folder."""
     return ConfigValues(raw, f"{where}/config.json")
+
+
+def renamed(
+    stored: Mapping[str, Tensor], canonical: Callable[[str], str], where: Path
+) -> dict[str, Tensor]:
+    """Tensors under redraft's names. Raises UserError where two of a file are the same one."""
+    origins: dict[str, str] = {}
+    for name in stored:
+        first = origins.setdefault(canonical(name), name)
+        if first != name:
+            raise UserError(
+                f"{where}: {first} and {name} are two names of one tensor; remove the stale one"
+            )
+    return {name: stored[origin] for name, origin in origins.items()}
 
 
 def refuse_other_layers(names: Iterable[str], where: Path) -> None:
