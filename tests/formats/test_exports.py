@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from redraft.formats.folders import WEIGHTS, read_json, read_tensors
 from redraft.formats.hub import push_to_hub
 from redraft.formats.load import load_draft, read_draft, stored
 from redraft.formats.reload_check import check_export
+from redraft.formats.token_lm import companions, parse
 from redraft.target import Target
 from tests.conftest import fresh_draft
 
@@ -161,3 +163,40 @@ def test_publishing_uploads_the_folder_and_quotes_a_refusal(
     assert calls == [("org/draft", {"private": True, "exist_ok": True}), tmp_path]
     with pytest.raises(UserError, match="quota exceeded.*can be uploaded again"):
         push_to_hub(tmp_path, "org/full")
+
+
+@pytest.mark.parametrize(
+    ("format", "kind"), [("auto", "eagle3"), ("speculators", "eagle3"), ("hf", "token_lm")]
+)
+def test_no_path_of_this_machine_is_written(
+    target: Target, tmp_path: Path, format: str, kind: str
+) -> None:
+    made = stored(fresh_draft(target, kind=kind), target)
+    home = tmp_path / "somebody"
+    cached = home / "hub" / "models--org--base-draft" / "snapshots" / "0a1b"
+    made.provenance.update(
+        target=f"{home}/tuned+{home}/adapter/",
+        shared=str(cached),
+        config={"out": [str(home / "x")]},
+    )
+    if kind == "token_lm":
+        (home / "lm").mkdir(parents=True)
+        named = {"name_or_path": str(home / "lm"), "unk_token": "/"}
+        (home / "lm" / "tokenizer_config.json").write_text(json.dumps(named))
+        made.companions.update(companions(home / "lm"))
+        raw = {**made.config.json(), "_name_or_path": str(home)}  # type: ignore[union-attr]
+        made = dataclasses.replace(made, config=parse(raw, made.tensors, home)[0])
+    made.save(tmp_path / "d", format)
+    for path in (tmp_path / "d").iterdir():
+        if path.suffix != ".safetensors":
+            assert "somebody" not in path.read_text(), path
+    record = json.loads((tmp_path / "d" / "redraft.json").read_text())
+    assert (record["target"], record["shared"]) == ("tuned+adapter", "org/base-draft")
+    assert record["config"] == {"out": ["x"]}
+    assert record["tokenizer_hash"] == target.tokenizer_hash()
+    if kind == "token_lm":
+        beside = json.loads((tmp_path / "d" / "tokenizer_config.json").read_text())
+        assert beside == {"name_or_path": "lm", "unk_token": "/"}
+    if format == "speculators":
+        config = json.loads((tmp_path / "d" / "config.json").read_text())
+        assert config["speculators_config"]["verifier"]["name_or_path"] == "tuned+adapter"

@@ -53,9 +53,6 @@ def test_a_published_draft_records_no_tokenizer(
     words = dataclasses.replace(published.config, vocab_size=target.vocab_size - 20)
     fewer = dataclasses.replace(published, config=words)
     assert fewer.fitted(grown) is fewer
-    padded = load_target(str(target.sources[0]))
-    padded.vocab_size += 8  # rows of no token, as embeddings padded to a multiple have
-    assert published.fitted(padded) is published
 
 
 @pytest.mark.parametrize("own", [False, True])

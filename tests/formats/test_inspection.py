@@ -168,8 +168,136 @@ TRAPS = {
         {"vllm": ("wrong", "attention_bias without midlayer.self_attn.q_proj.bias")},
         config={"attention_bias": True},
     ),
-    "own taps in llama.cpp": Trap(
-        "specforge", {"llama.cpp": ("wrong", "taps the default layers whatever")}
+    "tap ids for SGLang only, in llama.cpp": Trap(
+        "specforge", {"llama.cpp": ("wrong", "tap ids only in eagle_config: the default layers")}
+    ),
+    "two taps in llama.cpp": Trap(
+        "specforge",
+        {"llama.cpp": ("refused", "2 tap ids; it takes exactly three")},
+        config={"eagle_aux_hidden_state_layer_ids": [2, 4], "eagle_config": ...},
+    ),
+    "a norm before fc, nested": Trap(
+        "specforge",
+        {"llama.cpp": ("refused", "norm_before_fc is read at the top level of config.json only")},
+        {"norm_before_fc": True},
+        {"eagle_config": {"norm_before_fc": True}},
+    ),
+    "a norm per tap in llama.cpp": Trap(
+        "specforge",
+        {"llama.cpp": ("refused", "fc_norm: it has no such tensors")},
+        {"fc_norm": 3},
+        {"fc_norm": True},
+    ),
+    "norm_output in llama.cpp": Trap(
+        "speculators", {"llama.cpp": ("wrong", "norm_output is ignored")}, {"norm_output": True}
+    ),
+    "norm before residual left out, in llama.cpp": Trap(
+        "speculators",
+        {"llama.cpp": ("wrong", "counts as false; this layout means true")},
+        config={"norm_before_residual": ...},
+    ),
+    "another activation in llama.cpp": Trap(
+        "specforge", {"llama.cpp": ("wrong", "silu is computed")}, config={"hidden_act": "gelu"}
+    ),
+    "a tensor missing in llama.cpp": Trap(
+        "specforge",
+        {"llama.cpp": ("refused", "loads without norm.weight and is refused")},
+        tensors={"norm__weight": lambda d: None},
+    ),
+    "biases in llama.cpp": Trap(
+        "safeai_eagle3", {"llama.cpp": ("refused", "fc.bias: it has no such")}, tensors=BIAS
+    ),
+    "a reduced head without a map": Trap(
+        "specforge",
+        {
+            "vllm": ("wrong", "the first 40 of 261 tokens are proposed"),
+            "sglang": ("wrong", "the first 40 of 261 tokens are proposed"),
+            "llama.cpp": ("refused", "no d2t for a head of 40 rows"),
+        },
+        {"vocab": 40},
+        tensors={"d2t": lambda d: None},
+    ),
+    "the target's number of layers": Trap(
+        "safeai_eagle3",
+        {
+            "vllm": ("wrong", "makes 40 layers (num_hidden_layers) of which the file fills one"),
+            "llama.cpp": ("refused", "num_hidden_layers 1"),
+        },
+        config={"num_hidden_layers": 40},
+    ),
+    "the target's number of layers, EAGLE-1": Trap(
+        "safeai_eagle",
+        {"vllm": ("wrong", "makes 32 layers (num_hidden_layers) of which the file fills one")},
+        {"kind": "eagle"},
+        {"num_hidden_layers": ...},
+    ),
+    "a map that is the identity": Trap(
+        "safeai_eagle3",
+        {"vllm": ("refused", "d2t with a draft_vocab_size that is missing or equal")},
+        tensors={"d2t": lambda d: torch.zeros(261).long(), "t2d": lambda d: torch.ones(261).bool()},
+    ),
+    "no size, in SGLang": Trap(
+        "specforge",
+        {"sglang": ("wrong", "draft_vocab_size null: the target's head is used")},
+        config={"draft_vocab_size": None, "eagle_config": ...},
+    ),
+    "fc for another target": Trap(
+        "specforge",
+        {"vllm": ("refused", "fc.weight reads 96 numbers, config.json says 3 taps")},
+        config={"target_hidden_size": 64, "eagle_config": ...},
+    ),
+    "two rows for a token": Trap(
+        "specforge",
+        {
+            "vllm": ("wrong", "leads two rows to the same token"),
+            "llama.cpp": ("refused", "leads two rows to the same token"),
+        },
+        {"vocab": 40},
+        tensors={"d2t": lambda d: torch.tensor([1, 0] * 20)},
+    ),
+    "norms of q and k for a Llama layer": Trap(
+        "specforge",
+        {"vllm": ("refused", "q_norm and k_norm in the file"), "sglang": ("wrong", "q_norm")},
+        {"head_norms": True},
+    ),
+    "a Qwen3 layer without norms": Trap(
+        "safeai_eagle3",
+        {"vllm": ("wrong", "the file has no q_norm and k_norm")},
+        config={"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    ),
+    "a tensor of another layout": Trap(
+        "specforge",
+        {
+            "vllm": ("refused", "extra.weight in the file, which it has no place for"),
+            "sglang": ("wrong", "extra.weight is skipped"),
+        },
+        tensors={"extra__weight": lambda d: torch.ones(2)},
+    ),
+    "a sliding window": Trap(
+        "specforge",
+        {
+            "sglang": ("wrong", "the sliding window is ignored"),
+            "vllm": ("wrong", "use_sliding_window without layer_types"),
+        },
+        config={"sliding_window": 8, "use_sliding_window": True},
+    ),
+    "a name that nobody knows": Trap(
+        "specforge",
+        dict.fromkeys(
+            ("vllm", "sglang", "llama.cpp"), ("unknown", "is not known to redraft's rules")
+        ),
+        config={"architectures": ["Eagle3BrandNewForCausalLM"], "eagle_config": ...},
+    ),
+    "a name that nobody knows, EAGLE-1": Trap(
+        "safeai_eagle",
+        {"vllm": ("unknown", "architecture BrandNewForCausalLM is not known to redraft's rules")},
+        {"kind": "eagle"},
+        {"architectures": ["BrandNewForCausalLM"]},
+    ),
+    "a value that is none": Trap(
+        "specforge",
+        {"vllm": ("unknown", "draft_vocab_size in config.json is [40], which no rule can judge")},
+        config={"draft_vocab_size": [40]},
     ),
     "EAGLE-1 in llama.cpp": Trap(
         "safeai_eagle", {"llama.cpp": ("refused", "not supported")}, {"kind": "eagle"}
@@ -193,8 +321,14 @@ def test_every_trap_is_named(target: Target, tmp_path: Path, name: str) -> None:
     for engine, (level, words) in trap.expected.items():
         said = [(f.level, f.says) for f in found.engines if f.engine == engine]
         assert any(have == level and words in says for have, says in said), said
-        verdict = {"refused": "does not load it", "wrong": "serves another function"}
-        if level in verdict:
+        verdict = {
+            "refused": "does not load it",
+            "wrong": "serves another function",
+            "unknown": "is not known to redraft's rules",
+        }
+        if level == "unknown":
+            assert found.serves(engine) == verdict[level]
+        elif level in verdict:
             assert found.serves(engine) in verdict.values()
 
 
@@ -208,6 +342,53 @@ def test_tap_ids_that_name_the_default_layers_are_harmless_for_a_known_target(
     assert (known.serves("vllm") == "serves it as it is") == harmless
     edit(tmp_path / "d", eagle_aux_hidden_state_layer_ids=[1, 3, 4])
     assert inspect_draft(str(tmp_path / "d"), target).serves("vllm") == "serves another function"
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "norms"),
+    [
+        ("LlamaForCausalLM", "llama", False),
+        ("Eagle3LlamaForCausalLM", "llama", False),
+        ("Eagle3Qwen2_5vlForCausalLM", "llama", False),
+        ("Eagle3Qwen3vlForCausalLM", "llama", False),
+        ("Eagle3MiniMaxM2ForCausalLM", "llama", False),
+        ("Qwen3ForCausalLM", "qwen3", True),
+        ("Eagle3Qwen3ForCausalLM", "qwen3", True),
+    ],
+)
+def test_architectures_that_vllm_registers(
+    target: Target, tmp_path: Path, name: str, model_type: str, norms: bool
+) -> None:
+    LAYOUTS["safeai_eagle3"](tmp_path / "d", fresh_draft(target, head_norms=norms))
+    edit(tmp_path / "d", architectures=[name], model_type=model_type)
+    found = inspect_draft(str(tmp_path / "d"))
+    assert found.unreadable is None
+    assert found.serves("vllm") == "serves it as it is"
+    assert found.serves("sglang") == "does not load it"
+
+
+@pytest.mark.parametrize("by", ["key", "tensors"])
+def test_latent_attention_is_refused_by_name_and_not_judged(
+    target: Target, tmp_path: Path, by: str
+) -> None:
+    LAYOUTS["safeai_eagle3"](tmp_path / "d", fresh_draft(target))
+    edit(tmp_path / "d", architectures=["Eagle3DeepseekV2ForCausalLM"], model_type="kimi_k2")
+    if by == "key":
+        edit(tmp_path / "d", kv_lora_rank=8, q_lora_rank=16)
+    else:
+        retensor(tmp_path / "d", midlayer__self_attn__kv_a_proj_with_mqa__weight=torch.ones(2, 2))
+    found = inspect_draft(str(tmp_path / "d"))
+    assert "multi-head latent attention (kv_lora_rank" in str(found.unreadable)
+    for engine in ("vllm", "sglang", "llama.cpp"):
+        assert found.serves(engine) == "is not known to redraft's rules"
+
+
+def test_what_redraft_cannot_read_it_does_not_vouch_for(target: Target, tmp_path: Path) -> None:
+    LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
+    edit(tmp_path / "d", eagle_config=...)
+    assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "serves it as it is"
+    retensor(tmp_path / "d", norm__weight=torch.full((32,), float("nan")))
+    assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "is not known to redraft's rules"
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle", "token_lm"])
@@ -235,8 +416,8 @@ def test_a_folder_redraft_refuses_is_inspected_all_the_same(target: Target, tmp_
 
 def test_a_draft_for_another_target_is_told_apart(target: Target, tmp_path: Path) -> None:
     LAYOUTS["safeai_eagle"](tmp_path / "d", fresh_draft(target, kind="eagle"))
-    edit(tmp_path / "d", vocab_size=300)
-    retensor(tmp_path / "d", embed_tokens__weight=torch.zeros(300, 32))
+    edit(tmp_path / "d", vocab_size=3000)
+    retensor(tmp_path / "d", embed_tokens__weight=torch.zeros(3000, 32))
     assert inspect_draft(str(tmp_path / "d")).unreadable is None
     found = inspect_draft(str(tmp_path / "d"), target)
     assert found.unreadable is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from redraft.errors import UserError
 from redraft.formats.load import load_draft, read_draft
@@ -78,8 +79,6 @@ def _written(draft: Any) -> str:
             "a mapping transformer_layer_config",
         ),
         ("safeai_eagle", {"kind": "eagle"}, {"bias": True}, "bias: true, but there is no fc.bias"),
-        ("safeai_eagle", {"kind": "eagle"}, {"num_hidden_layers": 2}, "drafts of several layers"),
-        ("safeai_eagle3", {}, {"num_hidden_layers": 2}, "expected one decoder layer, this draft"),
     ],
 )
 def test_what_a_layout_cannot_say_is_refused(
@@ -125,9 +124,81 @@ def test_a_shard_outside_the_folder_is_refused(target: Target, tmp_path: Path) -
     as_shards(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"fc.weight": "../a.safetensors"}}))
-    with pytest.raises(UserError, match="'../a.safetensors' is no file name"):
+    with pytest.raises(UserError, match="'../a.safetensors', named for fc.weight, is no file name"):
         read_draft(str(folder))
     (folder / "a.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"fc.weight": "a.safetensors"}}))
     with pytest.raises(UserError, match=r"a.safetensors: listed in the index but missing"):
+        read_draft(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("layout", "stored", "again"),
+    [
+        ("safeai_eagle3", "midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"),
+        ("safeai_eagle", "fc.weight", "model.fc.weight"),
+    ],
+)
+def test_two_names_of_one_tensor(
+    target: Target, tmp_path: Path, layout: str, stored: str, again: str
+) -> None:
+    kind = "eagle" if layout == "safeai_eagle" else "eagle3"
+    folder = LAYOUTS[layout](tmp_path / "d", fresh_draft(target, kind=kind))
+    stale = load_file(folder / "model.safetensors")[stored] + 1
+    retensor(folder, **{again.replace(".", "__"): stale})
+    with pytest.raises(UserError, match=f"{stored}.*two names of one|{again}.*two names of one"):
+        read_draft(str(folder))
+
+
+@pytest.mark.parametrize("layout", ["safeai_eagle3", "safeai_eagle"])
+def test_a_second_layer_is_refused(target: Target, tmp_path: Path, layout: str) -> None:
+    kind = "eagle" if layout == "safeai_eagle" else "eagle3"
+    folder = LAYOUTS[layout](tmp_path / "d", fresh_draft(target, kind=kind))
+    retensor(folder, layers__1__mlp__up_proj__weight=torch.ones(2, 2))
+    with pytest.raises(UserError, match=r"one decoder layer, the file also has layers\.1; drafts"):
+        read_draft(str(folder))
+
+
+def test_the_index_decides_which_file_gives_a_tensor(target: Target, tmp_path: Path) -> None:
+    folder = LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
+    whole = read_draft(str(folder))
+    as_shards(folder)
+    for shard, other in (("a", "b"), ("b", "a")):
+        tensors, others = (load_file(folder / f"{n}.safetensors") for n in (shard, other))
+        stale = {name: t + 1 for name, t in others.items() if name not in tensors}
+        save_file({**tensors, **stale}, folder / f"{shard}.safetensors")
+    assert read_draft(str(folder)).hash() == whole.hash()
+
+
+def test_a_whole_file_counts_before_an_index(target: Target, tmp_path: Path) -> None:
+    """As in Transformers; the index is that of a download that was replaced."""
+    folder = LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
+    whole = read_draft(str(folder)).hash()
+    index = {"weight_map": {"fc.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_draft(str(folder)).hash() == whole
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"fc.weight": ".."}, "'..', named for fc.weight, is no file name"),
+        ({"fc.weight": 1}, "1, named for fc.weight, is no file name"),
+        (
+            {"fc.weight": "a.safetensors", "x": "a.safetensors"},
+            "lists fc.weight, x in a.safetensors, which does not hold them",
+        ),
+        (["a.safetensors"], "expected an object as weight_map"),
+        ({}, "expected an object weight_map of tensors and files, found none"),
+        (None, "expected an object weight_map of tensors and files, found none"),
+        ({"fc.weight": "config.json"}, "config.json is not a whole safetensors file"),
+    ],
+)
+def test_an_index_that_fits_no_files_is_named(
+    target: Target, tmp_path: Path, weight_map: Any, message: str
+) -> None:
+    folder = LAYOUTS["safeai_eagle"](tmp_path / "d", fresh_draft(target, kind="eagle"))
+    as_shards(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=message):
         read_draft(str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -272,3 +273,37 @@ def _odd(family: str) -> Any:
     config = FAMILIES[family](V)
     config.intermediate_size = 47
     return config
+
+
+def test_code_in_a_folder_is_never_run(
+    target: Target, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor asked about: a yes on standard input must not run it."""
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\n"
+    (folder / "code.py").write_text(code + "class Own: ...\n")
+    auto = {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Own"}
+    edit(folder, auto_map=auto)
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    made = read_draft(str(folder))
+    with contextlib.suppress(UserError):
+        made.build(target)
+    made.save(tmp_path / "out")
+    with contextlib.suppress(UserError):
+        check_export(made, tmp_path / "out")
+    edit(folder, model_type="own")
+    with pytest.raises(UserError, match="none that Transformers knows without remote code"):
+        read_draft(str(folder))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("raw", ["{", "[]", '{"added_tokens": 1}', ""])
+def test_a_tokenizer_that_cannot_be_loaded_is_a_sentence(
+    target: Target, folder: Path, raw: str
+) -> None:
+    (folder / "tokenizer.json").write_text(raw)
+    with pytest.raises(UserError, match="its tokenizer could not be loaded"):
+        read_draft(str(folder)).build(target)

@@ -131,6 +131,13 @@ class Draft(nn.Module, ABC):
         return sum(t.numel() for t in self.stored_state().values() if t.is_floating_point())
 
 
+def token_count(target: Target) -> int:
+    """How many ids the target's tokenizer uses; 0 without one. Its embedding may be padded to more rows."""
+    if target.tokenizer is None:
+        return 0
+    return max(target.tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def select_columns(logits_V: Tensor, draft_vocab: Tensor | None) -> Tensor:
     """The target's logits over the draft vocabulary: [..., V] -> [..., D]."""
     return logits_V if draft_vocab is None else logits_V.index_select(-1, draft_vocab)

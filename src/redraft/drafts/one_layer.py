@@ -11,6 +11,7 @@ N query heads, G key/value heads, C head_dim.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from ..errors import UserError
 from ..rng import seeded
 from ..slots import Slots, positions, visible
 from ..target import Target
-from .base import Draft
+from .base import Draft, token_count
 from .chain_attention import chain_attention
 from .layers import RMSNorm, Rotary, causal_attention, masked_attention, rotate
 
@@ -118,7 +119,7 @@ class OneLayerDraft(Draft):
         self.window = config.sliding_window
         self.vocab_size = config.vocab_size
         self.hidden_size = config.hidden_size
-        self.rotary = Rotary(_rope_config(config))
+        self.rotary = rotary_of(config)
         self.embed_tokens: nn.Embedding | None = None
         self.shared_embedding: Tensor | None = None
 
@@ -235,9 +236,16 @@ class OneLayerDraft(Draft):
 
     def bind(self, target: Target) -> None:
         if target.vocab_size != self.vocab_size:
+            tokens = token_count(target)
+            why = (
+                "that is more than padding, so its ids mean other tokens; a draft needs the target's own "
+                "tokenizer"
+                if tokens
+                else "without the target's tokenizer nobody knows whether ids mean the same tokens"
+            )
             raise UserError(
-                f"vocabularies differ: target {target.name} has {target.vocab_size} tokens, the "
-                f"draft was made for {self.vocab_size}; a draft needs the target's own tokenizer"
+                f"vocabularies differ: target {target.name} has {target.vocab_size} rows"
+                f"{f' for {tokens} tokens' if tokens else ''}, this draft has {self.vocab_size}; {why}"
             )
         if self.embed_tokens is None:
             if target.hidden_size != self.hidden_size:
@@ -268,14 +276,23 @@ class OneLayerDraft(Draft):
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
 
-def _rope_config(shape: LayerShape) -> Any:
-    """The part of a Llama config that Transformers' rotary embedding reads."""
+def rotary_of(shape: LayerShape) -> Rotary:
+    """The rotary embedding of a layer. Raises UserError where its settings give no frequencies."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        hidden_size=shape.hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_position_embeddings,
-        rope_parameters=dict(shape.rope_parameters),
-    )
+    rope = {key: value for key, value in shape.rope_parameters.items() if "mrope" not in key}
+    try:
+        config = LlamaConfig(
+            hidden_size=shape.head_dim,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.max_position_embeddings,
+            rope_parameters=rope,
+        )
+        rotary = Rotary(config)
+    except Exception as problem:  # noqa: BLE001 - Transformers has no class of its own for this
+        raise UserError(f"no rotary embedding can be made of {rope}: {problem}") from None
+    if not bool(rotary.inv_freq.isfinite().all()) or not math.isfinite(rotary.scaling):
+        raise UserError(f"the rotary embedding of {rope} has frequencies that are not finite")
+    return rotary

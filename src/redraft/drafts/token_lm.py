@@ -25,14 +25,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..model_cache import Rows
 from ..rng import seeded
 from ..target import Target
-from .base import Draft
+from .base import Draft, token_count
 from .layers import ACTIVATIONS, GatedFFN
 
 MOST_PADDING = 1024
@@ -41,8 +40,22 @@ LAYERS = 2
 """Decoder layers of a token LM that is made for a target."""
 ATTENTION = {"full_attention", "sliding_attention"}
 FFN = ("gate_proj", "up_proj", "down_proj")
-REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError)
-"""How Transformers says that it cannot make a model of a config."""
+
+
+@contextlib.contextmanager
+def as_sentence(what: str) -> Iterator[None]:
+    """Whatever a library raises inside becomes a UserError that begins with `what`.
+
+    For calls into Transformers alone: it has no class for a config or a tokenizer that it cannot use,
+    and code of every architecture raises what it likes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - see above
+        reason = " ".join(str(problem).split())[:300]
+        raise UserError(f"{what}: {type(problem).__name__}: {reason}") from None
 
 
 @dataclass(frozen=True)
@@ -58,15 +71,13 @@ class TokenLMConfig:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         model_type = self.raw.get("model_type")
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise UserError(
                 f"config.json: model_type '{model_type}' is none that Transformers knows without "
                 "remote code"
             )
-        try:
+        with as_sentence(f"config.json of a {model_type} model"):
             return CONFIG_MAPPING[model_type].from_dict(self.json())
-        except REFUSALS as problem:
-            raise UserError(f"config.json of a {model_type} model: {problem}") from None
 
     def json(self) -> dict[str, Any]:
         """The whole config.json."""
@@ -147,13 +158,11 @@ class TokenLMDraft(Draft):
                 "--draft-vocab belong to --kind eagle3"
             )
         config = target.model.config.get_text_config()
-        try:
+        with as_sentence(
+            f"no small {config.model_type} model can be made for target {target.name}; name a small "
+            "LM with its tokenizer as --draft instead"
+        ):
             draft = cls(_small(config, width))
-        except REFUSALS as problem:
-            raise UserError(
-                f"no small {config.model_type} model can be made for target {target.name} "
-                f"({problem}); name a small LM with its tokenizer as --draft instead"
-            ) from None
         draft.reinitialise(0)
         return draft
 
@@ -231,16 +240,15 @@ class TokenLMDraft(Draft):
 
     def bind(self, target: Target) -> None:
         D, V = self.rows, target.vocab_size
-        spoken = 0 if target.tokenizer is None else max(target.tokenizer.get_vocab().values()) + 1
+        spoken = token_count(target)
         if min(spoken, V) > D or abs(D - V) > MOST_PADDING:
             raise UserError(
                 f"vocabularies differ: target {target.name} has {V} rows"
                 f"{f' for {spoken} tokens' if spoken else ''}, this token_lm draft has {D}, and that "
                 "is more than padding; a draft needs the target's own tokenizer"
             )
-        context = getattr(
-            self.config.of_transformers, "max_position_embeddings", target.max_positions
-        )
+        named = getattr(self.config.of_transformers, "max_position_embeddings", None)
+        context = named or target.max_positions
         if context < target.max_positions and self._learns_positions():
             raise UserError(
                 f"this token_lm draft has learned positions for {context} tokens and cannot read the "
@@ -312,11 +320,11 @@ def new_lm(
             f"a {name} model reads more than text; a token_lm draft is a plain causal LM"
         )
     unknown = set(getattr(theirs, "layer_types", None) or ()) - ATTENTION
-    try:
-        with contextlib.nullcontext() if filled else no_init_weights():
-            lm: Any = AutoModelForCausalLM.from_config(theirs, dtype=dtype)
-    except REFUSALS as problem:
-        raise UserError(f"config.json of a {name} model: {problem}") from None
+    with (
+        as_sentence(f"config.json of a {name} model"),
+        contextlib.nullcontext() if filled else no_init_weights(),
+    ):
+        lm: Any = AutoModelForCausalLM.from_config(theirs, dtype=dtype, trust_remote_code=False)
     if unknown or getattr(lm, "_is_stateful", False):
         what = f"layers of kind {', '.join(sorted(unknown))}" if unknown else "a recurrent state"
         raise UserError(

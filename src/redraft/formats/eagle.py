@@ -21,7 +21,17 @@ from torch import Tensor
 
 from ..drafts.eagle import EagleConfig, EagleDraft
 from ..errors import UserError
-from .layer import check_tensors, layer_shapes, read_layer, write_layer
+from .layer import (
+    check_rotary,
+    check_tensors,
+    config_values,
+    has_values,
+    layer_shapes,
+    read_layer,
+    refuse_other_layers,
+    renamed,
+    write_layer,
+)
 from .routed import NAMED, STORED, fold, read_routed, refuse_routed, routed_shapes
 
 Value = TypeVar("Value")
@@ -56,7 +66,7 @@ def parse(
     A bias of zeros is dropped: it changes nothing, and exports write what each engine wants. One
     shared and one private expert become the dense FFN that they are. Raises UserError naming what is missing, extra, or of another function.
     """
-    tensors = {_named(name): tensor for name, tensor in stored.items()}
+    tensors = renamed(stored, _named, where)
     for name, what in (
         (f"{LAYER}input_layernorm.weight", "a norm before the first layer's attention"),
         ("norm.weight", "a final norm"),
@@ -67,12 +77,14 @@ def parse(
                 f"{where}: an EAGLE-1/2 draft has no {name} ({what} is another function, and vLLM "
                 "refuses the file)"
             )
+    refuse_other_layers(tensors, where)
     relative = _relative(stored)
     # `bias` is fc's here; engines read the same key as attention biases.
     layer = read_layer(raw, relative, where)
-    if "fc.bias" in tensors and not bool(tensors["fc.bias"].any()):
+    biased = config_values(raw, where).flag("bias")
+    if "fc.bias" in tensors and not has_values(tensors["fc.bias"]):
         del tensors["fc.bias"]
-    elif raw.get("bias") and "fc.bias" not in tensors:
+    elif biased and "fc.bias" not in tensors:
         raise UserError(
             f"{where}: config.json says bias: true, but there is no fc.bias; a tensor is missing, "
             "or the key should be false (engines read it as attention biases)"
@@ -80,11 +92,13 @@ def parse(
     config = EagleConfig(**layer, fc_bias="fc.bias" in tensors)
     if not any(STORED in name for name in stored):
         check_tensors(tensors, *expected_shapes(config), str(where))
+        check_rotary(config, where)
         return config, tensors
     shape = read_routed(raw, relative, where)
     config = dataclasses.replace(config, routed=shape)
     required, optional = expected_shapes(config)
     check_tensors(_as_stored(tensors), _as_stored(required), optional, str(where))
+    check_rotary(config, where)
     if not shape.dense:
         return config, tensors
     outside = {name: t for name, t in tensors.items() if not name.startswith(LAYER)}

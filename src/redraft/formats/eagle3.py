@@ -18,18 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drafts.base import vocabulary_map
 from ..drafts.eagle3 import Eagle3Config, Eagle3Draft
 from ..errors import UserError
-from .layer import check_tensors, layer_shapes, read_layer, write_layer
+from .config_values import ConfigValues, architectures_of
+from .layer import (
+    check_rotary,
+    check_tensors,
+    config_values,
+    layer_shapes,
+    read_layer,
+    refuse_other_layers,
+    renamed,
+    write_layer,
+)
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 QWEN3 = "Eagle3Qwen3ForCausalLM"
 LAYER = "midlayer."
+TAPS = "eagle_aux_hidden_state_layer_ids"
+"""The key of the tap ids: hs[] indices at the top level, layers in `eagle_config`."""
 
 
 def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
     """Whether this is an EAGLE-3 draft: by its architecture, or by the norm only it has."""
-    architectures = " ".join(raw.get("architectures") or [])
+    architectures = " ".join(architectures_of(raw))
     return "eagle3" in architectures.lower() or any(
         name.startswith(LAYER) or name.endswith("hidden_norm.weight") for name in names
     )
@@ -48,51 +61,107 @@ def parse(
 
     Raises UserError naming what is missing, extra, or of another function.
     """
-    tensors = {canonical(name): tensor for name, tensor in stored.items()}
-    nested = raw.get("eagle_config") or {}
-    if nested.get("use_aux_hidden_state") is False:
+    tensors = renamed(stored, canonical, where)
+    values = config_values(raw, where)
+    nested = values.inside("eagle_config")
+    if not nested.flag("use_aux_hidden_state", True):
         raise UserError(f"{where}: the draft reads one hidden state (use_aux_hidden_state false)")
-    if raw.get("bias"):
+    if values.flag("bias"):
         raise UserError(
             f"{where}: config.json says bias: true, which engines read as attention biases; an "
             "EAGLE-3 draft has none: remove the key"
         )
-    if raw.get("norm_output") and "speculators_version" not in raw:
+    norm_output = values.flag("norm_output")
+    if norm_output and "speculators_version" not in raw:
         raise UserError(
             f"{where}: norm_output means 'feed the normed state back' to engines and 'norm before "
             "lm_head' to SpecForge; this file does not say which, so it is not run. Remove the key "
             "if the draft was trained with SpecForge"
         )
-    if raw.get("attention_bias") or raw.get("qkv_bias"):
+    if values.flag("attention_bias") or values.flag("qkv_bias"):
         # Engines then create every attention bias; a missing one of o_proj counts as zero.
-        out = tensors.get(f"{LAYER}self_attn.o_proj.weight", torch.zeros(0))
-        tensors.setdefault(f"{LAYER}self_attn.o_proj.bias", out.new_zeros(out.shape[0]))
+        out = tensors.get(f"{LAYER}self_attn.o_proj.weight", torch.zeros(0, 0))
+        tensors.setdefault(f"{LAYER}self_attn.o_proj.bias", out.new_zeros(out.shape[:1]))
         raw = {**raw, "attention_bias": True}
+    refuse_other_layers(tensors, where)
     relative = {n.removeprefix(LAYER): t for n, t in tensors.items() if n.startswith(LAYER)}
     layer = read_layer(raw, relative, where)
-    if "fc.weight" not in tensors:
-        raise UserError(f"{where}: tensors do not match the layout: missing fc.weight")
-    features = tensors["fc.weight"].shape[1]
-    taps = read_taps(raw)
-    count = int(raw.get("num_aux_hidden_states") or len(taps or (0, 0, 0)))
+    features = _features(tensors, where)
+    taps = read_taps(values)
+    fc_norms = values.positive("num_aux_hidden_states", len(taps or (0, 0, 0)))
+    if values.flag("fc_norm") and features % fc_norms:
+        raise UserError(
+            f"{values.where}: fc_norm norms {fc_norms} taps of equal width, but fc.weight reads "
+            f"{features} numbers, which {fc_norms} does not divide"
+        )
+    size = values.positive("draft_vocab_size", layer["vocab_size"])
+    if size > layer["vocab_size"]:
+        values.refuse("draft_vocab_size", f"at most vocab_size ({layer['vocab_size']})")
     config = Eagle3Config(
         **layer,
-        draft_vocab_size=int(raw.get("draft_vocab_size") or layer["vocab_size"]),
+        draft_vocab_size=size,
         feature_size=features,
         taps=taps,
-        norm_before_residual=bool(raw.get("norm_before_residual")),
-        norm_before_fc=bool(nested.get("norm_before_fc", raw.get("norm_before_fc"))),
-        fc_norm=count if raw.get("fc_norm") else 0,
-        norm_output=bool(raw.get("norm_output")),
+        norm_before_residual=values.flag("norm_before_residual"),
+        norm_before_fc=nested.flag("norm_before_fc", values.flag("norm_before_fc")),
+        fc_norm=fc_norms if values.flag("fc_norm") else 0,
+        norm_output=norm_output,
     )
-    if config.draft_vocab_size == config.vocab_size and "d2t" in tensors:
+    d2t = tensors.get("d2t")
+    if d2t is not None and not values.given("draft_vocab_size") and d2t.numel() != size:
         raise UserError(
-            f"{where}: d2t maps a vocabulary that is not reduced (draft_vocab_size is missing or "
-            f"{config.vocab_size}, like vocab_size); set draft_vocab_size or drop d2t and t2d"
+            f"{where}: d2t maps {d2t.numel()} rows, but config.json has no draft_vocab_size, which "
+            f"then counts as vocab_size ({size}); set it to the number of rows of lm_head.weight"
+        )
+    if size < config.vocab_size and d2t is None:
+        raise UserError(
+            f"{where}: the head has rows for {size} of {config.vocab_size} tokens "
+            "(draft_vocab_size, vocab_size) and no d2t says for which; copy the d2t of the training "
+            "run, or correct the sizes"
         )
     check_tensors(tensors, *expected_shapes(config), str(where))
-    draft_vocabulary(config, tensors)
-    return config, tensors
+    check_rotary(config, where)
+    return config, _with_ascending_rows(config, tensors, where)
+
+
+def _features(tensors: Mapping[str, Tensor], where: Path) -> int:
+    """How many numbers `fc` reads."""
+    weight = tensors.get("fc.weight")
+    if weight is None:
+        raise UserError(f"{where}: tensors do not match the layout: missing fc.weight")
+    if weight.dim() != 2 or not weight.numel():
+        raise UserError(f"{where}: fc.weight should be a matrix, found {list(weight.shape)}")
+    return weight.shape[1]
+
+
+def _with_ascending_rows(
+    config: Eagle3Config, tensors: dict[str, Tensor], where: Path
+) -> dict[str, Tensor]:
+    """The tensors with the head's rows in the order of their target ids, as redraft has them.
+
+    Files may have them in any order (by frequency, say): d2t tells what a row is. A map of the whole
+    vocabulary is then the identity, and dropped.
+    """
+    try:
+        ids = draft_vocabulary(config, tensors)
+    except UserError as problem:
+        raise UserError(f"{where}: {problem}") from None
+    others = {name: t for name, t in tensors.items() if name not in ("d2t", "t2d")}
+    if ids is None:
+        if "t2d" in tensors and not bool(tensors["t2d"].bool().all()):
+            raise UserError(
+                f"{where}: t2d leaves out tokens, but the head has a row for each of the "
+                f"{config.vocab_size} and there is no d2t"
+            )
+        return others
+    order = ids.argsort()
+    if torch.equal(order, torch.arange(len(ids))) and len(ids) < config.vocab_size:
+        return dict(tensors)
+    others["lm_head.weight"] = tensors["lm_head.weight"][order]
+    if len(ids) == config.vocab_size:
+        return others
+    maps = vocabulary_map(ids[order], config.vocab_size)
+    return {**others, **{name: maps[name].to(tensors.get(name, maps[name])) for name in maps}}
 
 
 def build(config: Eagle3Config, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Eagle3Draft:
@@ -114,23 +183,39 @@ def draft_vocabulary(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> Ten
         return None
     d2t = tensors["d2t"].long()
     ids = d2t + torch.arange(len(d2t))
+    spoken = tensors["t2d"].bool().nonzero().flatten() if "t2d" in tensors else None
     absolute = "expected offsets (target id = row + d2t), these look like absolute ids"
-    inside = int(ids.min()) >= 0 and int(ids.max()) < config.vocab_size
-    if not inside or not bool((ids[1:] > ids[:-1]).all()):
+    if spoken is not None and torch.equal(ids.sort().values, spoken):
+        return ids
+    if spoken is not None and torch.equal(d2t.sort().values, spoken):
+        raise UserError(f"d2t holds the ids that t2d marks: {absolute}")
+    problem = _wrong_ids(ids, config.vocab_size)
+    if problem:
+        hint = "" if _wrong_ids(d2t, config.vocab_size) else f": {absolute}"
+        raise UserError(f"d2t {problem}{hint}")
+    if spoken is not None:
         raise UserError(
-            f"d2t does not lead to ascending target ids inside the vocabulary: {absolute}"
+            f"d2t and t2d disagree: d2t names {len(ids)} target ids, t2d marks {len(spoken)}, and "
+            f"{int(torch.isin(ids, spoken).sum())} are the same"
         )
-    if "t2d" in tensors:
-        spoken = tensors["t2d"].bool().nonzero().flatten()
-        if torch.equal(spoken, d2t):
-            raise UserError(f"d2t equals the ids that t2d marks: {absolute}")
-        if not torch.equal(spoken, ids):
-            raise UserError(
-                f"d2t and t2d disagree: d2t names {len(ids)} target ids, t2d marks {len(spoken)}"
-            )
-    elif len(d2t) >= 64 and bool((d2t[1:] > d2t[:-1]).all()):
+    if len(d2t) >= 64 and bool((d2t[1:] > d2t[:-1]).all()):
         raise UserError(f"d2t keeps no two neighbouring tokens: {absolute}")
     return ids
+
+
+def _wrong_ids(ids: Tensor, vocab_size: int) -> str | None:
+    """What is wrong with target ids of rows, if anything."""
+    outside = ((ids < 0) | (ids >= vocab_size)).nonzero().flatten()
+    if len(outside):
+        row = int(outside[0])
+        return f"leads from row {row} to target id {int(ids[row])}, outside 0 to {vocab_size - 1}"
+    ordered = ids.sort().values
+    same = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(same):
+        repeated = int(same[0])
+        rows = (ids == repeated).nonzero().flatten().tolist()
+        return f"leads from rows {rows[0]} and {rows[1]} to the same target id {repeated}"
+    return None
 
 
 def expected_shapes(
@@ -153,11 +238,10 @@ def expected_shapes(
     return required, {"embed_tokens.weight": (c.vocab_size, H), "d2t": (D,), "t2d": (c.vocab_size,)}
 
 
-def read_taps(raw: Mapping[str, Any]) -> tuple[int, ...] | None:
+def read_taps(values: ConfigValues) -> tuple[int, ...] | None:
     """hs[] indices from either numbering; None for the default set."""
-    nested = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    taps = raw.get("eagle_aux_hidden_state_layer_ids") or (nested and [k + 1 for k in nested])
-    return tuple(taps) if taps else None
+    nested = values.inside("eagle_config").integers(TAPS, least=-1)
+    return values.integers(TAPS) or tuple(k + 1 for k in nested) or None
 
 
 def config_json(c: Eagle3Config) -> dict[str, Any]:
@@ -176,10 +260,10 @@ def config_json(c: Eagle3Config) -> dict[str, Any]:
     if c.fc_norm:
         config["fc_norm"] = True
     if c.taps is not None:
-        config["eagle_aux_hidden_state_layer_ids"] = list(c.taps)
+        config[TAPS] = list(c.taps)
         config["num_aux_hidden_states"] = len(c.taps)
         config["eagle_config"] = {
-            "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in c.taps],
+            TAPS: [tap - 1 for tap in c.taps],
             "use_aux_hidden_state": True,
         }
     return config

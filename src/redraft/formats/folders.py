@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import remove, write_bytes, write_tensors, write_text
+from .config_values import ConfigValues, shown
 
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -31,13 +32,12 @@ def find_folder(source: str, *, unpickle: bool = False) -> Path:
             "(org/name); no such folder"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     beside = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]
     wanted = [*beside, "*.safetensors", *(["*.bin"] if unpickle else [])]
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+    except Exception as problem:  # noqa: BLE001 - the Hub's client and its HTTP library raise many kinds
         raise UserError(f"draft {source} is no local folder, and the Hub said: {problem}") from None
 
 
@@ -49,8 +49,10 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:  # not JSON, or not even text
+    except (ValueError, RecursionError) as problem:  # not JSON, not even text, or nested too deep
         raise UserError(f"{path} is not valid JSON: {problem}") from None
+    except OSError as problem:
+        raise UserError(f"{path} could not be read: {problem}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(loaded).__name__}")
     return loaded
@@ -64,19 +66,11 @@ def read_tensors(folder: Path, *, unpickle: bool = False) -> dict[str, Tensor]:
     """
     kinds = [(WEIGHTS, read_file), *([(PICKLE, _read_pickle)] if unpickle else [])]
     for single, read in kinds:
+        if (folder / single).is_file():  # before an index, as Transformers has it
+            return read(folder / single)
         index = folder / f"{single}.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        elif (folder / single).is_file():
-            files = [single]
-        else:
-            continue
-        tensors: dict[str, Tensor] = {}
-        for name in files:
-            if Path(name).name != name:
-                raise UserError(f"{index}: '{name}' is no file name; shards lie beside the index")
-            tensors.update(read(folder / name))
-        return tensors
+            return _read_shards(index, read)
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     if pickles:
         raise UserError(
@@ -88,14 +82,47 @@ def read_tensors(folder: Path, *, unpickle: bool = False) -> dict[str, Tensor]:
     raise UserError(f"{folder}: expected {WEIGHTS} or {WEIGHTS}.index.json; found {found}")
 
 
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Every tensor that an index lists, from the file that it names for it, whatever others hold."""
+    files: dict[str, list[str]] = {}
+    for tensor, file in ConfigValues(read_json(index), str(index)).inside("weight_map").raw.items():
+        if not isinstance(file, str) or Path(file).name != file or file == "..":
+            raise UserError(
+                f"{index}: {shown(file)}, named for {tensor}, is no file name; shards lie beside the "
+                "index"
+            )
+        files.setdefault(file, []).append(tensor)
+    tensors: dict[str, Tensor] = {}
+    for file, listed in files.items():
+        held = read(index.parent / file)
+        missing = [tensor for tensor in listed if tensor not in held]
+        if missing:
+            raise UserError(
+                f"{index} lists {', '.join(missing[:3])} in {file}, which does not hold "
+                f"{'it' if len(missing) == 1 else 'them'}: the index belongs to other files; "
+                "download the folder again"
+            )
+        tensors.update({tensor: held[tensor] for tensor in listed})
+    if not tensors:
+        raise UserError(f"{index}: expected an object weight_map of tensors and files, found none")
+    return tensors
+
+
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` file, through the loader that refuses everything else."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: listed in the index but missing; download it again") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as problem:
-        reason = str(problem).strip().splitlines()[0][:200]
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+    ) as problem:
+        reason = " ".join(str(problem).split())[:200]
         raise UserError(
             f"{path}: refused, or not a whole file: a pickle may hold tensors and nothing else "
             f"({reason})"
@@ -114,7 +141,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             return {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: listed in the index but missing; download it again") from None
-    except SafetensorError as problem:
+    except (SafetensorError, OSError, ValueError) as problem:
         raise UserError(
             f"{path} is not a whole safetensors file ({problem}); copy it again"
         ) from None

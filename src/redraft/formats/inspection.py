@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from ..drafts.eagle3 import Eagle3Config
 from ..drafts.table import Shape
 from ..errors import UserError
@@ -16,6 +14,7 @@ from .folders import find_folder, read_json, read_tensors
 from .load import StoredDraft, interpret, recognise
 
 REFUSED, AS_IT_IS = "does not load it", "serves it as it is"
+NOT_KNOWN = "is not known to redraft's rules"
 EQUATIONS = {
     "eagle3": "g = fc([hs[a]; hs[b]; hs[c]]); layer on [norm(E[t+1]); norm(g or own state)]; "
     "logits = lm_head(norm(state))",
@@ -59,7 +58,10 @@ class Inspection:
         levels = {finding.level for finding in self.engines if finding.engine == engine}
         if "refused" in levels:
             return REFUSED
-        return "serves another function" if "wrong" in levels else AS_IT_IS
+        if "wrong" in levels:
+            return "serves another function"
+        # What redraft cannot read it does not vouch for, even where no rule is broken.
+        return NOT_KNOWN if "unknown" in levels or self.unreadable else AS_IT_IS
 
 
 def inspect_draft(
@@ -78,8 +80,7 @@ def inspect_draft(
     unreadable = None
     try:
         stored = interpret(folder, raw, tensors)
-        if target is not None:
-            stored.build(target)
+        stored.build(target)
     except UserError as refusal:
         unreadable = str(refusal)
     return Inspection(
@@ -91,7 +92,7 @@ def inspect_draft(
         variants=_variants(stored.config) if stored else [],
         shape=_shape(stored.config) if stored else {},
         taps=_taps(kind, stored, target),
-        vocabulary=_vocabulary(kind, raw, stored),
+        vocabulary=_vocabulary(stored, target),
         tensors={n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in tensors.items()},
         engines=judge(
             kind,
@@ -140,15 +141,16 @@ def _taps(kind: str, stored: StoredDraft | None, target: Target | None) -> str:
     return f"the engines' default, hs[2], hs[n//2], hs[n-3]{default}"
 
 
-def _vocabulary(kind: str, raw: dict[str, Any], stored: StoredDraft | None) -> str:
-    if kind == "token_lm":
-        return (
-            f"its own {raw.get('vocab_size', 0):,} rows, cut or left impossible to fit the target"
-        )
-    if kind == "eagle" or stored is None or not isinstance(stored.config, Eagle3Config):
-        return "the target's whole vocabulary" if kind == "eagle" else "not readable"
+def _vocabulary(stored: StoredDraft | None, target: Target | None) -> str:
+    if stored is None:
+        return "not readable"
     c = stored.config
-    d2t: Tensor | None = stored.tensors.get("d2t")
-    if d2t is None:
-        return f"the target's whole vocabulary, {c.vocab_size:,} tokens"
-    return f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens, d2t as offsets"
+    if stored.kind == "token_lm":
+        return f"its own {c.vocab_size:,} rows, cut or left impossible to fit the target"
+    if isinstance(c, Eagle3Config) and "d2t" in stored.tensors:
+        text = f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens, d2t as offsets"
+    else:
+        text = f"the target's whole vocabulary, {c.vocab_size:,} tokens"
+    if target is None or target.vocab_size == c.vocab_size:
+        return text
+    return f"{text}; this target has {target.vocab_size:,} rows"

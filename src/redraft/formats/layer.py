@@ -6,7 +6,8 @@ What the layouts `eagle` and `eagle3` share. Names here are relative to the laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +15,99 @@ import torch
 from torch import Tensor
 
 from ..drafts.layers import ACTIVATIONS
-from ..drafts.one_layer import LayerShape
+from ..drafts.one_layer import LayerShape, rotary_of
 from ..errors import UserError
+from .config_values import ConfigValues
+from .rope import read_rope
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAPS = {"d2t": (torch.int64, torch.int32), "t2d": (torch.bool, torch.int64, torch.uint8)}
 QKV = ("q_proj", "k_proj", "v_proj")
+NEUTRAL = ("partial_rotary_factor", "logit_scale")
+"""Keys that change the function unless they are 1."""
+SLIDING = "sliding_attention"
+LAYER_TYPES = ("full_attention", SLIDING)
 
 
 def read_layer(raw: Mapping[str, Any], names: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
     """The `LayerShape` fields of a config.json; `names` are the layer's tensors by relative name.
 
-    Raises UserError for a missing key, and for a layer whose function redraft does not compute.
+    Raises UserError for a missing key, a value that is none of its kind, and a layer whose function
+    redraft does not compute. `num_hidden_layers` is not read: the file says how many it has (see
+    `refuse_other_layers`), and published drafts keep their target's number.
     """
-    try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        vocab, width = int(raw["vocab_size"]), int(raw["intermediate_size"])
-    except KeyError as missing:
-        raise UserError(f"{where}/config.json: expected a key {missing}, found none") from None
-    layers = raw.get("num_hidden_layers", 1)
-    if layers != 1:
+    config = config_values(raw, where)
+    if config.given("kv_lora_rank") or any("kv_a_proj" in name for name in names):
         raise UserError(
-            f"{where}: expected one decoder layer, this draft has {layers} (num_hidden_layers); "
-            "drafts of several layers are not supported"
+            f"{where}: a draft with multi-head latent attention (kv_lora_rank, as in DeepSeek and "
+            "Kimi models) is not supported; redraft computes attention with q_proj, k_proj and v_proj"
         )
-    activation = str(raw.get("hidden_act", "silu"))
+    for key in NEUTRAL:
+        if config.number(key, 1.0) != 1.0:
+            raise UserError(f"{where}: a draft with {key} {raw[key]} is not supported, only with 1")
+    heads, hidden = config.positive("num_attention_heads"), config.positive("hidden_size")
+    groups = config.positive("num_key_value_heads", heads)
+    if heads % groups:
+        config.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    head_dim = config.positive("head_dim", max(hidden // heads, 1))
+    if head_dim % 2:
+        raise UserError(
+            f"{config.where}: rotary embeddings need an even head_dim, found {head_dim} "
+            f"(hidden_size {hidden}, {heads} heads)"
+        )
+    activation = config.text("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise UserError(
             f"{where}: hidden_act '{activation}' is not one of {', '.join(ACTIVATIONS)}"
         )
-    everywhere = bool(raw.get("attention_bias"))
+    everywhere = config.flag("attention_bias")
     return {
         "hidden_size": hidden,
-        "intermediate_size": width,
+        "intermediate_size": config.positive("intermediate_size"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(raw.get("num_key_value_heads") or heads),
-        "head_dim": int(raw.get("head_dim") or hidden // heads),
-        "vocab_size": vocab,
-        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+        "vocab_size": config.positive("vocab_size"),
+        "rms_norm_eps": config.number("rms_norm_eps", 1e-6),
         "hidden_act": activation,
-        "max_position_embeddings": int(raw.get("max_position_embeddings", 2048)),
-        "rope_parameters": _rope(raw, where),
-        "qkv_bias": bool(raw.get("qkv_bias", everywhere)),
+        "max_position_embeddings": config.positive("max_position_embeddings", 2048),
+        "rope_parameters": read_rope(config),
+        "qkv_bias": config.flag("qkv_bias", everywhere),
         # Engines differ on o_proj under attention_bias; the file itself says whether it has one.
         "o_bias": everywhere and "self_attn.o_proj.bias" in names,
-        "head_norms": raw.get("model_type") == "qwen3" or "self_attn.q_norm.weight" in names,
-        "sliding_window": _window(raw),
+        "head_norms": config.text("model_type", "") == "qwen3"
+        or "self_attn.q_norm.weight" in names,
+        "sliding_window": _window(config),
     }
+
+
+def config_values(raw: Mapping[str, Any], where: Path) -> ConfigValues:
+    """The values of the config.json of a folder."""
+    return ConfigValues(raw, f"{where}/config.json")
+
+
+def renamed(
+    stored: Mapping[str, Tensor], canonical: Callable[[str], str], where: Path
+) -> dict[str, Tensor]:
+    """Tensors under redraft's names. Raises UserError where two of a file are the same one."""
+    origins: dict[str, str] = {}
+    for name in stored:
+        first = origins.setdefault(canonical(name), name)
+        if first != name:
+            raise UserError(
+                f"{where}: {first} and {name} are two names of one tensor; remove the stale one"
+            )
+    return {name: stored[origin] for name, origin in origins.items()}
+
+
+def refuse_other_layers(names: Iterable[str], where: Path) -> None:
+    """Raise UserError where the file has tensors of a second decoder layer."""
+    others = sorted({found[0] for name in names if (found := re.match(r"layers\.[1-9]\d*", name))})
+    if others:
+        raise UserError(
+            f"{where}: expected one decoder layer, the file also has {', '.join(others[:3])}; "
+            "drafts of several layers are not supported"
+        )
 
 
 def write_layer(c: LayerShape) -> dict[str, Any]:
@@ -89,7 +136,7 @@ def write_layer(c: LayerShape) -> dict[str, Any]:
         config["qkv_bias"] = True
     if c.sliding_window is not None:
         config["sliding_window"] = c.sliding_window
-        config["layer_types"] = ["sliding_attention"]
+        config["layer_types"] = [SLIDING]
     return config
 
 
@@ -157,20 +204,23 @@ def _wrong(name: str, tensor: Tensor, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _window(raw: Mapping[str, Any]) -> int | None:
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds anything but zeros."""
+    return bool(tensor.to(torch.float32).any())
+
+
+def check_rotary(c: LayerShape, where: Path) -> None:
+    """Raise UserError where a layer's rotary frequencies cannot be computed."""
+    try:
+        rotary_of(c)
+    except UserError as problem:
+        raise UserError(f"{where}/config.json: {problem}") from None
+
+
+def _window(config: ConfigValues) -> int | None:
     """The layer's sliding window, if its layer type says that it slides."""
-    types = raw.get("layer_types")
-    slides = types[0] == "sliding_attention" if types else bool(raw.get("use_sliding_window"))
-    return int(raw["sliding_window"]) if slides and raw.get("sliding_window") else None
-
-
-def _rope(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """RoPE settings from either generation of config keys."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.setdefault("rope_theta", float(raw.get("rope_theta", 10000.0)))
-    if rope["rope_type"] in ("dynamic", "longrope"):
-        raise UserError(
-            f"{where}: a draft with '{rope['rope_type']}' rotary embeddings is not supported"
-        )
-    return rope
+    types = config.texts("layer_types")
+    if types and types[0] not in LAYER_TYPES:
+        config.refuse("layer_types", f"one of {', '.join(LAYER_TYPES)} first")
+    slides = types[0] == SLIDING if types else config.flag("use_sliding_window")
+    return config.positive("sliding_window") if slides and config.given("sliding_window") else None

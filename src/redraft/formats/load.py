@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..drafts.base import Draft
-from ..drafts.eagle3 import Eagle3Config
+from ..console import say
+from ..drafts.base import Draft, token_count
 from ..drafts.table import Shape
 from ..drafts.token_lm import TokenLMConfig
 from ..errors import UserError
@@ -23,13 +23,16 @@ from ..records import versions
 from ..target import Target
 from . import eagle, eagle3, speculators, token_lm
 from .card import model_card
+from .config_values import ConfigValues, architectures_of
 from .exports import default_format, lay_out
 from .folders import find_folder, read_json, read_tensors, state_hash, write_folder
-from .grown import grew, grow, may_have_grown
 from .padding import pad_ffn
+from .published import without_paths
 from .routed import refuse_routed
+from .vocabulary_rows import grew, same_tokens, with_rows_of
 
 PROVENANCE = "redraft.json"
+HASHES = ("tensors_hash", "tokenizer_hash", "template_hash", "target_fingerprint", "shared_hash")
 BUILDERS: dict[str, Any] = {
     "eagle3": eagle3.build,
     "eagle": eagle.build,
@@ -71,20 +74,28 @@ class StoredDraft:
         return draft
 
     def fitted(self, target: Target) -> StoredDraft:
-        """This draft under the vocabulary of a target whose own grew (see `grown.py`), else as it is."""
-        if not isinstance(self.config, Eagle3Config) or target.vocab_size <= self.config.vocab_size:
+        """This draft with as many vocabulary rows as the target, where their tokens are the same ones
+        (see `vocabulary_rows.py`); else as it is, which `bind` refuses."""
+        c, rows = self.config, target.vocab_size
+        if isinstance(c, TokenLMConfig) or target.tokenizer is None or rows == c.vocab_size:
             return self
-        if target.hidden_size != self.config.hidden_size or target.tokenizer is None:
-            return self  # of another family, as `bind` will say
-        recorded = self.provenance.get("tokenizer_hash")
+        recorded = self.tokenizer_hash
+        if not same_tokens(target, c.vocab_size, recorded):
+            return self
+        config, tensors = with_rows_of(c, self.tensors, target)
         if recorded is None:
-            growth = may_have_grown(target, self.config.vocab_size)
-        else:
-            growth = grew(target, recorded)
-        if not growth:
-            return self
-        config, tensors = grow(self.config, self.tensors, target)
+            say(
+                f"{self.folder} records no tokenizer. It has {c.vocab_size} vocabulary rows, the target "
+                f"{rows} for {token_count(target)} tokens: an id is taken to mean the same token in "
+                f"both; {'surplus rows are cut' if c.vocab_size > rows else 'ids without a row are never proposed'}"
+            )
         return dataclasses.replace(self, config=config, tensors=tensors)
+
+    @property
+    def tokenizer_hash(self) -> str | None:
+        """The hash of the tokenizer that the draft was made for, where it is recorded."""
+        found: str | None = self.provenance.get("tokenizer_hash")
+        return found
 
     def with_tensors(self, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> StoredDraft:
         """This draft with other tensors, whose FFN may be wider."""
@@ -108,16 +119,17 @@ class StoredDraft:
         """Write a stock checkpoint folder; `auto` is the kind's own layout for vLLM.
 
         `tp` are tensor-parallel sizes to be served with: the FFN is padded with exact zeros to a
-        width that all of them divide. Raises UserError, before anything is written, for a format
-        that the draft does not fit.
+        width that all of them divide. The record names folders without their paths, as it may be
+        published. Raises UserError, before anything is written, for a format that the draft does not fit.
         """
         refuse_routed(getattr(self.config, "routed", None))
         shape, padded = pad_ffn(self.config, self.tensors, tp)
         name = default_format(self.kind) if format == "auto" else format
-        made_for = str(self.provenance.get("target", "not recorded"))
+        record: dict[str, Any] = without_paths(self.provenance)
+        made_for = str(record.get("target", "not recorded"))
         config, tensors = lay_out(name, self.kind, shape, padded, made_for)
         config["torch_dtype"] = str(_main_dtype(tensors)).removeprefix("torch.")
-        record = {**self.provenance, "format": name, "tensors_hash": state_hash(padded)}
+        record |= {"format": name, "tensors_hash": state_hash(padded)}
         neurons = shape.intermediate_size - self.config.intermediate_size
         if neurons:
             record["zero_neurons"] = neurons
@@ -175,7 +187,7 @@ def interpret(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor
     kind, layout, parse = recognise(raw, stored, folder)
     config, named = parse(raw, stored, folder)
     record = folder / PROVENANCE
-    provenance = read_json(record) if record.is_file() else {}
+    provenance = _read_provenance(record) if record.is_file() else {}
     if layout.startswith(eagle.REFERENCE):
         provenance["read_from"] = layout
     beside = COMPANIONS[kind](folder) if kind in COMPANIONS else {}
@@ -188,6 +200,16 @@ def interpret(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor
             "to take it as it is"
         )
     return found
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    """redraft's own record of a folder. Raises UserError for one that it did not write so."""
+    record = read_json(path)
+    values = ConfigValues(record, str(path))
+    for key in HASHES:
+        values.text(key, "")
+    values.inside("config")
+    return record
 
 
 def recognise(
@@ -211,7 +233,7 @@ def recognise(
     if token_lm.recognises(raw, names):
         return "token_lm", "hf", token_lm.parse
     raise UserError(
-        f"{folder}: architectures {raw.get('architectures')} with {len(names)} tensors is no draft; "
+        f"{folder}: architectures {list(architectures_of(raw))} with {len(names)} tensors is no draft; "
         "redraft reads EAGLE-1/2 and EAGLE-3 drafts as SafeAILab, SpecForge, speculators, vLLM and "
         "SGLang store them, and small causal LMs as Transformers does"
     )
@@ -230,7 +252,7 @@ def load_draft(
 
 def check_tokenizer(stored: StoredDraft, target: Target) -> None:
     """Refuse a draft that records another tokenizer than the target's."""
-    recorded = stored.provenance.get("tokenizer_hash")
+    recorded = stored.tokenizer_hash
     if target.tokenizer is None:
         return  # a bare model, in whose `generate` the draft runs
     known = recorded in (None, target.tokenizer_hash())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..drafts.eagle import EagleDraft
 from ..drafts.one_layer import OneLayerDraft
+from ..drafts.token_lm import as_sentence
 from ..errors import UserError
 from ..rng import seeded
 from .load import StoredDraft
@@ -67,7 +68,10 @@ def _by_transformers(stored: StoredDraft, folder: Path) -> float:
     draft = stored.build(dtype=torch.float64)
     ids = min(IDS, stored.config.vocab_size)
     tokens = torch.randint(ids, (1, TOKENS), generator=seeded(0, "verify", "tokens"))
-    other = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64).eval()
+    with as_sentence(f"{folder}: Transformers could not load the export"):
+        other = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float64, trust_remote_code=False
+        ).eval()
     expected = other(input_ids=tokens).logits
     worst = 0.0
     for step, states in enumerate(draft.rollout(tokens, tokens[..., None], 0, STEPS)):

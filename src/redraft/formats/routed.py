@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..drafts.routed import RoutedShape
 from ..errors import UserError
+from .layer import config_values
 
 STORED, NAMED = "block_sparse_moe.", "mlp."
 """The FFN's prefix in the file, and in redraft."""
@@ -30,20 +31,21 @@ PROJECTIONS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 
 def read_routed(raw: Mapping[str, Any], names: Mapping[str, Tensor], where: Path) -> RoutedShape:
     """How the experts are counted and routed. Raises UserError where file and config.json disagree."""
+    config = config_values(raw, where)
     count: dict[str, int] = {}
     top_k: dict[str, int] = {}
     for group in GROUPS:
         pattern = re.compile(rf"{NAMED}{group}_experts\.(\d+)\.")
         found = {int(match[1]) for name in names if (match := pattern.match(name))}
         count[group] = len(found)
-        said = int(raw.get(f"num_{group}_experts", len(found)))
+        said = config.positive(f"num_{group}_experts", max(len(found), 1))
         if not found or said != len(found) or max(found) >= len(found):
             raise UserError(
                 f"{where}: config.json says num_{group}_experts {said}, the file has {group} experts "
                 f"{sorted(found)}; it should have 0 to {said - 1}, and one at least"
             )
-        top_k[group] = int(raw.get(f"top_k_{group}", 1))
-        if not 1 <= top_k[group] <= len(found):
+        top_k[group] = config.positive(f"top_k_{group}", 1)
+        if top_k[group] > len(found):
             raise UserError(
                 f"{where}/config.json: top_k_{group} is {top_k[group]}, expected 1 to {len(found)}, "
                 f"the number of {group} experts"
@@ -54,7 +56,7 @@ def read_routed(raw: Mapping[str, Any], names: Mapping[str, Tensor], where: Path
         private=count["private"],
         top_k_shared=top_k["shared"],
         top_k_private=top_k["private"],
-        private_width=0 if gate is None else gate.shape[0],
+        private_width=0 if gate is None or not gate.dim() else gate.shape[0],
     )
 
 

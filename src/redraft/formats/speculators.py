@@ -16,6 +16,7 @@ from torch import Tensor
 from ..drafts.eagle3 import Eagle3Config
 from ..errors import UserError
 from . import eagle3
+from .layer import config_values
 
 TYPE = "speculators_model_type"
 SHARED_KEYS = (
@@ -38,17 +39,17 @@ def flatten(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
     Raises UserError for a speculator of another kind.
     """
-    kind = raw.get(TYPE)
+    values = config_values(raw, where)
+    kind = values.text(TYPE, "not recorded")
     if kind != "eagle3":
         raise UserError(f"{where}: a speculators draft of type '{kind}'; redraft reads eagle3")
-    layer = raw.get("transformer_layer_config")
-    if not isinstance(layer, dict):
+    if not values.given("transformer_layer_config"):
         raise UserError(f"{where}/config.json: expected a mapping transformer_layer_config")
-    taps = raw.get("eagle_aux_hidden_state_layer_ids")
+    taps = values.integers(eagle3.TAPS)
     return {
-        **layer,
-        **{key: raw[key] for key in SHARED_KEYS if raw.get(key) is not None},
-        "norm_before_residual": raw.get("norm_before_residual", True),
+        **values.inside("transformer_layer_config").raw,
+        **{key: raw[key] for key in SHARED_KEYS if values.given(key)},
+        "norm_before_residual": values.flag("norm_before_residual", True),
         "num_aux_hidden_states": len(taps) if taps else 3,
         "speculators_version": raw.get("speculators_version", "not recorded"),
     }

@@ -7,6 +7,7 @@ head tied to the embedding once), and the files beside them byte for byte.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..drafts.token_lm import TokenLMConfig, TokenLMDraft, skeleton
+from ..drafts.token_lm import TokenLMConfig, TokenLMDraft, as_sentence, skeleton
 from ..errors import UserError
 from ..target import Target
-from .layer import check_tensors
+from .config_values import architectures_of, is_positive, shown
+from .folders import read_json
+from .layer import check_tensors, config_values
+from .published import without_paths
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -35,8 +40,11 @@ COMPANIONS = (
 )
 """Files beside the weights that are copied through."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
-ELSEWHERE = ("dtype", "torch_dtype", "intermediate_size")
-"""Keys of config.json that follow from the tensors."""
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+TRIED = 6
+"""Tokens that a built LM is tried on."""
+ELSEWHERE = ("dtype", "torch_dtype", "intermediate_size", "_name_or_path")
+"""Keys of config.json that follow from the tensors, and the path that old versions wrote."""
 
 
 def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
@@ -44,7 +52,7 @@ def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if not known & set(raw.get("architectures") or ()):
+    if not known & set(architectures_of(raw)):
         return False
     return any(re.search(r"\.(embed\w*|wte|word_embeddings)\.weight$", name) for name in names)
 
@@ -60,9 +68,11 @@ def parse(
         raise UserError(
             f"{where}: a quantised LM; redraft reads float32, bfloat16 or float16 drafts"
         )
+    _check_layer_counts(raw, stored, where)
     try:
-        config = _config(raw)
-        expected = skeleton(config)
+        with as_sentence("config.json"):
+            config = _config(raw)
+            expected = skeleton(config)
     except UserError as problem:
         raise UserError(f"{where}: {problem}") from None
     tensors = {
@@ -80,23 +90,43 @@ def parse(
     return config, tensors
 
 
+def _check_layer_counts(raw: Mapping[str, Any], stored: Mapping[str, Tensor], where: Path) -> None:
+    """Refuse a number of layers beyond the number of tensors, before Transformers makes as many."""
+    values = config_values(raw, where)
+    for key in LAYER_COUNTS:
+        if values.given(key) and values.positive(key) > len(stored):
+            values.refuse(key, f"at most the number of tensors in the file ({len(stored)})")
+    for value in raw.values():
+        if isinstance(value, dict):
+            _check_layer_counts(value, stored, where)
+
+
 def _config(raw: Mapping[str, Any]) -> TokenLMConfig:
     kept = {key: value for key, value in raw.items() if key not in ELSEWHERE}
     width = raw.get("intermediate_size")
     if width is None:
         theirs = TokenLMConfig(kept, 0).of_transformers
         width = getattr(theirs, "ffn_dim", None) or 4 * theirs.hidden_size
-    if not isinstance(width, int):
+    if not is_positive(width):
         raise UserError(
-            f"config.json: expected one intermediate_size for all layers, found {width}"
+            f"config.json: expected one intermediate_size for all layers, found {shown(width)}"
         )
     return TokenLMConfig(kept, width)
 
 
 def build(config: TokenLMConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> TokenLMDraft:
-    """A draft computing in `dtype` from tensors as stored."""
-    draft = TokenLMDraft(config)
-    draft.to(dtype).load_state_dict({n: t.to(dtype) for n, t in tensors.items()})
+    """A draft computing in `dtype` from tensors as stored.
+
+    Raises UserError for one that does not compute: Transformers takes values that fail, or give no
+    numbers, only when a model runs.
+    """
+    with as_sentence("this LM cannot be run"), torch.no_grad():
+        draft = TokenLMDraft(config)
+        draft.to(dtype).load_state_dict({n: t.to(dtype) for n, t in tensors.items()})
+        tokens = torch.arange(TRIED)[None] % config.vocab_size
+        states = next(draft.rollout(tokens, torch.zeros(1, TRIED, 0), 0, 1))
+        if bool(draft.logits(states).isnan().any()):
+            raise UserError("this LM cannot be run: its logits are not numbers (NaN)")
     return draft.eval().requires_grad_(False)
 
 
@@ -115,9 +145,16 @@ def lay_out(
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights, as they are."""
-    found = (folder / name for name in COMPANIONS)
-    return {path.name: path.read_bytes() for path in found if path.is_file()}
+    """The files beside the weights, as they are but for the path that old tokenizers wrote."""
+    found = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    files = {path.name: path.read_bytes() for path in found}
+    if TOKENIZER_CONFIG in files:
+        config = read_json(folder / TOKENIZER_CONFIG)
+        named = without_paths(config.get("name_or_path"))
+        if named != config.get("name_or_path"):
+            text = json.dumps({**config, "name_or_path": named}, indent=2, ensure_ascii=False)
+            files[TOKENIZER_CONFIG] = text.encode()
+    return files
 
 
 def pad_vocabulary(
@@ -149,10 +186,9 @@ def check_vocabulary(folder: Path, target: Target) -> None:
         return
     from transformers import AutoTokenizer
 
-    try:
-        own = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{folder}: its tokenizer could not be loaded: {problem}") from None
+    with as_sentence(f"{folder}: its tokenizer could not be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        own = tokenizer.get_vocab()
     theirs = {
         i: token for token, i in target.tokenizer.get_vocab().items() if i < target.vocab_size
     }
