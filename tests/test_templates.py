@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from redraft.data.prompts import PromptReader
+from redraft.data.prompts import PromptReader, read_prompts
+from redraft.data.turns import next_turn
 from redraft.errors import UserError
+from redraft.loading import load_target
+from redraft.records import Answer, Prompt
 from redraft.target import Target, read_template
+from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 TEXT = "{% for m in messages %}\n{{ m.content }} é{% endfor %}"
 
@@ -120,3 +124,48 @@ def test_a_token_that_the_embedding_does_not_have_ends_the_command(
             UserError, match="'x' as token 92, but the model's embedding has 90 rows"
         ):
             PromptReader(target).take(1, row)
+
+
+def test_rows_may_switch_the_template(tmp_path: Path) -> None:
+    """Both modes of one model, as two domains: `chat_template_kwargs` of a row goes before --template-arg."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+        "{% if think is defined %}{{ 'yes' if think else 'no' }}{% endif %}"
+    )
+    folder = save_target(
+        tmp_path / "t", FAMILIES["llama"](len(make_tokenizer())), template=template
+    )
+    target = load_target(str(folder), template_args={"think": True})
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    rows: list[dict[str, Any]] = [
+        {"messages": talk},
+        {"messages": talk, "chat_template_kwargs": {"think": False}},
+        {"messages": talk, "chat_template_kwargs": '{"think": false, "other": 1}'},
+        {"messages": talk, "chat_template_kwargs": "{"},
+        {"messages": talk, "chat_template_kwargs": [1]},
+        {"messages": talk, "chat_template_kwargs": {"tools": []}},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts(str(path), target)
+    first, second = found.prompts
+    texts = [target.tokenizer.decode(prompt.tokens) for prompt in found.prompts]
+    assert [text[-3:] for text in texts] == ["yes", ";no"]
+    reasons = dict(found.left_out)
+    assert "same prompt" in reasons[3]
+    assert "no JSON" in reasons[4]
+    assert "no object but list" in reasons[5]
+    assert "tools is an argument of the rendering" in reasons[6]
+    assert Prompt.from_row(json.loads(json.dumps(second.to_row()))) == second
+    assert len(first.to_row()) == 6  # as it was: hashes of prompts without variables stay
+    said = tuple(target.tokenizer.encode("x"))
+    for prompt, ending in ((first, "yes"), (second, ";no")):
+        later = next_turn(prompt, Answer(prompt.id, prompt.tokens, said, 1, "stop"), target)
+        assert later is not None
+        assert target.tokenizer.decode(later.tokens).endswith(f"x;user: c;{ending.strip(';')}")
+    with pytest.raises(UserError, match="--template-arg: .* add_generation_prompt is an argument"):
+        load_target(str(folder), template_args={"add_generation_prompt": True})

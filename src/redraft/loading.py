@@ -7,6 +7,7 @@ know, with a warning. Both make another model, whose figures look like any other
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from .console import say
 from .errors import UserError
 from .model_cache import check_rolls_back
-from .target import Target, read_template
+from .target import Target, check_variables, read_template
 
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -307,7 +308,9 @@ def _with_adapter(model: Any, adapter: str) -> Any:
             f"--target-adapter {adapter}: {settings.peft_type.value} puts virtual tokens before the prompt, "
             "which engines and drafts do not see; adapters that change weights are read (LoRA and its kin)"
         )
-    adapted = sentence(what, lambda: PeftModel.from_pretrained(model, adapter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of missing weights, which are refused below
+        adapted = sentence(what, lambda: PeftModel.from_pretrained(model, adapter))
     if folder.exists():
         _check_adapter_weights(adapter, adapted, folder / ADAPTER)
     return adapted
@@ -359,7 +362,12 @@ def _note_unused(adapter: Path, tokenizer: Any, chat_template: str | None) -> No
 
 
 def _check_template_args(target: Target) -> None:
-    """Raise UserError for a variable that the chat template does not read: most likely misspelt."""
+    """Raise UserError for a variable that the chat template does not read, most likely misspelt, or that is
+    not its own."""
+    try:
+        check_variables(target.template_args)
+    except ValueError as problem:
+        raise UserError(f"--template-arg: {problem}") from None
     unread = [name for name in target.template_args if name not in target.template_text]
     if unread:
         raise UserError(

@@ -35,7 +35,8 @@ class Prompt:
     is given. `reference` is the answer that came with the row, if one did; it is used only where
     original answers are asked for. A conversation of
     several turns goes on with `later`: `history` are the messages in `tokens`, and each of `later`
-    is the reply that the row had (or None), then what is asked after it (see `data/turns.py`).
+    is the reply that the row had (or None), then what is asked after it (see `data/turns.py`). `variables`
+    are those that its row gives the chat template.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Prompt:
     history: tuple[dict[str, Any], ...] = ()
     later: tuple[tuple[dict[str, Any] | None, ...], ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
+    variables: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", Tokens(self.tokens))
@@ -53,11 +55,12 @@ class Prompt:
     def to_row(self) -> list[Any]:
         """As plain JSON types."""
         reference = None if self.reference is None else list(self.reference)
-        return [self.id, list(self.tokens), reference, self.history, self.later, self.tools]
+        row = [self.id, list(self.tokens), reference, self.history, self.later, self.tools]
+        return [*row, self.variables] if self.variables else row
 
     @staticmethod
     def from_row(row: list[Any]) -> Prompt:
-        name, tokens, reference, history, later, tools = row
+        name, tokens, reference, history, later, tools, *variables = row
         return Prompt(
             name,
             tokens,
@@ -65,6 +68,7 @@ class Prompt:
             tuple(history),
             tuple(tuple(turns) for turns in later),
             None if tools is None else tuple(tools),
+            *variables,
         )
 
 

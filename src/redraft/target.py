@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, V target vocabulary, H target hidden size, F = taps *
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -179,11 +180,13 @@ class Target:
         *,
         answered: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the target's chat template.
 
         With `answered` the last (assistant) message is included and no generation prompt follows.
-        `tools` are the functions that the target may call, as JSON schemas.
+        `tools` are the functions that the target may call, as JSON schemas; `variables` are for the
+        template, beside and before `template_args`.
         Raises UserError when there is no chat template, ValueError when it refuses the roles.
         """
         if not self.template_text:
@@ -191,7 +194,13 @@ class Target:
                 f"the tokenizer of {self.name} has no chat template, so prompts cannot be rendered "
                 "as the target saw them; pass one with --chat-template FILE (a Jinja file)"
             )
-        how = {"tools": list(tools) if tools else None, "add_generation_prompt": not answered}
+        variables = {**self.template_args, **(variables or {})}
+        check_variables(variables)
+        how = {
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": not answered,
+            **variables,
+        }
         if any(message.get("tool_calls") for message in messages):
             messages = self._as_it_reads_calls(messages, how)
         return self.checked(list(self._apply(messages, how, tokenize=True)["input_ids"]))
@@ -204,7 +213,7 @@ class Target:
         tools: Sequence[dict[str, Any]] | None = None,
     ) -> str:
         """The text that `render` makes token ids of; raises as it does."""
-        how = {"tools": tools, "add_generation_prompt": not answered}
+        how = {"tools": tools, "add_generation_prompt": not answered, **self.template_args}
         return str(self._apply(messages, how, tokenize=False))
 
     def checked(self, ids: list[int]) -> list[int]:
@@ -223,20 +232,19 @@ class Target:
         self, messages: Sequence[dict[str, Any]], how: dict[str, Any], tokenize: bool
     ) -> Any:
         """What the tokenizer's `apply_chat_template` makes of a conversation, under this target's template,
-        with its `template_args` and at `rendered_at`; `how` are further arguments of that function."""
-        variables = dict(self.template_args)
+        at `rendered_at`; `how` are further arguments of that function."""
         try:
             template = self.tokenizer.get_chat_template(self.template, tools=how["tools"])
             if "strftime_now" in template:
                 template = FIXED_TIME + template
-                variables["rendered_at"] = {x: self.rendered_at.strftime(x) for x in DIRECTIVES}
+                signs = {sign: self.rendered_at.strftime(sign) for sign in DIRECTIVES}
+                how = {**how, "rendered_at": signs}
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=template,
                 tokenize=tokenize,
                 return_dict=tokenize,
                 **how,
-                **variables,
             )
         except TemplateSyntaxError as problem:
             raise _unreadable(f"the chat template of {self.name}", problem) from None
@@ -332,6 +340,15 @@ def check_taps(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
             "so any other order would be served differently from how it was trained"
         )
     return tuple(taps)
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Raise ValueError for a template variable that is an argument of the rendering itself."""
+    from transformers import PreTrainedTokenizerBase
+
+    reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    if wrong := sorted({*reserved, "messages", "rendered_at"} & variables.keys()):
+        raise ValueError(f"the template variable {wrong[0]} is an argument of the rendering itself")
 
 
 def read_template(path: str | None) -> str | None:

@@ -26,6 +26,7 @@ from .flags import (
     TopPFlag,
     load,
     print_json,
+    template_args_from,
 )
 
 OURS = "ours"
@@ -149,7 +150,6 @@ def check(
             "--out": out,
             "--target-adapter": target_adapter,
             "--chat-template": chat_template,
-            "--template-arg": template_arg,
             "--min-p": min_p or None,  # vLLM refuses it where it speculates
         }
         _refuse(given)
@@ -163,6 +163,7 @@ def check(
             published=published,
             model=endpoint_model,
             cases=known,
+            template_args=template_args_from(template_arg),
         )
         if as_json:
             print_json(to_json(served))

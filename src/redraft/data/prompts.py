@@ -192,7 +192,9 @@ class PromptReader:
             return self._of_tokens(name, found.tokens, found.answer)
         if found.text is not None:
             return self._of_text(name, found.text)
-        prompt = first_turn(name, found.messages, found.tools, self.target, self.turns)
+        prompt = first_turn(
+            name, found.messages, found.tools, self.target, self.turns, found.variables
+        )
         for what in _parts(found):
             self._has[what] += 1
             if what not in self._drops:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from ..formats.messages import Message
 from ..records import Answer, Prompt
@@ -25,11 +26,13 @@ def first_turn(
     tools: tuple[Message, ...] | None,
     target: Target,
     turns: str,
+    variables: dict[str, Any] | None = None,
 ) -> Prompt:
     """The prompt that a conversation begins with; its later turns are in the prompt.
 
     `turns` is 'all', or 'last' for one prompt with all turns before the last reply as they stand.
-    Raises ValueError when nothing is asked, the template refuses, or the context is too short.
+    `variables` are for the chat template. Raises ValueError when nothing is asked, the template refuses, or
+    the context is too short.
     """
     edges = [at for at in range(1, len(messages)) if _answered_at(messages, at)]
     if turns == "last":
@@ -43,9 +46,10 @@ def first_turn(
     )
     reply = later[0][0] if later else None
     later = _going_on(later)
-    tokens = render_prompt(target, asked, tools)
-    reference = reply and reference_of(target, asked, reply, tools, tokens)
-    return Prompt(name, tokens, reference or None, asked if later else (), later, tools)
+    how: dict[str, Any] = {"tools": tools, "variables": variables}
+    tokens = render_prompt(target, asked, how)
+    reference = reply and reference_of(target, asked, reply, tokens, how)
+    return Prompt(name, tokens, reference or None, asked if later else (), later, tools, variables)
 
 
 def _answered_at(messages: Sequence[Message], at: int) -> bool:
@@ -88,8 +92,9 @@ def next_turn(prompt: Prompt, answer: Answer | None, target: Target) -> Prompt |
         return None
     history = (*prompt.history, reply, *(message for message in others if message))
     follows = later[0][0] if later else None
-    tokens = render_prompt(target, history, prompt.tools)
-    reference = follows and reference_of(target, history, follows, prompt.tools, tokens)
+    how = {"tools": prompt.tools, "variables": prompt.variables}
+    tokens = render_prompt(target, history, how)
+    reference = follows and reference_of(target, history, follows, tokens, how)
     name, _, number = prompt.id.rpartition("#")
     name = f"{name}#{int(number) + 1}" if name and number.isdigit() else f"{prompt.id}#2"
     return dataclasses.replace(
@@ -103,10 +108,11 @@ def next_turn(prompt: Prompt, answer: Answer | None, target: Target) -> Prompt |
 
 
 def render_prompt(
-    target: Target, messages: Sequence[Message], tools: tuple[Message, ...] | None
+    target: Target, messages: Sequence[Message], how: dict[str, Any]
 ) -> Sequence[int]:
-    """Token ids of what is asked. Raises ValueError when too little of the context is left."""
-    return check_room(tuple(target.render(messages, tools=tools)), target.max_positions)
+    """Token ids of what is asked; `how` are arguments of `Target.render`. Raises ValueError when too little
+    of the context is left."""
+    return check_room(tuple(target.render(messages, **how)), target.max_positions)
 
 
 def check_room(
@@ -124,9 +130,9 @@ def reference_of(
     target: Target,
     asked: Sequence[Message],
     reply: Message,
-    tools: tuple[Message, ...] | None,
     tokens: Sequence[int],
+    how: dict[str, Any],
 ) -> tuple[int, ...] | None:
     """The reply's tokens after `tokens`; None where the template renders the two together otherwise."""
-    whole = target.render([*asked, reply], answered=True, tools=tools)
+    whole = target.render([*asked, reply], answered=True, **how)
     return tuple(whole[len(tokens) :]) if tuple(whole[: len(tokens)]) == tokens else None

@@ -31,7 +31,8 @@ class Understood:
     """What a row was understood to be: `messages` (with `tools`), or `text`, or `tokens`.
 
     `answer` are the tokens of the answer, where the row marked them. `unread` names the columns with
-    text that may belong to the question and was not read.
+    text that may belong to the question and was not read. `variables` are those that the row gives the
+    chat template (`chat_template_kwargs`).
     """
 
     shape: str
@@ -41,6 +42,7 @@ class Understood:
     tokens: tuple[int, ...] | None = None
     answer: tuple[int, ...] | None = None
     unread: tuple[str, ...] = ()
+    variables: dict[str, Any] | None = None
 
 
 def understand(row: Mapping[str, Any]) -> Understood:
@@ -126,11 +128,26 @@ def _conversation(row: Mapping[str, Any], asked: str) -> Understood:
     texts = [message["content"] for message in messages]
     if "text" in row and all(text.strip() in str(row["text"]) for text in texts):
         used.add("text")  # the whole row, rendered
-    rest = [*columns.unread(row, {*used, *columns.TOOLS}, texts)]
+    rest = [*columns.unread(row, {*used, *columns.TOOLS, columns.VARIABLES}, texts)]
     if isinstance(row[asked], list):
         within = {key for keys in unread_keys(turns) for key in columns.unread(keys, (), texts)}
         rest += [f"{asked}[].{key}" for key in sorted(within)]
-    return Understood(asked, in_order(messages), tools, unread=tuple(rest))
+    return Understood(
+        asked, in_order(messages), tools, unread=tuple(rest), variables=_variables(row)
+    )
+
+
+def _variables(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Those of the chat template, as an object or as its JSON text."""
+    given = row.get(columns.VARIABLES)
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as problem:
+            raise ValueError(f"{columns.VARIABLES} is no JSON: {problem}") from None
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"{columns.VARIABLES} is no object but {type(given).__name__}")
+    return {str(name): value for name, value in (given or {}).items() if value is not None} or None
 
 
 def _turns(name: str, value: Any) -> list[Any]:

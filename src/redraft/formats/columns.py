@@ -26,6 +26,8 @@ ANSWERS = (
     "assistant",
 )
 SYSTEMS = ("system", "system_prompt", "system_message")
+VARIABLES = "chat_template_kwargs"
+"""Variables for the chat template, such as enable_thinking (the name of TRL and vLLM)."""
 TOOLS = ("tools", "functions")
 MEDIA = re.compile(r"(?i)(images?|videos?|audios?|pixel_values|img)(_(paths?|urls?|files?|bytes))?")
 """Columns, and keys of a turn, whose content no text can stand for."""

@@ -7,7 +7,7 @@ clients ask in the meantime is counted too, so the check wants a quiet moment, a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +84,12 @@ def check_served(
     published: float | None = None,
     model: str | None = None,
     cases: Sequence[Case] | None = None,
+    template_args: Mapping[str, Any] | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> ServedCheck:
     """Ask `most` prompts of a file, `rows` at a time, of the server at `url` (its root).
+
+    `template_args` are variables for the chat template that the server uses.
 
     Raises UserError for a server that cannot be reached, has no counters or does not speculate, and for
     too few prompts.
@@ -96,7 +99,7 @@ def check_served(
     check_enough(known)  # before anything is asked
     asked = _read(source, max(most, 2 * rows), rows)
     with httpx.Client(base_url=url, timeout=REQUEST_SECONDS, transport=transport) as client:
-        server = _Server(url, client, model, key_for(url))
+        server = _Server(url, client, model, key_for(url), template_args or {})
         name = server.model()
         lengths: list[int | None] = []
         counted, seconds = [], 0.0
@@ -165,8 +168,16 @@ def check_served(
 class _Server:
     """The few requests that a check makes."""
 
-    def __init__(self, url: str, client: httpx.Client, named: str | None, key: str | None):
+    def __init__(
+        self,
+        url: str,
+        client: httpx.Client,
+        named: str | None,
+        key: str | None,
+        template_args: Mapping[str, Any],
+    ):
         self.url, self.client, self.named, self.key = url, client, named, key
+        self.template_args = template_args
         self.refusal = ""
 
     def model(self) -> str:
@@ -220,6 +231,8 @@ class _Server:
         if row.messages:
             path, body["messages"] = "/v1/chat/completions", _question(row)
             body |= {"tools": list(row.tools)} if row.tools else {}
+            variables = {**self.template_args, **(row.variables or {})}
+            body |= {"chat_template_kwargs": variables} if variables else {}
         else:
             path = "/v1/completions"
             body["prompt"] = row.text if row.tokens is None else list(row.tokens)
