@@ -12,7 +12,7 @@ import pytest
 
 from redraft.data import json_items
 from redraft.data.pool import Picked, PromptPool
-from redraft.data.prompts import PromptReader
+from redraft.data.prompts import PromptReader, read_prompts
 from redraft.data.rows import read_rows
 from redraft.errors import UserError
 from redraft.formats import hub
@@ -179,6 +179,14 @@ def test_files_of_another_kind_say_what_to_do(
         list(read_rows(str(tmp_path / name)))
     with pytest.raises(UserError, match="a folder; name a file in it"):
         list(read_rows(str(tmp_path)))
+
+
+def test_a_cut_file_gives_the_rows_before_the_cut(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(gzip.compress(LINES.encode() * 9)[:-4])
+    assert len(read_prompts(str(path), target, limit=3).prompts) == 3
+    with pytest.raises(UserError, match="could not be read to the end"):
+        read_prompts(str(path), target)
 
 
 def test_a_text_that_is_no_text_in_parquet(tmp_path: Path) -> None:

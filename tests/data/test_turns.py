@@ -71,6 +71,16 @@ def test_the_files_own_replies_and_questions_without_any(target: Target) -> None
     assert not last.later
 
 
+def test_a_reply_without_weight_is_kept(target: Target) -> None:
+    talk = [user("a"), {**says("A"), "weight": 0}, user("b"), says("B"), user("c"), says("C")]
+    first = first_turn("x", talk, None, target, "all")
+    assert list(first.tokens) == target.render(TALK[:3])
+    second = next_turn(first, answer(first, "mine", target), target)
+    assert second is not None
+    assert list(second.tokens) == target.render([*TALK[:3], says("mine"), user("c")])
+    assert next_turn(second, answer(second, "end", target), target) is None
+
+
 def test_a_reply_that_calls_a_tool_is_kept(target: Target) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     talk = [user("a"), call, {"role": "tool", "content": "7"}, says("A"), user("b"), says("B")]
@@ -184,7 +194,7 @@ def test_text_and_tokens_are_taken_as_they_are(target: Target, tmp_path: Path) -
     assert found.prompts[2].reference == tuple(rendered[len(asked) :])
     assert found.prompts[3].tokens == (5, 6)
     reasons = dict(found.left_out)
-    assert "it was tokenised for another model" in reasons[5]
+    assert "they are another model's" in reasons[5]
     assert "marks the first token" in reasons[6]
     assert "marks no token" in reasons[7]
     assert found.shapes == {"text": 2, "input_ids": 2}

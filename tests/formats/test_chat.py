@@ -42,6 +42,7 @@ CALL = {"name": "area", "arguments": {"w": 5}}
         ({"messages": CHAT[:1], "answer": "5"}, "u:q"),
         ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": CHAT[1:]}, "u:q|a:a"),
         ({"prompt": "q", "chosen": CHAT, "rejected": CHAT}, "u:q|a:a"),
+        ({"chosen_messages": CHAT, "rejected_messages": CHAT}, "u:q|a:a"),
         ({"chosen": CHAT, "rejected": CHAT}, "u:q|a:a"),
         ({"instruction": "q", "chosen": "a", "rejected": "b"}, "u:q|a:a"),
         (
@@ -114,9 +115,19 @@ def test_tool_calls_of_every_kind_are_one() -> None:
             ]
         },
     ]  # fmt: skip
+    parts = [
+        {"type": "tool_call", "value": json.dumps(CALL)},
+        {"type": "tool_use", "name": "area", "input": {"w": 5}},
+    ]
+    for part in parts:
+        turns = [
+            {"role": "assistant", "content": [part]},
+            {"role": "tool", "content": [{"type": "text", "value": "15"}]},
+        ]
+        rows.append({"messages": [CHAT[0], *turns]})
     found = [understand(row).messages for row in rows]
-    assert [messages[1]["tool_calls"] for messages in found] == [[called]] * 4
-    assert [messages[2]["content"] for messages in found] == ["15", '{"x": 1}', "15", "15"]
+    assert [messages[1]["tool_calls"] for messages in found] == [[called]] * 6
+    assert [m[2]["content"] for m in found] == ["15", '{"x": 1}', "15", "15", "15", "15"]
     assert found[2][2]["name"] == "area"
     assert (found[3][2]["name"], found[3][2]["tool_call_id"]) == ("area", "c1")
 
@@ -150,6 +161,7 @@ def test_developers_and_functions() -> None:
         {"content": "a", "thinking": "why"},
         {"content": [{"type": "thinking", "thinking": "why"}, {"type": "text", "text": "a"}]},
         {"content": [{"type": "reasoning", "text": "why"}, {"type": "output_text", "text": "a"}]},
+        {"content": [{"type": "reasoning", "value": "why"}, {"type": "text", "value": "a"}]},
         {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "why"}]}, {"text": "a"}]},
     ],
 )  # fmt: skip
@@ -159,7 +171,9 @@ def test_reasoning_goes_by_the_names_that_templates_read(answer: dict[str, Any])
     assert {message[name] for name in ("reasoning_content", "reasoning", "thinking")} == {"why"}
 
 
-@pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}, {"loss": 0.0}])
+@pytest.mark.parametrize(
+    "weight", [{"weight": 0}, {"train": False}, {"loss": 0.0}, {"loss_weight": 0.0}]
+)
 def test_an_answer_without_weight_is_context(weight: dict[str, Any]) -> None:
     turns = [CHAT[0], {**CHAT[1], **weight}, {"role": "user", "content": "r"}]
     assert understand({"messages": turns}).messages[1]["weight"] == 0

@@ -206,11 +206,11 @@ class PromptReader:
     def _of_tokens(
         self, name: str, tokens: tuple[int, ...], answer: tuple[int, ...] | None
     ) -> Prompt:
-        both = (*tokens, *(answer or ()))
-        if max(both) >= self.target.vocab_size or min(both) < 0:
+        both, rows = (*tokens, *(answer or ())), self.target.embedding_VH.shape[0]
+        if max(both) >= rows or min(both) < 0:
             raise ValueError(
-                f"input_ids go up to {max(both)}, the target's vocabulary has "
-                f"{self.target.vocab_size}: it was tokenised for another model"
+                f"input_ids go from {min(both)} to {max(both)}, the target's vocabulary has {rows}: "
+                "they are another model's"
             )
         return Prompt(name, check_room(tokens, self.target.max_positions), answer)
 

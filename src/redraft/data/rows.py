@@ -8,6 +8,7 @@ it. What a file holds is told by its first bytes. A row that cannot be read cost
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -87,8 +88,7 @@ def _rows(path: Path) -> Read:
     for sign, what in PACKED.items():
         if magic.startswith(sign):
             raise UserError(f"prompts {path} is {what}; unpack or convert it to JSONL or Parquet")
-    with _open(path) as stream:
-        head = stream.read(BLOCK)
+    head = _head(path)
     begin = head.lstrip()
     kind = next((s for s in path.suffixes[-2:] if s.lower() in OTHERS), None)
     if kind and begin[:1] not in (b"{", b"["):
@@ -104,14 +104,23 @@ def _rows(path: Path) -> Read:
     if re.match(rb"\[\s*[{\]]", begin) or (begin.startswith(b"[") and not whole[0]):
         return _json_items(path, head.index(b"[") + 1)
     spread = begin.startswith(b"{") and lines[0].endswith((b"{", b"[", b",", b":"))
-    return _json_items(path, None) if spread and not any(whole) else _json_lines(path)
+    return _json_items(path, None) if spread and len(lines) > 1 > sum(whole) else _json_lines(path)
 
 
-def _open(path: Path) -> IO[bytes]:
+def _head(path: Path) -> bytes:
+    """The begin of the text, as far as it can be read: reading the rows says what is wrong."""
+    head = b""
+    with _open(path) as stream, contextlib.suppress(OSError, EOFError, zlib.error, UnicodeError):
+        while len(head) < BLOCK and (more := stream.read1(BLOCK)):
+            head += more
+    return head
+
+
+def _open(path: Path) -> io.BufferedReader:
     """The text of a file in UTF-8 without a byte order mark, whatever it is stored in."""
     with path.open("rb") as raw:
         packed = raw.read(2) == GZIP
-    stream = cast("IO[bytes]", gzip.open(path) if packed else path.open("rb"))  # noqa: SIM115
+    stream = cast("io.BufferedReader", gzip.open(path) if packed else path.open("rb"))  # noqa: SIM115
     head = stream.read(4)
     stream.seek(len(BOM) if head.startswith(BOM) else 0)
     encoding = encoding_of(head)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-CONVERSATIONS = ("messages", "conversations", "conversation", "turns")
+CONVERSATIONS = ("messages", "conversations", "conversation", "chosen_messages", "turns")
 QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "inputs", "user", "input")
 """The first that has content is asked. `user` is a question only beside an `assistant`."""
 CONTEXTS = ("input", "context", "passage")
@@ -49,7 +49,7 @@ LONGEST_METADATA = 200
 """Characters; a longer text under such a name may be one that is asked about."""
 OF_THE_ANSWER = re.compile(
     r"""(?ix) (.*[_.-])? (
-    rejected | chosen | completion s? | response s? | output s? | solution s? | answer s? | target s? |
+    rejected(_messages)? | chosen | completion s? | response s? | output s? | solution s? | answer s? | target s? |
     assistant | gpt | reference s? | reasoning(_content)? | thinking | thought s? | rationale s? |
     explanation s? | cot | chain_of_thought | generation s? | ground_truth | gold | expected |
     reward_model | test s? | test_cases | verification(_info)?

@@ -9,6 +9,22 @@ from ..errors import UserError
 
 PARQUET_BRANCH = "refs/convert/parquet"
 """Where the Hub keeps every data set as Parquet: config/split/number.parquet."""
+FILES = {
+    ".jsonl",
+    ".json",
+    ".parquet",
+    ".gz",
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".yaml",
+    ".yml",
+    ".md",
+    ".xml",
+    ".toml",
+}
+FILES |= {".xls", ".xlsx", ".arrow", ".zst", ".bz2", ".xz", ".zip"}
+"""Suffixes of files: a name that ends so is not looked for on the Hub."""
 
 
 def push_to_hub(folder: Path, repo: str, *, private: bool = True) -> str:
@@ -34,7 +50,7 @@ def looks_like_hub(source: str) -> bool:
     """Whether a prompts source names a data set on the Hub rather than a file."""
     name = source.split(":")[0]
     owner, slash, rest = name.partition("/")
-    known = name.endswith((".jsonl", ".json", ".parquet", ".gz", ".txt", ".csv", ".tsv", ".yaml"))
+    known = Path(name).suffix.lower() in FILES
     return (
         bool(slash and owner and rest)
         and "/" not in rest

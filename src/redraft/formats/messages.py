@@ -27,8 +27,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Where chat templates look for what an assistant thought: each in one of these."""
 THOUGHTS = ("thinking", "reasoning")
 """Types of the parts of a message that are no part of its text."""
-WEIGHTS = ("weight", "train", "loss")
-"""Keys by which a turn says whether it is learned (OpenAI, axolotl, ms-swift)."""
+TEXTS = {"text": ("text", "value"), "input_text": ("text",), "output_text": ("text",)}
+"""Types of the parts that are text, and the keys it is under."""
+CALLS = ("tool_call", "tool_use", "function_call")
+"""Types of the parts that are tool calls."""
+WEIGHTS = ("weight", "train", "loss", "loss_weight")
+"""Keys by which a turn says whether it is learned (OpenAI, axolotl, ms-swift, LLaMA-Factory)."""
 READ = {
     "role",
     "from",
@@ -103,13 +107,14 @@ def _message(turn: Mapping[str, Any]) -> Message:
     if role == "call":
         calls = _calls(_from_json(turn.get(key), "is a tool call that is not JSON"))
         return {"role": "assistant", "content": "", "tool_calls": calls, "continues": True}
-    text, thought = _read(turn.get(key), role)
+    text, thought, calls = _read(turn.get(key), role)
     message: Message = {"role": role, "content": text or ""}
     if role == "assistant":
         thought = thought or next((t for n in REASONING if isinstance(t := turn.get(n), str)), "")
         message |= dict.fromkeys(REASONING, thought) if thought else {}
         if given := turn.get("tool_calls") or turn.get("function_call"):
-            message["tool_calls"] = _calls(_from_json(given, "has tool calls that are not JSON"))
+            calls = _calls(_from_json(given, "has tool calls that are not JSON"))
+        message |= {"tool_calls": calls} if calls else {}
         if any(name in turn and _is_zero(turn[name]) for name in WEIGHTS):
             message["weight"] = 0
     message |= {name: turn[name] for name in ("tool_call_id", "name") if turn.get(name)}
@@ -120,18 +125,19 @@ def _message(turn: Mapping[str, Any]) -> Message:
     return message
 
 
-def _read(content: Any, role: str) -> tuple[str | None, str]:
-    """The text and the reasoning of a message: a string, or a list of parts."""
+def _read(content: Any, role: str) -> tuple[str | None, str, list[Message]]:
+    """The text, the reasoning and the tool calls of a message: a string, or a list of parts."""
     if isinstance(content, str):
-        return content, ""
+        return content, "", []
     parts = [content] if isinstance(content, Mapping) else content
     if role == "tool" and content is not None and not _are_parts(parts):
-        return json.dumps(content, ensure_ascii=False), ""  # a result as the tool gave it
+        return json.dumps(content, ensure_ascii=False), "", []  # a result as the tool gave it
     if not isinstance(parts, list) or not parts:
-        return None, ""
-    found = [_part(part) for part in parts]
+        return None, "", []
+    calls = [call for part in parts if _kind(part) in CALLS for call in _call_of(part)]
+    found = [(_kind(part), _text_of(part)) for part in parts if _kind(part) not in CALLS]
     text = "".join(text for kind, text in found if kind not in THOUGHTS)
-    return text, "".join(text for kind, text in found if kind in THOUGHTS)
+    return text, "".join(text for kind, text in found if kind in THOUGHTS), calls
 
 
 def _are_parts(value: Any) -> bool:
@@ -140,21 +146,28 @@ def _are_parts(value: Any) -> bool:
     )
 
 
-def _part(part: Any) -> tuple[str, str]:
-    """The kind of a part, and its text."""
-    if isinstance(part, str):
-        return "text", part
-    kind, value = type(part).__name__, None
+def _kind(part: Any) -> str:
+    return str(part.get("type", "text")) if isinstance(part, Mapping) else type(part).__name__
+
+
+def _text_of(part: Any) -> str:
+    """The text of a part, or the thought in it."""
+    kind, value = _kind(part), part
     if isinstance(part, Mapping):
-        kind = str(part.get("type", "text"))
-        if kind in THOUGHTS:
-            value = next((part[key] for key in (*THOUGHTS, "text") if key in part), None)
-            value = _read(value, "")[0]  # which may be in parts of its own
-        elif kind in ("text", "input_text", "output_text"):
-            value = part.get("text")
+        names = TEXTS.get(kind, (*THOUGHTS, "text", "value") if kind in THOUGHTS else ())
+        value = next((part[name] for name in names if name in part), None)
+        value = _read(value, "")[0] if kind in THOUGHTS else value  # a thought may be in parts
     if not isinstance(value, str):
         raise ValueError(f"holds a part of type {kind[:60]!r}, which is not text")
-    return kind, value
+    return value
+
+
+def _call_of(part: Mapping[str, Any]) -> list[Message]:
+    if "value" in part:  # as LLaMA-Factory has it
+        return _calls(_from_json(part["value"], "has a tool call that is not JSON"))
+    arguments = part.get("input", part.get("arguments", {}))  # as Anthropic has it
+    call = {"type": "function", "function": {"name": part.get("name"), "arguments": arguments}}
+    return _calls({"id": part["id"], **call} if "id" in part else call)
 
 
 def _from_json(value: Any, otherwise: str) -> Any:
