@@ -19,7 +19,7 @@ NAMES = {
 BY_SCHEMA = {
     "vllm": "checked by schema against vLLM 0.32's loader; the engine was not run",
     "sglang": "checked by schema against the loaders of SGLang 0.5.23; the engine was not run",
-    "llama.cpp": "checked by schema against its converter; the engine was not run",
+    "llama.cpp": "checked by schema against the converter and loader of build 11434; the engine was not run",
     "transformers": "no EAGLE drafts of its own; `redraft.generate` runs them inside `generate`",
 }
 LANGUAGE_MODELS = {
@@ -56,6 +56,12 @@ def engines_page() -> str:
             *(_cell(cell) for cell in cells),
             "",
             "SGLang and llama.cpp were not run.\n",
+            "## llama.cpp\n",
+            "Its converter takes layer ids (vLLM's numbering, exactly three), `norm_before_residual` and "
+            "`norm_before_fc` from the top level of the draft's config.json, and ignores `eagle_config`, "
+            "`norm_output` and `hidden_act`. Biases, `fc_norm`, `q_norm` and a missing tensor are refused. It "
+            "needs `draft_vocab_size`, one layer and `--target-model-dir`. `redraft inspect` says which of "
+            "these a folder meets.\n",
         ]
     )
 

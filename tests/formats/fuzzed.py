@@ -125,7 +125,8 @@ BYTES = (
     + b'{"fc.weight":{"dtype":"F4","shape":[4,4],"data_offsets":[0,8]}}'.ljust(70)
     + bytes(8),
 )
-TEXTS = (b"", b"{", b"[]", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 100_000, b'{"a": NaN}')
+DEEP = b'{"rope_parameters": ' * 200 + b"{}" + b"}" * 200
+TEXTS = (b"", b"{", b"[]", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"[" * 100_000, b'{"a": NaN}', DEEP)
 
 
 def changes(config: dict[str, Any]) -> Iterator[Change]:

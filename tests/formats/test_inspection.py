@@ -201,7 +201,7 @@ TRAPS = {
     ),
     "a tensor missing in llama.cpp": Trap(
         "specforge",
-        {"llama.cpp": ("refused", "loads without norm.weight and is refused")},
+        {"llama.cpp": ("refused", "norm.weight missing")},
         tensors={"norm__weight": lambda d: None},
     ),
     "biases in llama.cpp": Trap(

@@ -62,6 +62,18 @@ def test_the_default_embedding_by_any_of_its_names(
     torch.testing.assert_close(frequencies(folder, **config), plain(theta), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("theta", "expected"), [(5e5, 5e5), (None, 1e6)])
+def test_of_two_settings_that_of_the_scaling_counts(
+    folder: Path, theta: float | None, expected: float
+) -> None:
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    }
+    found = frequencies(folder, rope_theta=theta, **both)
+    torch.testing.assert_close(found, plain(expected) / 2, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_linear_and_llama3(folder: Path, key: str) -> None:
     found = frequencies(folder, **{key: {"type": "linear", "factor": 4.0}})

@@ -61,7 +61,7 @@ def export(
         str | None,
         typer.Option(
             "--target",
-            help="the target, where its vocabulary grew and the shared draft lacks tokens",
+            help="the target, where the draft has other vocabulary rows than it",
         ),
     ] = None,
     format: Annotated[

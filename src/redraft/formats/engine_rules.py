@@ -140,7 +140,7 @@ def _architecture(
 
 
 def _missing(kind: str, level: str = "wrong") -> Rule:
-    does = "is refused" if level == "refused" else "runs on uninitialised values"
+    """Tensors that are not there: an engine refuses the file, or takes whatever was in memory."""
 
     def rule(raw: Config, tensors: Tensors) -> Findings:
         needed = list(REQUIRED[kind])
@@ -148,8 +148,10 @@ def _missing(kind: str, level: str = "wrong") -> Rule:
             needed += ["input_norm.weight"] if _norm_before_fc(raw) else []
             needed += ["fc_norm.0.weight"] if _flat(raw).get("fc_norm") else []
         absent = [name for name in needed if name not in tensors]
-        if absent:
-            yield level, f"loads without {', '.join(absent)} and {does}"
+        if absent and level == "refused":
+            yield level, f"{', '.join(absent)} missing"
+        elif absent:
+            yield level, f"loads without {', '.join(absent)} and runs on uninitialised values"
 
     return rule
 
@@ -173,8 +175,10 @@ def _surplus(kind: str, level: str) -> Rule:
 
 
 def _layers(raw: Config, tensors: Tensors) -> Findings:
-    layers = _flat(raw).get("num_hidden_layers") or DEFAULT_LAYERS
-    if layers > 1:
+    layers = _flat(raw).get("num_hidden_layers")
+    if layers is None and speculators.recognises(raw):
+        yield "refused", "no num_hidden_layers in transformer_layer_config"
+    elif (layers := layers or DEFAULT_LAYERS) > 1:
         yield (
             "wrong",
             f"makes {layers} layers (num_hidden_layers) of which the file fills one; the others run "

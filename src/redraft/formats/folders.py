@@ -19,6 +19,8 @@ from .config_values import ConfigValues, shown
 
 WEIGHTS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+MOST_NESTED = 64
+"""Levels of a JSON file that is read; code that walks through it calls itself."""
 
 
 def find_folder(source: str, *, unpickle: bool = False) -> Path:
@@ -55,7 +57,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} could not be read: {problem}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(loaded).__name__}")
+    if _too_deep(loaded):
+        raise UserError(f"{path}: JSON is nested more than {MOST_NESTED} levels deep")
     return loaded
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_NESTED):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(level)
 
 
 def read_tensors(folder: Path, *, unpickle: bool = False) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ class Misreading:
 
 def misreadings(stored: StoredDraft, target: Target) -> Iterator[Misreading]:
     """Every other reading of `stored` that its tensors allow."""
+    stored = stored.fitted(target)
     c = stored.config
     if isinstance(c, EagleConfig) and c.fc_bias:
         tensors = {n: t for n, t in stored.tensors.items() if n != "fc.bias"}

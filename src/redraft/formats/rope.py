@@ -32,8 +32,8 @@ def read_rope(config: ConfigValues) -> dict[str, Any]:
     Raises UserError for a type that is not computed, and for a number that is missing or wrong.
     """
     named = config.inside("rope_parameters")
-    scaling = config.inside("rope_scaling")
-    rope = ConfigValues({**_given(named), **_given(scaling)}, f"{config.where}, rotary embedding")
+    scaling = config.inside("rope_scaling")  # wins over the other, as in Transformers
+    rope = ConfigValues(_given(scaling) or _given(named), f"{config.where}, rotary embedding")
     kind = rope.text("rope_type", "default")
     if any(rope.given(key) for key in BY_LAYER_TYPE):
         kind = "one per layer type"
@@ -44,7 +44,8 @@ def read_rope(config: ConfigValues) -> dict[str, Any]:
             f"{config.where}: a draft with '{kind}' rotary embeddings is not supported; redraft "
             f"computes {', '.join(TYPES)} and mrope"
         )
-    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    usual = config.number("rope_theta", named.number("rope_theta", 10000.0))
+    theta = rope.number("rope_theta", usual)
     read: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
     read |= {key: rope.number(key) for key in TYPES[kind]}
     if kind in ("llama3", "yarn"):
