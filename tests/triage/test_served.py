@@ -236,6 +236,15 @@ def test_a_url_with_a_secret_is_refused_without_it(
     assert "word" not in str(failed.value).replace("password or query", "")
 
 
+def test_a_proxy_of_no_use_is_told_without_its_password(
+    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "gopher://me:secret@proxy:1")
+    with pytest.raises(UserError, match="a proxy named in the environment") as failed:
+        check_served("http://box:8000", str(prompts_file), cases=cases)
+    assert "secret" not in str(failed.value)
+
+
 def test_a_server_that_repeats_the_key_or_writes_to_the_terminal(
     prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from .endpoint import Trouble, Unable
 UNBOUNDED = 1 << 30
 NO_IDS = (
     "returns no token ids, and lookahead tokens (--overrun) must be those that it generated; ask a server "
-    "that returns them (vLLM from 0.10.2 on, SGLang with return_token_ids), or leave out --endpoint"
+    "that returns them (vLLM from 0.10.2 on, a recent SGLang), or leave out --endpoint"
 )
 
 

@@ -9,8 +9,10 @@ server's words are shown with their control characters escaped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -134,12 +136,19 @@ def connect(url: str, concurrency: int, timeout: float) -> httpx.AsyncClient:
     machine is reached past the proxies of the environment. Raises UserError for a proxy of no use.
     """
     most = concurrency + 4
-    try:
+    with proxy_checked(url):
         return httpx.AsyncClient(
             limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
             timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS, pool=None),
-            trust_env=not _near(url),
+            trust_env=not near(url),
         )
+
+
+@contextlib.contextmanager
+def proxy_checked(url: str) -> Iterator[None]:
+    """A client is made here. Raises UserError for a proxy of no use."""
+    try:
+        yield
     except (ImportError, ValueError, httpx.InvalidURL):  # the message might hold a password
         raise UserError(
             f"{url}: a proxy named in the environment (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) cannot be "
@@ -158,7 +167,8 @@ def _cause(problem: BaseException) -> str:
     return said
 
 
-def _near(url: str) -> bool:
+def near(url: str) -> bool:
+    """Whether a server is on this machine."""
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
@@ -167,7 +177,7 @@ def key_for(url: str) -> str | None:
 
     OPENAI_API_KEY may be meant for another server, so it is never sent in the clear over a network.
     """
-    private = _near(url) or urlsplit(url).scheme == "https"
+    private = near(url) or urlsplit(url).scheme == "https"
     names = (KEY, OTHER_KEY) if private else (KEY,)
     for name in names:
         key = os.environ.get(name, "").strip()

@@ -122,8 +122,8 @@ async def check(
 ) -> Findings:
     """Ask `endpoint` for its model named `model` ('': the only one), and compare with `target`.
 
-    `overrun` is how many lookahead tokens will be asked for. Raises UserError when it is another model, tokenizer or template, or cannot be used; Trouble when
-    it does not answer for now.
+    `overrun` is how many lookahead tokens will be asked for. Raises UserError when it is another model,
+    tokenizer or template, or cannot be used; Trouble when it does not answer for now.
     """
     skipped: list[str] = []
     name, context = await _find_model(endpoint, model, skipped)

@@ -44,7 +44,8 @@ START_PATIENCE = 60.0
 class Endpoints:
     """The servers that `config` names, as one backend for answers of `target`.
 
-    `overrun` is how many lookahead tokens are kept past each answer's end. `about` says, for each server that was found to be the target, what it is; it holds no secret.
+    `overrun` is how many lookahead tokens are kept past each answer's end. `about` says, for each
+    server that was found to be the target, what it is; it holds no secret.
     """
 
     def __init__(self, target: Target, config: RegenerateConfig, overrun: int = 0):

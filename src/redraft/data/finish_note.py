@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..target import Target
+from ..visible import visible
 
 ENOUGH = 8
 """Fewer answers than this may all be long by chance."""
@@ -16,6 +17,6 @@ def unfinished_note(answers_finished: int, total: int, target: Target) -> str | 
     stops = ", ".join(f"{name} ({i})" for name, i in zip(names, target.stop_ids, strict=True))
     return (
         f"WARNING: none of {total} answers ended by itself; all were cut at the length limit. The target's "
-        f"stop tokens are {stops or 'none'}: if it ends its answers with another token, add that "
-        "one to eos_token_id in its generation_config.json; otherwise raise the limit (max_new_tokens)"
+        f"stop tokens are {visible(stops) or 'none'}: if it ends its answers with another token, add that one "
+        "to eos_token_id in its generation_config.json; otherwise raise the length limit"
     )

@@ -186,7 +186,7 @@ class _Own:
 class _Served:
     """Answers from endpoints; what these are is noted beside the answers' file."""
 
-    def __init__(self, target: Target, config: RegenerateConfig, out: Path, overrun: int):
+    def __init__(self, target: Target, config: RegenerateConfig, out: Path, overrun: int = 0):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
         self.pool, self.out = Endpoints(target, config, overrun), out

@@ -16,7 +16,17 @@ import httpx
 
 from ..config import RegenerateConfig, read_endpoints
 from ..console import Progress
-from ..data.endpoint import Trouble, key_for, message_of, models_of, object_of, shown, text_of
+from ..data.endpoint import (
+    Trouble,
+    key_for,
+    message_of,
+    models_of,
+    near,
+    object_of,
+    proxy_checked,
+    shown,
+    text_of,
+)
 from ..data.regenerate import sampling_of
 from ..data.rows import read_rows
 from ..decode.sampling import Sampling
@@ -98,8 +108,17 @@ def check_served(
     known = list(cases) if cases is not None else read_cases()
     check_enough(known)  # before anything is asked
     asked = _read(source, max(most, 2 * rows), rows)
+<<<<<<< HEAD
     with httpx.Client(base_url=url, timeout=REQUEST_SECONDS, transport=transport) as client:
         server = _Server(url, client, model, key_for(url), template_args or {})
+=======
+    with proxy_checked(url):
+        client = httpx.Client(
+            base_url=url, timeout=REQUEST_SECONDS, transport=transport, trust_env=not near(url)
+        )
+    with client:
+        server = _Server(url, client, model, key_for(url))
+>>>>>>> endpoints
         name = server.model()
         lengths: list[int | None] = []
         counted, seconds = [], 0.0
