@@ -108,17 +108,12 @@ def check_served(
     known = list(cases) if cases is not None else read_cases()
     check_enough(known)  # before anything is asked
     asked = _read(source, max(most, 2 * rows), rows)
-<<<<<<< HEAD
-    with httpx.Client(base_url=url, timeout=REQUEST_SECONDS, transport=transport) as client:
-        server = _Server(url, client, model, key_for(url), template_args or {})
-=======
     with proxy_checked(url):
         client = httpx.Client(
             base_url=url, timeout=REQUEST_SECONDS, transport=transport, trust_env=not near(url)
         )
     with client:
-        server = _Server(url, client, model, key_for(url))
->>>>>>> endpoints
+        server = _Server(url, client, model, key_for(url), template_args or {})
         name = server.model()
         lengths: list[int | None] = []
         counted, seconds = [], 0.0
