@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from redraft import console as console_module
 from redraft.cli import flags, generate
 from redraft.cli import main as run_command
 from redraft.data.explain import Example
@@ -72,3 +73,18 @@ def test_generated_text(
         run_command()
     assert not end.value.code
     assert capsys.readouterr().out == "hi \\x1b]0;owned\\x07 there\n"
+
+
+def test_every_message_and_every_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console_module, "_quiet", False)
+    console_module.say(f"said {EVIL}")
+    monkeypatch.setattr("sys.argv", ["redraft", "inspect", f"/no/folder{EVIL}"])
+    with pytest.raises(SystemExit) as end:
+        run_command()
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("said \\x1b]52")
+    assert "/no/folder\\x1b]52" in told
+    assert visible(told) == told

@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.status import Status
 
+from .visible import visible
+
 LOG_EVERY_SECONDS = 10.0
 
 console = Console(stderr=True, highlight=False)
@@ -34,7 +36,7 @@ def set_quiet(quiet: bool) -> None:
 def say(text: str) -> None:
     """A line of progress for the person; nothing when quiet."""
     if not _quiet:
-        console.print(text, markup=False)
+        console.print(visible(text), markup=False)
 
 
 class Progress:

@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from ..console import console
 from ..errors import UserError
+from ..visible import visible
 from . import bench, check, drafts, engine, features, generate, job, prompts, recipes, stages
 
 app = typer.Typer(
@@ -58,7 +59,8 @@ def main() -> None:
         _calm_libraries()
         app(standalone_mode=True)
     except UserError as mistake:
-        console.print(f"redraft: {mistake}", style="red", soft_wrap=True, markup=False)
+        text = visible(f"redraft: {mistake}")
+        console.print(text, style="red", soft_wrap=True, markup=False)
         if os.environ.get("REDRAFT_TRACEBACK"):
             raise
         sys.exit(2)
