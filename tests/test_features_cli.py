@@ -181,3 +181,31 @@ def test_a_row_without_features_says_so(
     assert code == 2
     assert "is not among the features in" in err
     assert "write those of all answers, held-out ones too" in err
+
+
+def test_stored_answers_are_measured_with_and_without_layers(
+    redraft: Any, files: dict[str, Any], answers: list[Answer], tmp_path: Path
+) -> None:
+    command = ("measure", "--target", files["target"], "--draft", files["draft"], "--json")
+    found = []
+    for more in ((), ("--features", files["store"])):
+        code, out, err = redraft(*command, "--answers", files["heldout"], *more)
+        assert code == 0, err
+        found.append(json.loads(out))
+
+    assert found[0]["tau"] == found[1]["tau"]
+    assert found[0]["left_out"] == 0
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for wrong, words in (
+        ((), "name either prompts"),
+        (("--answers", empty), "no answer of two tokens"),
+        (("--answers", files["heldout"], "--mode", "live"), "--mode live does not go with"),
+        (("--answers", files["heldout"], "--k", "auto"), "--k auto does not go with"),
+        (("--answers", files["heldout"], "--temperature", 1), "--temperature does not go with"),
+        (("--prompts", empty, "--features", files["store"]), "cannot answer prompts"),
+        (("--answers", files["heldout"], "--k", 16), "regenerate it with --overrun 16"),
+    ):
+        code, _, err = redraft(*command, *wrong)
+        assert code == 2, err
+        assert words in " ".join(err.split())

@@ -291,7 +291,18 @@ def train(
 def measure(
     target: TargetFlag,
     draft: DraftFlag,
-    prompts: PromptsFlag,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="prompts that the target answers first")
+    ] = None,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            "--answers", help="or an answers file (of `regenerate --overrun K`), scored as it is"
+        ),
+    ] = None,
+    features: FeaturesFlag = None,
+    feature_taps: FeatureTapsFlag = None,
+    allow_pickle: PickleFlag = False,
     k: KFlag = "4",
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
@@ -325,50 +336,92 @@ def measure(
 
     At a temperature the default is what engines do: sampled acceptance, deterministic draft tokens.
 
+    With --answers nothing is decoded: answers that are there, from this target here or behind an endpoint, are
+    scored, with --features next to stored states of a target that does not fit here.
+
     Example: redraft measure --target ./my-model --draft ./draft --prompts prompts.jsonl --k 4
     """
     set_quiet(quiet)
+    from ..data.answer_file import answers_for
     from ..data.prompts import read_prompts
     from ..files import write_text
     from ..formats.load import load_draft
     from ..measuring.cost import auto_k
-    from ..measuring.measure import WAYS
+    from ..measuring.measure import WAYS, measure_answers
     from ..measuring.measure import measure as run
+    from ..measuring.replay import decoding_of
     from ..records import to_json
     from ..report.terminal import print_acceptance
 
     if mode not in WAYS:
         raise UserError(f"--mode must be one of {', '.join(WAYS)}; got '{mode}'")
-    decoding = decoding_from(
-        acceptance or ("sampled" if temperature else "greedy"),
-        draft_token or ("" if acceptance else "deterministic"),
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-    )
+    if (prompts is None) == (answers is None):
+        raise UserError(
+            "name either prompts, which the target answers first, or an answers file that is scored as it is "
+            "(--prompts FILE or --answers FILE)"
+        )
     chosen = k_from(k)
-    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
+    if answers is not None:
+        given = {
+            "--mode live": mode == "live",
+            "--k auto": chosen is None,
+            "--temperature": temperature,
+            "--save-ids": save_ids,
+        }
+        if wrong := [flag for flag, there in given.items() if there]:
+            raise UserError(f"{wrong[0]} does not go with --answers, which are scored as they are")
+    elif features:
+        raise UserError(
+            "--features stand in for the target's layers, which cannot answer prompts; name --answers"
+        )
+    if features:
+        loaded = load_beside(
+            *(features, feature_taps, allow_pickle, target, target_adapter, chat_template, dtype),
+            template_arg,
+        )
+    else:
+        loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     proposer = load_draft(draft, loaded)
-    found = read_prompts(prompts, loaded, limit)
-    say(found.summary())
-    if chosen is None:
-        choice = auto_k(loaded, proposer, found.prompts[:AUTO_PROMPTS], decoding)
-        chosen = choice.k
-        say(choice.explain())
-    if save_ids:
-        write_text(Path(save_ids), json.dumps([list(p.tokens) for p in found.prompts]) + "\n")
-    measured = run(
-        loaded,
-        proposer,
-        found.prompts,
-        k=chosen,
-        max_new_tokens=max_new_tokens,
-        mode=mode,
-        decoding=decoding,
-        seed=seed,
-    ).acceptance
+    if answers is not None:
+        rows = [a for a in answers_for(loaded, Path(answers)) if a.length >= 2][:limit]
+        if not rows:
+            raise UserError(
+                f"{answers} holds no answer of two tokens or more, so there is nothing to score"
+            )
+        decoding = decoding_of(rows, acceptance, draft_token)
+        measured = measure_answers(
+            loaded, proposer, rows, k=chosen or 4, mode=mode, decoding=decoding
+        ).acceptance
+        left_out = 0
+    else:
+        found = read_prompts(str(prompts), loaded, limit)
+        say(found.summary())
+        decoding = decoding_from(
+            acceptance or ("sampled" if temperature else "greedy"),
+            draft_token or ("" if acceptance else "deterministic"),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        )
+        if chosen is None:
+            choice = auto_k(loaded, proposer, found.prompts[:AUTO_PROMPTS], decoding)
+            chosen = choice.k
+            say(choice.explain())
+        if save_ids:
+            write_text(Path(save_ids), json.dumps([list(p.tokens) for p in found.prompts]) + "\n")
+        measured = run(
+            loaded,
+            proposer,
+            found.prompts,
+            k=chosen,
+            max_new_tokens=max_new_tokens,
+            mode=mode,
+            decoding=decoding,
+            seed=seed,
+        ).acceptance
+        left_out = found.left_out_count
     if as_json:
-        print_json({**to_json(measured), "left_out": found.left_out_count})
+        print_json({**to_json(measured), "left_out": left_out})
     else:
         print_acceptance(measured)
