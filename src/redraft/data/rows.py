@@ -76,7 +76,7 @@ def read_rows(source: str) -> Read:
 def _of_file(path: Path) -> Read:
     try:
         yield from _rows(path)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as problem:
+    except (OSError, EOFError, zlib.error) as problem:
         raise UserError(f"prompts {path} could not be read to the end: {problem}") from None
 
 
@@ -110,7 +110,7 @@ def _rows(path: Path) -> Read:
 def _head(path: Path) -> bytes:
     """The begin of the text, as far as it can be read: reading the rows says what is wrong."""
     head = b""
-    with _open(path) as stream, contextlib.suppress(OSError, EOFError, zlib.error, UnicodeError):
+    with _open(path) as stream, contextlib.suppress(OSError, EOFError, zlib.error):
         while len(head) < BLOCK and (more := stream.read1(BLOCK)):
             head += more
     return head
@@ -127,12 +127,15 @@ def _open(path: Path) -> io.BufferedReader:
     return stream if encoding == "utf-8-sig" else io.BufferedReader(_Utf8(stream, encoding))
 
 
+codecs.register_error("redraft.no_character", lambda problem: ("\udcff", problem.end))  # type: ignore[attr-defined]
+
+
 class _Utf8(io.RawIOBase):
-    """A stream in another encoding, as UTF-8. Half a surrogate pair stays half a pair, for its row to fail."""
+    """A stream in another encoding, as UTF-8. What is no character is no UTF-8 either, and its row fails."""
 
     def __init__(self, stream: IO[bytes], encoding: str):
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._decoder = codecs.getincrementaldecoder(encoding)("redraft.no_character")
         self._ready = b""
 
     def readable(self) -> bool:
@@ -169,8 +172,6 @@ def _json_items(path: Path, begin: int | None) -> Read:
         try:
             for number, value in enumerate(items(stream, in_list=begin is not None), 1):
                 yield number, _row(value)
-        except UnicodeDecodeError:
-            raise
         except ValueError as problem:  # of what follows the list
             yield number + 1, problem
 
@@ -187,7 +188,9 @@ def _parsed(raw: bytes) -> Any:
     try:
         return DECODER.decode(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        raise ValueError(f"byte {problem.start + 1} of the row is not UTF-8") from None
+        raise ValueError(
+            f"byte {problem.start + 1} of the row is not valid in UTF-8, or in the file's own encoding"
+        ) from None
     except json.JSONDecodeError as problem:
         empty = not raw.strip()
         raise ValueError(
