@@ -103,7 +103,7 @@ def test_one_object_is_one_row(tmp_path: Path) -> None:
 BAD = {
     "another encoding": (
         '{"prompt": "é"}'.encode("latin-1"),
-        "byte 16 of the row is no text in the file's encoding",
+        "byte 13 of the row is not valid in UTF-8",
     ),
     "deep": (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
     "a giant number": (b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}", "4300 digits"),

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 from ..encodings import encoding_of
 from ..errors import UserError
-from ..formats.hub import dataset_files, looks_like_hub
+from ..formats.hub import OTHER_FILES, dataset_files, looks_like_hub
 from .json_items import BLOCK, items
 
 Read = Iterator[tuple[int, Any]]
@@ -34,19 +34,6 @@ PACKED = {
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"ARROW1": "an Arrow file",
 }
-OTHERS = (
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".md",
-    ".yaml",
-    ".yml",
-    ".xml",
-    ".toml",
-    ".xls",
-    ".xlsx",
-    ".arrow",
-)
 UNDER_A_KEY = re.compile(
     rb'\s*\{\s*(?:"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\w]+)\s*,\s*)*'
     rb'"(?:data|rows|train|dataset|examples|instances|samples|items|records|prompts|questions)"\s*:\s*\[(?=\s*\{)'
@@ -90,7 +77,7 @@ def _rows(path: Path) -> Read:
             raise UserError(f"prompts {path} is {what}; unpack or convert it to JSONL or Parquet")
     head = _head(path)
     begin = head.lstrip()
-    kind = next((s for s in path.suffixes[-2:] if s.lower() in OTHERS), None)
+    kind = next((s for s in path.suffixes[-2:] if s.lower() in OTHER_FILES), None)
     if kind and begin[:1] not in (b"{", b"["):
         raise UserError(
             f"prompts {path}: {kind} files are not read; convert it to JSONL (one JSON object a line) or "
@@ -104,7 +91,9 @@ def _rows(path: Path) -> Read:
     if re.match(rb"\[\s*[{\]]", begin) or (begin.startswith(b"[") and not whole[0]):
         return _json_items(path, head.index(b"[") + 1)
     spread = begin.startswith(b"{") and lines[0].endswith((b"{", b"[", b",", b":"))
-    return _json_items(path, None) if spread and len(lines) > 1 > sum(whole) else _json_lines(path)
+    if spread and len(lines) == 2 and not any(whole):
+        return _json_items(path, None)
+    return _json_lines(path)
 
 
 def _head(path: Path) -> bytes:
