@@ -81,7 +81,11 @@ def test_an_end_of_turn_that_is_no_stop_token(
     said = end_of_turn_note(target)
     assert bool(said) == warned
     if said:
-        what = "<|im_end|>, ordinary text" if "im_end" in template else "<|system|> (id 4)"
+        what = (
+            "<|im_end|>, which this tokenizer splits"
+            if "im_end" in template
+            else "<|system|> (id 4)"
+        )
         assert f"ends an assistant's turn with {what}" in said
         assert "no stop token (stop tokens: <|end|>)" in said
         assert said in notes(target, {"prompt": "x"})

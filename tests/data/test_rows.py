@@ -101,7 +101,10 @@ def test_one_object_is_one_row(tmp_path: Path) -> None:
 
 
 BAD = {
-    "another encoding": ('{"prompt": "é"}'.encode("latin-1"), "is not UTF-8"),
+    "another encoding": (
+        '{"prompt": "é"}'.encode("latin-1"),
+        "byte 13 of the row is not valid in UTF-8",
+    ),
     "deep": (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
     "a giant number": (b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}", "4300 digits"),
     "zeros": (b"\0\0\0", "not valid JSON"),
@@ -124,6 +127,16 @@ def test_a_bad_row_costs_itself_alone(bad: str, listed: bool, tmp_path: Path) ->
     assert found == THREE
     assert isinstance(problem, ValueError)
     assert reason in str(problem)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_what_is_no_character_costs_its_row(encoding: str, tmp_path: Path) -> None:
+    rows = ['{"prompt": "a"}', '{"prompt": "\ud800"}', '{"prompt": "c"}', '{"prompt": "d"}']
+    path = tmp_path / "p.jsonl"
+    path.write_bytes("\n".join(rows).encode(encoding, "surrogatepass")[:-1])
+    found = [row for _, row in read_rows(str(path))]
+    assert (found[0], found[2]) == ({"prompt": "a"}, {"prompt": "c"})
+    assert all("not valid in UTF-8, or in the file's own" in str(found[at]) for at in (1, 3))
 
 
 def test_an_emoji_and_nan_are_rows(tmp_path: Path) -> None:
@@ -168,7 +181,6 @@ def test_what_follows_the_first_list_is_named(tmp_path: Path) -> None:
         ("p.jsonl", b"PK\x03\x04....", "zip archive"),
         ("p.parquet", b"PAR1", "could not be read to the end"),
         ("p.jsonl", gzip.compress(b'{"prompt": "a"}\n')[:-9], "could not be read to the end"),
-        ("p.jsonl", "{}\n".encode("utf-16")[:-1], "could not be read to the end"),
     ],
 )
 def test_files_of_another_kind_say_what_to_do(

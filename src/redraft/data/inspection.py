@@ -93,7 +93,7 @@ def inspect_prompts(found: PromptSet, target: Target, rows: int) -> Inspection:
 
 def _warnings(found: PromptSet, target: Target, unfinished: int, answers: int) -> Iterator[str]:
     templated = len(found.prompts) > sum(found.shapes.get(shape, 0) for shape in AS_THEY_ARE)
-    if templated and not generation_prompt(target):
+    if templated and generation_prompt(target) == "":
         yield (
             "the chat template writes nothing that has the target answer (it ignores "
             "add_generation_prompt), so the target continues the user's text"

@@ -218,7 +218,7 @@ class PromptReader:
         """Text is taken as rendered already: the target continues it, after the last place where
         the template would have it answer, if the text has one."""
         if self._asks is None:
-            self._asks = generation_prompt(self.target)
+            self._asks = generation_prompt(self.target) or ""
         asks = self._asks
         at = text.rfind(asks) + len(asks) if asks and asks in text else len(text)
         tokens = tuple(encode(self.target, text[:at]))
@@ -260,8 +260,9 @@ def drops(target: Target, what: str) -> bool:
         return False
 
 
-def generation_prompt(target: Target) -> str:
-    """What the chat template writes to have the target answer; empty when it writes nothing."""
+def generation_prompt(target: Target) -> str | None:
+    """What the chat template writes to have the target answer; empty when it writes nothing, None when
+    it refuses a question alone."""
     if not target.template_text:
         return ""
     asked = [{"role": "user", "content": "x"}]
@@ -270,7 +271,7 @@ def generation_prompt(target: Target) -> str:
             target.render_text(asked, answered=answered) for answered in (True, False)
         )
     except ValueError:
-        return ""  # a template for other conversations
+        return None
     return begun[len(without) :] if begun.startswith(without) else ""
 
 

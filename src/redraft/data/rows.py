@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 from ..encodings import encoding_of
 from ..errors import UserError
-from ..formats.hub import dataset_files, looks_like_hub
+from ..formats.hub import OTHER_FILES, dataset_files, looks_like_hub
 from .json_items import BLOCK, items
 
 Read = Iterator[tuple[int, Any]]
@@ -34,19 +34,6 @@ PACKED = {
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"ARROW1": "an Arrow file",
 }
-OTHERS = (
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".md",
-    ".yaml",
-    ".yml",
-    ".xml",
-    ".toml",
-    ".xls",
-    ".xlsx",
-    ".arrow",
-)
 UNDER_A_KEY = re.compile(
     rb'\s*\{\s*(?:"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.\w]+)\s*,\s*)*'
     rb'"(?:data|rows|train|dataset|examples|instances|samples|items|records|prompts|questions)"\s*:\s*\[(?=\s*\{)'
@@ -76,7 +63,7 @@ def read_rows(source: str) -> Read:
 def _of_file(path: Path) -> Read:
     try:
         yield from _rows(path)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as problem:
+    except (OSError, EOFError, zlib.error) as problem:
         raise UserError(f"prompts {path} could not be read to the end: {problem}") from None
 
 
@@ -90,7 +77,7 @@ def _rows(path: Path) -> Read:
             raise UserError(f"prompts {path} is {what}; unpack or convert it to JSONL or Parquet")
     head = _head(path)
     begin = head.lstrip()
-    kind = next((s for s in path.suffixes[-2:] if s.lower() in OTHERS), None)
+    kind = next((s for s in path.suffixes[-2:] if s.lower() in OTHER_FILES), None)
     if kind and begin[:1] not in (b"{", b"["):
         raise UserError(
             f"prompts {path}: {kind} files are not read; convert it to JSONL (one JSON object a line) or "
@@ -104,13 +91,15 @@ def _rows(path: Path) -> Read:
     if re.match(rb"\[\s*[{\]]", begin) or (begin.startswith(b"[") and not whole[0]):
         return _json_items(path, head.index(b"[") + 1)
     spread = begin.startswith(b"{") and lines[0].endswith((b"{", b"[", b",", b":"))
-    return _json_items(path, None) if spread and len(lines) > 1 > sum(whole) else _json_lines(path)
+    if spread and len(lines) == 2 and not any(whole):
+        return _json_items(path, None)
+    return _json_lines(path)
 
 
 def _head(path: Path) -> bytes:
     """The begin of the text, as far as it can be read: reading the rows says what is wrong."""
     head = b""
-    with _open(path) as stream, contextlib.suppress(OSError, EOFError, zlib.error, UnicodeError):
+    with _open(path) as stream, contextlib.suppress(OSError, EOFError, zlib.error):
         while len(head) < BLOCK and (more := stream.read1(BLOCK)):
             head += more
     return head
@@ -127,12 +116,15 @@ def _open(path: Path) -> io.BufferedReader:
     return stream if encoding == "utf-8-sig" else io.BufferedReader(_Utf8(stream, encoding))
 
 
+codecs.register_error("redraft.no_character", lambda problem: ("\udcff", problem.end))  # type: ignore[attr-defined]
+
+
 class _Utf8(io.RawIOBase):
-    """A stream in another encoding, as UTF-8. Half a surrogate pair stays half a pair, for its row to fail."""
+    """A stream in another encoding, as UTF-8. What is no character is no UTF-8 either, and its row fails."""
 
     def __init__(self, stream: IO[bytes], encoding: str):
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._decoder = codecs.getincrementaldecoder(encoding)("redraft.no_character")
         self._ready = b""
 
     def readable(self) -> bool:
@@ -169,8 +161,6 @@ def _json_items(path: Path, begin: int | None) -> Read:
         try:
             for number, value in enumerate(items(stream, in_list=begin is not None), 1):
                 yield number, _row(value)
-        except UnicodeDecodeError:
-            raise
         except ValueError as problem:  # of what follows the list
             yield number + 1, problem
 
@@ -187,7 +177,9 @@ def _parsed(raw: bytes) -> Any:
     try:
         return DECODER.decode(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        raise ValueError(f"byte {problem.start + 1} of the row is not UTF-8") from None
+        raise ValueError(
+            f"byte {problem.start + 1} of the row is not valid in UTF-8, or in the file's own encoding"
+        ) from None
     except json.JSONDecodeError as problem:
         empty = not raw.strip()
         raise ValueError(

@@ -33,15 +33,16 @@ def end_of_turn_note(target: Target) -> str | None:
     if set(ends) & set(target.stop_ids):
         return None
     if ends:
-        what, wanted = f"{names(target, ends[:1])} (id {ends[0]})", f"id {ends[0]}"
+        what = f"{names(target, ends[:1])} (id {ends[0]}),"
+        remedy = f"add {ends[0]} to eos_token_id in generation_config.json"
     elif mark := MARK.search(end):
-        what, wanted = f"{mark[0]}, ordinary text to this tokenizer", "its id"
+        what = f"{mark[0]}, which this tokenizer splits into ordinary tokens and"
+        remedy = "put the tokenizer that knows it into the target's folder, or pass another --chat-template"
     else:
         return None
     return (
-        f"the chat template ends an assistant's turn with {what}, which is no stop token (stop tokens: "
-        f"{names(target, target.stop_ids) or 'none'}), so answers run on to max_new_tokens; make it one: put "
-        f"{wanted} into eos_token_id of generation_config.json"
+        f"the chat template ends an assistant's turn with {what} which is no stop token (stop tokens: "
+        f"{names(target, target.stop_ids) or 'none'}), so answers run on to max_new_tokens; {remedy}"
     )
 
 

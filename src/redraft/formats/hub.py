@@ -9,21 +9,20 @@ from ..errors import UserError
 
 PARQUET_BRANCH = "refs/convert/parquet"
 """Where the Hub keeps every data set as Parquet: config/split/number.parquet."""
+OTHER_FILES = {".csv", ".tsv", ".txt", ".md", ".yaml", ".yml", ".xml", ".toml", ".xls", ".xlsx"}
+"""Suffixes of files that hold no rows."""
 FILES = {
     ".jsonl",
     ".json",
     ".parquet",
     ".gz",
-    ".txt",
-    ".csv",
-    ".tsv",
-    ".yaml",
-    ".yml",
-    ".md",
-    ".xml",
-    ".toml",
+    ".arrow",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".zip",
+    *OTHER_FILES,
 }
-FILES |= {".xls", ".xlsx", ".arrow", ".zst", ".bz2", ".xz", ".zip"}
 """Suffixes of files: a name that ends so is not looked for on the Hub."""
 
 
