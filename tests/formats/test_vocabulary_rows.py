@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from typer.testing import CliRunner
 
 from redraft.cli.app import app
+from redraft.drafts.token_lm import MOST_PADDING
 from redraft.errors import UserError
 from redraft.formats.inspection import inspect_draft
 from redraft.formats.load import StoredDraft, read_draft, stored
@@ -142,8 +143,8 @@ def test_what_decides_that_the_tokens_are_the_same(target: Target) -> None:
     V, own = target.vocab_size, target.tokenizer_hash()
     assert same_tokens(target, 5 * V + 5000, own)  # the hash decides, however many rows
     assert not same_tokens(target, V + 8, "0" * 16)
-    assert same_tokens(target, V + 1024, None)
-    assert not same_tokens(target, V + 1025, None)  # more than padding
+    assert same_tokens(target, V + MOST_PADDING, None)
+    assert not same_tokens(target, V + MOST_PADDING + 1, None)  # more than padding
     assert not same_tokens(target, V - 1, None)  # a token without a row
 
 
@@ -152,7 +153,7 @@ def test_other_tokenizers_are_refused_with_the_reason(target: Target, made: Any)
     other = dataclasses.replace(draft, provenance={"tokenizer_hash": "0" * 16})
     with pytest.raises(UserError, match="vocabularies differ|tokenizers differ"):
         other.build(target)
-    for _ in range(18):
+    for _ in range(MOST_PADDING // MORE + 1):
         draft = with_padding(draft)
     with pytest.raises(UserError, match="261 rows for 261 tokens, this draft has .* more than pad"):
         draft.build(target)

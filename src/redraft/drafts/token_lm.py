@@ -34,8 +34,8 @@ from ..target import Target
 from .base import Draft, token_count
 from .layers import ACTIVATIONS, GatedFFN
 
-MOST_PADDING = 1024
-"""Two vocabularies that differ by more rows than this differ by more than padding."""
+MOST_PADDING = 1280
+"""Two vocabularies that differ by more rows than this differ by more than padding (gpt-oss has 1,069)."""
 LAYERS = 2
 """Decoder layers of a token LM that is made for a target."""
 ATTENTION = {"full_attention", "sliding_attention"}
