@@ -81,6 +81,14 @@ def test_other_prompts_set_the_file_aside_and_take_from_it(
     assert {a.id: a for a in back} == {a.id: a for a in first}
 
 
+def test_a_new_file_is_answered_anew(
+    target: Target, rows: list[Prompt], tmp_path: Path, asked: list[str]
+) -> None:
+    for name in ("a.jsonl", "a-2.jsonl"):
+        regenerate(target, rows[:2], tmp_path / name, SETTINGS)
+    assert len(asked) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "overrun"),
     [({"temperature": 0.5}, 0), ({"max_new_tokens": 7}, 0), ({"seed": 1}, 0), ({}, 2)],

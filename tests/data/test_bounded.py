@@ -145,11 +145,13 @@ def test_endpoints_are_given_only_what_is_left(
 ) -> None:
     asked: list[Sequence[Prompt]] = []
     monkeypatch.setattr(Endpoints, "answers", lambda self, prompts: asked.append(prompts) or gone())
-    served = regenerate_module._Served(
-        target, RegenerateConfig(endpoints="http://127.0.0.1:1"), tmp_path / "a.jsonl"
+    out, pool = tmp_path / "a.jsonl", PromptPool([Prompt(str(i), (i, i)) for i in range(1, 6)])
+    served = RegenerateConfig(endpoints="http://127.0.0.1:1")
+    regenerate_module.claim(out, regenerate_module.answer_inputs(target, pool, served, 0), pool)
+    out.write_text(
+        "".join(Answer(i, (int(i),) * 2, (1,), 1, "stop").to_line() + "\n" for i in "25")
     )
-    pool = PromptPool([Prompt(str(i), (i, i)) for i in range(1, 6)])
-    assert list(served.answers(pool, {"2", "5"})) == []
+    regenerate(target, pool, out, served)
     assert isinstance(asked[0], Picked)
     assert [prompt.id for prompt in asked[0]] == ["1", "3", "4"]
 

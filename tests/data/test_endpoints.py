@@ -365,8 +365,6 @@ def test_asking_again_would_be_seen(
     target: Target, prompts: list[Prompt], brain: Brain, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The check of the tests above, on a backend that forgets what is written."""
-    real = regenerate_module._Served.answers
-    forget: Callable[..., Any] = lambda self, prompts, done: real(self, prompts, set())  # noqa: E731
     with FakeOpenAI(brain).running() as server:
         regenerate(target, prompts[:10], tmp_path / "a.jsonl", settings(server))
         kept = read_answers(tmp_path / "a.jsonl")
@@ -374,8 +372,8 @@ def test_asking_again_would_be_seen(
         about.unlink()
         (tmp_path / "a.jsonl").rename(tmp_path / "part.jsonl")
         regenerate(target, prompts[:1], tmp_path / "a.jsonl", settings(server))
-        monkeypatch.setattr(regenerate_module._Served, "answers", forget)
-        monkeypatch.setattr(regenerate_module, "_claim", lambda out, inputs: None)
+        monkeypatch.setattr(regenerate_module, "_unanswered", lambda prompts, out: prompts)
+        monkeypatch.setattr(regenerate_module, "claim", lambda out, inputs, prompts, **_: prompts)
         regenerate(target, prompts, tmp_path / "a.jsonl", settings(server))
     with pytest.raises(AssertionError, match="asked again although written"):
         check_asked_once(server, kept)

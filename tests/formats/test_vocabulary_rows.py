@@ -18,9 +18,10 @@ from redraft.errors import UserError
 from redraft.formats.inspection import inspect_draft
 from redraft.formats.load import StoredDraft, read_draft, stored
 from redraft.formats.vocabulary_rows import same_tokens
+from redraft.loading import load_target
 from redraft.measuring.replay import replay
 from redraft.records import Answer
-from redraft.target import Target, load_target
+from redraft.target import Target
 from tests.conftest import fresh_draft
 from tests.formats.crafted import LAYOUTS
 

@@ -168,15 +168,27 @@ def use_again(out: Path, inputs: dict[str, Any], missing: Sequence[Prompt]) -> i
 
 
 def _alike(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """The other answers files beside `out`, set aside or not, that differ in their prompts at most."""
+    """The answers files beside `out`, set aside or not, that differ in their prompts at most.
+
+    None where nothing of `out` was set aside: a new file is answered anew.
+    """
+    aside = out.parent / SET_ASIDE
+    if not any(_numbered(out, file) for file in aside.glob(f"*{out.suffix}")):
+        return
     settings = {key: value for key, value in inputs.items() if key != "prompts"}
-    for folder in (out.parent, out.parent / SET_ASIDE):
+    for folder in (out.parent, aside):
         for record in sorted(folder.glob("*.about.json")):
             file = record.with_name(record.name.replace(".about.json", out.suffix))
             with contextlib.suppress(UserError):  # a damaged record says nothing of its answers
                 known = read_json(record)
                 if file != out and file.is_file() and settings.items() <= known.items():
                     yield file
+
+
+def _numbered(out: Path, file: Path) -> bool:
+    """Whether a file that was set aside had the name of `out`."""
+    name, _, number = file.stem.rpartition("-")
+    return name == out.stem and number.isdigit()
 
 
 def note_endpoints(out: Path, found: dict[str, Any]) -> None:

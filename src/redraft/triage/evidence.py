@@ -134,7 +134,9 @@ def gather(
     draft = stored.build(target)
     on_its_base = stored.build(base) if base is not None else None
     continue_time(target, sorted(out.glob("*.about.json")))
-    found = list(read_prompts(source, target, most, "last").prompts)
+    read = read_prompts(source, target, most, "last")
+    say(read.summary())
+    found = list(read.prompts)
     if base is not None:
         _render_alike(base, target)
     theirs = list(read_prompts(source, base, most, "last").prompts) if base else []
