@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 ENGINE := .venv-vllm
 
-.PHONY: install demo test test-engines test-engines-full engine check format docs clean
+.PHONY: install demo test test-benches test-engines test-engines-full engine check format docs clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The toy suite, built and adapted, and the benches on it: what `make test` leaves out.
+test-benches: install
+	$(BIN)/python -m pytest -m bench
 
 # The exports in a real vLLM, in an environment of its own ($REDRAFT_VLLM_PYTHON, else made here).
 test-engines: install engine

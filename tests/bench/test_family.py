@@ -35,7 +35,7 @@ from redraft.measuring.measure import answer_all
 from redraft.records import Prompt
 from redraft.target import Target
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the family is built in its first test
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(900)]  # the family is built in its first test
 
 
 FIRST = [name for name in DEFAULT if name not in ("sft-code", "replay", "replay-medical")]

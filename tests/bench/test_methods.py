@@ -27,6 +27,8 @@ from redraft.private.part import prepare
 from redraft.target import Target
 from tests.conftest import FAMILIES, fresh_draft, make_tokenizer, save_target, write_prompts
 
+pytestmark = pytest.mark.bench
+
 RUN = ["reuse", "expert-narrow", "lora-matched", "relay expert", "dedicated"]
 
 

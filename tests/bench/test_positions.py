@@ -24,6 +24,8 @@ from redraft.measuring.measure import measure_answers
 from redraft.records import Answer, to_json
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
+pytestmark = pytest.mark.bench
+
 ROWS = ["cut", "whole", "longest", "half at 0.7"]
 WARM = "dedicated half at 0.7"
 

@@ -135,6 +135,7 @@ def test_check_adapt_and_measure_run_from_the_command_line(
         "train.precision=fp32",
         "train.evaluations=1",
         "regenerate.max_new_tokens=12",
+        "measure.eval_new_tokens=12",
     )
     sets = [word for setting in settings for word in ("--set", setting)]
     report = command("adapt", *shared, "--out", run, "--limit", 12, *sets)

@@ -25,6 +25,8 @@ from redraft.errors import UserError
 from redraft.records import to_json
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.fixture(scope="module")
 def family(

@@ -34,6 +34,8 @@ from redraft.triage.verdict import DEARNESS, WORTH
 from tests.conftest import write_prompts
 from tests.triage.conftest import made_up_cases
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.fixture(scope="module")
 def family(

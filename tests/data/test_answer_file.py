@@ -194,9 +194,9 @@ def test_later_turns_are_used_again(
 def test_one_writer_per_file(target: Target, rows: list[Prompt], tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     with held(out), pytest.raises(UserError, match="another redraft process .* in this file"):
-        regenerate(target, rows, out, SETTINGS)
+        regenerate(target, rows, out, SETTINGS, grow=True)
     with held(tmp_path / "b.jsonl"):
-        regenerate(target, rows, out, SETTINGS)
+        regenerate(target, rows, out, SETTINGS, grow=True)
 
 
 def test_a_changed_stage_names_what_changed(tmp_path: Path, told: list[str]) -> None:

@@ -173,14 +173,18 @@ def test_what_follows_the_first_list_is_named(tmp_path: Path) -> None:
     ("name", "content", "reason"),
     [
         ("p.csv", b"prompt,answer\na,b\n", r"\.csv files are not read; convert it to JSONL"),
-        ("p.csv.gz", gzip.compress(b"prompt\na\n"), r"\.csv files are not read"),
+        ("p.csv.gz", gzip.compress(b"prompt\na\n", mtime=0), r"\.csv files are not read"),
         ("p.tsv", b"a\tb\n", r"\.tsv files"),
         ("p.txt", b"Say a.\n", r"\.txt files"),
         ("p.yaml", b"- prompt: a\n", r"\.yaml files"),
         ("p.jsonl.zst", b"\x28\xb5\x2f\xfd....", "packed with Zstandard"),
         ("p.jsonl", b"PK\x03\x04....", "zip archive"),
         ("p.parquet", b"PAR1", "could not be read to the end"),
-        ("p.jsonl", gzip.compress(b'{"prompt": "a"}\n')[:-9], "could not be read to the end"),
+        (
+            "p.jsonl",
+            gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9],
+            "could not be read to the end",
+        ),
     ],
 )
 def test_files_of_another_kind_say_what_to_do(

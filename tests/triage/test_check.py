@@ -205,8 +205,11 @@ def test_a_check_at_a_temperature_samples_and_scores_there(
     )
     assert found.reused.accepted == sum(sum(t.accepted) for t in by_hand)
     assert found.reused.accepted != again.reused.accepted
-    with pytest.raises(UserError, match="temperature"):
-        gather(target, stored, str(prompts_file), tmp_path / "warm", most=16)
+    gather(
+        target, stored, str(prompts_file), tmp_path / "warm", most=16
+    )  # greedy, in the same folder
+    aside = tmp_path / "warm" / "set-aside" / "answers-1-16-1.jsonl"
+    assert aside.read_text().splitlines() == lines
 
 
 def test_too_few_prompts_for_any_verdict(

@@ -121,7 +121,9 @@ def check(
     --prompts prompts.jsonl --batch 4
     """
     set_quiet(quiet)
+    from ..files import writing
     from ..formats.load import read_draft
+    from ..lock import held
     from ..records import to_json
     from ..triage.check import check as run
     from ..triage.outlook import SHIPPED, Case, check_enough, read_cases
@@ -178,22 +180,26 @@ def check(
     tried = resolve([("flag", {"train.method": method} if method else {})]).config.train
     loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     with tempfile.TemporaryDirectory() as scratch:
-        found = run(
-            loaded,
-            read_draft(draft),
-            prompts,
-            Path(out or scratch),
-            base=load(base, None, None, dtype) if base else None,
-            k=k,
-            rows=batch,
-            most=most,
-            answering=answering,
-            worth=worth,
-            serve=serve,
-            published=published,
-            cases=known,
-            method=tried.method,
-        )
+        folder = Path(out or scratch)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with held(folder):
+            found = run(
+                loaded,
+                read_draft(draft),
+                prompts,
+                folder,
+                base=load(base, None, None, dtype) if base else None,
+                k=k,
+                rows=batch,
+                most=most,
+                answering=answering,
+                worth=worth,
+                serve=serve,
+                published=published,
+                cases=known,
+                method=tried.method,
+            )
     if as_json:
         print_json(to_json(found))
     else:

@@ -51,12 +51,13 @@ def regenerate(
     The answers come from this process, or from the endpoints that `config` names; a file may be
     begun by the one and continued by the other. Conversations are answered turn by turn: all first
     turns, then all second ones, and so on. A file of other inputs is set aside first, and its answers are
-    used again where they can be (see `answer_file.py`); with `grow` it keeps its answers to other prompts.
-    Raises UserError when another process writes the file.
+    used again where they can be (see `answer_file.py`); with `grow`, for a file
+    of its own, it keeps its answers to other prompts, and no other process may write it. Elsewhere the caller
+    holds the folder.
     """
     check_backend(config, overrun)
     inputs = answer_inputs(target, prompts, config, overrun)
-    with held(out):
+    with held(out) if grow else contextlib.nullcontext():
         asked = claim(out, inputs, prompts, grow=grow, beside=kept_time(target))
         if config.answers == "original":
             return _write_originals(prompts, out, config.max_new_tokens, target)
