@@ -46,7 +46,7 @@ def test_acceptance_is_the_common_prefix(drafted: list[int], data: st.DataObject
     assert n == len(drafted) or drafted[n] != chosen[n]
 
 
-@pytest.mark.parametrize("k", range(1, 8))
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
 def test_speculative_equals_plain(
     pair64: tuple[Target, Draft], prompts: list[Prompt], k: int
 ) -> None:

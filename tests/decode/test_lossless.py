@@ -80,7 +80,7 @@ def decoded(bench: Bench, draft: Draft, name: str, k: int, rows: slice) -> list[
 def test_the_text_is_that_of_plain_decoding(bench: Bench, name: str) -> None:
     drafts = [CheatingDraft(bench.target), fresh_draft(bench.target, vocab=40)]
     lengths: set[int] = set()
-    for k in range(1, 8):
+    for k in (1, 2, 4, 7):
         draft = drafts[k == 4]
         for begin, end in BATCHES if k % 2 else BATCHES[:1]:
             found = decoded(bench, draft, name, k, slice(begin, end))
@@ -93,7 +93,7 @@ def test_the_text_is_that_of_plain_decoding(bench: Bench, name: str) -> None:
 def test_the_runs_add_up() -> None:
     if len(RUNS) < len(FAMILIES) * len(SETTINGS):
         pytest.skip("counts the runs of this whole file in one process")
-    assert RUNS.total() == 2520
+    assert RUNS.total() == 1400
 
 
 def test_rows_together_are_rows_alone(bench: Bench) -> None:

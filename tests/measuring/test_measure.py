@@ -83,7 +83,7 @@ def test_loops() -> None:
     assert not is_loop(list(range(13)) * 8)  # a longer period is prose, not a loop
 
 
-@pytest.mark.parametrize("k", range(1, 8))
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
 def test_replay_is_the_live_loop_step_for_step(
     pair64: tuple[Target, Draft],  # noqa: F811
     prompts: list[Prompt],

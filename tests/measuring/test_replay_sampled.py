@@ -32,7 +32,7 @@ SEEDED = [
 
 
 @pytest.mark.parametrize("decoding", SEEDED, ids=str)
-@pytest.mark.parametrize("k", [1, 4, 6])
+@pytest.mark.parametrize("k", [1, 4])
 def test_seeded_replay_is_the_live_loop(
     pair64: tuple[Target, Draft],  # noqa: F811
     prompts: list[Prompt],
@@ -88,7 +88,7 @@ def test_sampled_replay_walks_around_its_expectation_and_live_agrees(
 ) -> None:
     target, draft = pair64
     decoding = Decoding("sampled", sampling, "sampled")
-    many = [replace(p, id=f"{p.id}/{i}") for i in range(4) for p in prompts]
+    many = [replace(p, id=f"{p.id}/{i}") for i in range(2) for p in prompts]
     answers = answer_all(target, many, 12, 3, sampling, 5)
     expected = pooled_tau(expect(target, draft, answers, 3, decoding=decoding))
     walks = []
