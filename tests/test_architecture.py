@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "src" / "redraft"
 LAYERS = [
     {"errors", "rng", "faults", "head", "tokens", "visible", "encodings", "tool_calls"},
-    {"files", "methods"},
+    {"files", "methods", "templates"},
     {"records", "config", "console", "lock"},
     {"target", "batches", "slots"},
     {"model_cache", "final_norm"},

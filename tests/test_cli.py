@@ -14,6 +14,8 @@ import pytest
 
 from redraft import cli
 from redraft.drafts.table import KINDS
+from redraft.lock import held
+from redraft.records import Answer
 from tests.conftest import write_prompts
 from tests.formats.crafted import as_pickle, retensor
 
@@ -200,6 +202,24 @@ def test_the_users_mistakes_exit_with_2_before_anything_is_loaded(
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_trains_or_checks_in_a_folder(
+    redraft: Any, target_folder: Path, draft_folder: Path, answers: list[Answer], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "a.jsonl", tmp_path / "out"
+    file.write_text("".join(answer.to_line() + "\n" for answer in answers[:20]))
+    prompts = write_prompts(tmp_path / "p.jsonl", 16)
+    out.mkdir()
+    models = ("--target", target_folder, "--draft", draft_folder)
+    with held(out):
+        for command in (
+            ("train", *models, "--answers", file, "--heldout", file, "--out", out),
+            ("check", *models, "--prompts", prompts, "--out", out),
+        ):
+            code, _, err = redraft(*command)
+            assert code == 2, err
+            assert "another redraft process" in " ".join(err.split())
 
 
 def test_a_wrong_target_is_one_sentence(redraft: Any, tmp_path: Path) -> None:

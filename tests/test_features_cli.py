@@ -192,17 +192,23 @@ def test_stored_answers_are_measured_with_and_without_layers(
         code, out, err = redraft(*command, "--answers", files["heldout"], *more)
         assert code == 0, err
         found.append(json.loads(out))
-
     assert found[0]["tau"] == found[1]["tau"]
     assert found[0]["left_out"] == 0
+    other = tmp_path / "other.jsonl"
+    other.write_text(answers[17].to_line() + "\n")
+    assert redraft(*command, "--answers", other)[0] == 0
+    code, _, err = redraft(*command, "--answers", other, "--features", files["store"])
+    assert code == 2
+    assert "is not among the features" in " ".join(err.split())
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     for wrong, words in (
         ((), "name either prompts"),
         (("--answers", empty), "no answer of two tokens"),
-        (("--answers", files["heldout"], "--mode", "live"), "--mode live does not go with"),
-        (("--answers", files["heldout"], "--k", "auto"), "--k auto does not go with"),
-        (("--answers", files["heldout"], "--temperature", 1), "--temperature does not go with"),
+        (("--answers", files["heldout"], "--mode", "live"), "no use for --mode live"),
+        (("--answers", files["heldout"], "--k", "auto"), "no use for --k auto"),
+        (("--answers", files["heldout"], "--temperature", 1), "no use for --temperature"),
+        (("--answers", files["heldout"], "--top-p", 0.5), "no use for --temperature, --top-k"),
         (("--prompts", empty, "--features", files["store"]), "cannot answer prompts"),
         (("--answers", files["heldout"], "--k", 16), "regenerate it with --overrun 16"),
     ):

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from redraft import console
 from redraft.errors import UserError
 from redraft.loading import load_target
+from redraft.model_cache import check_rolls_back
 from tests.conftest import FAMILIES, SHAPE, make_tokenizer, save_target
 
 Tensors = dict[str, Tensor]
@@ -223,6 +224,36 @@ def test_a_state_that_cannot_be_rolled_back_is_refused(kind: str, tmp_path: Path
     text = refusal(save(config, tmp_path))
     assert "keeps a recurrent state (layers of kind" in text
     assert "cannot be rolled back" in text
+
+
+class Stateful(torch.nn.Module):
+    """A model with a state of its own, which no cache rolls back."""
+
+    def __init__(self, model: Any, failing: bool):
+        super().__init__()
+        self.inner, self.failing, self.calls = model, failing, 0
+        self.config = model.config
+
+    def forward(self, **given: Any) -> Any:
+        self.calls += 1
+        if self.failing and self.calls > 1:
+            raise IndexError("list index out of range")
+        output = self.inner(**given)
+        output.logits = output.logits * (1 + self.calls)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("failing", "words"),
+    [(False, "logits that differ by"), (True, "does not read on .*IndexError: list index")],
+)
+def test_a_cache_that_does_not_forget_is_found_by_trying(
+    failing: bool, words: str, target_folder: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target_folder).eval()
+    check_rolls_back(model, "m")
+    with pytest.raises(UserError, match=f"m: .*{words}"):
+        check_rolls_back(Stateful(model, failing), "m")
 
 
 def test_models_that_read_pictures_are_named(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from redraft.data.turns import next_turn
 from redraft.errors import UserError
 from redraft.loading import load_target
 from redraft.records import Answer, Prompt
-from redraft.target import Target, read_template
+from redraft.target import Target
+from redraft.templates import read_template
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 TEXT = "{% for m in messages %}\n{{ m.content }} é{% endfor %}"

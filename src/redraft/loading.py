@@ -10,17 +10,17 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from .console import say
-from .errors import UserError
+from .errors import UserError, as_sentence, reason
 from .model_cache import check_rolls_back
-from .target import Target, check_variables, read_template
+from .target import Target
+from .templates import check_variables, read_template
 
-T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that a target can be loaded in."""
 NOT_TEXT = ("visual", "vision", "image", "audio", "multi_modal", "multimodal", "mm_projector")
@@ -30,8 +30,6 @@ NOT_THE_MODEL = ("rotary_emb.inv_freq", "masked_bias", ".attn.bias", "v_head.", 
 AHEAD = ("mtp.", "nextn.", "medusa", "eagle")
 """Beginnings of the names of modules that predict further tokens and are no part of plain decoding."""
 ADAPTER = "adapter_model.safetensors"
-LONGEST_REASON = 300
-"""Characters of a library's own message that are shown."""
 
 
 def load_target(
@@ -47,14 +45,15 @@ def load_target(
 
     `dtype` is 'auto' (as stored) or a torch dtype name. `chat_template` is a Jinja file,
     `template_args` are variables that it is given. Nothing is downloaded for a local path, no code of the
-    folder is run, and no pickle is opened. Raises UserError when the folder or adapter is not there, is no causal LM, does not hold exactly the weights of its
-    config.json, or does not compute finite logits.
+    folder is run, and no pickle is opened. Raises UserError when the folder or the adapter is not there, is
+    no causal LM, does not hold exactly the weights of its config.json, or does not compute finite logits.
     """
     template = read_template(chat_template)
     torch_dtype = checked_source(source, dtype)
     config = read_config(source)
-    model, _ = read_model(source, config, torch_dtype)
     tokenizer = read_tokenizer(source)
+    _check_template_args(template_args or {}, template or str(tokenizer.chat_template), source)
+    model = read_model(source, config, torch_dtype)
     if adapter is not None:
         model = _with_adapter(model, adapter)
         _note_unused(Path(adapter), tokenizer, chat_template)
@@ -63,7 +62,6 @@ def load_target(
     found = Target(placed, tokenizer, sources, template, template_args=template_args)
     _check_finite(found)
     check_rolls_back(found.model, found.name)
-    _check_template_args(found)
     return found
 
 
@@ -87,10 +85,8 @@ def read_config(source: str) -> Any:
     """The configuration of a causal LM. Raises UserError for other models, by name."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    config = sentence(
-        f"target {source}: its config.json could not be read",
-        lambda: AutoConfig.from_pretrained(source, trust_remote_code=False),
-    )
+    with as_sentence(f"target {source}: its config.json could not be read"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         name = ", ".join(config.architectures or [type(config).__name__])
         sees = any(hasattr(config, part) for part in ("vision_config", "audio_config"))
@@ -105,38 +101,34 @@ def read_config(source: str) -> Any:
 
 def read_model(
     source: str, config: Any, dtype: torch.dtype | str, absent: Callable[[str], bool] | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """The model of `config` with the weights in its files, and what Transformers tells of loading them.
+) -> Any:
+    """The model of `config` with the weights in its files.
 
     `absent` says which stored tensors the caller left out of the model on purpose. Raises UserError
     naming the first weight that is missing, surplus or of another shape.
     """
     from transformers import AutoModelForCausalLM
 
-    model, info = sentence(
-        f"target {source} could not be loaded",
-        lambda: AutoModelForCausalLM.from_pretrained(
+    with as_sentence(f"target {source} could not be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name
-        ),
-    )
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
     _check_weights(source, model, info, absent or (lambda name: False))
-    return model, info
+    return model
 
 
 def read_tokenizer(source: str) -> Any:
     """The tokenizer of a folder or Hub id. Raises UserError where it cannot be made from its files."""
     from transformers import AutoTokenizer
 
-    return sentence(
-        f"target {source}: its tokenizer could not be loaded",
-        lambda: AutoTokenizer.from_pretrained(source, trust_remote_code=False),
-    )
+    with as_sentence(f"target {source}: its tokenizer could not be loaded"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def on_device(model: Any, device: str | None, name: str) -> Any:
@@ -169,30 +161,6 @@ def check_computes(dtype: torch.dtype, device: torch.device, name: str) -> None:
             f"({reason(problem)}); load it in another with --dtype, for example bfloat16"
         ) from None
     assert finite, f"{dtype} on {device}: a product of ones is not finite"
-
-
-def sentence(what: str, load: Callable[[], T]) -> T:
-    """What `load` returns. Whatever it raises becomes a UserError that begins with `what`.
-
-    Transformers, tokenizers, PEFT and what they build on raise KeyError, TypeError, RuntimeError,
-    ImportError and classes of their own for files that they cannot read.
-    """
-    try:
-        return load()
-    except UserError:
-        raise
-    except Exception as problem:
-        raise UserError(f"{what}: {reason(problem)}") from problem
-
-
-def reason(problem: BaseException) -> str:
-    """The first lines of a library's message, shortened; a bare KeyError's says what was looked for."""
-    if isinstance(problem, KeyError):
-        return f"no entry {problem}"
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    if isinstance(problem, (TypeError, AttributeError, IndexError)):
-        text = f"{type(problem).__name__}: {text}"
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def _check_quantization(source: str, config: Any) -> None:
@@ -302,15 +270,16 @@ def _with_adapter(model: Any, adapter: str) -> Any:
             f"--target-adapter {adapter}: expected its weights in {ADAPTER}; pickles (.bin) are not opened"
         )
     what = f"--target-adapter {adapter} does not fit this target"
-    settings = sentence(what, lambda: PeftConfig.from_pretrained(adapter))
+    with as_sentence(what):
+        settings = PeftConfig.from_pretrained(adapter)
     if settings.is_prompt_learning:
         raise UserError(
             f"--target-adapter {adapter}: {settings.peft_type.value} puts virtual tokens before the prompt, "
             "which engines and drafts do not see; adapters that change weights are read (LoRA and its kin)"
         )
-    with warnings.catch_warnings():
+    with as_sentence(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of missing weights, which are refused below
-        adapted = sentence(what, lambda: PeftModel.from_pretrained(model, adapter))
+        adapted = PeftModel.from_pretrained(model, adapter)
     if folder.exists():
         _check_adapter_weights(adapter, adapted, folder / ADAPTER)
     return adapted
@@ -361,17 +330,17 @@ def _note_unused(adapter: Path, tokenizer: Any, chat_template: str | None) -> No
             )
 
 
-def _check_template_args(target: Target) -> None:
+def _check_template_args(given: Mapping[str, Any], template: str, name: str) -> None:
     """Raise UserError for a variable that the chat template does not read, most likely misspelt, or that is
     not its own."""
     try:
-        check_variables(target.template_args)
+        check_variables(given)
     except ValueError as problem:
         raise UserError(f"--template-arg: {problem}") from None
-    unread = [name for name in target.template_args if name not in target.template_text]
+    unread = [variable for variable in given if variable not in template]
     if unread:
         raise UserError(
-            f"--template-arg {unread[0]}: the chat template of {target.name} reads no variable of that name"
+            f"--template-arg {unread[0]}: the chat template of {name} reads no variable of that name"
         )
 
 
@@ -386,11 +355,8 @@ def _check_finite(target: Target) -> None:
                     "infinity): its training diverged, or the file is damaged"
                 )
     tokens = torch.tensor([[0, min(1, target.vocab_size - 1)]], device=target.device)
-    with torch.no_grad():
-        logits = sentence(
-            f"target {target.name} does not compute",
-            lambda: target.read(tokens, (), keep=1).logits_BTV,
-        )
+    with as_sentence(f"target {target.name} does not compute"), torch.no_grad():
+        logits = target.read(tokens, (), keep=1).logits_BTV
     if not bool(torch.isfinite(logits).all()):
         raise UserError(
             f"target {target.name}: its first logits are not finite, though its weights are; in "

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, V target vocabulary, H target hidden size, F = taps *
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,27 +21,13 @@ import torch
 from jinja2 import TemplateSyntaxError
 from torch import Tensor
 
-from .encodings import encoding_of
 from .errors import UserError
 from .head import logits_from
+from .templates import DIRECTIVES, FIXED_TIME, check_variables, unreadable
 from .tool_calls import forms, written_as_python, written_as_text
 
 MOST_ADDED = 64
 """Tokens added by a fine-tune that are looked for when a draft was made for the tokenizer without them."""
-DIRECTIVES = [f"%{sign}" for sign in "aAwdbBmyYHIpMSfzZjUWcxX"] + [
-    f"%-{sign}" for sign in "dmHIMSj"
-]
-"""What a time is written with."""
-FIXED_TIME = """\
-{%- macro strftime_now(format) -%}
-{%- set written = namespace(text=format) -%}
-{%- for sign, value in rendered_at.items() -%}
-{%- set written.text = written.text | replace(sign, value) -%}
-{%- endfor -%}
-{{- written.text -}}
-{%- endmacro -%}
-{{- "" }}"""
-"""Put before a chat template that writes the time: it is told `rendered_at` in place of the clock's."""
 SAMPLES, BLOCK = 64, 4096
 """Blocks of a weight file that `weights_hash` looks at, and their bytes."""
 
@@ -81,7 +66,7 @@ class Target:
         self.template = template
         self.template_args = dict(template_args or {})
         self.rendered_at = datetime.now()
-        """The time that a chat template is told when it asks; kept beside answers, see `data/clock.py`."""
+        """The time that a chat template is given when it asks; kept next to answers, see `data/clock.py`."""
         config = self.model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
@@ -186,7 +171,7 @@ class Target:
 
         With `answered` the last (assistant) message is included and no generation prompt follows.
         `tools` are the functions that the target may call, as JSON schemas; `variables` are for the
-        template, beside and before `template_args`.
+        template and win over `template_args`.
         Raises UserError when there is no chat template, ValueError when it refuses the roles.
         """
         if not self.template_text:
@@ -247,7 +232,7 @@ class Target:
                 **how,
             )
         except TemplateSyntaxError as problem:
-            raise _unreadable(f"the chat template of {self.name}", problem) from None
+            raise unreadable(f"the chat template of {self.name}", problem) from None
         except Exception as problem:
             # Templates are user code in Jinja and raise what they like; name the source.
             raise ValueError(f"the chat template refused the row: {problem}") from problem
@@ -340,63 +325,6 @@ def check_taps(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
             "so any other order would be served differently from how it was trained"
         )
     return tuple(taps)
-
-
-def check_variables(variables: Mapping[str, Any]) -> None:
-    """Raise ValueError for a template variable that is an argument of the rendering itself."""
-    from transformers import PreTrainedTokenizerBase
-
-    reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    if wrong := sorted({*reserved, "messages", "rendered_at"} & variables.keys()):
-        raise ValueError(f"the template variable {wrong[0]} is an argument of the rendering itself")
-
-
-def read_template(path: str | None) -> str | None:
-    """The text of a chat template's file, where one is named.
-
-    Raises UserError for a file that is no text, no Jinja, or JSON (a tokenizer_config.json).
-    """
-    if path is None:
-        return None
-    where = f"--chat-template {path}"
-    if not Path(path).is_file():
-        found = "is a folder; name the file in it" if Path(path).is_dir() else "no such file"
-        raise UserError(f"{where}: {found}")
-    content = Path(path).read_bytes()
-    try:
-        text = content.decode(encoding_of(content)).replace("\r\n", "\n")
-    except UnicodeDecodeError as problem:
-        raise UserError(
-            f"{where}: byte {problem.start + 1} is not {problem.encoding}; save the file as UTF-8"
-        ) from None
-    if not text.strip() or "\0" in text:
-        raise UserError(f"{where}: expected a Jinja template, found {_kind_of(text)}")
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        _compile(where, text)
-        return text
-    raise UserError(
-        f"{where}: expected a Jinja template, found JSON; save its chat_template value as a file of its own"
-    )
-
-
-def _kind_of(text: str) -> str:
-    return "a binary file" if text.strip() else "an empty file"
-
-
-def _compile(where: str, text: str) -> None:
-    """Raise UserError for a text that is no Jinja template as Transformers reads it."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        _compile_jinja_template(text)
-    except TemplateSyntaxError as problem:
-        raise _unreadable(where, problem) from None
-
-
-def _unreadable(what: str, problem: TemplateSyntaxError) -> UserError:
-    return UserError(f"{what} is no Jinja template: line {problem.lineno}: {problem.message}")
 
 
 def fingerprint(source: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from redraft.config import RegenerateConfig
-from redraft.data.finish_note import unfinished_note
 from redraft.data.regenerate import regenerate
+from redraft.data.stopping import unfinished_note
 from redraft.records import Prompt
 from redraft.target import Target
 from tests.data.conftest import settings
@@ -19,8 +19,8 @@ def test_due_when_all_of_eight_were_cut(target: Target) -> None:
     (stop,) = target.stop_ids
     note = unfinished_note(0, 8, target)
     assert note is not None
-    assert note.startswith("WARNING: none of 8 answers ended by itself")
-    assert f"stop tokens are {target.tokenizer.convert_ids_to_tokens(stop)} ({stop})" in note
+    assert note.startswith("warning: none of 8 answers ended by itself")
+    assert f"stop tokens are {target.tokenizer.convert_ids_to_tokens(stop)}." in note
     assert unfinished_note(1, 8, target) is None
     assert unfinished_note(0, 7, target) is None
 

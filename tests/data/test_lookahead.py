@@ -112,7 +112,7 @@ def test_they_fit_the_context(
         ),
         (
             {"eos": "forbidden"},
-            r"asked to ignore stop tokens .* another likelier by 0\.\d nats; it may forbid",
+            r"asked to ignore stop tokens .* another more likely by 0\.\d nats; it may forbid",
         ),
     ],
     ids=["text", "heeded", "forbidden"],

@@ -14,6 +14,7 @@ from redraft.data.prompts import PromptReader, PromptSet, read_prompts
 from redraft.data.stopping import end_of_turn_note
 from redraft.errors import UserError
 from redraft.target import Target
+from redraft.visible import visible
 
 USER = {"role": "user", "content": "x"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -94,7 +95,7 @@ def test_an_end_of_turn_that_is_no_stop_token(
 
 def test_warnings_are_marked_as_such() -> None:
     found = PromptSet("p.jsonl", (), ((2, "no \x1b[31m"),), 1, notes=("this", "that"))
-    assert found.summary() == (
+    assert visible(found.summary()) == (
         "0 prompts from p.jsonl; 1 left out (first: line 2: no \\x1b[31m)\n  warning: this\n  warning: that"
     )
 

@@ -297,7 +297,7 @@ def measure(
     answers: Annotated[
         str | None,
         typer.Option(
-            "--answers", help="or an answers file (of `regenerate --overrun K`), scored as it is"
+            "--answers", help="or an answers file (of `regenerate --overrun K`), scored unchanged"
         ),
     ] = None,
     features: FeaturesFlag = None,
@@ -336,20 +336,14 @@ def measure(
 
     At a temperature the default is what engines do: sampled acceptance, deterministic draft tokens.
 
-    With --answers nothing is decoded: answers that are there, from this target here or behind an endpoint, are
-    scored, with --features next to stored states of a target that does not fit here.
+    With --answers nothing is decoded. Answers of this target, written here or by an endpoint, are scored. With
+    --features its stored states are read in place of its layers, where it does not fit here.
 
     Example: redraft measure --target ./my-model --draft ./draft --prompts prompts.jsonl --k 4
     """
     set_quiet(quiet)
-    from ..data.answer_file import answers_for
-    from ..data.prompts import read_prompts
-    from ..files import write_text
     from ..formats.load import load_draft
-    from ..measuring.cost import auto_k
-    from ..measuring.measure import WAYS, measure_answers
-    from ..measuring.measure import measure as run
-    from ..measuring.replay import decoding_of
+    from ..measuring.measure import WAYS
     from ..records import to_json
     from ..report.terminal import print_acceptance
 
@@ -357,23 +351,16 @@ def measure(
         raise UserError(f"--mode must be one of {', '.join(WAYS)}; got '{mode}'")
     if (prompts is None) == (answers is None):
         raise UserError(
-            "name either prompts, which the target answers first, or an answers file that is scored as it is "
-            "(--prompts FILE or --answers FILE)"
+            "name either prompts, which the target answers first, or an answers file, which is scored "
+            "unchanged (--prompts FILE or --answers FILE)"
         )
-    chosen = k_from(k)
-    if answers is not None:
-        given = {
-            "--mode live": mode == "live",
-            "--k auto": chosen is None,
-            "--temperature": temperature,
-            "--save-ids": save_ids,
-        }
-        if wrong := [flag for flag, there in given.items() if there]:
-            raise UserError(f"{wrong[0]} does not go with --answers, which are scored as they are")
-    elif features:
+    if features and prompts:
         raise UserError(
             "--features stand in for the target's layers, which cannot answer prompts; name --answers"
         )
+    chosen, sampling = k_from(k), (temperature, top_k, top_p, min_p)
+    if answers is not None:
+        _check_scores_only(mode, chosen, sampling, save_ids)
     if features:
         loaded = load_beside(
             *(features, feature_taps, allow_pickle, target, target_adapter, chat_template, dtype),
@@ -381,47 +368,100 @@ def measure(
         )
     else:
         loaded = load(target, target_adapter, chat_template, dtype, template_arg)
-    proposer = load_draft(draft, loaded)
+    proposer, left_out = load_draft(draft, loaded), 0
     if answers is not None:
-        rows = [a for a in answers_for(loaded, Path(answers)) if a.length >= 2][:limit]
-        if not rows:
-            raise UserError(
-                f"{answers} holds no answer of two tokens or more, so there is nothing to score"
-            )
-        decoding = decoding_of(rows, acceptance, draft_token)
-        measured = measure_answers(
-            loaded, proposer, rows, k=chosen or 4, mode=mode, decoding=decoding
-        ).acceptance
-        left_out = 0
+        measured = _of_answers(
+            *(loaded, proposer, Path(answers), limit, chosen, mode, acceptance, draft_token)
+        )
     else:
-        found = read_prompts(str(prompts), loaded, limit)
-        say(found.summary())
         decoding = decoding_from(
             acceptance or ("sampled" if temperature else "greedy"),
             draft_token or ("" if acceptance else "deterministic"),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
+            *sampling,
         )
-        if chosen is None:
-            choice = auto_k(loaded, proposer, found.prompts[:AUTO_PROMPTS], decoding)
-            chosen = choice.k
-            say(choice.explain())
-        if save_ids:
-            write_text(Path(save_ids), json.dumps([list(p.tokens) for p in found.prompts]) + "\n")
-        measured = run(
-            loaded,
-            proposer,
-            found.prompts,
-            k=chosen,
+        measured, left_out = _of_prompts(
+            *(loaded, proposer, str(prompts), limit, chosen, mode, decoding),
             max_new_tokens=max_new_tokens,
-            mode=mode,
-            decoding=decoding,
             seed=seed,
-        ).acceptance
-        left_out = found.left_out_count
+            save_ids=save_ids,
+        )
     if as_json:
         print_json({**to_json(measured), "left_out": left_out})
     else:
         print_acceptance(measured)
+
+
+def _check_scores_only(
+    mode: str, k: int | None, sampling: tuple[Any, ...], save_ids: str | None
+) -> None:
+    """Refuse flags that say how prompts are to be answered, where answers are there already."""
+    given = {
+        "--mode live": mode == "live",
+        "--k auto": k is None,
+        "--temperature, --top-k, --top-p or --min-p": sampling != (0.0, 0, 1.0, 0.0),
+        "--save-ids": save_ids,
+    }
+    if wrong := [flag for flag, there in given.items() if there]:
+        raise UserError(f"--answers are scored unchanged, which leaves no use for {wrong[0]}")
+
+
+def _of_answers(
+    target: Any,
+    draft: Any,
+    file: Path,
+    limit: int | None,
+    k: int | None,
+    mode: str,
+    acceptance: str,
+    draft_token: str,
+) -> Any:
+    """The acceptance of a draft on answers that are there."""
+    from ..data.answer_file import answers_for
+    from ..measuring.measure import measure_answers
+    from ..measuring.replay import decoding_of
+
+    rows = [answer for answer in answers_for(target, file) if answer.length >= 2][:limit]
+    if not rows:
+        raise UserError(
+            f"{file} holds no answer of two tokens or more, so there is nothing to score"
+        )
+    decoding = decoding_of(rows, acceptance, draft_token)
+    return measure_answers(target, draft, rows, k=k or 4, mode=mode, decoding=decoding).acceptance
+
+
+def _of_prompts(
+    target: Any,
+    draft: Any,
+    source: str,
+    limit: int | None,
+    k: int | None,
+    mode: str,
+    decoding: Any,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    save_ids: str | None,
+) -> tuple[Any, int]:
+    """The acceptance of a draft on prompts that the target answers first; how many rows were left out."""
+    from ..data.prompts import read_prompts
+    from ..files import write_text
+    from ..measuring.cost import auto_k
+    from ..measuring.measure import measure as run
+
+    found = read_prompts(source, target, limit)
+    say(found.summary())
+    if k is None:
+        choice = auto_k(target, draft, found.prompts[:AUTO_PROMPTS], decoding)
+        k = choice.k
+        say(choice.explain())
+    if save_ids:
+        write_text(Path(save_ids), json.dumps([list(p.tokens) for p in found.prompts]) + "\n")
+    measured = run(
+        *(target, draft, found.prompts),
+        k=k,
+        max_new_tokens=max_new_tokens,
+        mode=mode,
+        decoding=decoding,
+        seed=seed,
+    )
+    return measured.acceptance, found.left_out_count

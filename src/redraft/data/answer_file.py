@@ -1,4 +1,4 @@
-"""An answers file: JSONL, one `Answer` per line, with a record beside it of what the answers depend on.
+"""An answers file: JSONL, one `Answer` per line, and next to it a record of what the answers depend on.
 
     answers.jsonl              appended to batch by batch, by one process at a time
     answers.about.json         the target, the prompts and the settings that the answers depend on
@@ -36,9 +36,9 @@ NO_INPUTS = (
 NO_ANSWER = (ValueError, KeyError, TypeError, OverflowError)
 """What `Answer.from_line` raises for a line that is no answer."""
 ENDPOINTS = "answered_by_endpoints"
-"""Where the record beside an answers' file says which servers gave some of them."""
+"""Where the record names the servers that gave some of the answers."""
 SET_ASIDE = "set-aside"
-"""The folder beside an answers file of the files that it replaced."""
+"""The folder, next to an answers file, of the files that it replaced."""
 
 
 def answer_inputs(
@@ -67,13 +67,13 @@ def claim(
     prompts: Sequence[Prompt],
     *,
     grow: bool = False,
-    beside: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Sequence[Prompt]:
     """Make `out` the file of these answers; returns the prompts under the names they have in it.
 
-    A file of other inputs is set aside, and what changed is said. With `grow` its answers stay where only
-    the prompts differ. `beside` is noted in the record too. Raises UserError for a file that is none of redraft's, and with `grow` for one that
-    holds answers made with other settings.
+    A file of other inputs is set aside, and a line names what changed. With `grow` its answers stay where
+    only the prompts differ. `more` goes into the record too. Raises UserError for a file that is none of
+    redraft's, and with `grow` for one that holds answers made with other settings.
     """
     record = about(out)
     known: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def claim(
         if changed and not grow:
             aside = _set_aside(out)
             say(f"{out.name}: {', '.join(changed)} changed; the answers so far are kept as {aside}")
-    kept = {key: known[key] for key in (ENDPOINTS,) if key in known} | dict(beside or {})
+    kept = {key: known[key] for key in (ENDPOINTS,) if key in known} | dict(more or {})
     write_text(record, json.dumps({**inputs, **kept}, indent=2) + "\n")
     return _as_named(out, prompts) if grow and out.exists() else prompts
 
@@ -117,12 +117,12 @@ def _as_named(out: Path, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
     Rows without an id are named by their line, so the same name may stand for another prompt in a file
     that grows.
     """
-    names = {hash(answer.prompt): answer.id for answer in iter_answers(out)}
+    names = {answer.prompt: answer.id for answer in iter_answers(out)}
     taken = set(names.values())
     named: dict[int, str] = {}
     kept = 0
     for at, prompt in enumerate(prompts):
-        name = names.get(hash(prompt.tokens))
+        name = names.get(prompt.tokens)
         kept += name is not None
         if name is None and prompt.id in taken:
             number = 2
@@ -144,19 +144,18 @@ def _as_named(out: Path, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
 
 
 def use_again(out: Path, inputs: dict[str, Any], missing: Sequence[Prompt]) -> int:
-    """Append to `out` the answers to `missing` that other files beside it hold; returns how many.
+    """Append to `out` the answers to `missing` that other files next to it hold; returns how many.
 
     An answer is used again where its prompt's tokens and everything else that it depends on are equal.
     """
-    wanted = {hash(prompt.tokens): at for at, prompt in enumerate(missing)}
+    wanted = {prompt.tokens: at for at, prompt in enumerate(missing)}
     found = 0
     for file in _alike(out, inputs):
         lines = []
         try:
             for answer in iter_answers(file):
-                at = wanted.get(hash(answer.prompt))
-                if at is not None and missing[at].tokens == answer.prompt:
-                    del wanted[hash(answer.prompt)]
+                at = wanted.pop(answer.prompt, None)
+                if at is not None:
                     lines.append(dataclasses.replace(answer, id=missing[at].id).to_line())
         except UserError as damage:
             say(f"{damage}; its answers up to there are used")
@@ -168,9 +167,9 @@ def use_again(out: Path, inputs: dict[str, Any], missing: Sequence[Prompt]) -> i
 
 
 def _alike(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """The answers files beside `out`, set aside or not, that differ in their prompts at most.
+    """The answers files next to `out`, set aside or not, that differ in their prompts at most.
 
-    None where nothing of `out` was set aside: a new file is answered anew.
+    None where nothing of `out` was set aside: a new file takes no answers of others.
     """
     aside = out.parent / SET_ASIDE
     if not any(_numbered(out, file) for file in aside.glob(f"*{out.suffix}")):

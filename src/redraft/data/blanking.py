@@ -12,7 +12,7 @@ SECRET = 8
 
 
 def blanked(text: str, key: str | None) -> str:
-    """`text` without the key: as it is, escaped (JSON, URL, HTML), or in base64."""
+    """`text` without the key: unchanged, escaped (JSON, URL, HTML), or in base64."""
     return _notations(key).sub("***", text) if key else text
 
 

@@ -1,4 +1,4 @@
-"""The time that a chat template writes into prompts, kept beside what was rendered with it.
+"""The time that a chat template writes into prompts, kept next to what was rendered with it.
 
 Templates such as Llama 3.1's and Granite's write the date. Rendered the next day, every prompt would be
 another and no answer could be used again. So the time of the first rendering is kept, and used when the same

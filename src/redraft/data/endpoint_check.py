@@ -42,7 +42,7 @@ SAME = 0.1
 EXACT = 0.002
 """Nats a token: more than this against an fp32 target is half precision at the server."""
 FORBIDDEN = 1.0
-"""Nats: no rounding makes a token that is so much less likely than another the likeliest."""
+"""Nats: no rounding makes a token the most likely one that is so much less likely than another."""
 PROBES, PROBE_TOKENS = 4, 32
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello! What is 12345 + 67?"}],
@@ -281,7 +281,7 @@ async def _check_ahead(
     if not worst <= FORBIDDEN:
         raise UserError(
             f"{endpoint.url}: asked to ignore stop tokens (ignore_eos), its model '{visible(model)}' writes a "
-            f"token where the target finds another likelier by {worst:.1f} nats; it may forbid stop tokens "
+            f"token where the target finds another more likely by {worst:.1f} nats; it may forbid stop tokens "
             "then. Lookahead tokens (--overrun) have to come from another server (vLLM, SGLang), or leave out "
             "--endpoint"
         )

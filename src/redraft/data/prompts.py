@@ -20,7 +20,6 @@ from ..formats.chat import Understood, understand
 from ..formats.messages import Message
 from ..records import Prompt
 from ..target import Target
-from ..visible import visible
 from .pool import Picked, PromptPool
 from .rows import read_rows
 from .stopping import end_of_turn_note
@@ -59,7 +58,7 @@ class PromptSet:
         if self.left_out:
             line, reason = self.left_out[0]
             text += f"; {self.left_out_count} left out (first: line {line}: {reason})"
-        return visible("\n  ".join([text, *(f"warning: {note}" for note in self.notes)]))
+        return "\n  ".join([text, *(f"warning: {note}" for note in self.notes)])
 
 
 def alike(reason: str) -> str:
@@ -96,7 +95,7 @@ def read_prompts(
         reasons = [f"{source}, line {n}: {why}" for n, why in reader.left_out[: 1 if same else 5]]
         head = f"{source}: no prompts left after reading {reader.refused} lines"
         head += ", all for the same reason" if same else ""
-        raise UserError(visible("\n  ".join([head, *reasons])))
+        raise UserError("\n  ".join([head, *reasons]))
     return PromptSet(
         source,
         reader.pool,

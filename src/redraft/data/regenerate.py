@@ -32,8 +32,8 @@ from .answer_file import (
     use_again,
 )
 from .clock import kept_time
-from .finish_note import unfinished_note
 from .pool import Picked, PromptPool
+from .stopping import unfinished_note
 from .turns import check_room, next_turn
 
 
@@ -58,7 +58,7 @@ def regenerate(
     check_backend(config, overrun)
     inputs = answer_inputs(target, prompts, config, overrun)
     with held(out) if grow else contextlib.nullcontext():
-        asked = claim(out, inputs, prompts, grow=grow, beside=kept_time(target))
+        asked = claim(out, inputs, prompts, grow=grow, more=kept_time(target))
         if config.answers == "original":
             return _write_originals(prompts, out, config.max_new_tokens, target)
         backend = (

@@ -1,4 +1,4 @@
-"""Whether the target stops where its chat template ends a turn."""
+"""Whether the target stops: where its chat template ends a turn, and in the answers that it gave."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from ..target import Target
 
 ANSWER = "redraft-was-here"
 """A text that no template has in it."""
+ENOUGH = 8
+"""Fewer answers than this may all be long by chance."""
 MARK = re.compile(r"</?[^\s<>]+>|\[/?[A-Z_]+\]")
 """What looks like a special token."""
 
@@ -43,6 +45,18 @@ def end_of_turn_note(target: Target) -> str | None:
     return (
         f"the chat template ends an assistant's turn with {what} which is no stop token (stop tokens: "
         f"{names(target, target.stop_ids) or 'none'}), so answers run on to max_new_tokens; {remedy}"
+    )
+
+
+def unfinished_note(finished: int, total: int, target: Target) -> str | None:
+    """A warning where none of `total` answers ended with a stop token; None where so many did, or the
+    answers are too few to tell."""
+    if finished or total < ENOUGH:
+        return None
+    return (
+        f"warning: none of {total} answers ended by itself; all were cut at the length limit. The stop tokens "
+        f"are {names(target, target.stop_ids) or 'none'}. If the target ends its answers with another token, "
+        "add that one to eos_token_id of generation_config.json; otherwise raise the length limit"
     )
 
 

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, as_sentence
 from ..model_cache import Rows
 from ..rng import seeded
 from ..target import Target
@@ -40,22 +40,6 @@ LAYERS = 2
 """Decoder layers of a token LM that is made for a target."""
 ATTENTION = {"full_attention", "sliding_attention"}
 FFN = ("gate_proj", "up_proj", "down_proj")
-
-
-@contextlib.contextmanager
-def as_sentence(what: str) -> Iterator[None]:
-    """Whatever a library raises inside becomes a UserError that begins with `what`.
-
-    For calls into Transformers alone: it has no class for a config or a tokenizer that it cannot use,
-    and code of every architecture raises what it likes.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as problem:  # noqa: BLE001 - see above
-        reason = " ".join(str(problem).split())[:300]
-        raise UserError(f"{what}: {type(problem).__name__}: {reason}") from None
 
 
 @dataclass(frozen=True)

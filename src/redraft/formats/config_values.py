@@ -1,6 +1,6 @@
 """Typed reading of a JSON object that others wrote: config.json, redraft.json, an index.
 
-A value is taken as it is or refused by one sentence with file, key, expected and found; nothing is
+A value is taken unchanged or refused by one sentence with file, key, expected and found; nothing is
 cast. `null` counts as absent.
 """
 

@@ -75,7 +75,7 @@ class StoredDraft:
 
     def fitted(self, target: Target) -> StoredDraft:
         """This draft with as many vocabulary rows as the target, where their tokens are the same ones
-        (see `vocabulary_rows.py`); else as it is, which `bind` refuses."""
+        (see `vocabulary_rows.py`); else unchanged, which `bind` refuses."""
         c, rows = self.config, target.vocab_size
         if isinstance(c, TokenLMConfig) or target.tokenizer is None or rows == c.vocab_size:
             return self

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from ..drafts.eagle import EagleDraft
 from ..drafts.one_layer import OneLayerDraft
-from ..drafts.token_lm import as_sentence
-from ..errors import UserError
+from ..errors import UserError, as_sentence
 from ..rng import seeded
 from .load import StoredDraft
 from .twin import Twin

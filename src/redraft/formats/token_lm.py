@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..drafts.token_lm import TokenLMConfig, TokenLMDraft, as_sentence, skeleton
-from ..errors import UserError
+from ..drafts.token_lm import TokenLMConfig, TokenLMDraft, skeleton
+from ..errors import UserError, as_sentence
 from ..target import Target
 from .config_values import architectures_of, is_positive, shown
 from .folders import read_json

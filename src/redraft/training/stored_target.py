@@ -30,7 +30,8 @@ from ..formats.feature_rows import FeatureRows
 from ..formats.feature_store import FeatureStore
 from ..loading import checked_source, on_device, read_config, read_model, read_tokenizer
 from ..records import Answer
-from ..target import Reading, Target, read_template
+from ..target import Reading, Target
+from ..templates import read_template
 
 NO_LAYERS = (
     "this target was loaded without its layers (--features): it knows the stored rows and nothing else, so "
@@ -236,9 +237,7 @@ def load_stored_target(
     told = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list every tensor of the layers as not used
     try:
-        model, _ = read_model(
-            source, config, torch_dtype, lambda name: bool(OF_A_LAYER.search(name))
-        )
+        model = read_model(source, config, torch_dtype, lambda name: bool(OF_A_LAYER.search(name)))
     finally:
         logging.set_verbosity(told)
     for key, value in whole.items():  # what reads the configuration reads the target's
