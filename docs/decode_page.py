@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from redraft.bench.decode import BY_K, DecodeCell, cells_of
+from redraft_experiments.decode import BY_K, DecodeCell, cells_of
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Decoding speed

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from redraft.formats.engine_rules import RULES
-from redraft.formats.exports import EXPORTS
+from redraft.checkpoints.engine_rules import RULES
+from redraft.checkpoints.exports import EXPORTS
 
 RECORD = Path(__file__).parent / "results" / "engines.json"
 NAMES = {

@@ -30,9 +30,9 @@ from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
 
+from redraft.adapters.table import PARTS
 from redraft.cli.app import app
 from redraft.config import recipe_names, stage_fields
-from redraft.methods import PARTS
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from redraft.bench import recovery
-from redraft.bench.cells import MethodCell, references, steps_of
-from redraft.bench.recovery import Interval
-from redraft.bench.rows import ALL, IDEAS, ORIGINAL, REGENERATED, ROWS
+from redraft_experiments import recovery
+from redraft_experiments.cells import MethodCell, references, steps_of
+from redraft_experiments.recovery import Interval
+from redraft_experiments.rows import ALL, IDEAS, ORIGINAL, REGENERATED, ROWS
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "methods.jsonl"

@@ -9,8 +9,8 @@ from typing import Any
 
 from selection_page import POWER
 
-from redraft.bench import recovery
-from redraft.bench.positions import (
+from redraft_experiments import recovery
+from redraft_experiments.positions import (
     BIN,
     DEDICATED,
     LEAST_STEPS,
@@ -23,7 +23,7 @@ from redraft.bench.positions import (
     Rows,
     bin_text,
 )
-from redraft.bench.recovery import Interval
+from redraft_experiments.recovery import Interval
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "positions.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from redraft.bench.demo import print_demo
+from redraft_experiments.demo import print_demo
 
 RESULTS = Path(__file__).parent / "results"
 DRAFTS = ("reused", "adapted", "dedicated")

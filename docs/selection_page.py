@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from redraft.bench import recovery
-from redraft.bench.recovery import Interval
-from redraft.bench.selection import REUSE, SCALES, SHARES, WAYS, SelectionCell, mixed
+from redraft_experiments import recovery
+from redraft_experiments.recovery import Interval
+from redraft_experiments.selection import REUSE, SCALES, SHARES, WAYS, SelectionCell, mixed
 
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "selection.jsonl"

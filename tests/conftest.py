@@ -25,18 +25,18 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from redraft import console
-from redraft.bench.language_model import END, PAD, SPECIALS, TEMPLATE
+from redraft.checkpoints.load import stored
 from redraft.config import TrainConfig
-from redraft.decode.sampling import Sampling
+from redraft.core import console
+from redraft.core.records import Answer, Prompt
+from redraft.decoding.sampling import Sampling
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.new import new_draft
-from redraft.formats.load import stored
-from redraft.loading import load_target
-from redraft.measuring.measure import answer_all
-from redraft.records import Answer, Prompt
-from redraft.target import Target
+from redraft.metrics.measure import answer_all
+from redraft.models.loading import load_target
+from redraft.models.target import Target
 from redraft.training.train import train
+from redraft_experiments.language_model import END, PAD, SPECIALS, TEMPLATE
 
 console.set_quiet(True)
 # Tests run in two processes, and models this small gain nothing from a second thread.

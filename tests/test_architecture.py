@@ -7,79 +7,125 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1] / "src" / "redraft"
 LAYERS = [
-    {"errors", "rng", "faults", "head", "tokens", "visible", "encodings", "tool_calls"},
-    {"files", "methods", "templates"},
-    {"records", "config", "console", "lock"},
-    {"target", "batches", "slots"},
-    {"model_cache", "final_norm"},
-    {"loading"},
+    {"core"},
+    {"models"},
     {"drafts"},
-    {"private", "decode"},
-    {"formats"},
-    {"measuring"},
+    {"adapters"},
+    {"config"},
+    {"checkpoints", "features", "prompts"},
+    {"decoding"},
+    {"metrics"},
     {"training"},
-    {"data"},
-    {"report", "run_folder"},
-    {"engines"},
-    {"steps", "custom_generate"},
-    {"rounds", "triage", "safety"},
-    {"summary"},
-    {"flow"},
-    {"bench"},
+    {"selection", "serving"},
+    {"generation"},
+    {"report"},
+    {"pipeline"},
+    {"check"},
     {"cli", "__init__", "__main__"},
 ]
+"""Packages and top-level modules; each imports from those above it in this list only."""
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
-def rooms() -> dict[Path, str]:
+MOST_ARROWS = 110
+
+
+def packages() -> dict[Path, str]:
     return {p: p.relative_to(ROOT).parts[0].removesuffix(".py") for p in ROOT.rglob("*.py")}
 
 
 def imported(path: Path) -> set[str]:
-    """Rooms that a file imports, wherever in the file it does so."""
+    """Modules of redraft that a file imports, wherever in the file it does so: `core.errors`."""
     found = set()
-    depth = len(path.relative_to(ROOT).parts)
+    folder = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            if node.level == depth:
-                first = (node.module or "").split(".")[0]
-                found |= {first} if first else {alias.name for alias in node.names}
-            elif node.level == 0 and (node.module or "").startswith("redraft."):
-                found.add((node.module or "").split(".")[1])
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        named = (node.module or "").split(".") if node.module else []
+        if node.level:
+            named = [*folder[: len(folder) - node.level + 1], *named]
+        elif named[:1] == ["redraft"]:
+            named = named[1:]
+        else:
+            continue
+        for alias in node.names:
+            inner = ROOT.joinpath(*named, alias.name)
+            is_module = inner.with_suffix(".py").is_file() or inner.is_dir()
+            found.add(".".join([*named, alias.name] if is_module else named))
+    return found - {""}
+
+
+def arrows() -> set[tuple[str, str]]:
+    """Which package imports which."""
+    return {
+        (package, module.split(".")[0])
+        for path, package in packages().items()
+        for module in imported(path)
+        if module.split(".")[0] != package
+    }
+
+
+def upward(found: set[tuple[str, str]]) -> list[str]:
+    return [f"{a} imports {b}" for a, b in sorted(found) if RANK[b] >= RANK[a]]
+
+
+def circles() -> list[str]:
+    """Modules that import themselves by way of others, lazy imports included."""
+    graph = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): imported(path)
+        for path in ROOT.rglob("*.py")
+    }
+    found = []
+    for module in graph:
+        seen: set[str] = set()
+        new = set(graph[module])
+        while new:
+            seen |= new
+            new = {inner for one in new for inner in graph.get(one, ())} - seen
+        if module in seen:
+            found.append(module)
     return found
 
 
-def violations(files: dict[Path, str]) -> list[str]:
-    wrong = []
-    for path, room in files.items():
-        for other in imported(path) - {room, "__version__"}:
-            if RANK[other] >= RANK[room]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {other}")
-    return wrong
-
-
-def test_every_room_has_a_place() -> None:
-    assert set(rooms().values()) == set(RANK)
+def test_every_package_has_a_place() -> None:
+    assert set(packages().values()) == set(RANK)
 
 
 def test_imports_point_one_way() -> None:
-    files = {p: r for p, r in rooms().items() if r not in ("__init__", "__main__")}
-    assert violations(files) == []
+    assert upward({arrow for arrow in arrows() if not arrow[0].startswith("__")}) == []
 
 
-def test_a_wrong_import_would_be_seen(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles() == []
+
+
+def test_the_map_stays_small() -> None:
+    assert len(arrows()) <= MOST_ARROWS
+
+
+def test_a_wrong_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "drafts").mkdir()
-    bad = tmp_path / "drafts" / "bad.py"
-    bad.write_text("from ..decode.verify import accept_greedy\n")
+    (tmp_path / "decoding").mkdir()
+    bad, other = tmp_path / "drafts" / "bad.py", tmp_path / "decoding" / "verify.py"
+    bad.write_text("def f():\n    from ..decoding.verify import accept_greedy\n")
+    other.write_text("from ..drafts import bad\n")
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    assert violations({bad: "drafts"}) == ["drafts/bad.py imports decode"]
+    assert upward(arrows()) == ["drafts imports decoding"]
+    assert sorted(circles()) == ["decoding.verify", "drafts.bad"]
 
 
-def test_decoding_and_measuring_name_no_concrete_draft() -> None:
-    for room in ("decode", "measuring"):
-        for path in (ROOT / room).glob("*.py"):
+def test_the_package_knows_nothing_of_the_experiments() -> None:
+    for path in ROOT.rglob("*.py"):
+        assert "redraft_experiments" not in path.read_text(), path
+
+
+def test_decoding_and_metrics_name_no_concrete_draft() -> None:
+    for package in ("decoding", "metrics"):
+        for path in (ROOT / package).glob("*.py"):
             assert "eagle" not in path.read_text().lower(), path
 
 
@@ -92,7 +138,9 @@ def test_drafts_do_not_decide_acceptance() -> None:
 
 
 def test_import_redraft_loads_no_torch() -> None:
-    code = "import sys, redraft, redraft.config, redraft.records; print('torch' in sys.modules)"
+    code = (
+        "import sys, redraft, redraft.config, redraft.core.records; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

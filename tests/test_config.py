@@ -18,7 +18,7 @@ from redraft.config import (
     resolve,
     stage_fields,
 )
-from redraft.errors import UserError, nearest
+from redraft.core.errors import UserError, nearest
 
 
 def test_later_layers_win_and_origins_are_kept() -> None:

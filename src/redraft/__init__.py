@@ -11,21 +11,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .custom_generate import generate
-    from .flow import adapt
-    from .formats.load import load_draft
-    from .loading import load_target
-    from .measuring.measure import measure
+    from .checkpoints.load import load_draft
+    from .decoding.transformers_generate import generate
+    from .metrics.measure import measure
+    from .models.loading import load_target
+    from .pipeline.adapt import adapt
 
 __version__ = "0.1.0"
 __all__ = ["adapt", "generate", "load_draft", "load_target", "measure"]
 
 _HOMES = {
-    "adapt": "flow",
-    "generate": "custom_generate",
-    "load_draft": "formats.load",
-    "load_target": "loading",
-    "measure": "measuring.measure",
+    "adapt": "pipeline.adapt",
+    "generate": "decoding.transformers_generate",
+    "load_draft": "checkpoints.load",
+    "load_target": "models.loading",
+    "measure": "metrics.measure",
 }
 
 

@@ -1,3 +1,3 @@
-from redraft.cli import main
+from .cli import main
 
 main()

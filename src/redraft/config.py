@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from .errors import UserError, nearest
-from .methods import PARTS, read_method
+from .adapters.table import PARTS, read_method
+from .core.errors import UserError, nearest
 
 
 def _opt(default: Any, help: str, **checks: Any) -> Any:

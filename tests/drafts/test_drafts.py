@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from redraft.checkpoints.load import load_draft, stored
+from redraft.checkpoints.reference_reader import Twin
+from redraft.core.errors import UserError
 from redraft.drafts import chain_attention, layers
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle import EagleDraft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.new import new_draft
-from redraft.errors import UserError
-from redraft.formats.load import load_draft, stored
-from redraft.formats.twin import Twin
-from redraft.target import Target
+from redraft.models.target import Target
 from tests.conftest import fresh_draft, in_double
 
 VARIANTS: dict[str, dict[str, Any]] = {

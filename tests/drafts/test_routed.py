@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.decode.modes import Decoding
-from redraft.decode.plain import decode_plain
-from redraft.decode.sampling import Sampling
-from redraft.decode.speculative import decode_speculative
+from redraft.adapters.expert import widenable
+from redraft.core.errors import UserError
+from redraft.decoding.acceptance_modes import Decoding
+from redraft.decoding.plain import decode_plain
+from redraft.decoding.sampling import Sampling
+from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.eagle import EagleDraft
 from redraft.drafts.routed import RoutedExperts, RoutedShape
-from redraft.errors import UserError
-from redraft.private.expert import widenable
-from redraft.target import Target
+from redraft.models.target import Target
 from tests.conftest import fresh_draft, in_double
 
 H, WIDTH = 6, 5

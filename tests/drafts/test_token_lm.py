@@ -20,17 +20,17 @@ from transformers import (
     MambaConfig,
 )
 
-from redraft.decode.plain import decode_plain
-from redraft.decode.speculative import decode_speculative
+from redraft.adapters.expert import widenable
+from redraft.checkpoints.load import load_draft, read_draft
+from redraft.core.errors import UserError
+from redraft.core.records import Prompt
+from redraft.decoding.plain import decode_plain
+from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.layers import GatedFFN
 from redraft.drafts.new import new_draft
 from redraft.drafts.token_lm import TokenLMConfig, TokenLMDraft
-from redraft.errors import UserError
-from redraft.formats.load import load_draft, read_draft
-from redraft.loading import load_target
-from redraft.private.expert import widenable
-from redraft.records import Prompt
-from redraft.target import Target
+from redraft.models.loading import load_target
+from redraft.models.target import Target
 from tests.conftest import FAMILIES, SHAPE, fresh_draft, in_double, make_tokenizer, save_target
 
 SMALL = {**SHAPE, "num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}

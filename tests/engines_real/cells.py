@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from redraft.decode.plain import decode_plain
+from redraft.checkpoints.load import read_draft
+from redraft.core.records import Lossless, Prompt, StepTrace
+from redraft.decoding.plain import decode_plain
 from redraft.drafts.base import Draft
-from redraft.engines.counters import Counters
-from redraft.engines.environment import Environment
-from redraft.engines.verify import METHODS, Request, serving_of
-from redraft.engines.vllm import Speculation, serve
-from redraft.formats.load import read_draft
-from redraft.measuring.live import live
-from redraft.measuring.lossless import compare
-from redraft.records import Lossless, Prompt, StepTrace
-from redraft.target import Target
+from redraft.metrics.live import live
+from redraft.metrics.lossless import compare
+from redraft.models.target import Target
+from redraft.serving.counters import Counters
+from redraft.serving.environment import Environment
+from redraft.serving.verify import METHODS, Request, serving_of
+from redraft.serving.vllm import Speculation, serve
 
 K, TOKENS = 4, 96
 

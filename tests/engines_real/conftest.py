@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from redraft import flow
-from redraft.bench.demo import Repaired, repair
 from redraft.config import read_yaml, recipe_path, resolve
-from redraft.data.prompts import read_prompts
-from redraft.engines.environment import VARIABLE, find_environment
+from redraft.pipeline import adapt as pipeline
+from redraft.prompts.prompts import read_prompts
+from redraft.serving.environment import VARIABLE, find_environment
+from redraft_experiments.demo import Repaired, repair
 from tests.engines_real.cells import Table
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def eagle(repaired: Repaired) -> Callable[[str], str]:
             return shared
         scratch = {"train.method": "scratch"} if name == "dedicated" else {}
         recipe = read_yaml(recipe_path("demo"))
-        flow.adapt(
+        pipeline.adapt(
             repaired.target,
             shared,
             prompts,

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from redraft.bench.family import build_family, load_member
-from redraft.data.prompts import read_prompts
-from redraft.decode.sampling import Sampling
-from redraft.engines.environment import VARIABLE, find_environment
-from redraft.engines.vllm import Serving, Speculation, serve
-from redraft.errors import UserError
-from redraft.formats.load import load_draft
-from redraft.measuring.measure import answer_all, measure_answers
-from redraft.triage.served import check_served
+from redraft.check.served import check_served
+from redraft.checkpoints.load import load_draft
+from redraft.core.errors import UserError
+from redraft.decoding.sampling import Sampling
+from redraft.metrics.measure import answer_all, measure_answers
+from redraft.prompts.prompts import read_prompts
+from redraft.serving.environment import VARIABLE, find_environment
+from redraft.serving.vllm import Serving, Speculation, serve
+from redraft_experiments.family import build_family, load_member
 from tests.engines_real.conftest import BUILD, ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1200)]

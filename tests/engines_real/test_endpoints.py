@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 
-from redraft.bench.family import build_family, load_member
 from redraft.config import RegenerateConfig
-from redraft.data.answer_file import endpoints_of, read_answers
-from redraft.data.endpoint import Endpoint
-from redraft.data.prompts import read_prompts
-from redraft.data.regenerate import regenerate
-from redraft.engines.environment import VARIABLE, Environment, find_environment
-from redraft.engines.server import free_port
-from redraft.engines.verify import Request, serving_of
-from redraft.engines.vllm import Serving, Speculation, serve
-from redraft.errors import UserError
-from redraft.measuring.lossless import compare
-from redraft.records import Answer, Prompt
-from redraft.target import Target
+from redraft.core.errors import UserError
+from redraft.core.records import Answer, Prompt
+from redraft.generation.answer_file import endpoints_of, read_answers
+from redraft.generation.regenerate import regenerate
+from redraft.metrics.lossless import compare
+from redraft.models.target import Target
+from redraft.prompts.prompts import read_prompts
+from redraft.serving.client import Endpoint
+from redraft.serving.environment import VARIABLE, Environment, find_environment
+from redraft.serving.server import free_port
+from redraft.serving.verify import Request, serving_of
+from redraft.serving.vllm import Serving, Speculation, serve
+from redraft_experiments.family import build_family, load_member
 from tests.engines_real.conftest import BUILD, ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1800)]

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from redraft.bench.demo import Repaired
-from redraft.bench.family import load_member
-from redraft.decode.sampling import Sampling
-from redraft.formats.load import read_draft
-from redraft.loading import load_target
-from redraft.measuring.lossless import compare
-from redraft.measuring.measure import answer_all
-from redraft.measuring.suspects import suspects
+from redraft.checkpoints.load import read_draft
+from redraft.decoding.sampling import Sampling
+from redraft.metrics.config_diagnosis import suspects
+from redraft.metrics.lossless import compare
+from redraft.metrics.measure import answer_all
+from redraft.models.loading import load_target
+from redraft_experiments.demo import Repaired
+from redraft_experiments.family import load_member
 from tests.engines_real.cells import TOKENS, Cell, K, Table, own_plain
 from tests.engines_real.conftest import BUILD
 

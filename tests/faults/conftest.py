@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from redraft.target import Target
+from redraft.models.target import Target
 from tests.conftest import write_prompts
 from tests.faults.crashes import PROMPTS, SETTINGS, Job, artefacts
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
-from redraft import cli, faults, flow
+from redraft import cli
 from redraft.config import resolve
-from redraft.console import set_quiet
-from redraft.loading import load_target
-from redraft.records import CLOCKED
-from redraft.target import Target
+from redraft.core import failpoints
+from redraft.core.console import set_quiet
+from redraft.core.records import CLOCKED
+from redraft.models.loading import load_target
+from redraft.models.target import Target
+from redraft.pipeline import adapt as pipeline
 from redraft.training import train as train_module
 from redraft.training.checkpoint import TrainState, load_checkpoint
 
@@ -76,11 +78,11 @@ class Bomb:
 
 @contextlib.contextmanager
 def armed(bomb: Callable[[str], None]) -> Iterator[None]:
-    faults.armed = bomb
+    failpoints.armed = bomb
     try:
         yield
     finally:
-        faults.armed = None
+        failpoints.armed = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class Job:
     prompts: Path
     settings: dict[str, Any] = field(default_factory=lambda: dict(SETTINGS))
 
-    def run(self, target: Target, out: Path) -> flow.AdaptResult:
-        return flow.adapt(
+    def run(self, target: Target, out: Path) -> pipeline.AdaptResult:
+        return pipeline.adapt(
             target,
             str(self.draft_folder),
             str(self.prompts),
@@ -183,13 +185,13 @@ def until_done(
 def careless_write(path: Path, content: bytes, kind: str) -> None:
     """A writer without a temporary neighbour: the file has its name before it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    faults.point(f"{kind}: before")
+    failpoints.point(f"{kind}: before")
     with path.open("wb") as stream:
         stream.write(content[: len(content) // 2])
         stream.flush()
-        faults.point(f"{kind}: half")
+        failpoints.point(f"{kind}: half")
         stream.write(content[len(content) // 2 :])
-    faults.point(f"{kind}: renamed")
+    failpoints.point(f"{kind}: renamed")
 
 
 def forgetful_load(
@@ -227,7 +229,7 @@ def child_adapt(job: Job, out: Path, say: Connection, signal: Signal) -> None:
             say.send(name)
             time.sleep(600 if signal.waits else 0)
 
-    faults.armed = tell
+    failpoints.armed = tell
     if signal.forgetful:
         train_module.load_checkpoint = forgetful_load
     target = load_target(str(job.target_folder))
@@ -247,7 +249,7 @@ def child_command(argv: list[str], limit: int, say: Connection, interrupt: str) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if interrupt:
         handle(SIGINT, default_int_handler)
-        faults.armed = lambda name: os.kill(os.getpid(), SIGINT) if name == interrupt else None
+        failpoints.armed = lambda name: os.kill(os.getpid(), SIGINT) if name == interrupt else None
     sys.argv = argv
     code, printed = 0, io.StringIO()
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):

@@ -24,11 +24,12 @@ from typing import Any
 
 import pytest
 
-from redraft import cli, files
-from redraft.errors import UserError
-from redraft.lock import held
-from redraft.run_folder import RunFolder
-from redraft.target import Target
+from redraft import cli
+from redraft.core import files
+from redraft.core.errors import UserError
+from redraft.core.lock import held
+from redraft.models.target import Target
+from redraft.pipeline.run_folder import RunFolder
 from redraft.training import train as train_module
 from tests.faults.crashes import (
     WRITES,
@@ -209,7 +210,7 @@ def test_an_error_that_is_swallowed_is_caught(
             return
 
     append = files.append_lines
-    monkeypatch.setattr("redraft.data.regenerate.append_lines", swallows)
+    monkeypatch.setattr("redraft.generation.regenerate.append_lines", swallows)
     tries = iter([Bomb(0, lambda: OSError(errno.ENOSPC, "full"), lambda n: n == "lines: half")])
     with pytest.raises((AssertionError, UserError)):
         until_done(lambda: job.run(target, tmp_path / "run"), tries, Crash)

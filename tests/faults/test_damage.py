@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from redraft import cli
-from redraft.console import set_quiet
-from redraft.errors import UserError
-from redraft.target import Target
+from redraft.core.console import set_quiet
+from redraft.core.errors import UserError
+from redraft.models.target import Target
 from tests.faults.crashes import Bomb, Crash, Job, armed, differences
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_training_record_is_named_and_the_remedy_helps(
 def test_a_mixed_private_folder_is_refused(
     job: Job, whole: Path, other: Path, tmp_path: Path
 ) -> None:
-    from redraft.formats.private_part import load_private
+    from redraft.checkpoints.adapter_folder import load_private
 
     mixed = Path(shutil.copytree(whole / "private", tmp_path / "private"))
     shutil.copy(other / "private" / "model.safetensors", mixed)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.errors import UserError
+from redraft.core.errors import UserError
 from redraft.training.fused_loss import Fused, fused_loss
 from redraft.training.losses import LABELS, LOSSES, OWN, WHOLE, Teacher, forward_kl
 

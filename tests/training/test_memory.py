@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from redraft.errors import UserError
-from redraft.target import Target
+from redraft.core.errors import UserError
+from redraft.models.target import Target
 from redraft.training import memory
 from tests.conftest import tiny_model
 
 MEASURE = """
 import json, sys
 import torch
-from redraft.batches import collate
+from redraft.models.batching import collate
 from redraft.config import TrainConfig
 from redraft.drafts.new import new_draft
-from redraft.records import Answer
-from redraft.target import Target
-from redraft.training.lesson import read_lesson, rollout_loss
+from redraft.core.records import Answer
+from redraft.models.target import Target
+from redraft.training.teacher_batch import read_lesson, rollout_loss
 from redraft.training.memory import current_memory, peak_memory, predict_peak, restart_peak
 from tests.conftest import tiny_model
 
@@ -83,7 +83,7 @@ def test_the_predicted_peak_is_the_measured_one_within_a_quarter(case: tuple[str
 READ = """
 import json
 import torch
-from redraft.target import Target
+from redraft.models.target import Target
 from redraft.training.memory import current_memory, peak_memory, restart_peak
 from tests.conftest import tiny_model
 torch.set_num_threads(1)

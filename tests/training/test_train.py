@@ -15,29 +15,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.batches import collate, plan_epochs, plan_once
+from redraft.adapters.adapter import prepare
+from redraft.adapters.table import read_method
+from redraft.checkpoints.load import load_draft, stored
+from redraft.checkpoints.reference_reader import Twin
 from redraft.config import TrainConfig
+from redraft.core.errors import UserError
+from redraft.core.folders import state_hash, tensor_hash
+from redraft.core.records import Answer
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.table import KINDS
-from redraft.errors import UserError
-from redraft.formats.folders import state_hash, tensor_hash
-from redraft.formats.load import load_draft, stored
-from redraft.formats.twin import Twin
-from redraft.measuring.acceptance import pooled_tau
-from redraft.measuring.replay import replay
-from redraft.methods import read_method
-from redraft.private.part import prepare
-from redraft.records import Answer
-from redraft.target import Reading, Target
-from redraft.training import lesson as lesson_module
-from redraft.training import member as member_module
+from redraft.drafts.kinds import KINDS
+from redraft.metrics.acceptance import pooled_tau
+from redraft.metrics.replay import replay
+from redraft.models.batching import collate, plan_epochs, plan_once
+from redraft.models.target import Reading, Target
+from redraft.training import adapter_run as member_module
+from redraft.training import teacher_batch as lesson_module
 from redraft.training import train as train_module
-from redraft.training.lesson import Lesson, read_lesson, rollout_loss
+from redraft.training.adapter_run import Member
 from redraft.training.losses import LOSSES, Teacher
-from redraft.training.member import Member
-from redraft.training.optimize import make_optimizer, peak_rate, schedule
+from redraft.training.optimizer import make_optimizer, peak_rate, schedule
 from redraft.training.precision import choose_precision
+from redraft.training.teacher_batch import Lesson, read_lesson, rollout_loss
 from redraft.training.train import Trained, train
 from tests.conftest import fresh_draft, in_double, tiny_model
 

@@ -9,10 +9,21 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..console import console
-from ..errors import UserError
-from ..visible import visible
-from . import bench, check, drafts, engine, features, generate, job, prompts, recipes, stages
+from ..core.console import console
+from ..core.errors import UserError
+from ..core.visible import visible
+from . import (
+    check,
+    drafts,
+    engine,
+    features,
+    generate,
+    job,
+    prompts,
+    recipes,
+    stages,
+)
+from .extensions import add_extensions
 
 app = typer.Typer(
     name="redraft",
@@ -23,7 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    job.demo,
     check.check,
     job.adapt,
     stages.regenerate,
@@ -40,7 +50,7 @@ for command in (
     app.command()(command)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(recipes.app, name="recipes")
-app.add_typer(bench.app, name="bench")
+add_extensions(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..config import RegenerateConfig, resolve
-from ..console import set_quiet
-from ..errors import UserError
+from ..core.console import set_quiet
+from ..core.errors import UserError
 from .flags import (
     AdapterFlag,
     DtypeFlag,
@@ -121,14 +121,14 @@ def check(
     --prompts prompts.jsonl --batch 4
     """
     set_quiet(quiet)
-    from ..files import writing
-    from ..formats.load import read_draft
-    from ..lock import held
-    from ..records import to_json
-    from ..triage.check import check as run
-    from ..triage.outlook import SHIPPED, Case, check_enough, read_cases
-    from ..triage.screen import print_check, print_served
-    from ..triage.served import check_served
+    from ..check.check import check as run
+    from ..check.prediction import SHIPPED, Case, check_enough, read_cases
+    from ..check.screen import print_check, print_served
+    from ..check.served import check_served
+    from ..checkpoints.load import read_draft
+    from ..core.files import writing
+    from ..core.lock import held
+    from ..core.records import to_json
 
     tables = [SHIPPED if table == OURS else Path(table) for table in cases or [OURS]]
     known: list[Case] = []

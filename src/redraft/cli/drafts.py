@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import set_quiet
-from ..errors import UserError
+from ..core.console import set_quiet
+from ..core.errors import UserError
 from .flags import DraftFlag, JsonFlag, QuietFlag, finish, load, print_json
 
 PickleFlag = Annotated[
@@ -34,8 +34,8 @@ def inspect(
     Example: redraft inspect org/EAGLE3-base
     """
     set_quiet(quiet)
-    from ..formats.inspection import inspect_draft
-    from ..records import to_json
+    from ..checkpoints.inspect import inspect_draft
+    from ..core.records import to_json
     from ..report.terminal import print_inspection
 
     loaded = load(target, None, None, "auto") if target else None
@@ -87,11 +87,11 @@ def export(
     Example: redraft export --draft org/EAGLE3-base --private run/private --out my-draft --verify
     """
     set_quiet(quiet)
-    from ..formats.hub import push_to_hub as push
-    from ..formats.load import read_draft
-    from ..formats.private_part import load_private
-    from ..formats.reload_check import check_export
-    from ..steps import fuse_draft
+    from ..checkpoints.adapter_folder import load_private
+    from ..checkpoints.load import read_draft
+    from ..checkpoints.reload_check import check_export
+    from ..core.hub import push_to_hub as push
+    from ..pipeline.stages import fuse_draft
 
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -10,9 +10,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..console import say, set_quiet
-from ..errors import UserError, nearest
-from ..records import Acceptance, AdaptReport, Prompt, to_json
+from ..core.console import say, set_quiet
+from ..core.errors import UserError, nearest
+from ..core.records import Acceptance, AdaptReport, Prompt, to_json
 from .flags import (
     AdapterFlag,
     DtypeFlag,
@@ -42,7 +42,7 @@ class Run:
 
     def prompts(self, limit: int) -> list[Prompt]:
         """The prompts its record was measured on."""
-        from ..data.answer_file import read_answers
+        from ..generation.answer_file import read_answers
 
         answers = read_answers(self.folder / "answers" / "eval.jsonl")
         return [Prompt(a.id, a.prompt) for a in answers[:limit]]
@@ -116,13 +116,13 @@ def verify(
         target, draft = target or finished.target, draft or finished.draft
     if target is None or draft is None or not (prompts or finished):
         raise UserError("name --target, --draft and --prompts, or a finished run with --run")
-    from ..engines.environment import find_environment
-    from ..engines.verify import Request
-    from ..engines.verify import verify as work
-    from ..formats.inspection import REFUSED, inspect_draft
-    from ..formats.load import read_draft
-    from ..loading import load_target
+    from ..checkpoints.inspect import REFUSED, inspect_draft
+    from ..checkpoints.load import read_draft
+    from ..models.loading import load_target
     from ..report.terminal import print_verification
+    from ..serving.environment import find_environment
+    from ..serving.verify import Request
+    from ..serving.verify import verify as work
 
     environment = find_environment(python)
     loaded = load_target(
@@ -175,7 +175,7 @@ def _check_engine(engine: str) -> None:
 
 def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequence[Prompt]:
     """The prompts of a file, else those that the run's record was measured on."""
-    from ..data.prompts import read_prompts
+    from ..prompts.prompts import read_prompts
 
     if file:
         found = read_prompts(file, target, limit)
@@ -209,7 +209,7 @@ def _levels(text: str) -> tuple[int, ...]:
 
 
 def _read_run(run: str) -> Run:
-    from ..formats.folders import read_json
+    from ..core.folders import read_json
 
     report = AdaptReport.from_json(read_json(Path(run) / "report.json"))
     measured: dict[str, Any] = report.config["measure"]

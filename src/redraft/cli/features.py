@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import Progress, say, set_quiet
-from ..errors import UserError
+from ..core.console import Progress, say, set_quiet
+from ..core.errors import UserError
 from .flags import (
     AdapterFlag,
     DtypeFlag,
@@ -108,9 +108,9 @@ def features(
     --out features
     """
     set_quiet(quiet)
-    from ..data.answer_file import read_answers
-    from ..data.features import GB, Plan
-    from ..records import to_json
+    from ..core.records import to_json
+    from ..features.extract import GB, Plan
+    from ..generation.answer_file import read_answers
 
     asked = _Asked(
         target, target_adapter, chat_template, dtype, draft, taps, allow_pickle, template_arg
@@ -157,15 +157,15 @@ class _Asked:
 
     def write(self, answers: list[Any], plan: Any) -> Any:
         """From the target itself."""
-        from ..data.features import write_features
+        from ..features.extract import write_features
 
         target = self.load()
         return write_features(target, answers, self.wanted(target), plan)
 
     def capture(self, address: str, answers: list[Any], plan: Any) -> Any:
         """From a running vLLM."""
-        from ..data.features import capture_features
-        from ..engines.capture import Capture
+        from ..features.extract import capture_features
+        from ..serving.capture import Capture
 
         bare = self._beside([])
         taps = self.wanted(bare)
@@ -174,7 +174,7 @@ class _Asked:
 
     def convert(self, folder: str, answers: list[Any] | None, plan: Any) -> Any:
         """From stored features, whose last state has to say their answers."""
-        from ..data.features import convert_features
+        from ..features.extract import convert_features
 
         beside = self._beside([folder])
         (stored,) = beside.features
@@ -184,8 +184,8 @@ class _Asked:
 
     def wanted(self, target: Any) -> tuple[int, ...]:
         """The taps that the draft reads of the target, or those named, or the usual ones."""
-        from ..formats.load import read_draft
-        from ..target import check_taps, default_taps
+        from ..checkpoints.load import read_draft
+        from ..models.target import check_taps, default_taps
 
         if self.draft is not None and self.taps is not None:
             raise UserError("--draft says which taps it reads; name --taps or --draft, not both")
@@ -221,8 +221,8 @@ def load_beside(
     template_arg: list[str] | None = None,
 ) -> Any:
     """The target that the flags describe without its layers, beside stored features."""
-    from ..formats.feature_layouts import open_features
-    from ..training.stored_target import load_stored_target
+    from ..features.layouts import open_features
+    from ..features.stored_target import load_stored_target
 
     named = taps_from(taps)
     rows = [open_features(Path(folder), named, unpickle=allow_pickle) for folder in folders]
@@ -247,9 +247,9 @@ def taps_from(text: str | None) -> tuple[int, ...] | None:
 
 
 def _check(target: Any, folder: str, taps: str | None, allow_pickle: bool, as_json: bool) -> None:
-    from ..data.features import compare_features
-    from ..formats.feature_layouts import open_features
-    from ..formats.feature_store import FeatureStore
+    from ..features.extract import compare_features
+    from ..features.layouts import open_features
+    from ..features.store import FeatureStore
 
     rows = open_features(Path(folder), taps_from(taps), unpickle=allow_pickle)
     if isinstance(rows, FeatureStore):

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import stage_fields
-from ..errors import UserError
-from ..visible import visible
+from ..core.errors import UserError
+from ..core.visible import visible
 
 TargetFlag = Annotated[str, typer.Option("--target", help="target model: folder or Hub id")]
 AdapterFlag = Annotated[
@@ -146,7 +146,7 @@ def load(
     template_arg: list[str] | None = None,
 ) -> Any:
     """The target that the flags describe."""
-    from ..loading import load_target
+    from ..models.loading import load_target
 
     given = template_args_from(template_arg)  # first: a slip should not cost the time of loading
     return load_target(
@@ -188,8 +188,8 @@ def decoding_from(
     min_p: float,
 ) -> Any:
     """The `Decoding` that the flags describe."""
-    from ..decode.modes import Decoding
-    from ..decode.sampling import Sampling
+    from ..decoding.acceptance_modes import Decoding
+    from ..decoding.sampling import Sampling
 
     return Decoding(acceptance, Sampling(temperature, top_k, top_p, min_p), draft_token)
 

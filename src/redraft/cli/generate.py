@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..console import say, set_quiet
-from ..errors import UserError
-from ..visible import visible
+from ..core.console import say, set_quiet
+from ..core.errors import UserError
+from ..core.visible import visible
 from .flags import (
     AcceptanceFlag,
     AdapterFlag,
@@ -84,9 +84,9 @@ def generate(
         min_p,
     )
     chosen = k_from(k)
-    from ..formats.load import load_draft
-    from ..measuring.cost import auto_k
-    from ..records import Prompt
+    from ..checkpoints.load import load_draft
+    from ..core.records import Prompt
+    from ..metrics.cost import auto_k
 
     loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     proposer = load_draft(draft, loaded)
@@ -151,7 +151,7 @@ def _decode(
     said: _Said,
 ) -> Iterator[tuple[str, str]]:
     """Pieces of text as they come, each with the kind of token that completed it; notes all in `said`."""
-    from ..decode.speculative import speculate, stop_at
+    from ..decoding.speculative import speculate, stop_at
 
     shown = 0
     stop = stop_at(target, [prompt], max_new_tokens)

@@ -1,4 +1,4 @@
-"""The whole job, its report, and the demo."""
+"""The whole job and its report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import Resolved, parse_set, read_yaml, recipe_path, resolve
-from ..console import say, set_quiet
-from ..errors import UserError
+from ..core.console import say, set_quiet
+from ..core.errors import UserError
 from .flags import (
     AdapterFlag,
     BaseFlag,
@@ -29,25 +29,6 @@ from .flags import (
     load,
     print_json,
 )
-
-
-def demo(
-    out: Annotated[str, typer.Option("--out", help="folder of the demo")] = "demo",
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
-) -> None:
-    """Build a small family in front of you, break its draft by a fine-tune, and repair it.
-
-    Example: redraft demo
-    """
-    set_quiet(quiet)
-    from ..bench.demo import print_demo, run_demo
-
-    result = run_demo(Path(out))
-    if as_json:
-        print_json(result)
-    else:
-        print_demo(result)
 
 
 def adapt(
@@ -132,10 +113,10 @@ def adapt(
     }
     resolved = _resolve(config, assignments, {k: v for k, v in flags.items() if v is not None})
     elsewhere = _pairs(off_domain or [], "--off-domain")
-    from .. import flow
+    from ..pipeline import adapt as pipeline
 
     loaded = load(target, target_adapter, chat_template, dtype, template_arg)
-    result = flow.adapt(
+    result = pipeline.adapt(
         loaded,
         draft,
         prompts,
@@ -149,7 +130,7 @@ def adapt(
         base=load(base, None, None, dtype) if base else None,
     )
     if as_json:
-        from ..records import to_json
+        from ..core.records import to_json
 
         print_json(to_json(result.report))
     else:
@@ -170,8 +151,8 @@ def report(
     Example: redraft report run
     """
     set_quiet(quiet)
-    from ..formats.folders import read_json
-    from ..records import AdaptReport, to_json
+    from ..core.folders import read_json
+    from ..core.records import AdaptReport, to_json
     from ..report.page import write_page
     from ..report.terminal import print_report
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..console import set_quiet
-from ..visible import visible
+from ..core.console import set_quiet
+from ..core.visible import visible
 from .flags import (
     AdapterFlag,
     DtypeFlag,
@@ -23,7 +23,7 @@ from .flags import (
 )
 
 if TYPE_CHECKING:
-    from ..data.inspection import Inspection, Span
+    from ..prompts.inspection import Inspection, Span
 
 app = typer.Typer(help="Look at prompts before anything is paid for.", no_args_is_help=True)
 
@@ -55,9 +55,9 @@ def inspect(
     """
     set_quiet(quiet)
     from ..config import check_value, stage_fields
-    from ..data.inspection import inspect_prompts
-    from ..data.prompts import read_prompts
-    from ..errors import UserError
+    from ..core.errors import UserError
+    from ..prompts.inspection import inspect_prompts
+    from ..prompts.prompts import read_prompts
 
     try:
         check_value(stage_fields()["regenerate.turns"][1], turns)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..config import read_yaml, recipe_names, recipe_path
-from ..errors import UserError
-from ..files import write_text
+from ..core.errors import UserError
+from ..core.files import write_text
 from .flags import JsonFlag, print_json
 
 app = typer.Typer(invoke_without_command=True, help="List the named recipes, or copy one.")

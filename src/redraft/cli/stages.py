@@ -9,9 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from ..config import resolve
-from ..console import say, set_quiet
-from ..errors import UserError
-from .features import FeaturesFlag, FeatureTapsFlag, PickleFlag, load_beside, taps_from
+from ..core.console import say, set_quiet
+from ..core.errors import UserError
+from .features import (
+    FeaturesFlag,
+    FeatureTapsFlag,
+    PickleFlag,
+    load_beside,
+    taps_from,
+)
 from .flags import (
     AcceptanceFlag,
     AdapterFlag,
@@ -74,13 +80,13 @@ def regenerate(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.regenerate
-    from ..data.answer_file import about
-    from ..data.clock import continue_time
-    from ..data.pool import Picked
-    from ..data.prompts import read_prompts
-    from ..data.regenerate import check_backend
-    from ..data.regenerate import regenerate as run
-    from ..data.select import read_selection
+    from ..generation.answer_file import about
+    from ..generation.regenerate import check_backend
+    from ..generation.regenerate import regenerate as run
+    from ..prompts.clock import continue_time
+    from ..prompts.disk_list import Picked
+    from ..prompts.prompts import read_prompts
+    from ..selection.select import read_selection
 
     check_backend(c, overrun)
     loaded = load(target, target_adapter, chat_template, dtype, template_arg)
@@ -148,14 +154,14 @@ def select(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.select
-    from ..data.answer_file import answers_for, read_answers
-    from ..data.explain import explain
-    from ..data.prompts import read_prompts
-    from ..data.scoring import Scorers, as_samples
-    from ..data.select import select as run
-    from ..data.select import write_selection
-    from ..formats.load import load_draft
-    from ..records import Answer
+    from ..checkpoints.load import load_draft
+    from ..core.records import Answer
+    from ..generation.answer_file import answers_for, read_answers
+    from ..prompts.prompts import read_prompts
+    from ..selection.explain import explain
+    from ..selection.scoring import Scorers, as_samples
+    from ..selection.select import select as run
+    from ..selection.select import write_selection
 
     given, missing = (prompts, "--prompts") if c.by == "prompts" else (answers, "--answers")
     if given is None:
@@ -248,7 +254,7 @@ def train(
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.train
-    from ..steps import train_command
+    from ..pipeline.stages import train_command
 
     if features:
         loaded = load_beside(
@@ -278,7 +284,7 @@ def train(
         draft_width=draft_width,
         base=load(base, None, None, dtype) if base else None,
     )
-    from ..records import to_json
+    from ..core.records import to_json
 
     finish(
         as_json,
@@ -342,9 +348,9 @@ def measure(
     Example: redraft measure --target ./my-model --draft ./draft --prompts prompts.jsonl --k 4
     """
     set_quiet(quiet)
-    from ..formats.load import load_draft
-    from ..measuring.measure import WAYS
-    from ..records import to_json
+    from ..checkpoints.load import load_draft
+    from ..core.records import to_json
+    from ..metrics.measure import WAYS
     from ..report.terminal import print_acceptance
 
     if mode not in WAYS:
@@ -416,9 +422,9 @@ def _of_answers(
     draft_token: str,
 ) -> Any:
     """The acceptance of a draft on answers that are there."""
-    from ..data.answer_file import answers_for
-    from ..measuring.measure import measure_answers
-    from ..measuring.replay import decoding_of
+    from ..generation.answer_file import answers_for
+    from ..metrics.measure import measure_answers
+    from ..metrics.replay import decoding_of
 
     rows = [answer for answer in answers_for(target, file) if answer.length >= 2][:limit]
     if not rows:
@@ -443,10 +449,10 @@ def _of_prompts(
     save_ids: str | None,
 ) -> tuple[Any, int]:
     """The acceptance of a draft on prompts that the target answers first; how many rows were left out."""
-    from ..data.prompts import read_prompts
-    from ..files import write_text
-    from ..measuring.cost import auto_k
-    from ..measuring.measure import measure as run
+    from ..core.files import write_text
+    from ..metrics.cost import auto_k
+    from ..metrics.measure import measure as run
+    from ..prompts.prompts import read_prompts
 
     found = read_prompts(source, target, limit)
     say(found.summary())

@@ -1,7 +1,7 @@
 """What every draft is, to the rest of redraft.
 
 A draft turns the target's features and the tokens so far into logits over its own vocabulary. It
-never decides what is accepted (that is `decode/verify.py`), and nothing outside `drafts/` and
+never decides what is accepted (that is `decoding/acceptance_rules.py`), and nothing outside `drafts/` and
 `formats/` names a concrete kind.
 
 One pair (features of position i, token i+1) is the unit of input; its output predicts token i+2.
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..target import Target
+from ..models.target import Target
 
 D = TypeVar("D", bound="Draft")
 

@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..target import Target, check_taps, default_taps
+from ..core.errors import UserError
+from ..models.target import Target, check_taps, default_taps
 from .base import vocabulary_map
 from .layers import GatedFFN, RMSNorm
 from .one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of

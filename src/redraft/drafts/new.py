@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import UserError, nearest
-from ..records import Answer
-from ..target import Target
+from ..core.errors import UserError, nearest
+from ..core.records import Answer
+from ..models.target import Target
 from .base import Draft
-from .table import KINDS
+from .kinds import KINDS
 
 
 def new_draft(

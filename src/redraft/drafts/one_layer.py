@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..rng import seeded
-from ..slots import Slots, positions, visible
-from ..target import Target
+from ..core.errors import UserError
+from ..core.rng import seeded
+from ..models.kv_slots import Slots, positions, visible
+from ..models.target import Target
 from .base import Draft, token_count
 from .chain_attention import chain_attention
 from .layers import RMSNorm, Rotary, causal_attention, masked_attention, rotate

@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, as_sentence
-from ..model_cache import Rows
-from ..rng import seeded
-from ..target import Target
+from ..core.errors import UserError, as_sentence
+from ..core.rng import seeded
+from ..models.kv_cache import Rows
+from ..models.target import Target
 from .base import Draft, token_count
 from .layers import ACTIVATIONS, GatedFFN
 

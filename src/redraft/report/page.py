@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..files import write_text
-from ..records import AdaptReport
+from ..core.files import write_text
+from ..core.records import AdaptReport
 from .terminal import compared, decoded, refusal_cells, report_rows, tau
 
 WIDTH, HEIGHT = 560, 150

@@ -6,9 +6,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..formats.inspection import AS_IT_IS, Inspection, engines
-from ..records import Acceptance, AdaptReport, Lossless, RefusalRates, Safety, Verification
-from ..visible import visible
+from ..checkpoints.inspect import AS_IT_IS, Inspection, engines
+from ..core.records import (
+    Acceptance,
+    AdaptReport,
+    Lossless,
+    RefusalRates,
+    Safety,
+    Verification,
+)
+from ..core.visible import visible
 
 
 def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:

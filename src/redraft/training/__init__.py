@@ -1,1 +1,1 @@
-"""Training of the private part: losses, the loop, checkpoints."""
+"""Training adapters on the target's answers."""

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..console import say
-from ..files import set_aside, write_tensors
-from ..formats.folders import state_hash
+from ..core.console import say
+from ..core.files import set_aside, write_tensors
+from ..core.folders import state_hash
 
 FILE = "checkpoint.safetensors"
 

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import TrainConfig
 from ..drafts.base import Draft
-from .lesson import Lesson
 from .losses import LOSSES
+from .teacher_batch import Lesson
 
 
 @dataclass(frozen=True)

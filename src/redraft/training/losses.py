@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 LK_ETA = 3.0
 """How fast `lk` turns from KL to total variation as acceptance rises."""

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
 from ..drafts.base import Draft
-from ..errors import UserError
-from ..target import Target
-from .lesson import HELD, VALUES
+from ..models.target import Target
 from .losses import LABELS, LOSSES, OWN, WHOLE
+from .teacher_batch import HELD, VALUES
 
 if TYPE_CHECKING:
-    from .member import Member
+    from .adapter_run import Member
 
 MB = 1e6
 DRAFT_COPIES, TEACHER_COPIES = 5, {LABELS: 0, OWN: 1, WHOLE: 4}

@@ -28,29 +28,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..batches import collate, plan_epochs
+from ..adapters.adapter import declare, fused_parameters, prepare, put
+from ..adapters.table import Method, read_method
+from ..adapters.vocabulary_remap import HEAD, Retargeted, retarget, row_mask
 from ..config import TrainConfig, read_width
-from ..console import Progress, say
+from ..core.console import Progress, say
+from ..core.errors import UserError
+from ..core.failpoints import point
+from ..core.folders import state_hash
+from ..core.records import Answer, TrainRecord
 from ..drafts.base import Draft
-from ..errors import UserError
-from ..faults import point
-from ..formats.folders import state_hash
-from ..measuring.acceptance import pooled_tau
-from ..measuring.replay import check_overrun, replay_each
-from ..methods import Method, read_method
-from ..private.part import declare, fused_parameters, prepare, put
-from ..private.vocabulary import HEAD, Retargeted, retarget, row_mask
-from ..records import Answer, TrainRecord
-from ..target import Target
+from ..metrics.acceptance import pooled_tau
+from ..metrics.replay import check_overrun, replay_each
+from ..models.batching import collate, plan_epochs
+from ..models.target import Target
+from .adapter_run import DivergedError, Member
 from .checkpoint import load_checkpoint, save_checkpoint
-from .fitness import check_fits
+from .closed_form import fit_starts
 from .flops import count_flops, counted
-from .lesson import Lesson, read_lesson, rollout_loss
-from .member import DivergedError, Member
 from .memory import check_room, peak_memory, predict_peak, restart_peak
-from .optimize import make_optimizer
+from .optimizer import make_optimizer
 from .precision import choose_precision
-from .starts import fit_starts
+from .preconditions import check_fits
+from .teacher_batch import Lesson, read_lesson, rollout_loss
 from .widths import resolve_width, shared_width
 
 CALIBRATION_BATCHES = 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..adapters.expert import widenable
 from ..drafts.base import Draft
-from ..private.expert import widenable
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Widths tried, as shares of the shared FFN's."""

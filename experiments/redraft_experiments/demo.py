@@ -1,0 +1,353 @@
+"""`redraft demo`: break a draft by a fine-tune and repair it, all of it built in front of you.
+
+    family (base, its draft, a fine-tune) -> adapt, as any user runs it -> a dedicated draft as the
+    reference -> speed and losslessness, by the clock and token for token
+
+Each part is cached in the demo's folder, so a second run only shows the result again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from redraft.checkpoints.adapter_folder import read_training
+from redraft.checkpoints.load import load_draft, read_draft
+from redraft.config import TrainConfig, read_yaml, recipe_path, resolve
+from redraft.core.console import say
+from redraft.core.errors import UserError, nearest
+from redraft.core.records import AdaptReport, Prompt, to_json, versions
+from redraft.decoding.acceptance_modes import Decoding
+from redraft.decoding.plain import decode_plain
+from redraft.decoding.sampling import Sampling
+from redraft.decoding.speculative import decode_speculative
+from redraft.drafts.base import Draft
+from redraft.generation.answer_file import read_answers
+from redraft.metrics import intervals
+from redraft.metrics.acceptance import prompt_counts
+from redraft.metrics.lossless import compare
+from redraft.metrics.measure import Measured, measure_answers
+from redraft.metrics.speed import drafted, plain, race, transformers_generate
+from redraft.models.target import Target
+from redraft.pipeline import adapt as pipeline
+from redraft.pipeline.run_folder import RunFolder
+from redraft.pipeline.stages import save_fresh
+from redraft.training.train import train
+
+from .family import build_family, load_member
+
+MEMBER = "sft"
+K = 4
+SPEED_PROMPTS = 12
+SPEED_TOKENS = 96
+TEMPERATURE = 0.7
+SERVED = ("reused", "adapted")
+REPEATS = 3
+RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
+"""The recipe that adapts each size of family."""
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A family whose fine-tune has its draft adapted, and the dedicated draft as the reference.
+
+    `key` changes with the dedicated draft.
+    """
+
+    family: dict[str, Any]
+    target: Target
+    result: pipeline.AdaptResult
+    dedicated: Path
+    evaluation: str
+    key: str
+
+
+def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str, Any]:
+    """Build, adapt, compare; returns the result as plain JSON types (see `print_demo`).
+
+    `data` is the folder of real data that size `micro` reads (default $REDRAFT_DATA).
+    """
+    repaired = repair(out, size, data)
+    with RunFolder.open(out / "reference") as run:
+        run.stage(
+            "compare",
+            {"dedicated": repaired.key, "after": to_json(repaired.result.after)},
+            ["demo.json"],
+            lambda: run.write_json("demo.json", _compare(repaired)),
+        )
+    demo: dict[str, Any] = json.loads((out / "reference" / "demo.json").read_text())
+    return demo
+
+
+def repair(
+    out: Path,
+    size: str = "nano",
+    data: str | None = None,
+    members: Sequence[str] = (MEMBER,),
+    kinds: Sequence[str] = (),
+) -> Repaired:
+    """Build a family in `out`, adapt the draft of its fine-tune, train a dedicated one.
+
+    `members` are the fine-tunes to build; the one called sft is among them. `kinds` are the kinds
+    of draft that the base gets beside eagle3. Everything is cached in `out`. Raises UserError for a
+    size that no recipe adapts.
+    """
+    if size not in RECIPES:
+        raise UserError(f"size {size} has no recipe to adapt it; {nearest(size, RECIPES)}")
+    family = build_family(out / "family", size=size, data=data, members=members, kinds=kinds)
+    target = load_member(out / "family", MEMBER)
+    prompts = out / "family" / "prompts"
+    evaluation = str(prompts / f"{family['tuned_domain']}-eval.jsonl")
+    recipe = recipe_path(RECIPES[size])
+    resolved = resolve([(f"recipe {recipe.stem}", read_yaml(recipe))])
+    reference = dataclasses.replace(resolved.config.train, method="scratch")
+    say(f"the base's draft on the fine-tuned target: adapting it, run folder {out / 'run'}")
+    result = pipeline.adapt(
+        target,
+        family["draft"],
+        str(prompts / f"{family['tuned_domain']}-adapt.jsonl"),
+        out=out / "run",
+        config=resolved,
+        eval_prompts=evaluation,
+        off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
+    )
+    folder = out / "reference" / "dedicated"
+    with RunFolder.open(out / "reference") as run:
+        key = run.stage(
+            "dedicated",
+            {"report": result.report.train.lasting(), **dataclasses.asdict(reference)},
+            ["dedicated"],
+            lambda: _dedicated(target, result, reference, folder),
+        )
+    return Repaired(family, target, result, folder, evaluation, key)
+
+
+def _dedicated(
+    target: Target, result: pipeline.AdaptResult, config: TrainConfig, folder: Path
+) -> None:
+    """The reference: the same shape from nothing, on every answer of the pool, as many epochs."""
+    answers = [a for a in read_answers(result.run / "answers" / "adapt.jsonl") if a.length >= 2]
+    heldout = read_answers(result.run / "answers" / "heldout.jsonl")
+    draft = read_draft(result.report.shared).build(target, torch.float32)
+    trained = train(target, draft, answers, heldout, config, k=K)
+    save_fresh(folder, draft, target, trained.record)
+
+
+def _compare(repaired: Repaired) -> dict[str, Any]:
+    target, result, report = repaired.target, repaired.result, repaired.result.report
+    folders = {
+        "reused": report.shared,
+        "adapted": report.draft,
+        "dedicated": str(repaired.dedicated),
+    }
+    answers = read_answers(result.run / "answers" / "eval.jsonl")
+    drafts = {name: load_draft(folder, target) for name, folder in folders.items()}
+    measured = {
+        name: measure_answers(target, draft, answers, k=K) for name, draft in drafts.items()
+    }
+    prompts = [Prompt(a.id, a.prompt) for a in answers[:SPEED_PROMPTS]]
+    contestants = {
+        "plain": plain(target, SPEED_TOKENS),
+        "generate": transformers_generate(target, SPEED_TOKENS),
+        **{name: drafted(target, drafts[name], K, SPEED_TOKENS) for name in SERVED},
+    }
+    speed, outputs = race(contestants, [[prompt] for prompt in prompts], REPEATS)
+    lossless = {
+        name: compare(target, prompts, outputs["plain"], outputs[name])
+        for name in ("generate", "reused", "adapted")
+    }
+    trained = _paid(report, read_training(Path(folders["dedicated"])))
+    return {
+        "target": target.name,
+        "base": repaired.family["base"],
+        "prompts": repaired.evaluation,
+        **{name: _row(folders[name], measured[name], *trained[name]) for name in folders},
+        "off_domain": {
+            "reused": report.off_domain["chat-before"].tau,
+            "adapted": report.off_domain["chat-after"].tau,
+        },
+        "off_domain_ci": {
+            "reused": list(report.off_domain["chat-before"].ci),
+            "adapted": list(report.off_domain["chat-after"].ci),
+        },
+        **_recovery(measured),
+        "identical": all(found.holds for found in lossless.values()),
+        "lossless": {name: to_json(found) for name, found in lossless.items()},
+        "seeded": _same_words(target, {name: drafts[name] for name in SERVED}, prompts),
+        "speed": {name: found.tokens_per_second for name, found in speed.items()},
+        "speed_detail": {name: to_json(found) for name, found in speed.items()},
+        "loop_rate": measured["adapted"].acceptance.loop_rate,
+        "gates": [
+            *repaired.family["gates"],
+            {
+                "gate": "tau of the dedicated draft",
+                "value": measured["dedicated"].acceptance.tau,
+                "wanted": "2.5 to 3.5",
+                "passed": 2.5 <= measured["dedicated"].acceptance.tau <= 3.5,
+            },
+        ],
+        "report": str(result.run / "report.html"),
+        "versions": versions(),
+    }
+
+
+def _same_words(
+    target: Target, drafts: dict[str, Draft], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Sampled with one seed per prompt: plainly, and with each draft. The words have to be the same."""
+    decoding = Decoding("seeded", Sampling(TEMPERATURE))
+    seeds = list(range(len(prompts)))
+    words = [
+        decode_plain(target, prompt.tokens, SPEED_TOKENS, decoding, seed)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    found: dict[str, Any] = {"temperature": TEMPERATURE, "tokens": sum(map(len, words))}
+    for name, draft in drafts.items():
+        rows = [prompt.tokens for prompt in prompts]
+        decoded = decode_speculative(target, draft, rows, K, SPEED_TOKENS, decoding, seeds)
+        answers = [d.tokens for d in decoded]
+        found[name] = {
+            **to_json(compare(target, prompts, words, answers, decoding, seeds)),
+            "tau": 1
+            + sum(sum(d.accepted) for d in decoded) / sum(len(d.accepted) for d in decoded),
+        }
+    return found
+
+
+def _paid(report: AdaptReport, reference: dict[str, Any]) -> dict[str, tuple[int, int, float]]:
+    """Trained parameters, unique target tokens and seconds of each draft; `reference` is the
+    training record of the dedicated one."""
+    seconds = report.cost["seconds"]
+    answering = seconds["regenerate adapt"] + seconds["regenerate heldout"]
+    return {
+        "reused": (0, 0, 0.0),
+        "adapted": (
+            report.train.trained_parameters,
+            report.cost["unique_generated_tokens"],
+            answering + seconds["select"] + seconds["train"],
+        ),
+        "dedicated": (
+            reference["trained_parameters"],
+            report.cost["unique_generated_tokens"],  # the same answers
+            answering + reference["seconds"],
+        ),
+    }
+
+
+def _row(
+    folder: str, measured: Measured, parameters: int, tokens: int, seconds: float
+) -> dict[str, Any]:
+    a = measured.acceptance
+    return {
+        "draft": folder,
+        "tau": a.tau,
+        "ci": list(a.ci),
+        "prompts": a.prompts,
+        "trained_parameters": parameters,
+        "tokens": tokens,
+        "seconds": seconds,
+    }
+
+
+def _recovery(measured: dict[str, Measured]) -> dict[str, Any]:
+    """The share of the gap that was closed; only the difference where the gap is too small."""
+    rise = measured["adapted"].acceptance.tau - measured["reused"].acceptance.tau
+    ends = [prompt_counts(measured[name].traces) for name in ("adapted", "reused", "dedicated")]
+    found = intervals.recovery(ends[0], ends[1], ends[2], K)
+    if found is None:
+        return {"recovery": None, "recovery_ci": None, "difference_in_tau": rise}
+    return {
+        "recovery": found.value,
+        "recovery_ci": list(found.ends),
+        "difference_in_tau": rise,
+    }
+
+
+def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
+    """The table that ends the demo."""
+    out = out or Console(highlight=False)
+    table = Table(title="the fine-tuned target and three drafts")
+    for heading, right in (
+        ("draft", False),
+        ("tau [95 %]", False),
+        ("trained parameters", True),
+        ("target tokens", True),
+        ("seconds", True),
+    ):
+        table.add_column(heading, justify="right" if right else "left")
+    for name in ("reused", "adapted", "dedicated"):
+        row = demo[name]
+        table.add_row(
+            name,
+            _interval(row),
+            f"{row['trained_parameters']:,}",
+            f"{row['tokens']:,}",
+            f"{row['seconds']:.0f}",
+        )
+    out.print(table)
+    if demo["recovery"] is None:
+        out.print(
+            f"difference in tau {demo['difference_in_tau']:+.2f}; the gap is too small for more"
+        )
+    else:
+        low, high = demo["recovery_ci"]
+        out.print(
+            f"recovery {demo['recovery']:.2f} [{low:.2f}, {high:.2f}] of the way to dedicated"
+        )
+    off = {
+        name: {"tau": demo["off_domain"][name], "ci": demo["off_domain_ci"][name]}
+        for name in ("reused", "adapted")
+    }
+    out.print(f"off domain (chat): {_interval(off['reused'])} -> {_interval(off['adapted'])}")
+    _print_speed(demo, out)
+    compared = demo["lossless"]["adapted"]
+    verdict = "yes" if demo["identical"] else "NO"
+    excused = sum(found["excused"] for found in demo["lossless"].values())
+    out.print(
+        f"outputs identical: {verdict} ({compared['prompts']} prompts, {excused} excused near-ties); "
+        f"loop rate {demo['loop_rate']:.1%}"
+    )
+    seeded = demo["seeded"]
+    same = [f"{name} {seeded[name]['identical']}/{seeded[name]['prompts']}" for name in SERVED]
+    out.print(
+        f"same seed, same words at temperature {seeded['temperature']:g}, against plain sampling: "
+        f"{', '.join(same)} ({seeded['tokens']} tokens)"
+    )
+    out.print(
+        f"{demo['reused']['prompts']} prompts measured at K={K}, greedy; small models trained from "
+        "scratch: run `redraft adapt` on yours"
+    )
+    for gate in demo["gates"]:
+        if not gate["passed"]:
+            out.print(
+                f"gate missed: {gate['gate']} is {gate['value']:.2f}, wanted {gate['wanted']}"
+            )
+    out.print(f"draft for vLLM  {demo['adapted']['draft']}\nreport          {demo['report']}")
+
+
+def _print_speed(demo: dict[str, Any], out: Console) -> None:
+    detail = demo["speed_detail"]
+    plain = demo["speed"]["plain"]
+    for name, shown in (
+        ("plain", "plain decoding, our loop"),
+        ("generate", "Transformers generate"),
+        ("reused", "with the reused draft"),
+        ("adapted", "with the adapted draft"),
+    ):
+        d = detail[name]
+        out.print(
+            f"{shown:26} {d['tokens_per_second']:6.0f} tokens/s [{d['low']:.0f}, {d['high']:.0f}]  "
+            f"{d['tokens_per_second'] / plain:.2f}x"
+        )
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['tau']:.2f} [{row['ci'][0]:.2f}, {row['ci'][1]:.2f}]"

@@ -1,0 +1,344 @@
+"""A check of a draft in use, through the server that uses it: no weights, some requests and its counters.
+
+vLLM counts drafts and accepted tokens; between two readings of its metrics lie our requests. What other
+clients ask in the meantime is counted too, so the check wants a quiet moment, and says when it had none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from ..config import RegenerateConfig, read_endpoints
+from ..core.console import Progress
+from ..core.errors import UserError
+from ..core.visible import visible
+from ..decoding.sampling import Sampling
+from ..metrics import intervals
+from ..prompts.chat import Understood, understand
+from ..prompts.rows import read_rows
+from ..serving.client import (
+    Trouble,
+    key_for,
+    message_of,
+    models_of,
+    near,
+    object_of,
+    proxy_checked,
+    shown,
+    text_of,
+)
+from ..serving.counters import Counters, read_counters
+from .cost_estimate import PLANS
+from .evidence import ANSWERING
+from .prediction import KEEP, Case, check_enough, outlook, read_cases
+from .recommendation import WORTH, Bill, Pace, Verdict, decide
+
+GROUPS = 8
+"""Groups of prompts, between which the counters are read: the interval of tau is over groups."""
+REQUEST_SECONDS = 600.0
+"""The longest wait for a whole reply."""
+SETTLE_SECONDS = 0.3
+"""Counters lag behind the answers."""
+SETTLE_LOOKS = 5
+OF_THE_PROMPT = (400, 413, 422)
+"""Statuses that say something of one prompt, not of the server."""
+UNKNOWN = (
+    "speed-up over plain decoding (serve without the draft and compare, or `redraft check --target`)",
+    "the cause (needs the weights and --base)",
+    "what a refresh in closed form brings (the same)",
+    "seconds of training",
+)
+
+
+@dataclass(frozen=True)
+class ServedCheck:
+    """What a server shows of the prompts that it answers; `refused` ones, too long for instance, are left
+    out. `tau` has a 95 % interval over groups of prompts; `per_position` is
+    conditional acceptance; `rate` is in tokens per second with `rows` requests at a time. `others` is the
+    share of the counted tokens that were not ours. `cases` and `outside` are the outlook's; `sampling` is how answers were asked for. `unknown` is what cannot be told from here."""
+
+    endpoint: str
+    model: str
+    k: int
+    prompts: int
+    answer_tokens: int
+    sampling: Sampling
+    tau: tuple[float, float, float]
+    per_position: tuple[float, ...]
+    rate: float
+    rows: int
+    others: float
+    verdict: Verdict
+    cases: int
+    outside: tuple[str, ...]
+    published: float | None
+    refused: int
+    unknown: tuple[str, ...] = UNKNOWN
+
+
+def check_served(
+    url: str,
+    source: str,
+    *,
+    rows: int = 1,
+    most: int = 64,
+    answering: RegenerateConfig = ANSWERING,
+    worth: float = WORTH,
+    published: float | None = None,
+    model: str | None = None,
+    cases: Sequence[Case] | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    transport: httpx.BaseTransport | None = None,
+) -> ServedCheck:
+    """Ask `most` prompts of a file, `rows` at a time, of the server at `url` (its root).
+
+    `template_args` are variables for the chat template that the server uses.
+
+    Raises UserError for a server that cannot be reached, has no counters or does not speculate, and for
+    too few prompts.
+    """
+    url = _root(url)
+    known = list(cases) if cases is not None else read_cases()
+    check_enough(known)  # before anything is asked
+    asked = _read(source, max(most, 2 * rows), rows)
+    with proxy_checked(url):
+        client = httpx.Client(
+            base_url=url, timeout=REQUEST_SECONDS, transport=transport, trust_env=not near(url)
+        )
+    with client:
+        server = _Server(url, client, model, key_for(url), template_args or {})
+        name = server.model()
+        lengths: list[int | None] = []
+        counted, seconds = [], 0.0
+        before = first = server.counters()
+        with (
+            Progress("asking", len(asked), "prompts") as progress,
+            ThreadPoolExecutor(rows) as pool,
+        ):
+            # Every group fills the places: the last requests of a group have the server to themselves.
+            size = max(-(-len(asked) // GROUPS), rows)
+            for at in range(0, len(asked), size):
+                group = asked[at : at + size]
+                began = time.monotonic()
+                lengths += pool.map(lambda u: server.ask(name, u, answering), group)
+                seconds += time.monotonic() - began
+                now = server.settled()
+                counted.append(_since(before, now, url))
+                before = now
+                progress.advance(len(group))
+    whole = before.since(first)
+    tokens, answered = sum(n for n in lengths if n), sum(n is not None for n in lengths)
+    if answered < GROUPS:
+        raise UserError(
+            f"{url} answered {answered} of {len(asked)} prompts and refused the others (first: "
+            f"{server.refusal}): too few for any verdict"
+        )
+    if whole.drafts == 0:
+        raise UserError(
+            f"{url} answered {answered} prompts and drafted nothing: it serves {visible(name)} without "
+            "speculation; start it with --speculative-config, or check the weights with --target and --draft"
+        )
+    # Without counts by position, K is what a draft proposes.
+    found, k = whole.acceptance(), len(whole.per_position) or round(whole.drafted / whole.drafts)
+    groups = [[(float(group.accepted), float(group.drafts)) for group in counted]]
+    draws, interval = intervals.tau_draws(groups, k), intervals.tau(groups, k)
+    signs = {"reused": found.tau} | ({"native": published} if published else {})
+    rate = tokens / max(seconds, 1e-9)
+    bills = {KEEP: Bill(0, 0.0)} | {
+        action: Bill(round(plan.prompts * tokens / answered), None)
+        for action, plan in PLANS.items()
+    }
+    seen = outlook(signs, k, {KEEP: draws}, known, answering.temperature)
+    verdict = decide(seen, Pace(rate / found.tau, None), bills, worth)
+    # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
+    emitted = whole.accepted + whole.drafts
+    return ServedCheck(
+        endpoint=url,
+        model=name,
+        k=k,
+        prompts=answered,
+        refused=len(asked) - answered,
+        answer_tokens=tokens,
+        sampling=Sampling.of(answering),
+        tau=(found.tau, *interval.ends),
+        per_position=found.per_position,
+        rate=rate,
+        rows=rows,
+        others=max(1 - tokens / max(emitted, 1), 0.0),
+        verdict=verdict,
+        cases=seen.cases,
+        outside=seen.outside,
+        published=published,
+    )
+
+
+class _Server:
+    """The few requests that a check makes."""
+
+    def __init__(
+        self,
+        url: str,
+        client: httpx.Client,
+        named: str | None,
+        key: str | None,
+        template_args: Mapping[str, Any],
+    ):
+        self.url, self.client, self.named, self.key = url, client, named, key
+        self.template_args = template_args
+        self.refusal = ""
+
+    def model(self) -> str:
+        try:
+            names = list(models_of(self._object("GET", "/v1/models")))
+        except Trouble:
+            names = []
+        if not names:
+            raise UserError(f"{self.url}/v1/models names no model; expected an OpenAI-style list")
+        told = visible(", ".join(names))
+        if self.named is not None and self.named not in names:
+            raise UserError(f"{self.url} serves {told}, not {self.named}")
+        if self.named is None and len(names) > 1:
+            raise UserError(
+                f"{self.url} serves {told}: name the one to check with --endpoint-model"
+            )
+        return self.named or names[0]
+
+    def counters(self) -> Counters:
+        page = self._reply("GET", "/metrics")[1]
+        if "vllm:" not in page:
+            raise UserError(
+                f"{self.url}/metrics holds no counters of vLLM, from which acceptance is read; check the "
+                "weights instead: --target, --draft and --prompts"
+            )
+        try:
+            return read_counters(page)
+        except (ValueError, OverflowError):
+            raise UserError(f"{self.url}/metrics holds counters that are no numbers") from None
+
+    def settled(self) -> Counters:
+        """The counters, once they have come to rest."""
+        last = self.counters()
+        for _ in range(SETTLE_LOOKS):  # on a server that others use they never do
+            time.sleep(SETTLE_SECONDS)
+            now = self.counters()
+            if now == last:
+                break
+            last = now
+        return last
+
+    def ask(self, model: str, row: Understood, how: RegenerateConfig) -> int | None:
+        """The tokens of an answer; None when the server will not answer this prompt."""
+        body: dict[str, Any] = {
+            "model": model,
+            "max_tokens": how.max_new_tokens,
+            "temperature": how.temperature,
+            "top_k": how.top_k or -1,
+            "top_p": how.top_p,
+        }
+        if row.messages:
+            path, body["messages"] = "/v1/chat/completions", _question(row)
+            body |= {"tools": list(row.tools)} if row.tools else {}
+            variables = {**self.template_args, **(row.variables or {})}
+            body |= {"chat_template_kwargs": variables} if variables else {}
+        else:
+            path = "/v1/completions"
+            body["prompt"] = row.text if row.tokens is None else list(row.tokens)
+        status, text = self._reply("POST", path, body, may_refuse=True)
+        if status != 200:
+            self.refusal = self.refusal or message_of(text, self.key)
+            return None
+        usage = self._parsed(text, path).get("usage")
+        count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if type(count) is not int or not 0 <= count <= how.max_new_tokens:
+            raise UserError(
+                f"{self.url}{path} does not say how many tokens it wrote (usage.completion_tokens, of at most "
+                f"{how.max_new_tokens})"
+            )
+        return count
+
+    def _object(self, verb: str, path: str) -> dict[str, Any]:
+        return self._parsed(self._reply(verb, path)[1], path)
+
+    def _parsed(self, text: str, path: str) -> dict[str, Any]:
+        found = object_of(text, self.key)
+        if found is None:
+            raise UserError(f"{self.url}{path} replied with something that is no JSON object")
+        return found
+
+    def _reply(
+        self, verb: str, path: str, body: dict[str, Any] | None = None, may_refuse: bool = False
+    ) -> tuple[int, str]:
+        """Status and text. The client bounds the silence between two bytes; here the whole is bounded."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        end, content = time.monotonic() + REQUEST_SECONDS, b""
+        try:
+            with self.client.stream(verb, path, json=body, headers=headers) as reply:
+                for piece in reply.iter_bytes():
+                    content += piece
+                    if time.monotonic() > end:
+                        raise httpx.ReadTimeout(f"no whole reply within {REQUEST_SECONDS:g} s")
+        except (httpx.HTTPError, httpx.InvalidURL) as problem:
+            said = shown(str(problem), self.key) or type(problem).__name__
+            raise UserError(f"{self.url}{path} does not answer ({said})") from None
+        status, text = reply.status_code, text_of(content)
+        if status != 200 and not (may_refuse and status in OF_THE_PROMPT):
+            raise UserError(
+                f"{self.url}{path} refused (HTTP {status}): {message_of(text, self.key)}"
+            )
+        return status, text
+
+
+def _since(before: Counters, now: Counters, url: str) -> Counters:
+    """What was counted between two readings. Raises UserError where that cannot be."""
+    found = now.since(before)
+    if min(found.drafts, found.drafted, found.accepted, *found.per_position) < 0:
+        raise UserError(
+            f"the counters of {url} went down while it was asked: it was restarted; check it again"
+        )
+    if found.accepted > found.drafted:
+        raise UserError(
+            f"{url}/metrics counts {found.accepted} accepted tokens of {found.drafted} drafted: no counts "
+            "of speculation"
+        )
+    return found
+
+
+def _root(url: str) -> str:
+    try:
+        roots = read_endpoints(url)
+    except ValueError as problem:
+        raise UserError(f"--endpoint {problem}") from None
+    if len(roots) != 1:
+        raise UserError("check asks one server; name one with --endpoint")
+    return roots[0]
+
+
+def _read(source: str, most: int, rows: int) -> list[Understood]:
+    """The first rows that can be asked. Raises UserError when they are too few to resample."""
+    found: list[Understood] = []
+    for _, row in read_rows(source):
+        if isinstance(row, dict):
+            try:
+                found.append(understand(row))
+            except ValueError:
+                continue  # the count below says how many were of use
+        if len(found) == most:
+            break
+    if len(found) < max(GROUPS, 2 * rows):
+        raise UserError(
+            f"{source} has {len(found)} prompts of use (asked for {most}): too few for any verdict, "
+            f"which needs {max(GROUPS, 2 * rows)} at least; `redraft prompts inspect` says what is wrong with the others"
+        )
+    return found
+
+
+def _question(row: Understood) -> list[dict[str, Any]]:
+    """The messages up to the last user turn."""
+    last = max((at for at, m in enumerate(row.messages) if m["role"] == "user"), default=-1)
+    return list(row.messages[: last + 1])

@@ -1,1 +1,0 @@
-"""Prompts in, the target's answers, and the choice among them."""

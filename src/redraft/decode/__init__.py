@@ -1,1 +1,0 @@
-"""The lossless game: draft, verify in one target pass, accept, correct."""

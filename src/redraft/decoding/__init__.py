@@ -1,0 +1,1 @@
+"""Lossless decoding: the draft proposes, the target verifies in one pass."""

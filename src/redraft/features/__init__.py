@@ -1,0 +1,1 @@
+"""The target's hidden states, stored on disk or read from other tools' stores."""

@@ -1,1 +1,0 @@
-"""Foreign file layouts stop here: checkpoints and chat rows, in and out."""

@@ -1,0 +1,1 @@
+"""The target answers the prompts, in this process or behind endpoints."""

@@ -1,0 +1,248 @@
+"""Regeneration: the target answers the prompts, and each batch is on disk before the next begins.
+
+Answers that are written are never asked for again (see `answer_file.py`). The target answers
+in this process, or behind the endpoints that serve it (`endpoints.py`): same prompts, same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import RegenerateConfig
+from ..core.console import Progress, say
+from ..core.errors import UserError
+from ..core.files import append_lines, write_text
+from ..core.lock import held
+from ..core.records import Answer, Prompt
+from ..decoding.batched import generate_answers, plan_generation
+from ..decoding.sampling import Sampling
+from ..models.target import Target
+from ..prompts.clock import kept_time
+from ..prompts.disk_list import Picked, PromptPool
+from ..prompts.stopping import unfinished_note
+from ..prompts.turns import check_room, next_turn
+from .answer_file import (
+    answer_inputs,
+    claim,
+    continued,
+    endpoints_of,
+    iter_answers,
+    note_endpoints,
+    read_answers,
+    use_again,
+)
+
+
+def regenerate(
+    target: Target,
+    prompts: Sequence[Prompt],
+    out: Path,
+    config: RegenerateConfig,
+    overrun: int = 0,
+    *,
+    grow: bool = False,
+) -> list[Answer]:
+    """Answer every prompt into the file `out`, continuing what is there; answers in file order.
+
+    The answers come from this process, or from the endpoints that `config` names; a file may be
+    begun by the one and continued by the other. Conversations are answered turn by turn: all first
+    turns, then all second ones, and so on. A file of other inputs is set aside first, and its answers are
+    used again where they can be (see `answer_file.py`); with `grow`, for a file
+    of its own, it keeps its answers to other prompts, and no other process may write it. Elsewhere the caller
+    holds the folder.
+    """
+    check_backend(config, overrun)
+    inputs = answer_inputs(target, prompts, config, overrun)
+    with held(out) if grow else contextlib.nullcontext():
+        asked = claim(out, inputs, prompts, grow=grow, more=kept_time(target))
+        if config.answers == "original":
+            return _write_originals(prompts, out, config.max_new_tokens, target)
+        backend = (
+            _Served(target, config, out, overrun)
+            if config.endpoints
+            else _Own(target, config, overrun)
+        )
+        while len(asked):
+            _answer_round(backend, asked, out, inputs)
+            asked = _next_round(target, asked, out, backend.context())
+        found = read_answers(out)
+    if note := unfinished_note(sum(a.finish == "stop" for a in found), len(found), target):
+        say(note)
+    return found
+
+
+def _answer_round(
+    backend: _Own | _Served, prompts: Sequence[Prompt], out: Path, inputs: dict[str, Any]
+) -> None:
+    """Append the answers to those prompts that have none in the file."""
+    missing = _unanswered(prompts, out)
+    if again := use_again(out, inputs, missing):
+        say(f"{out.name}: {again} answers given before to the same prompts are used again")
+        missing = _unanswered(prompts, out)
+    if len(missing) < len(prompts):
+        say(
+            f"{out.name}: {len(prompts) - len(missing)} of {len(prompts)} answers are there already"
+        )
+    if not missing:
+        return
+    tokens, began = 0, time.monotonic()
+    with (
+        Progress(f"answers ({out.stem})", len(missing), "answers") as progress,
+        contextlib.closing(backend.answers(missing)) as batches,
+    ):
+        for answers in batches:
+            if answers:
+                append_lines(out, [answer.to_line() for answer in answers])
+            tokens += sum(answer.length for answer in answers)
+            rate = tokens / max(time.monotonic() - began, 1e-9)
+            note = f"{tokens:,} tokens, {rate:,.0f}/s  {backend.health()}"
+            progress.advance(len(answers), note.rstrip())
+
+
+def _unanswered(prompts: Sequence[Prompt], out: Path) -> Sequence[Prompt]:
+    done = continued(out)
+    if not done:
+        return prompts
+    return Picked(prompts, (i for i, prompt in enumerate(prompts) if prompt.id not in done))
+
+
+def _next_round(
+    target: Target, asked: Sequence[Prompt], out: Path, context: int
+) -> Sequence[Prompt]:
+    """The next turns of the conversations that go on, in a context of so many tokens."""
+    going_on = Picked(asked, (i for i, prompt in enumerate(asked) if prompt.later))
+    turns = PromptPool()
+    if not going_on:
+        return turns
+    names = {prompt.id for prompt in going_on}
+    said = {answer.id: answer for answer in iter_answers(out) if answer.id in names}
+    ended = []
+    for prompt in going_on:
+        try:
+            turn = next_turn(prompt, said[prompt.id], target)
+            if turn is not None:
+                check_room(turn.tokens, context, "the endpoints' context")
+        except ValueError as problem:
+            ended.append(str(problem))
+            continue
+        if turn is None:
+            ended.append(f"answer {prompt.id} was cut by its length")
+        else:
+            turns.add(turn)
+    if ended:
+        say(f"{len(ended)} conversations end early (first: {ended[0]})")
+    return turns
+
+
+def check_backend(config: RegenerateConfig, overrun: int) -> None:
+    """Raise UserError for settings that do not go together."""
+    if overrun < 0:
+        raise UserError(f"--overrun takes a number of tokens, 0 or more; got {overrun}")
+    if config.endpoints and config.answers == "original":
+        raise UserError(
+            "answers=original takes the answers in the prompts file, so no endpoint is asked; leave out "
+            "one of the two"
+        )
+
+
+class _Own:
+    """Answers from the target in this process, in batches planned from all prompts."""
+
+    def __init__(self, target: Target, config: RegenerateConfig, overrun: int):
+        self.target, self.config, self.overrun = target, config, overrun
+
+    def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
+        """The answers to the prompts, batch by batch.
+
+        Batches are filled in the order of length, so those that an interruption left are the same ones.
+        """
+        c = self.config
+        new_tokens = c.max_new_tokens + self.overrun
+        yield from generate_answers(
+            self.target,
+            prompts,
+            plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens),
+            sampling=Sampling.of(c),
+            max_new_tokens=c.max_new_tokens,
+            overrun=self.overrun,
+            seed=c.seed,
+        )
+
+    def context(self) -> int:
+        return self.target.max_positions
+
+    def health(self) -> str:
+        return ""
+
+
+class _Served:
+    """Answers from endpoints; what these are is noted beside the answers' file."""
+
+    def __init__(self, target: Target, config: RegenerateConfig, out: Path, overrun: int = 0):
+        from .endpoints import Endpoints  # here, because most runs need no HTTP client
+
+        self.pool, self.out = Endpoints(target, config, overrun), out
+
+    def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
+        """The answers to the prompts, as they come."""
+        noted: dict[str, Any] = {}
+        with contextlib.closing(self.pool.answers(prompts)) as batches:
+            for answers in batches:
+                if noted != self.pool.about:
+                    noted = dict(self.pool.about)
+                    note_endpoints(self.out, noted)
+                yield answers
+
+    def context(self) -> int:
+        """The shortest context among the endpoints asked so far, before an interruption too."""
+        known = [about.get("context") for about in endpoints_of(self.out).values()]
+        return min((c for c in known if c), default=self.pool.asking.target.max_positions)
+
+    def health(self) -> str:
+        return self.pool.health()
+
+
+def _write_originals(
+    prompts: Sequence[Prompt], out: Path, longest: int, target: Target
+) -> list[Answer]:
+    """The answers that came with the prompts, as they are."""
+    kept = list(_with_references(prompts, target))
+    if not kept:
+        raise UserError(
+            "answers=original needs rows that hold an answer (an assistant turn after the prompt); "
+            f"none of the {len(prompts)} prompts has one"
+        )
+    answers = []
+    cut = 0
+    for prompt in kept:
+        room = min(longest, target.max_positions - len(prompt.tokens))
+        cut += len(prompt.reference or ()) > room
+        tokens = (prompt.reference or ())[:room]
+        end = next((i for i, t in enumerate(tokens) if t in target.stop_ids), len(tokens) - 1)
+        tokens = tokens[: end + 1]  # templates may write more after the stop token
+        finish = "stop" if tokens[-1] in target.stop_ids else "length"
+        answers.append(Answer(prompt.id, prompt.tokens, tokens, len(tokens), finish))
+    write_text(out, "".join(a.to_line() + "\n" for a in answers))
+    if cut:
+        say(
+            f"{cut} of {len(kept)} answers are longer than max_new_tokens ({longest}) or the target's "
+            f"context ({target.max_positions}), and were cut"
+        )
+    return answers
+
+
+def _with_references(prompts: Sequence[Prompt], target: Target) -> Iterator[Prompt]:
+    """Every turn that came with an answer, asked after the answers that came before it."""
+    for prompt in prompts:
+        turn: Prompt | None = prompt
+        while turn is not None:
+            if turn.reference:
+                yield turn
+            try:
+                turn = next_turn(turn, None, target)
+            except ValueError:  # no room in the context for the turns from here on
+                turn = None

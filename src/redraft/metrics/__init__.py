@@ -1,0 +1,1 @@
+"""What is measured: acceptance, intervals, speed, equality of outputs."""

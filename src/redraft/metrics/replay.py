@@ -1,0 +1,233 @@
+"""Replay: the acceptance of a draft on answers that the target has already given.
+
+The draft is run on the true tokens (its rollout), which is what decoding computes as long as the
+drafted tokens are accepted; at the first difference a step ends. So one saved set of answers
+scores any draft, K and acceptance mode without a decoding loop. Given that the target said y_j,
+
+    a draft that takes one token (its likeliest, or the one its noise picks) had it accepted exactly
+    when that token is y_j, at any temperature;
+    a draft that samples from q had y_j accepted with probability min(1, q(y_j) / p(y_j)).
+
+The second is walked with random numbers (`replay`), or in expectation by dynamic programming over
+where steps begin (`expect`).
+
+Shapes: B batch, T tokens, S chain starts, K steps of a chain, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..core.records import Answer, ExpectedSteps, StepTrace
+from ..decoding.acceptance_modes import Decoding
+from ..decoding.noise import ACCEPT, seeds_tensor, uniform
+from ..decoding.sampling import Sampling, probabilities, scores
+from ..decoding.speculative import widened
+from ..drafts.base import Draft
+from ..models.batching import Batch, collate, plan_once
+from ..models.target import Reading, Target
+
+BATCH_TOKENS = 8192
+BATCH_LOGITS = 1 << 27
+"""Batches hold fewer tokens where the vocabulary is large: at most this many logits."""
+
+
+def replay(
+    target: Target,
+    draft: Draft,
+    answers: Sequence[Answer],
+    k: int,
+    *,
+    decoding: Decoding | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[StepTrace]:
+    """The verification steps that live decoding with this draft would take, in `answers`' order.
+
+    Exactly those of the live loop, but for draft tokens that are sampled: then one walk of equal
+    probability. Raises UserError when an answer lacks the overrun (see `check_overrun`), or was not
+    sampled as `decoding` says (see `decoding_of`).
+    """
+    (traces,) = replay_each(
+        target, [draft], answers, k, decoding=decoding, batch_tokens=batch_tokens
+    )
+    return traces
+
+
+def replay_each(
+    target: Target,
+    drafts: Sequence[Draft],
+    answers: Sequence[Answer],
+    k: int,
+    *,
+    decoding: Decoding | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[list[StepTrace]]:
+    """`replay` of several drafts that read the same features, with one reading of the target."""
+    traces: list[dict[int, StepTrace]] = [{} for _ in drafts]
+    for which, index, answer, chance_SK, first in _chances(
+        target, drafts, answers, k, decoding, batch_tokens
+    ):
+        S = len(chance_SK)
+        at_S = torch.arange(S) + first + 2 - len(answer.prompt)
+        at_SK = at_S[:, None] + torch.arange(k)
+        numbers = uniform(seeds_tensor([answer.seed or 0], at_SK.device), at_SK.view(1, -1), ACCEPT)
+        runs = (numbers.view(S, k) < chance_SK).long().cumprod(-1).sum(-1)
+        traces[which][index] = walk(answer, runs.tolist(), first)
+    return [[found[i] for i in range(len(answers))] for found in traces]
+
+
+def expect(
+    target: Target,
+    draft: Draft,
+    answers: Sequence[Answer],
+    k: int,
+    *,
+    decoding: Decoding | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[ExpectedSteps]:
+    """The same in expectation over the draft's random tokens, in `answers`' order."""
+    found: dict[int, ExpectedSteps] = {}
+    for _, index, answer, chance_SK, first in _chances(
+        target, [draft], answers, k, decoding, batch_tokens
+    ):
+        found[index] = expected_walk(answer, chance_SK.tolist(), first)
+    return [found[i] for i in range(len(answers))]
+
+
+def decoding_of(answers: Sequence[Answer], mode: str = "", draft_token: str = "") -> Decoding:
+    """How answers were decoded, with the mode and draft token that they are to be scored for.
+
+    Empty, the mode is greedy at temperature 0 and sampled above, and the draft token
+    deterministic, as engines have it. Raises UserError for answers that were not sampled alike.
+    """
+    ways = {Sampling.of(a) for a in answers}
+    if len(ways) != 1:
+        raise UserError(
+            f"the answers were sampled in {len(ways)} ways ({', '.join(map(str, sorted(map(str, ways))))}); "
+            "measure those of one way at a time"
+        )
+    sampling = ways.pop()
+    if not mode:
+        mode = "sampled" if sampling.temperature else "greedy"
+    return Decoding(mode, sampling, draft_token or "deterministic")
+
+
+def check_overrun(answers: Sequence[Answer], k: int) -> None:
+    """Raise UserError unless each answer holds K-1 tokens past its end, so that no step is cut."""
+    for answer in answers:
+        if len(answer.tokens) < answer.length + k - 1:
+            raise UserError(
+                f"answer {answer.id} holds {len(answer.tokens) - answer.length} tokens past its "
+                f"end, replay at K={k} needs {k - 1}; regenerate it with --overrun {k}"
+            )
+
+
+def walk(answer: Answer, runs: Sequence[int], first: int) -> StepTrace:
+    """Follow the steps of one answer: each begins where the one before it ended."""
+    accepted: list[int] = []
+    emitted = 1
+    while emitted < answer.length:
+        start = len(answer.prompt) + emitted - 2
+        accepted.append(runs[start - first])
+        emitted += accepted[-1] + 1
+    return StepTrace(answer.id, tuple(accepted), answer.length)
+
+
+def expected_walk(answer: Answer, chances: Sequence[Sequence[float]], first: int) -> ExpectedSteps:
+    """Steps by accepted tokens, when a step begins at each place with the probability that one does."""
+    k = len(chances[0]) if chances else 0
+    counts = [0.0] * (k + 1)
+    begins = [0.0] * (answer.length + k + 1)
+    begins[1] = 1.0
+    for emitted in range(1, answer.length):
+        reached = begins[emitted]
+        for n, chance in enumerate([*chances[len(answer.prompt) + emitted - 2 - first], 0.0]):
+            ends = reached * (1 - chance)
+            counts[n] += ends
+            begins[min(emitted + n + 1, len(begins) - 1)] += ends
+            reached *= chance
+    return ExpectedSteps(answer.id, tuple(counts), answer.length)
+
+
+@torch.inference_mode()
+def _chances(
+    target: Target,
+    drafts: Sequence[Draft],
+    answers: Sequence[Answer],
+    k: int,
+    decoding: Decoding | None,
+    batch_tokens: int,
+) -> Iterator[tuple[int, int, Answer, Tensor, int]]:
+    """For each draft and answer: their indices, the answer, the chances [S, K] of its chain starts,
+    and the first one."""
+    check_overrun(answers, k)
+    decoding = decoding or decoding_of(answers)
+    _check_decoding(answers, decoding)
+    lengths = [len(a.prompt) + a.length + k - 1 for a in answers]
+    most = min(batch_tokens, max(BATCH_LOGITS // target.vocab_size, 1))
+    for indices in plan_once(lengths, most):
+        rows = [answers[i] for i in indices]
+        batch = collate(rows, target.device, overrun=True)
+        seeds_B = seeds_tensor([a.seed or 0 for a in rows], target.device)
+        keep = 0 if decoding.draft_token == "sampled" else 1
+        reading = target.read(batch.tokens_BT, drafts[0].taps, keep=keep)
+        for which, draft in enumerate(drafts):
+            chance_BSK = chances(reading, draft, batch, k, decoding, seeds_B).cpu()
+            for index, answer, chance_SK in zip(indices, rows, chance_BSK, strict=True):
+                yield which, index, answer, chance_SK, batch.first
+
+
+def chances(
+    reading: Reading, draft: Draft, batch: Batch, k: int, decoding: Decoding, seeds_B: Tensor
+) -> Tensor:
+    """How likely each drafted token is accepted, given those before it: float64 [B, S, K].
+
+    Row S of it belongs to the chain start `batch.first` + S. Positions past the batch count as 0.
+    """
+    tokens, first = batch.tokens_BT, batch.first
+    B, T = tokens.shape
+    found = torch.zeros(B, max(T - 2 - first, 0), k, dtype=torch.float64, device=tokens.device)
+    for step, states in enumerate(draft.rollout(tokens, reading.features_BTF, first, k)):
+        logits_BSD = draft.logits(states)
+        count = logits_BSD.shape[1]
+        begin = first + step + 2  # the token that chain start `first` predicts at this step
+        said_BS = tokens[:, begin : begin + count]
+        if decoding.deterministic:
+            hit_BS = draft.to_target_ids(logits_BSD.argmax(-1)) == said_BS
+        else:
+            scores_BSV = scores(widened(draft, logits_BSD), decoding.sampling)
+            if decoding.draft_token == "coupled":
+                at_BS = torch.arange(begin, begin + count, device=tokens.device)
+                at_BS = at_BS - batch.starts_B[:, None]
+                hit_BS = decoding.rules.choose(scores_BSV, at_BS, seeds_B) == said_BS
+            else:
+                q_BS = _of(scores_BSV.softmax(-1), said_BS)
+                own_BSV = probabilities(
+                    reading.logits_BTV[:, begin - 1 : begin - 1 + count], decoding.sampling
+                )
+                hit_BS = (q_BS / _of(own_BSV, said_BS)).nan_to_num(0.0).clamp(max=1.0)
+        found[:, :count, step] = hit_BS.double()
+    return found
+
+
+def _of(p_BSV: Tensor, said_BS: Tensor) -> Tensor:
+    return p_BSV.gather(-1, said_BS[..., None]).squeeze(-1).double()
+
+
+def _check_decoding(answers: Sequence[Answer], decoding: Decoding) -> None:
+    made = decoding_of(answers, decoding.mode if decoding.sampling.temperature else "greedy")
+    if made.sampling != decoding.sampling:
+        raise UserError(
+            f"the answers were sampled with {made.sampling}, to be scored for {decoding.sampling}; "
+            "regenerate them that way"
+        )
+    unkeyed = [a.id for a in answers if a.seed is None]
+    if decoding.draft_token != "deterministic" and unkeyed and decoding.sampling.temperature:
+        raise UserError(
+            f"answer {unkeyed[0]} does not say which noise it was sampled with, and "
+            f"{decoding.draft_token} draft tokens need that; regenerate it"
+        )

@@ -1,0 +1,1 @@
+"""The target: loading it, its chat template, its KV cache, its head."""

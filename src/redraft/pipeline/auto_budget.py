@@ -1,0 +1,185 @@
+"""`--budget auto`: the target answers in rounds, until more answers stop paying.
+
+Each round doubles the answers and trains a private part on all of them. When held-out tau has risen by
+less than a share of itself though the answers doubled, no further prompt is answered. Trained anew in
+each round, all rounds together cost about twice the last one's training, and no answer is given twice.
+
+    rounds.json               the curve: prompts, tokens and held-out tau after each round
+    answers/round-1.jsonl     the answers that a round added
+    rounds/1/                 its private part
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..checkpoints.adapter_folder import load_private, read_training, save_private
+from ..checkpoints.load import StoredDraft
+from ..config import AdaptConfig
+from ..core.console import say
+from ..core.files import write_text
+from ..core.folders import read_json
+from ..core.records import Answer, Prompt, TrainRecord
+from ..generation.answer_file import answer_inputs, read_answers
+from ..generation.regenerate import regenerate
+from ..models.target import Target
+from ..prompts.disk_list import Picked
+from ..selection.scores import random_score
+from .run_folder import RunFolder
+from .stages import train_private
+
+AUTO = "auto"
+ANSWERS = "answers/rounds.jsonl"
+"""All rounds' answers. Not the file of a run with a budget, whose answers stay as they are."""
+FIRST = 64
+"""Prompts of the first round; a sixteenth of the pool where that is more."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """All so far: prompts asked, tokens trained on of their answers, and the best held-out tau. `prompts` 0 is
+    the draft as it was reused."""
+
+    prompts: int
+    tokens: int
+    heldout_tau: float
+
+
+def in_order(prompts: Sequence[Prompt], seed: int) -> Sequence[Prompt]:
+    """A shuffle keyed by the prompts' names, the order of selection by `random`."""
+    drawn = [random_score(prompt.id, seed) for prompt in prompts]
+    return Picked(prompts, sorted(range(len(drawn)), key=lambda i: -drawn[i]))
+
+
+def round_sizes(pool: int) -> list[int]:
+    """Prompts asked after each round: doubling, and all in the last."""
+    sizes = [min(max(FIRST, pool // 16), pool)]
+    while sizes[-1] < pool:
+        sizes.append(min(2 * sizes[-1], pool))
+    return sizes
+
+
+def pays(before: Round, after: Round, least_gain: float) -> bool:
+    """Whether a round's rise in held-out tau asks for another."""
+    return after.heldout_tau >= before.heldout_tau * (1 + least_gain)
+
+
+def answer_in_rounds(
+    run: RunFolder,
+    target: Target,
+    shared: StoredDraft,
+    base: Target | None,
+    prompts: Sequence[Prompt],
+    heldout: str,
+    c: AdaptConfig,
+) -> str:
+    """Answer and train until it stops paying; `prompts` are in the order in which they are asked.
+
+    `heldout` is the stage key of answers/heldout.jsonl. Leaves the answers in answers/rounds.jsonl and
+    the best round's part in private/, and returns the key of the latter.
+    """
+    rounds: list[Round] = []
+    keys: list[str] = []
+    begin = 0
+    for number, size in enumerate(round_sizes(len(prompts)), 1):
+        added = Picked(prompts, range(begin, size))
+        keys.append(_answered(run, target, added, number, c))
+        key = _trained(run, target, shared, base, [*keys, heldout], number, c)
+        record = TrainRecord(**load_private(run.path / "rounds" / str(number)).card["train"])
+        rounds = rounds or [Round(0, 0, record.heldout_tau[0][1])]
+        rounds.append(Round(size, record.unique_answer_tokens, record.best_tau()))
+        say(
+            f"round {number}: {size} of {len(prompts)} prompts, {rounds[-1].tokens:,} tokens, held-out "
+            f"tau {rounds[-2].heldout_tau:.3f} -> {rounds[-1].heldout_tau:.3f}"
+        )
+        begin = size
+        if number > 1 and not pays(rounds[-2], rounds[-1], c.select.least_gain):
+            break
+    run.write_json("rounds.json", curve(rounds, len(prompts), c.select.least_gain))
+    return _kept(run, rounds, [*keys, key])
+
+
+def curve(rounds: Sequence[Round], pool: int, least_gain: float) -> dict[str, Any]:
+    """The rounds as JSON, with what was not generated: prompts, and tokens at the length so far."""
+    last = rounds[-1]
+    left = pool - last.prompts
+    return {
+        "least_gain": least_gain,
+        "rounds": [asdict(r) for r in rounds],
+        "pool": pool,
+        "prompts_saved": left,
+        "tokens_saved": round(left * last.tokens / last.prompts),
+    }
+
+
+def _answered(
+    run: RunFolder, target: Target, prompts: Sequence[Prompt], number: int, c: AdaptConfig
+) -> str:
+    file = f"answers/round-{number}.jsonl"
+    inputs = answer_inputs(target, prompts, c.regenerate, 0)
+
+    def work() -> None:
+        regenerate(target, prompts, run.path / file, c.regenerate)
+
+    return run.stage(f"regenerate round {number}", inputs, [file], work, keeps=[file])
+
+
+def _trained(
+    run: RunFolder,
+    target: Target,
+    shared: StoredDraft,
+    base: Target | None,
+    keys: Sequence[str],
+    number: int,
+    c: AdaptConfig,
+) -> str:
+    folder = f"rounds/{number}"
+
+    def work() -> None:
+        answers = [a for a in _answers(run, number) if a.length >= 2]
+        heldout = read_answers(run.path / "answers" / "heldout.jsonl")
+        checkpoints = run.path / "checkpoints" / f"round-{number}"
+        part = train_private(
+            target, shared, answers, heldout, c.train, c.measure.k, checkpoints, base
+        )
+        save_private(run.path / folder, part)
+
+    inputs = {
+        "answers": list(keys),
+        "shared": shared.hash(),
+        "k": c.measure.k,
+        "base": base.fingerprint() if base else None,
+        **asdict(c.train),
+    }
+    outputs = [f"{folder}/model.safetensors", f"{folder}/private.json"]
+    return run.stage(
+        f"train round {number}", inputs, outputs, work, [f"checkpoints/round-{number}"]
+    )
+
+
+def _kept(run: RunFolder, rounds: Sequence[Round], keys: Sequence[str]) -> str:
+    """The answers in one file, and the part of the round with the best held-out tau."""
+    best = max(range(1, len(rounds)), key=lambda number: rounds[number].heldout_tau)
+
+    def work() -> None:
+        lines = [answer.to_line() + "\n" for answer in _answers(run, len(rounds) - 1)]
+        write_text(run.path / ANSWERS, "".join(lines))
+        save_private(run.path / "private", load_private(run.path / "rounds" / str(best)))
+        say(f"kept round {best}, held-out tau {rounds[best].heldout_tau:.3f}")
+
+    outputs = [ANSWERS, "private/model.safetensors", "private/private.json"]
+    return run.stage("train", {"rounds": list(keys), "best": best}, outputs, work)
+
+
+def trained_in_all(run: RunFolder) -> int:
+    """Supervised tokens of all rounds' trainings, those not kept included."""
+    rounds = len(read_json(run.path / "rounds.json")["rounds"])
+    records = [read_training(run.path / "rounds" / str(number)) for number in range(1, rounds)]
+    return sum(record["supervised_tokens"] for record in records)
+
+
+def _answers(run: RunFolder, upto: int) -> list[Answer]:
+    files = [run.path / "answers" / f"round-{number}.jsonl" for number in range(1, upto + 1)]
+    return [answer for file in files for answer in read_answers(file)]

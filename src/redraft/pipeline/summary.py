@@ -1,0 +1,88 @@
+"""The report of a run, put together from what its stages left in the folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from ..checkpoints.adapter_folder import load_private, read_training
+from ..checkpoints.load import StoredDraft
+from ..config import Resolved
+from ..core.folders import read_json
+from ..core.records import AdaptReport, Safety, TrainRecord, acceptance, to_json
+from ..generation.answer_file import endpoints_of, read_answers
+from ..models.target import Target
+from ..prompts.prompts import PromptSet
+from ..report.page import write_page
+from .auto_budget import ANSWERS, AUTO, trained_in_all
+from .run_folder import RunFolder
+
+
+def report_of(
+    run: RunFolder,
+    target: Target,
+    shared: StoredDraft,
+    prompts: PromptSet,
+    resolved: Resolved,
+    safety: Safety | None = None,
+) -> AdaptReport:
+    """Make report.json and report.html anew, and return the record."""
+    part = load_private(run.path / "private")
+    in_rounds = resolved.config.select.budget == AUTO
+    answers = read_answers(run.path / (ANSWERS if in_rounds else "answers/adapt.jsonl"))
+    files = (run.path / "answers").glob("round-*.jsonl" if in_rounds else "adapt.jsonl")
+    served = {url: about for file in sorted(files) for url, about in endpoints_of(file).items()}
+    trained = TrainRecord(**read_training(run.path / "private"))
+    paid = read_answers(run.path / "answers" / "heldout.jsonl")
+    paid += answers if resolved.config.regenerate.answers == "regenerate" else []
+    off = {
+        path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
+        for path in sorted((run.path / "measure").glob("off-*.json"))
+    }
+    report = AdaptReport(
+        target=target.name,
+        shared=str(shared.folder),
+        private=str(run.path / "private"),
+        draft=str(run.path / "draft"),
+        prompts={
+            "source": prompts.source,
+            "kept": len(prompts.prompts),
+            "left_out": prompts.left_out_count,
+            "answered": len(answers),
+            "trained_on": part.card["samples"],
+            **_ownership(run, resolved),
+            **({"answered_by_endpoints": served} if served else {}),
+        },
+        before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
+        after=acceptance(json.loads((run.path / "measure/eval-after.json").read_text())),
+        off_domain=off,
+        train=trained,
+        cost={
+            "unique_generated_tokens": sum(answer.length for answer in paid),
+            "supervised_tokens": trained_in_all(run) if in_rounds else trained.supervised_tokens,
+            **_choice_cost(run, resolved),
+            "seconds": run.seconds(),
+        },
+        config=asdict(resolved.config),
+        origins=resolved.origins,
+        versions=run.versions(),
+        safety=safety,
+    )
+    run.write_json("report.json", to_json(report))
+    write_page(run.path / "report.html", report)
+    return report
+
+
+def _choice_cost(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+    """What choosing cost, or what answering in rounds saved."""
+    if resolved.config.select.budget == AUTO:
+        return {"rounds": read_json(run.path / "rounds.json")}
+    return {"scored": read_json(run.path / "selection.cost.json")}
+
+
+def _ownership(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+    """What was measured of answers that were taken as they are."""
+    if resolved.config.regenerate.answers != "original":
+        return {}
+    return {"given_answers": read_json(run.path / "ownership.json")}

@@ -1,0 +1,1 @@
+"""Prompts: rows of any usual shape, rendered through the target's own chat template."""

@@ -1,0 +1,1 @@
+"""The choice of answers to train on."""

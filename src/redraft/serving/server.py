@@ -1,0 +1,196 @@
+"""A server process: started in a group of its own, waited for, and stopped with all its children."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from ..core.console import Waiting
+from ..core.errors import UserError
+
+HOST = "127.0.0.1"
+GRACE_SECONDS = 10.0
+_PREFIX = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ [^\]]*\] ?)?")
+_RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)): (.+)")
+_NOT_A_CAUSE = ("initialization failed", "See root cause", "See stack trace")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers on 127.0.0.1:`port`; `name` is what messages call it."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def check_alive(self) -> None:
+        """Raise UserError, with the last thing it said, if the process has ended."""
+        code = self.process.poll()
+        if code is not None:
+            raise UserError(
+                f"{self.name} died while answering ({_ended(code)}): {last_words(self.log)}\n"
+                f"its log: {self.log}"
+            )
+
+
+@contextlib.contextmanager
+def serving(
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    port: int,
+    log: Path,
+    patience: float,
+) -> Iterator[Server]:
+    """Run `command` as a server on `port` until the block ends, however it ends.
+
+    Yields once /health answers. Output goes to `log`. Raises UserError when the port is taken, the
+    process dies while starting, or it is not healthy within `patience` seconds.
+    """
+    check_port(port)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stream, _termination_raises():
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        try:
+            server = Server(name, process, port, log)
+            _wait_until_healthy(server, patience)
+            yield server
+        finally:
+            _stop(process)
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Raise UserError when something listens on `port` already."""
+    with socket.socket() as probe:
+        # As servers do: a port whose last connections are still closing is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as problem:
+            raise UserError(
+                f"--port {port} on {HOST} cannot be used ({problem.strerror}); name another, or "
+                "leave --port out to have a free one picked"
+            ) from None
+
+
+def last_words(log: Path) -> str:
+    """The line of a server's log that says most about its end: the last exception that is a cause,
+    else the last line that is not empty."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [_PREFIX.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
+    for at in range(len(lines) - 1, -1, -1):
+        raised = _RAISED.match(lines[at])
+        if raised and not any(words in lines[at] for words in _NOT_A_CAUSE):
+            said = lines[at]
+            if "validation error" in said and at + 1 < len(lines):
+                said += " " + lines[at + 1].strip()
+            return said
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def _wait_until_healthy(server: Server, patience: float) -> None:
+    began = time.monotonic()
+    pause = 0.05
+    with Waiting(f"starting {server.name}, log {server.log}") as waiting:
+        while not _healthy(server.port):
+            code = server.process.poll()
+            if code is not None:
+                raise UserError(
+                    f"{server.name} died while starting ({_ended(code)}): "
+                    f"{last_words(server.log)}\nits log: {server.log}"
+                )
+            if time.monotonic() - began > patience:
+                raise UserError(
+                    f"{server.name} was not ready within {patience:g} s; the last line of its log: "
+                    f"{last_words(server.log)}\nits log: {server.log}; give it longer with "
+                    "--start-timeout"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
+            waiting.tick()
+
+
+def _healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the whole process group: asked first, then killed, children that outlive it included."""
+    try:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    finally:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+        _wait_for_group(process)
+
+
+def _wait_for_group(process: subprocess.Popen[bytes]) -> None:
+    """Killed children take a moment to give back memory and ports that the next server needs."""
+    deadline = time.monotonic() + GRACE_SECONDS / 2
+    with contextlib.suppress(ProcessLookupError):  # the group is gone
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # the whole group has ended by itself
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that a terminated redraft stops its server as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can handle signals
+        return
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ended(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

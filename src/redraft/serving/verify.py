@@ -1,0 +1,214 @@
+"""The job of `redraft verify`: is this draft, in the engine that will serve it, what it should be?
+
+    engine without the draft -> engine with it -> redraft's own loop on the same token ids -> verdict
+
+The two servers run one after the other, so that neither slows the other down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.load import StoredDraft
+from ..core.console import say
+from ..core.errors import UserError, nearest
+from ..core.records import Acceptance, EngineSpeed, Prompt, Verification, versions
+from ..decoding.sampling import Sampling
+from ..metrics.config_diagnosis import suspects
+from ..metrics.lossless import compare
+from ..metrics.measure import Measured, answer_all, measure
+from ..models.target import Target
+from .diagnosis import diagnose
+from .environment import Environment
+from .judgement import judge, notes_on, tolerance, verdict
+from .trial import Trial, try_server
+from .vllm import Serving, Speculation, serve
+
+METHODS = {"eagle3": "eagle3", "eagle": "eagle", "token_lm": "draft_model"}
+"""The engine's name of the method for each kind of draft."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to try. Logs of the two servers go to the folder `logs`; see `Serving` for the rest."""
+
+    logs: Path
+    k: int = 4
+    max_new_tokens: int = 128
+    concurrencies: tuple[int, ...] = (1, 4, 16)
+    repeats: int = 3
+    eager: bool | None = None
+    port: int | None = None
+    patience: float = 900.0
+
+
+def verify(
+    environment: Environment,
+    target: Target,
+    stored: StoredDraft,
+    prompts: Sequence[Prompt],
+    request: Request,
+    *,
+    recorded: Acceptance | None = None,
+    findings: Sequence[str] = (),
+) -> Verification:
+    """Try a draft in vLLM on `prompts` and compare with redraft's own counts.
+
+    `target` may sit on the CPU: it moves to a GPU once the servers are gone. `recorded` is what the
+    run that made the draft measured; `findings` are fatal findings in its files, to which readings of
+    them that accept clearly more are added. Raises UserError
+    when draft and target do not fit or the engine cannot be run.
+    """
+    began = time.monotonic()
+    draft = stored.build(target)  # refuses a draft that does not fit, before anything is started
+    prompts = fitting(prompts, target, request)
+    plain, drafted = _try_both(environment, target, stored, draft.kind, prompts, request)
+    if torch.cuda.is_available():
+        target.model.to("cuda")
+        draft.to("cuda")
+    say("redraft's own loop on the same token ids")
+    own = measure(
+        target,
+        draft,
+        prompts,
+        k=request.k,
+        max_new_tokens=request.max_new_tokens,
+        mode="live",
+    )
+    answers = answer_all(target, prompts, request.max_new_tokens, request.k, Sampling())
+    found = dataclasses.replace(
+        _compared(environment, target, stored, prompts, plain, drafted, own, request),
+        recorded=recorded,
+        findings=(*findings, *suspects(target, stored, answers, request.k)),
+        seconds=time.monotonic() - began,
+    )
+    reasons = judge(found)
+    causes = diagnose(stored, target, found) if reasons else []
+    return dataclasses.replace(
+        found,
+        good=not reasons,
+        verdict=verdict(reasons),
+        causes=tuple(causes),
+        notes=tuple(notes_on(found)),
+    )
+
+
+def fitting(prompts: Sequence[Prompt], target: Target, request: Request) -> list[Prompt]:
+    """The prompts whose longest answer, and the last step past its end, fit the target's context."""
+    room = request.max_new_tokens + 2 * request.k
+    kept = [p for p in prompts if len(p.tokens) + room <= target.max_positions]
+    if not kept:
+        raise UserError(
+            f"none of the {len(prompts)} prompts leaves room for {request.max_new_tokens} tokens "
+            f"in the target's context of {target.max_positions}; lower --max-new-tokens"
+        )
+    if len(kept) < len(prompts):
+        say(
+            f"{len(prompts) - len(kept)} prompts left out: too long for {request.max_new_tokens} "
+            f"more tokens in a context of {target.max_positions}"
+        )
+    return kept
+
+
+def serving_of(target: Target, prompts: Sequence[Prompt], request: Request) -> Serving:
+    """How `target` is served for these prompts: in the dtype it was loaded in, with the context
+    that the longest prompt needs."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UserError(f"vLLM does not serve {dtype}; use --dtype with {', '.join(DTYPES)}")
+    longest = max(len(p.tokens) for p in prompts)
+    source, *adapters = target.sources
+    return Serving(
+        target=source,
+        dtype=dtype,
+        max_model_len=longest + request.max_new_tokens + 2 * request.k,
+        adapter=adapters[0] if adapters else None,
+        eager=request.eager,
+        port=request.port,
+        patience=request.patience,
+    )
+
+
+def _try_both(
+    environment: Environment,
+    target: Target,
+    stored: StoredDraft,
+    kind: str,
+    prompts: Sequence[Prompt],
+    request: Request,
+) -> tuple[Trial, Trial]:
+    """The engine without the draft, then with it."""
+    if kind not in METHODS:
+        raise UserError(f"vLLM has no method for a draft of kind {kind}; {nearest(kind, METHODS)}")
+    without = serving_of(target, prompts, request)
+    speculation = Speculation(METHODS[kind], str(stored.folder), request.k)
+    found = []
+    for name, speculate in (("plain", None), ("draft", speculation)):
+        what = dataclasses.replace(without, speculation=speculate)
+        with serve(environment, what, request.logs / f"{name}.log") as client:
+            found.append(
+                try_server(
+                    client,
+                    prompts,
+                    stop_ids=target.stop_ids,
+                    max_new_tokens=request.max_new_tokens,
+                    concurrencies=request.concurrencies,
+                    repeats=request.repeats,
+                    label=f"vLLM {name}",
+                )
+            )
+    return found[0], found[1]
+
+
+def _compared(
+    environment: Environment,
+    target: Target,
+    stored: StoredDraft,
+    prompts: Sequence[Prompt],
+    plain: Trial,
+    drafted: Trial,
+    own: Measured,
+    request: Request,
+) -> Verification:
+    """Everything counted and compared, the verdict still open."""
+    own_answers = [answer.answer for answer in own.answers]
+    dtype = str(target.dtype).removeprefix("torch.")
+    outputs = {
+        level: compare(target, prompts, plain.answers[level], drafted.answers[level])
+        for level in plain.answers
+    }
+    speed = tuple(
+        EngineSpeed(
+            level,
+            plain.speed[level],
+            drafted.speed[level],
+            drafted.speed[level].tokens_per_second / plain.speed[level].tokens_per_second,
+            outputs[level],
+        )
+        for level in plain.answers
+    )
+    return Verification(
+        engine="vllm",
+        engine_version=environment.version,
+        target=target.name,
+        draft=str(stored.folder),
+        method=METHODS[own.acceptance.provenance["draft_kind"]],
+        dtype=dtype,
+        k=request.k,
+        max_new_tokens=request.max_new_tokens,
+        prompts=len(prompts),
+        outputs=outputs[1],
+        against_redraft=compare(target, prompts, own_answers, plain.answers[1]),
+        tau=drafted.counted.acceptance(),
+        own=own.acceptance,
+        tolerance=tolerance(dtype),
+        speed=speed,
+        versions=versions(),
+    )

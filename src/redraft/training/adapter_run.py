@@ -1,0 +1,145 @@
+"""A member of a gang: one private part in training, with its own draft, optimizer and state.
+
+What it shares with the others is the stream: the batches and what the target says of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..adapters.adapter import take
+from ..adapters.table import Method
+from ..adapters.vocabulary_remap import HEAD, Retargeted, extract
+from ..config import TrainConfig
+from ..core.errors import UserError
+from ..drafts.base import Draft
+from .checkpoint import TrainState
+from .closed_form import Fitted
+from .flops import Flops
+from .optimizer import peak_rate, schedule
+from .precision import autocast
+from .teacher_batch import Lesson, rollout_loss
+
+RISE = 0.001
+"""Held-out tau must rise by this much to count as progress."""
+
+
+class DivergedError(UserError):
+    """The loss stopped being finite."""
+
+
+@dataclass
+class Member:
+    """`kept` are tensors of the private part that were fitted before training and stay;
+    `first_vocab` is what the draft could say before it was retargeted."""
+
+    draft: Draft
+    method: Method
+    config: TrainConfig
+    trainable: list[tuple[str, nn.Parameter]]
+    optimizer: torch.optim.Optimizer | None
+    kept: dict[str, Tensor]
+    planned: int
+    first_vocab: Tensor | None = None
+    retargeted: Retargeted | None = None
+    hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
+    fitted: Fitted = field(default_factory=lambda: Fitted({}))
+    diverged: bool = False
+    state: TrainState = field(init=False)
+    flops: Flops = field(default_factory=Flops)
+
+    def __post_init__(self) -> None:
+        self.state = TrainState(0, 0, [], 0, self.take(), math.nan, 0.0)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.trainable]
+
+    def take(self) -> dict[str, Tensor]:
+        taken = take(self.draft, self.method, kept=self.kept)
+        if self.first_vocab is not None:
+            taken |= extract(self.draft, self.first_vocab)
+        return taken
+
+    def trained_parameters(self) -> int:
+        """Numbers that training moves; of a head whose new rows alone are trained, those."""
+        count = sum(parameter.numel() for parameter in self.parameters)
+        if self.retargeted is not None and not self.method.owns(HEAD):
+            head = self.draft.get_parameter(HEAD)
+            count -= (len(head) - len(self.retargeted.added)) * head.shape[1]
+        return count
+
+    def done(self) -> bool:
+        return self.diverged or self.state.step >= self.planned or self.stalled()
+
+    def stalled(self) -> bool:
+        """Whether the last `patience` evaluations brought no rise over those before them."""
+        taus, patience = [tau for _, tau in self.state.heldout_tau], self.config.patience
+        if len(taus) <= patience:
+            return False
+        return max(taus[-patience:]) < max(taus[:-patience]) + RISE
+
+    def learn(self, lesson: Lesson, precision: str) -> None:
+        """One optimizer step; the state moves on by one."""
+        if self.optimizer is None:
+            raise AssertionError("nothing to train")
+        began, state, c = time.monotonic(), self.state, self.config
+        share = schedule(state.step, self.planned, c.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        self.optimizer.zero_grad()
+        with autocast(lesson.batch.tokens_BT.device, precision):
+            loss, count = rollout_loss(lesson, self.draft, c, state.step)
+        state.last_loss = loss.item()
+        if not math.isfinite(state.last_loss):
+            raise DivergedError(
+                f"the loss became {state.last_loss} at step {state.step} (learning rate "
+                f"{peak_rate(c, self.draft):g}); lower train.lr or set train.precision fp32. Everything "
+                "finished before this step is kept"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, c.clip)
+        self.optimizer.step()
+        state.step += 1
+        state.supervised_tokens += count
+        self._average()
+        state.seconds += lesson.seconds + time.monotonic() - began
+
+    def note_tau(self, tau: float) -> None:
+        """Record an evaluation of the present tensors, and keep them if they are the best so far."""
+        if tau > self.state.best_tau():
+            self.state.best, self.state.best_step = self.take(), self.state.step
+        self.state.heldout_tau.append((self.state.step, tau))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The running average of the weights in place of the present ones."""
+        now = {name: parameter.detach().clone() for name, parameter in self.trainable}
+        self._write(self.state.average)
+        try:
+            yield
+        finally:
+            self._write(now)
+
+    @torch.no_grad()
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trainable:
+            parameter.copy_(tensors[name])
+
+    def _average(self) -> None:
+        if not self.config.average:
+            return
+        decay = min(self.config.average, (1 + self.state.step) / (10 + self.state.step))
+        for name, parameter in self.trainable:
+            now = parameter.detach().cpu()
+            if name not in self.state.average:
+                self.state.average[name] = now.clone()
+            self.state.average[name].lerp_(now, 1 - decay)

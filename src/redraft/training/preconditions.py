@@ -1,0 +1,66 @@
+"""Whether a draft can be trained as asked: what can be said before the target has answered anything."""
+
+from __future__ import annotations
+
+from ..adapters.adapter import check_carries
+from ..adapters.lora import check_rank, linear_layers
+from ..adapters.table import PARTS, Method, read_method
+from ..adapters.vocabulary_remap import reduced_vocabulary
+from ..config import TrainConfig, read_shares
+from ..core.errors import UserError
+from ..drafts.base import Draft
+from ..models.target import Target
+
+
+def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target | None) -> None:
+    """Raise UserError, saying what to change, for settings that this draft and target do not allow."""
+    method = read_method(config.method)
+    check_carries(draft, method)
+    if method.lora:
+        check_rank(draft, linear_layers(draft, method), config.rank)
+    if config.vocab == "retarget":
+        reduced_vocabulary(draft)
+        if "refresh" in method.starts:
+            raise UserError(
+                "refresh renews the rows of the draft's head, and train.vocab retarget exchanges them: "
+                "leave one of the two out"
+            )
+    if config.loss == "paper" and draft.taps != (target.num_layers,):
+        raise UserError(
+            "train.loss paper compares the draft's states with the target's last hidden ones, which "
+            f"a draft of kind {draft.kind} does not have; use kl, tv, lk or ce"
+        )
+    if not config.epochs and not method.starts:
+        raise UserError(
+            f"train.epochs 0 trains nothing, and method {method.name} fits nothing in closed form; "
+            "name some passes, or a method with relay or refresh"
+        )
+    _check_shares(method, config)
+    _check_base(method, target, base)
+
+
+def _check_shares(method: Method, config: TrainConfig) -> None:
+    trained = [part for part in method.parts if not PARTS[part].start]
+    strangers = [part for part in read_shares(config.lr_parts) if part not in trained]
+    if strangers:
+        raise UserError(
+            f"train.lr_parts names {', '.join(strangers)}, which method {method.name} does not train; "
+            f"it trains {', '.join(trained) or 'nothing'}"
+        )
+
+
+def _check_base(method: Method, target: Target, base: Target | None) -> None:
+    if not method.starts:
+        return
+    if base is None:
+        raise UserError(
+            f"method {method.name} compares the target with the model it was tuned from: name that "
+            "with --base"
+        )
+    for what in ("hidden_size", "num_layers", "vocab_size"):
+        ours, theirs = getattr(target, what), getattr(base, what)
+        if ours != theirs:
+            raise UserError(
+                f"--base {base.name} has {what} {theirs}, target {target.name} {ours}: expected the "
+                f"model that the target was tuned from, which {method.name} compares layer by layer"
+            )

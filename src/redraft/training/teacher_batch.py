@@ -1,0 +1,191 @@
+"""A lesson: the target's output on one batch, read once for every private part that trains on it.
+
+Of the target only features and final states are kept. Logits are made from the states a few labels
+at a time, by the model's own code (see `Target.logits_from`).
+
+Shapes: B batch, T tokens, F features, S chain starts, H hidden, V target vocabulary, D draft
+vocabulary, N labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..core.errors import UserError
+from ..core.rng import seeded
+from ..drafts.base import Draft
+from ..models.batching import Batch
+from ..models.target import Target
+from .fused_loss import Fused, fused_loss
+from .losses import LABELS, LOSSES, OWN, Teacher
+
+VALUES = 1 << 24
+"""Logits held at once, of the target and of a draft: labels are taken so many at a time (one at least)."""
+HELD = 1 << 26
+"""Probabilities held for all labels of a batch, where several private parts train on it."""
+PUBLISHED_LENGTH = 512
+"""Feature noise is given for sequences of this length, as EAGLE's training code scales it."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """`logits` gives the target's logits at a slice of the labels: [n, V], or [n, D] of the token ids
+    given.
+
+    Labels are sorted by their offset in the answer; the target predicts one from the position
+    before it. With `hold` the teacher of all labels is kept, where it is small enough.
+    """
+
+    batch: Batch
+    features_BTF: Tensor
+    row_N: Tensor
+    label_N: Tensor
+    offset_N: Tensor
+    logits: Callable[[slice, Tensor | None], Tensor]
+    seconds: float = 0.0  # that reading it took
+    hold: bool = False
+    held: dict[tuple[int, str], Teacher] = field(default_factory=dict)
+
+    @property
+    def token_N(self) -> Tensor:
+        """The answers' tokens that are labels."""
+        return self.batch.tokens_BT[self.row_N, self.label_N]
+
+    def next_features(self) -> Tensor:
+        """The target's features [N, F] at the positions that predict the labels."""
+        return self.features_BTF[self.row_N, self.label_N - 1]
+
+    def teacher(self, draft: Draft, reads: str, labels: slice) -> Teacher:
+        """The target's distributions over a draft's vocabulary, as far as a loss `reads` them."""
+        size = self._columns(draft)
+        if not self.hold or len(self.label_N) * size > HELD:
+            return self._teacher(draft, reads, labels)
+        key = (id(draft.draft_vocab) if draft.draft_vocab is not None else 0, reads)
+        if key not in self.held:
+            rows = rows_at_once(self.width(draft, reads))
+            starts = range(0, len(self.label_N), rows)
+            self.held[key] = Teacher.joined(
+                [self._teacher(draft, reads, slice(s, s + rows)) for s in starts]
+            )
+        return self.held[key].part(labels)
+
+    def width(self, draft: Draft, reads: str) -> int:
+        """Numbers held per label at least: the logits that a loss reads of the target, the draft's own."""
+        return self._columns(draft) if reads in (LABELS, OWN) else draft.vocab_size
+
+    def _columns(self, draft: Draft) -> int:
+        return draft.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
+
+    def _teacher(self, draft: Draft, reads: str, labels: slice) -> Teacher:
+        tokens_n = self.token_N[labels]
+        vocab = draft.draft_vocab
+        compared = draft.feature_size == draft.hidden_size  # else states are no features
+        features = self.next_features()[labels] if compared else None
+        if reads == LABELS:
+            none = self.features_BTF.new_zeros(len(tokens_n), 0)
+            return Teacher.from_own_logits(none, vocab, tokens_n, features)
+        # The target computes as it will be served, also where the draft trains under autocast.
+        with torch.no_grad(), torch.autocast(tokens_n.device.type, enabled=False):
+            if reads == OWN:
+                return Teacher.from_own_logits(
+                    self.logits(labels, vocab), vocab, tokens_n, features
+                )
+            return Teacher.from_logits(self.logits(labels, None), vocab, tokens_n, features)
+
+
+def rows_at_once(width: int) -> int:
+    """Labels of one chunk, for so many logits per label."""
+    return max(1, VALUES // width)
+
+
+@torch.no_grad()
+def read_lesson(
+    target: Target, batch: Batch, taps: tuple[int, ...], *, hold: bool = False
+) -> Lesson:
+    """Run the target over a batch. It computes as it will be served, also under autocast.
+
+    Features of padding are zeros, whether the target is run or its stored features are read.
+    Raises UserError for a batch without labels.
+    """
+    row_N, label_N, offset_N = batch.labels()
+    if not len(label_N):
+        raise UserError(
+            "a batch holds no supervised token: its answers have fewer than two tokens, and the "
+            "first comes from the prefill"
+        )
+    last, H = target.num_layers, target.hidden_size
+    with torch.autocast(target.device.type, enabled=False):
+        asked = taps if last in taps else (*taps, last)
+        reading = target.read(batch.tokens_BT, asked, keep=1)
+        features, at = reading.features_BTF, asked.index(last) * H
+        states_BTH = features[..., at : at + H]
+        _check_logits(target, states_BTH[:, -1], reading.logits_BTV[:, -1])
+    states_NH = states_BTH[row_N, label_N - 1]
+
+    def logits(labels: slice, columns: Tensor | None) -> Tensor:
+        return target.logits_from(states_NH[labels], columns)
+
+    features = features[..., : len(taps) * H]
+    return Lesson(batch, _unpadded(batch, features), row_N, label_N, offset_N, logits, hold=hold)
+
+
+def _check_logits(target: Target, states_BH: Tensor, logits_BV: Tensor) -> None:
+    """Raise UserError for a model whose logits do not follow from its last hidden state."""
+    made_BV = target.logits_from(states_BH)
+    far = float((made_BV - logits_BV).abs().max() / logits_BV.abs().max().clamp(min=1e-9))
+    if not far <= max(8 * torch.finfo(logits_BV.dtype).eps, 1e-5):
+        raise UserError(
+            f"target {target.name} ({type(target.model).__name__}): logits made from its last hidden "
+            f"state differ from its own by {far:.1e} of the largest, so the model does something "
+            "after its layers that redraft does not know, and no draft can be trained for it"
+        )
+
+
+def _unpadded(batch: Batch, features_BTF: Tensor) -> Tensor:
+    at_T = torch.arange(features_BTF.shape[1], device=features_BTF.device)
+    return features_BTF.masked_fill((at_T >= batch.ends_B[:, None])[..., None], 0.0)
+
+
+def rollout_loss(
+    lesson: Lesson, draft: Draft, config: TrainConfig, step: int = 0
+) -> tuple[Tensor, int]:
+    """The loss per supervised token over all rollout steps, weighted by step_decay ** j.
+
+    `step` keys the feature noise. Returns the loss and the number of supervised tokens (those of
+    rollout step 0).
+    """
+    features_BTF, first = _noised(lesson.features_BTF, config, step), lesson.batch.first
+    states: list[Tensor] = []
+    steps = config.rollout if draft.feeds_back else 1
+    for j, states_BSH in enumerate(
+        draft.rollout(lesson.batch.tokens_BT, features_BTF, first, steps)
+    ):
+        begin = int((lesson.offset_N < 1 + j).sum())
+        if begin == len(lesson.label_N):
+            break
+        start_N = lesson.label_N[begin:] - 2 - j - first
+        states.append(states_BSH[lesson.row_N[begin:], start_N])
+    loss = LOSSES[config.loss]
+    weights = [config.step_decay**j for j in range(len(states))]
+    fused = Fused(
+        loss,
+        lambda labels: lesson.teacher(draft, loss.reads, labels),
+        draft.logits,
+        weights,
+        rows_at_once(lesson.width(draft, loss.reads)),
+    )
+    weight = sum(w * len(s) for w, s in zip(weights, states, strict=True))
+    return fused_loss(fused, states) / weight, len(lesson.label_N)
+
+
+def _noised(features_BTF: Tensor, config: TrainConfig, step: int) -> Tensor:
+    if not config.feature_noise:
+        return features_BTF
+    noise = torch.rand(features_BTF.shape, generator=seeded(config.seed, "noise", step)) - 0.5
+    width = config.feature_noise * PUBLISHED_LENGTH / features_BTF.shape[1]
+    return features_BTF + width * noise.to(features_BTF)

@@ -1,0 +1,433 @@
+"""Private parts, every kind times every method: exact start, exact fuse, nobody touches a shared tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from redraft.adapters.adapter import PrivatePart, check_carries, declare, prepare, put, take
+from redraft.adapters.expert import measure_activity, widenable
+from redraft.adapters.merge import CONCATENATED, fuse, home_of, unfuse
+from redraft.adapters.table import EXPERT, LORA, PARTS, read_method
+from redraft.checkpoints.adapter_folder import load_private, save_private
+from redraft.core.errors import UserError
+from redraft.core.folders import state_hash, tensor_hash
+from redraft.drafts.base import Draft
+from redraft.drafts.kinds import KINDS
+from redraft.models.target import Target
+from tests.conftest import fresh_draft
+
+SHARED_WIDTH, WIDTH, RANK = 24, 10, 4
+METHODS = (
+    "expert",
+    "lora",
+    "fc",
+    "fc+norms",
+    "norms",
+    "attention",
+    "head",
+    "expert+fc",
+    "expert+fc+norms",
+    "lora+fc",
+    "lora+fc+norms",
+    "expert+lora",
+    "head-lora",
+    "expert+fc+norms+head-lora",
+    "lora+head-lora",
+    "full",
+    "full+expert",
+    "scratch",
+    "scratch+expert",
+)
+LAYER_OF = {
+    "eagle": ("layers.0",),
+    "eagle3": ("midlayer",),
+    "token_lm": ("model.layers.0", "model.layers.1"),
+}
+NORMS_OF = {
+    "eagle": ("layers.0.post_attention_layernorm",),
+    "eagle3": (
+        "midlayer.input_layernorm",
+        "midlayer.hidden_norm",
+        "midlayer.post_attention_layernorm",
+        "norm",
+    ),
+    "token_lm": (
+        "model.layers.0.input_layernorm",
+        "model.layers.0.post_attention_layernorm",
+        "model.layers.1.input_layernorm",
+        "model.layers.1.post_attention_layernorm",
+        "model.norm",
+    ),
+}
+LACKS = {"eagle": {"head", "head-lora"}, "eagle3": set(), "token_lm": {"fc"}}
+"""What a kind has not; its module names are above."""
+
+
+def lacks(kind: str, method: str) -> set[str]:
+    return set(LACKS[kind]) & set(method.split("+"))
+
+
+CELLS = [(kind, method) for kind in KINDS for method in METHODS]
+CARRIED = [cell for cell in CELLS if not lacks(*cell)]
+EVERY = pytest.mark.parametrize(("kind", "method"), CARRIED)
+WARM = pytest.mark.parametrize(("kind", "method"), [c for c in CARRIED if "scratch" not in c[1]])
+REFUSED = pytest.mark.parametrize(("kind", "method"), [c for c in CELLS if lacks(*c)])
+
+
+def attached(target: Target, kind: str, method: str, init: str = "active") -> Any:
+    draft = fresh_draft(target, kind=kind)
+    prepare(draft, read_method(method), width=WIDTH, rank=RANK, init=init, seed=5)
+    return draft
+
+
+def outputs(draft: Draft, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 200, (2, 12), generator=generator)
+    features = torch.randn(2, 12, draft.feature_size, generator=generator).to(dtype)
+    draft = draft.to(dtype)
+    with torch.no_grad():
+        states = list(draft.rollout(tokens, features, 1, 4))
+        # The head of an eagle draft is the target's, in the target's dtype.
+        return states if draft.kind == "eagle" else [draft.logits(s) for s in states]
+
+
+def apart(one: Draft, other: Draft, dtype: torch.dtype = torch.float64, steps: int = 4) -> float:
+    """The largest difference of two drafts' outputs, against the size of the second's."""
+    pairs = list(zip(outputs(one, dtype)[:steps], outputs(other, dtype)[:steps], strict=True))
+    scale = max(1.0, *(float(b.abs().max()) for _, b in pairs))
+    return max(float((a - b).abs().max()) for a, b in pairs) / scale
+
+
+def stir(draft: Draft, method: str) -> None:
+    """Give every private tensor some trained-looking values."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for _, parameter in declare(draft, read_method(method)):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def stock(kind: str, state: dict[str, Tensor], like: Draft) -> Draft:
+    """A stock draft of these tensors, in the dtype they are held in."""
+    width = next(t.shape[0] for n, t in state.items() if n.endswith("mlp.gate_proj.weight"))
+    made: Any = KINDS[kind](dataclasses.replace(like.config, intermediate_size=width))
+    made.to(next(iter(state.values())).dtype).load_state_dict(state)
+    made.shared_embedding = getattr(like, "shared_embedding", None)
+    made.eval()
+    return made  # type: ignore[no-any-return]
+
+
+def stirred(
+    target: Target, kind: str, method: str, dtype: torch.dtype
+) -> tuple[Draft, dict[str, Tensor], dict[str, Tensor]]:
+    """A draft with a stirred private part, the shared tensors beside it, and the private ones."""
+    draft = attached(target, kind, method).to(dtype)
+    stir(draft, method)
+    shared = fresh_draft(target, kind=kind).to(dtype).state_dict()
+    return draft, shared, take(draft, read_method(method))
+
+
+def test_every_kind_has_its_row_here() -> None:
+    assert set(LACKS) == set(LAYER_OF) == set(NORMS_OF) == set(KINDS)
+
+
+@WARM
+def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
+    target: Target, kind: str, method: str
+) -> None:
+    reused = outputs(fresh_draft(target, kind=kind), torch.float32)
+    private = outputs(attached(target, kind, method), torch.float32)
+    for a, b in zip(reused, private, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["scratch", "scratch+expert"])
+def test_from_scratch_nothing_of_the_reused_draft_is_left(
+    target: Target, kind: str, method: str
+) -> None:
+    reused, made = fresh_draft(target, kind=kind), attached(target, kind, method)
+    assert apart(made, reused, torch.float32) > 1e-2
+    before = reused.state_dict()
+    assert not any(torch.equal(t, before[n]) for n, t in made.state_dict().items() if n in before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_random_start_is_not_the_reused_draft(target: Target, kind: str) -> None:
+    assert apart(attached(target, kind, "expert", "random"), fresh_draft(target, kind=kind)) > 1e-3
+
+
+@EVERY
+def test_ownership_is_declared_for_every_tensor(target: Target, kind: str, method: str) -> None:
+    """Against the names of each part, written out per kind."""
+    draft = attached(target, kind, method)
+    every = set(fresh_draft(target, kind=kind).state_dict())
+    attention = {f"{at}.self_attn.{p}_proj.weight" for at in LAYER_OF[kind] for p in "qkvo"}
+    ffn = {f"{at}.mlp.{p}_proj" for at in LAYER_OF[kind] for p in ("gate", "up", "down")}
+    in_place = {
+        "fc": {"fc.weight"},
+        "norms": {f"{name}.weight" for name in NORMS_OF[kind]},
+        "attention": attention,
+        "head": {"lm_head.weight"},
+        "full": every,
+        "scratch": every,
+    }
+    parts = method.split("+")
+    expected = set().union(*(in_place.get(part, set()) for part in parts))
+    assert expected <= every
+    if "lora" in parts:
+        layers = attention | {f"{f}.weight" for f in ffn} | ({"fc.weight"} & every)
+        pairs = {n.removesuffix(".weight") for n in layers - expected}
+        expected |= {f"{pair}.lora_{side}.weight" for pair in pairs for side in "AB"}
+    if "head-lora" in parts:
+        expected |= {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
+    if "expert" in parts:
+        expected |= {f.replace("mlp.", "mlp.private.") + ".weight" for f in ffn}
+    owned = dict(declare(draft, read_method(method)))
+    assert set(owned) == expected
+    mine = {id(parameter) for parameter in owned.values()}
+    for name, parameter in draft.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in mine), name
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("dtype", "steps", "tolerance"), [(torch.float64, 4, 1e-12), (torch.bfloat16, 1, 0.05)]
+)
+def test_fused_equals_unfused(
+    target: Target, kind: str, method: str, dtype: torch.dtype, steps: int, tolerance: float
+) -> None:
+    """In bf16 the first step of a chain: the later ones of a random eagle draft magnify rounding."""
+    draft, shared, private = stirred(target, kind, method, dtype)
+    fused = stock(kind, fuse(shared, private), draft)
+    without = stock(kind, shared, draft)
+    assert apart(draft, without, dtype, steps) > 2 * tolerance, "the private part does nothing"
+    assert apart(draft, fused, dtype, steps) <= tolerance
+
+
+def columns_in_another_order(fused: dict[str, Tensor], _: dict[str, Tensor]) -> None:
+    for name in fused:
+        if name.endswith("down_proj.weight"):
+            fused[name] = fused[name].flip(1)
+
+
+def pairs_of_two_layers_swapped(fused: dict[str, Tensor], private: dict[str, Tensor]) -> None:
+    for name in fused:
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            own = name.removesuffix(".weight")
+            other = own.replace("gate_proj", "#").replace("up_proj", "gate_proj")
+            other = other.replace("#", "up_proj")
+            fused[name] = fused[name] - added(private, own) + added(private, other)
+
+
+def scale_of_two(fused: dict[str, Tensor], private: dict[str, Tensor]) -> None:
+    for name in fused:
+        if name.removesuffix("weight") + "lora_A.weight" in private:
+            fused[name] = fused[name] + added(private, name.removesuffix(".weight"))
+
+
+def added(private: dict[str, Tensor], layer: str) -> Tensor:
+    return private[f"{layer}.lora_B.weight"] @ private[f"{layer}.lora_A.weight"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("method", "mistake"),
+    [
+        ("expert", columns_in_another_order),
+        ("lora", pairs_of_two_layers_swapped),
+        ("lora", scale_of_two),
+    ],
+)
+def test_a_wrong_fuse_is_caught(target: Target, kind: str, method: str, mistake: Any) -> None:
+    """The same names and shapes, another function."""
+    draft, shared, private = stirred(target, kind, method, torch.float64)
+    fused = fuse(shared, private)
+    assert apart(draft, stock(kind, fused, draft)) < 1e-12
+    mistake(fused, private)
+    assert apart(draft, stock(kind, fused, draft)) > 1e-4
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_tensors_stay_bit_exact_beside_it_and_in_the_fused_draft(
+    target: Target, kind: str, method: str, dtype: torch.dtype
+) -> None:
+    draft, shared, private = stirred(target, kind, method, dtype)
+    touched = {home_of(n) for n in private if EXPERT not in n}
+    now = {n.replace(".base_layer.", "."): t for n, t in draft.state_dict().items()}
+    assert set(shared) <= set(now)
+    fused = fuse(shared, private)
+    assert set(fused) == set(shared)
+    for name, tensor in shared.items():
+        if name not in {n for n in private if home_of(n) == n}:
+            assert tensor_hash(now[name]) == tensor_hash(tensor), name
+        if name not in touched:
+            suffix = name.split("mlp.")[-1]
+            whole = fused[name]
+            if suffix in CONCATENATED:
+                whole = whole.narrow(CONCATENATED[suffix], 0, SHARED_WIDTH)
+            assert tensor_hash(whole) == tensor_hash(tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["expert", "expert+fc", "expert+norms", "full+expert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unfusing_gives_the_private_part_back_bit_for_bit(
+    target: Target, kind: str, method: str, dtype: torch.dtype
+) -> None:
+    if lacks(kind, method):
+        method = "expert"
+    _, shared, private = stirred(target, kind, method, dtype)
+    widths = {f"{at}.mlp": SHARED_WIDTH for at in LAYER_OF[kind]}
+    replaced = [n for n in private if EXPERT not in n]
+    if "full" in method:  # a replaced FFN lies in the widened tensors: its slice is the first
+        replaced = [n for n in replaced if "_proj.weight" not in n.split("mlp.")[-1]]
+    back = unfuse(fuse(shared, private), widths, replaced)
+    assert set(back) >= {n for n in private if EXPERT in n}
+    for name, tensor in back.items():
+        assert tensor_hash(tensor) == tensor_hash(private[name]), name
+
+
+@EVERY
+def test_put_restores_in_a_fresh_draft_what_take_took(
+    target: Target, kind: str, method: str
+) -> None:
+    draft, _, private = stirred(target, kind, method, torch.float32)
+    other = fresh_draft(target, kind=kind)
+    put(other, private)
+    for a, b in zip(outputs(draft, torch.float32), outputs(other, torch.float32), strict=True):
+        assert torch.equal(a, b)
+    again = take(other, read_method(method))
+    assert {n: tensor_hash(t) for n, t in again.items()} == {
+        n: tensor_hash(t) for n, t in private.items()
+    }
+
+
+@EVERY
+def test_a_saved_part_is_loaded_as_it_was(
+    target: Target, kind: str, method: str, tmp_path: Path
+) -> None:
+    _, _, private = stirred(target, kind, method, torch.bfloat16)
+    card = {"private_hash": state_hash(private), "shared_widths": {"a": 3}}
+    save_private(tmp_path / "part", PrivatePart(method, private, card))
+    back = load_private(tmp_path / "part")
+    assert (back.method, back.card) == (method, card)
+    assert {n: tensor_hash(t) for n, t in back.tensors.items()} == {
+        n: tensor_hash(t) for n, t in private.items()
+    }
+
+
+@REFUSED
+def test_a_part_that_the_kind_has_not_is_refused_with_what_it_can_carry(
+    target: Target, kind: str, method: str
+) -> None:
+    draft = fresh_draft(target, kind=kind)
+    before = state_hash(draft.state_dict())
+    missing = ", ".join(sorted(lacks(kind, method)))
+    with pytest.raises(UserError) as caught:
+        prepare(draft, read_method(method), width=WIDTH, init="active", seed=0)
+    said, _, possible = str(caught.value).partition("; it can carry ")
+    name = read_method(method).name
+    assert said == f"this {kind} draft has no {missing} to train (method {name})"
+    offered = possible.split(", ")
+    for part in offered:  # whatever is offered is then taken
+        check_carries(draft, read_method(part))
+    assert set(offered) == set(PARTS) - {"relay", "refresh"} - LACKS[kind]
+    assert state_hash(draft.state_dict()) == before
+
+
+def test_fuse_refuses_a_part_without_a_home() -> None:
+    with pytest.raises(ValueError, match="has no shared tensor other.weight"):
+        fuse({"fc.weight": torch.zeros(1)}, {"other.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="has no shared tensor other.weight"):
+        fuse({"fc.weight": torch.zeros(1)}, {f"other{LORA}A.weight": torch.zeros(1)})
+
+
+def test_a_tensor_is_replaced_then_added_to_then_widened_whatever_the_order_of_names() -> None:
+    shared = {"mlp.gate_proj.weight": torch.full((2, 2), 7.0)}
+    private = {
+        "mlp.private.gate_proj.weight": torch.full((1, 2), 5.0),
+        "mlp.gate_proj.lora_A.weight": torch.tensor([[1.0, 2.0]]),
+        "mlp.gate_proj.lora_B.weight": torch.tensor([[10.0], [20.0]]),
+        "mlp.gate_proj.weight": torch.ones(2, 2),
+    }
+    expected = torch.tensor([[11.0, 21.0], [21.0, 41.0], [5.0, 5.0]])
+    for names in (list(private), list(reversed(private))):
+        fused = fuse(shared, {name: private[name] for name in names})
+        assert torch.equal(fused["mlp.gate_proj.weight"], expected)
+
+
+def test_a_low_rank_sum_is_rounded_once(target: Target) -> None:
+    """In bf16 the sum is taken in float32 first; adding a product rounded to bf16 is another number."""
+    _, shared, private = stirred(target, "eagle3", "lora", torch.bfloat16)
+    fused = fuse(shared, private)["fc.weight"]
+    up, down = private["fc.lora_B.weight"], private["fc.lora_A.weight"]
+    exact = shared["fc.weight"].double() + up.double() @ down.double()
+    rounded_once = exact.to(torch.bfloat16)
+    assert float((fused != rounded_once).double().mean()) < 0.01  # ties of float32
+    twice = (shared["fc.weight"] + up @ down).to(torch.bfloat16)
+    assert float((twice != rounded_once).double().mean()) > 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_expert_copies_the_most_active_neurons(target: Target, kind: str) -> None:
+    draft = fresh_draft(target, kind=kind)
+    name, ffn = next(iter(widenable(draft).items()))
+    hidden = ffn.gate_proj.in_features
+    with torch.no_grad():
+        ffn.gate_proj.weight[7] *= 50  # neuron 7 now dominates
+
+    def calibrate() -> None:
+        for each in widenable(draft).values():
+            each(torch.randn(64, hidden, generator=torch.Generator().manual_seed(0)))
+
+    activity = measure_activity(widenable(draft), calibrate)[name]
+    assert int(activity.argmax()) == 7
+    expert = read_method("expert")
+    prepare(draft, expert, width=1, init="active", seed=0, calibrate=calibrate)
+    assert ffn.private is not None
+    near = torch.nn.functional.cosine_similarity(ffn.private.gate_proj.weight, ffn.gate_proj.weight)
+    assert int(near.argmax()) == 7
+
+
+def test_activity_is_the_mean_size_of_each_neurons_contribution(target: Target) -> None:
+    """Against a loop over tokens and neurons; without the down column's norm it is another number."""
+    draft = fresh_draft(target)
+    ffn = draft.midlayer.mlp
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    found = measure_activity(widenable(draft), lambda: ffn(x))["midlayer.mlp"]
+    gate, up, down = (p.weight for p in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+    by_hand, without_column = torch.zeros(SHARED_WIDTH), torch.zeros(SHARED_WIDTH)
+    for n in range(SHARED_WIDTH):
+        for row in x:
+            g, u = float(gate[n] @ row), float(up[n] @ row)
+            size = abs(g / (1 + float(torch.tensor(-g).exp())) * u)
+            by_hand[n] += size * float((down[:, n] ** 2).sum()) ** 0.5
+            without_column[n] += size
+    assert torch.allclose(found, by_hand, rtol=1e-4)
+    assert not torch.allclose(found, without_column, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["expert", "expert+fc+norms", "full+expert"])
+def test_an_ffn_that_cannot_be_widened_is_named(target: Target, method: str) -> None:
+    class MixtureOfExperts(nn.Module):
+        pass
+
+    draft = fresh_draft(target)
+    draft.midlayer.mlp = MixtureOfExperts()
+    with pytest.raises(
+        UserError, match=r"cannot widen .* found MixtureOfExperts; use --method lora or full"
+    ):
+        prepare(draft, read_method(method), width=4, init="active", seed=0)
+
+
+def test_a_private_part_counts_its_parameters() -> None:
+    assert (
+        PrivatePart("expert", {"a": torch.zeros(3, 4), "b": torch.zeros(5)}).parameter_count() == 17
+    )

@@ -1,0 +1,150 @@
+"""The grammar of private parts: what combines, what contradicts itself, and what each name owns."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from redraft.adapters.table import PARTS, read_method
+
+ORDER = (
+    "relay",
+    "refresh",
+    "expert",
+    "lora",
+    "head-lora",
+    "fc",
+    "norms",
+    "attention",
+    "ffn",
+    "head",
+    "full",
+    "scratch",
+)
+
+
+def contradicts(parts: set[str]) -> bool:
+    """The rules, said again: pairs that exclude each other."""
+    excluded = [{"expert", "ffn"}, {"full", "scratch"}, {"head", "head-lora"}]
+    beside = ("lora", "head-lora", "fc", "norms", "attention", "ffn", "head")
+    for whole in ("full", "scratch"):
+        excluded += [{whole, part} for part in beside]
+    excluded += [{"scratch", start} for start in ("relay", "refresh")]
+    return any(pair <= parts for pair in excluded)
+
+
+def test_these_are_the_parts() -> None:
+    assert tuple(PARTS) == ORDER
+
+
+def test_every_pair_is_taken_exactly_when_it_does_not_contradict_itself() -> None:
+    taken = 0
+    for pair in itertools.permutations(ORDER, 2):
+        if contradicts(set(pair)):
+            with pytest.raises(ValueError, match="contradicts itself"):
+                read_method("+".join(pair))
+        else:
+            taken += 1
+            assert set(read_method("+".join(pair)).parts) == set(pair)
+    assert taken == 132 - 2 * (1 + 1 + 1 + 14 + 2)
+
+
+@given(st.lists(st.sampled_from(ORDER), min_size=1, unique=True))
+def test_the_order_of_parts_does_not_matter(parts: list[str]) -> None:
+    text = " + ".join(parts)
+    if contradicts(set(parts)):
+        with pytest.raises(ValueError, match="contradicts itself"):
+            read_method(text)
+        return
+    method = read_method(text)
+    assert method == read_method("+".join(sorted(parts)))
+    assert method.parts == tuple(part for part in ORDER if part in parts)
+    assert method.name == "+".join(method.parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "expret",
+            r"names the private part 'expret'; did you mean 'expert'\? known: attention, .*",
+        ),
+        ("expert+atention", r"'atention'; did you mean 'attention'\?"),
+        ("magic", r"names the private part 'magic'; known: attention, expert, fc, .*joined by \+"),
+        ("expert,fc", r"names the private part 'expert,fc'.*parts are joined by \+"),
+        ("", "names the private part ''"),
+        ("expert+", "names the private part ''"),
+        ("Expert", "names the private part 'Expert'; did you mean 'expert'"),
+        ("fc+fc", r"names a part twice: 'fc\+fc'"),
+        ("full+fc", r"'full\+fc' contradicts itself: full trains every tensor already"),
+        ("full+scratch", "contradicts itself: full trains every tensor already"),
+        ("lora+scratch", "contradicts itself: scratch trains every tensor already"),
+        ("scratch+relay", "contradicts itself: scratch forgets what it starts from"),
+        ("refresh+scratch", "contradicts itself: scratch forgets what it starts from"),
+        ("expert+ffn", "contradicts itself: an expert leaves the shared FFN frozen, ffn trains it"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_method(text)
+
+
+OWNED = {
+    "midlayer.mlp.private.gate_proj.weight": {"expert"},
+    "midlayer.mlp.gate_proj.lora_A.weight": {"lora"},
+    "fc.lora_B.weight": {"lora"},
+    "lm_head.lora_B.weight": {"head-lora"},
+    "fc.weight": {"fc", "full", "scratch"},
+    "fc.bias": {"fc", "full", "scratch"},
+    "input_norm.weight": {"fc", "norms", "full", "scratch"},
+    "fc_norm.2.weight": {"fc", "full", "scratch"},
+    "norm.weight": {"norms", "full", "scratch"},
+    "midlayer.hidden_norm.weight": {"norms", "full", "scratch"},
+    "model.layers.1.input_layernorm.weight": {"norms", "full", "scratch"},
+    "midlayer.self_attn.q_norm.weight": {"norms", "attention", "full", "scratch"},
+    "model.layers.1.self_attn.k_proj.bias": {"attention", "full", "scratch"},
+    "layers.0.mlp.down_proj.weight": {"ffn", "full", "scratch"},
+    "lm_head.weight": {"head", "full", "scratch"},
+    "embed_tokens.weight": {"full", "scratch"},
+}
+
+
+@pytest.mark.parametrize("part", ORDER)
+def test_a_part_owns_its_tensors_and_no_others(part: str) -> None:
+    method = read_method(part)
+    assert {n for n in OWNED if method.owns(n)} == {n for n, by in OWNED.items() if part in by}
+
+
+def test_a_combination_owns_what_its_parts_own() -> None:
+    for parts in (("expert", "fc", "norms"), ("lora", "head"), ("relay", "attention")):
+        method = read_method("+".join(parts))
+        assert {n for n in OWNED if method.owns(n)} == {
+            n for n, by in OWNED.items() if by & set(parts)
+        }
+    # A pair beside a tensor is not that tensor, and an expert's neurons are not the shared FFN.
+    assert not read_method("full").owns("fc.lora_A.weight")
+    assert not read_method("ffn").owns("midlayer.mlp.private.up_proj.weight")
+
+
+@pytest.mark.parametrize(
+    ("text", "starts", "fresh"),
+    [
+        ("relay", ("relay",), False),
+        ("refresh+relay", ("relay", "refresh"), False),
+        ("relay+fc", ("relay",), False),
+        ("expert+refresh", ("refresh",), False),
+        ("lora", (), False),
+        ("full+relay", ("relay",), False),
+        ("scratch+expert", (), True),
+    ],
+)
+def test_starts_are_told_from_what_is_trained(
+    text: str, starts: tuple[str, ...], fresh: bool
+) -> None:
+    method = read_method(text)
+    assert (method.starts, method.fresh) == (starts, fresh)
+    assert method.expert == ("expert" in text)
+    assert method.lora == ("lora" in text)

@@ -1,0 +1,115 @@
+"""What the screen adds to the figures: one note for each thing that one should know."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from redraft.check.check import Check, check
+from redraft.check.screen import notes, print_check
+from redraft.checkpoints.load import read_draft
+from redraft.config import RegenerateConfig
+from redraft.decoding.sampling import Sampling
+from redraft.models.target import Target
+from tests.check.conftest import made_up_cases
+from tests.conftest import write_prompts
+
+
+@pytest.fixture(scope="module")
+def checked(target: Target, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Check:
+    folder = tmp_path_factory.mktemp("screen")
+    return check(
+        target,
+        read_draft(str(draft_folder)),
+        str(write_prompts(folder / "p.jsonl", 16)),
+        folder / "out",
+        base=target,
+        most=16,
+        answering=RegenerateConfig(max_new_tokens=16),
+        cases=made_up_cases(),
+    )
+
+
+def with_reused(check: Check, **changes: object) -> Check:
+    reused = dataclasses.replace(check.evidence.reused, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(check, evidence=dataclasses.replace(check.evidence, reused=reused))
+
+
+def one_note(check: Check, words: str) -> str:
+    (found,) = (note for note in notes(check) if words in note)
+    return found
+
+
+def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> None:
+    straight = with_reused(checked, loop_rate=0.05)
+    assert not any("loop" in note for note in notes(straight))
+    looping = with_reused(checked, loop_rate=0.25, tau_without_loops=1.5)
+    assert one_note(looping, "loop").startswith("25% of the answers loop")
+    assert "without them tau is 1.50" in one_note(looping, "loop")
+    sampled = dataclasses.replace(looping, sampling=Sampling(0.7))
+    assert "--temperature" in one_note(looping, "loop")
+    assert "--temperature" not in one_note(sampled, "loop")
+    all_loop = with_reused(checked, loop_rate=1.0, tau_without_loops=None)
+    assert "nothing is left without them" in one_note(all_loop, "loop")
+
+
+def test_a_check_says_what_was_foretold(checked: Check) -> None:
+    """The settings that are not adapt's own, and, where answers were sampled, how to sample and measure."""
+    said = one_note(checked, "settings of")
+    assert ": --set train.loss=ce --set train.batch_tokens=512; 256 answers" in said
+    assert not any("cuts" in note for note in notes(checked))
+    sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9))
+    sets = (
+        "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7;"
+    )
+    assert sets in one_note(sampled, "settings of")
+    assert "cuts (top_p) move tau" in one_note(sampled, "only the temperature")
+
+
+def test_a_verdict_to_retrain_says_what_it_did_not_weigh(checked: Check) -> None:
+    for action in ("keep", "adapt", "retrain"):
+        verdict = dataclasses.replace(checked.verdict, action=action)
+        said = notes(dataclasses.replace(checked, verdict=verdict))
+        found = any("adapting on 1,024 answers was not foretold" in note for note in said)
+        assert found == (action == "retrain")
+
+
+def test_an_extrapolation_is_called_one(checked: Check) -> None:
+    within = dataclasses.replace(checked, outside=())
+    assert not any("extrapolation" in note for note in notes(within))
+    beyond = dataclasses.replace(checked, outside=("native", "entropy", "temperature"))
+    assert "tau on the base, the target's entropy, the temperature;" in one_note(
+        beyond, "extrapolation"
+    )
+
+
+def test_the_screen_says_how_answers_were_drawn(checked: Check) -> None:
+    ways = {
+        Sampling(0.0, top_p=0.9): "K=4, greedy",
+        Sampling(0.7, top_p=0.9): "K=4, temperature 0.7, top_p 0.9",
+    }
+    for sampling, words in ways.items():
+        out = Console(width=160, record=True)
+        print_check(dataclasses.replace(checked, sampling=sampling), out)
+        assert words in out.export_text()
+
+
+def test_where_plain_decoding_is_faster_the_verdict_says_so_first(checked: Check) -> None:
+    for slow, words in (
+        (False, f"verdict      {checked.verdict.action.upper()}: "),
+        (
+            True,
+            f"verdict      plain decoding is faster than any option here: serve without a draft. Of the options {checked.verdict.action.upper()}: ",
+        ),
+    ):
+        out = Console(width=160, record=True)
+        print_check(
+            dataclasses.replace(
+                checked, verdict=dataclasses.replace(checked.verdict, faster_plain=slow)
+            ),
+            out,
+        )
+        assert words in out.export_text()

@@ -1,0 +1,338 @@
+"""The whole job on a tiny pair: what it leaves behind, what a second run skips, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from redraft.adapters.merge import unfuse
+from redraft.checkpoints.adapter_folder import load_private
+from redraft.checkpoints.load import load_draft
+from redraft.config import Resolved, resolve
+from redraft.core.console import set_quiet
+from redraft.core.errors import UserError
+from redraft.core.folders import read_file, tensor_hash
+from redraft.core.records import AdaptReport, to_json
+from redraft.models.target import Target
+from redraft.pipeline import adapt as pipeline
+from redraft.report.page import write_page
+from redraft.report.terminal import print_report
+from tests.conftest import write_prompts
+
+SETTINGS = {
+    "regenerate.max_new_tokens": 24,
+    "train.width": 8,
+    "train.epochs": 2,
+    "train.batch_tokens": 256,
+    "train.rollout": 3,
+    "train.evaluations": 2,
+    "measure.k": 3,
+    "measure.eval_limit": 6,
+    "measure.heldout": 4,
+    "measure.eval_new_tokens": 20,
+    "select.budget": "0.5",
+}
+ANSWERED = ["regenerate adapt", "regenerate heldout", "regenerate eval"]
+STAGES = [*ANSWERED, "select", "train", "export", "measure"]
+
+
+def settings(**changes: object) -> Resolved:
+    return resolve(
+        [("test", {**SETTINGS, **{k.replace("__", "."): v for k, v in changes.items()}})]
+    )
+
+
+@pytest.fixture(scope="module")
+def done(
+    target: Target, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pipeline.AdaptResult, Path]:
+    folder = tmp_path_factory.mktemp("flow")
+    prompts = write_prompts(folder / "p.jsonl", 24)
+    prompts.write_text(prompts.read_text() + "{broken\n")
+    other = write_prompts(folder / "o.jsonl", 5, start=100)
+    result = pipeline.adapt(
+        target,
+        str(draft_folder),
+        str(prompts),
+        out=folder / "run",
+        config=settings(),
+        off_domain={"other": str(other)},
+    )
+    return result, folder
+
+
+def test_the_run_folder_holds_everything(done: tuple[pipeline.AdaptResult, Path]) -> None:
+    result, folder = done
+    run = folder / "run"
+    for name in (
+        "run.json",
+        "state.json",
+        "answers/adapt.jsonl",
+        "selection.jsonl",
+        "checkpoints/checkpoint.safetensors",
+        "private/model.safetensors",
+        "private/private.json",
+        "draft/model.safetensors",
+        "draft/config.json",
+        "measure/eval-before.json",
+        "measure/off-other-after.json",
+        "report.json",
+        "report.html",
+    ):
+        assert (run / name).is_file(), name
+    report = result.report
+    assert report.prompts["left_out"] == 1
+    assert report.prompts["answered"] == 24 - 6 - 4
+    assert report.prompts["trained_on"] == 7
+    assert report.before.prompts == report.after.prompts
+    assert set(report.off_domain) == {"other-before", "other-after"}
+    assert report.origins["train.width"] == "test"
+    assert report.origins["train.seed"] == "default"
+    assert set(report.cost["seconds"]) == {*STAGES, "regenerate off-other"}
+    assert AdaptReport.from_json(to_json(report)) == report
+
+
+def test_the_exported_draft_is_the_shared_one_made_wider(
+    done: tuple[pipeline.AdaptResult, Path], draft_folder: Path, target: Target
+) -> None:
+    result, folder = done
+    shared = read_file(draft_folder / "model.safetensors")
+    fused = read_file(folder / "run" / "draft" / "model.safetensors")
+    part = load_private(folder / "run" / "private")
+    assert result.fused.config.intermediate_size == 64 + 8
+    for name, tensor in shared.items():
+        if name.startswith("midlayer.mlp."):
+            dimension = 1 if "down_proj" in name else 0
+            assert tensor_hash(fused[name].narrow(dimension, 0, 64)) == tensor_hash(tensor)
+        elif name not in part.tensors:
+            assert tensor_hash(fused[name]) == tensor_hash(tensor), name
+    replaced = [n for n in part.tensors if ".private." not in n]
+    back = unfuse(fused, part.card["shared_widths"], replaced)
+    assert {n: tensor_hash(t) for n, t in back.items()} == {
+        n: tensor_hash(t) for n, t in part.tensors.items()
+    }
+    assert load_draft(str(folder / "run" / "draft"), target).source is not None
+
+
+def test_a_second_run_does_nothing_and_says_so(
+    done: tuple[pipeline.AdaptResult, Path],
+    target: Target,
+    draft_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result, folder = done
+    written = {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*.safetensors")}
+    set_quiet(False)
+    try:
+        again = pipeline.adapt(
+            target,
+            load_draft(str(draft_folder), target),
+            str(folder / "p.jsonl"),
+            out=folder / "run",
+            config=settings(),
+            off_domain={"other": str(folder / "o.jsonl")},
+        )
+    finally:
+        set_quiet(True)
+    said = " ".join(capsys.readouterr().err.split())
+    for stage in STAGES:
+        assert f"{stage}: nothing to do, already done" in said
+    assert {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*.safetensors")} == written
+    assert again.report.after == result.report.after
+
+
+def test_a_changed_setting_redoes_only_what_depends_on_it(
+    done: tuple[pipeline.AdaptResult, Path], target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    _, folder = done
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    before = json.loads((run / "state.json").read_text())
+    pipeline.adapt(
+        target,
+        str(draft_folder),
+        str(folder / "p.jsonl"),
+        out=run,
+        config=settings(train__width=12),
+        off_domain={"other": str(folder / "o.jsonl")},
+    )
+    after = json.loads((run / "state.json").read_text())
+    changed = {stage for stage in STAGES if before[stage] != after[stage]}
+    assert changed == {"train", "export", "measure"}
+    assert json.loads((run / "draft" / "config.json").read_text())["intermediate_size"] == 76
+
+
+def test_an_interrupted_stage_keeps_what_was_paid_for(
+    target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 16)
+    arguments = (target, str(draft_folder), str(prompts))
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "train_private", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.adapt(*arguments, out=tmp_path / "run", config=settings())
+    monkeypatch.undo()
+    paid = (tmp_path / "run" / "answers" / "adapt.jsonl").stat().st_mtime_ns
+    pipeline.adapt(*arguments, out=tmp_path / "run", config=settings())
+    assert (tmp_path / "run" / "answers" / "adapt.jsonl").stat().st_mtime_ns == paid
+
+
+def test_a_folder_with_other_files_is_refused(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 16)
+    with pytest.raises(UserError, match="holds other files .* name an empty folder"):
+        pipeline.adapt(target, str(draft_folder), str(prompts), out=tmp_path)
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        pipeline.adapt(target, str(draft_folder), str(prompts), out=prompts)
+
+
+def test_a_draft_made_in_memory_has_to_be_saved_first(target: Target, tmp_path: Path) -> None:
+    from tests.conftest import fresh_draft
+
+    with pytest.raises(UserError, match="save it to a folder"):
+        pipeline.adapt(target, fresh_draft(target), "p.jsonl", out=tmp_path / "run")
+
+
+def test_the_page_says_what_the_report_says(
+    done: tuple[pipeline.AdaptResult, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = done[0].report
+    write_page(tmp_path / "r.html", report)
+    page = (tmp_path / "r.html").read_text()
+    assert f"tau {report.before.tau:.2f} → {report.after.tau:.2f}" in page
+    assert f"{report.train.trained_parameters:,}" in page
+    assert "off domain: other" in page
+    assert "<script" not in page
+    assert "http" not in page
+    assert (tmp_path / "r.html").read_bytes() == (done[1] / "run" / "report.html").read_bytes()
+    print_report(report)
+    out = capsys.readouterr().out
+    assert f"{report.after.tau:.2f} [" in out
+    assert "off domain: other" in out
+
+
+def test_a_draft_can_be_refreshed_without_training(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    """What a check's verdict to refresh says to run: a page without a training curve too."""
+    prompts = write_prompts(tmp_path / "p.jsonl", 24)
+    result = pipeline.adapt(
+        target,
+        str(draft_folder),
+        str(prompts),
+        out=tmp_path / "run",
+        config=settings(train__method="relay+refresh+expert", train__epochs=0, train__loss="ce"),
+        base=target,
+    )
+    assert result.report.train.steps == 0
+    assert "held-out tau by step" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_target_computes_in_bf16_too(
+    target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    """A bf16 target is served a bf16 draft; training stays in float32."""
+    from redraft.models.loading import load_target
+
+    target = load_target(str(target_folder), dtype="bfloat16")
+    prompts = write_prompts(tmp_path / "p.jsonl", 12)
+    result = pipeline.adapt(
+        target, str(draft_folder), str(prompts), out=tmp_path / "run", config=settings()
+    )
+    assert load_draft(str(result.run / "draft"), target).get_parameter("fc.weight").dtype == (
+        torch.bfloat16
+    )
+    assert result.fused.tensors["fc.weight"].dtype == torch.float32  # as the shared draft is stored
+
+
+def test_evaluation_prompts_of_their_own_are_never_trained_on(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 16)
+    own = write_prompts(tmp_path / "e.jsonl", 5, start=12)  # four of them are in the first file too
+    result = pipeline.adapt(
+        target,
+        str(draft_folder),
+        str(prompts),
+        out=tmp_path / "run",
+        config=settings(),
+        eval_prompts=str(own),
+    )
+    rows = {
+        name: [
+            tuple(json.loads(line)["prompt"])
+            for line in (tmp_path / "run" / "answers" / f"{name}.jsonl").read_text().splitlines()
+        ]
+        for name in ("adapt", "heldout", "eval")
+    }
+    assert result.after.prompts == len(rows["eval"]) == 5
+    assert len(rows["adapt"]) + len(rows["heldout"]) == 12
+    assert not set(rows["eval"]) & {*rows["adapt"], *rows["heldout"]}
+
+
+def test_a_run_of_another_method_is_not_trained_over(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 20)
+    run = tmp_path / "run"
+
+    def adapt(method: str) -> pipeline.AdaptResult:
+        config = settings(train__method=method)
+        return pipeline.adapt(target, str(draft_folder), str(prompts), out=run, config=config)
+
+    first = adapt("expert+fc")
+    kept = {n: tensor_hash(t) for n, t in read_file(run / "private/model.safetensors").items()}
+    assert not adapt("expert+fc").worked
+    with pytest.raises(UserError, match=r"holds a run of method expert\+fc; for full name another"):
+        adapt("full")
+    more = str(write_prompts(tmp_path / "q.jsonl", 24))
+    with pytest.raises(
+        UserError, match=r"holds a run with prompts .*p\.jsonl; name another folder"
+    ):
+        pipeline.adapt(target, str(draft_folder), more, out=run, method="expert+fc")
+    now = {n: tensor_hash(t) for n, t in read_file(run / "private/model.safetensors").items()}
+    assert now == kept
+    shutil.rmtree(run / "private")
+    other = adapt("full")  # on the same answers
+    assert other.report.train.trained_parameters > first.report.train.trained_parameters
+
+
+def test_relay_without_its_base_is_refused_before_anything_is_paid_for(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 20)
+    config = settings(train__method="relay+expert")
+    with pytest.raises(UserError, match="name that with --base"):
+        pipeline.adapt(target, str(draft_folder), str(prompts), out=tmp_path / "run", config=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_automatic_width_is_chosen_and_resumed(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "p.jsonl", 20)
+    config = settings(train__width="auto", train__method="relay+expert")
+
+    def adapt() -> pipeline.AdaptResult:
+        out = tmp_path / "run"
+        return pipeline.adapt(
+            target, str(draft_folder), str(prompts), out=out, config=config, base=target
+        )
+
+    result = adapt()
+    tried = load_private(tmp_path / "run/private").card["widths_tried"]
+    assert len(tried) == 5
+    gate = read_file(tmp_path / "run/private/model.safetensors")[
+        "midlayer.mlp.private.gate_proj.weight"
+    ]
+    best = max(tried.values())
+    assert len(gate) == min(int(w) for w, tau in tried.items() if tau >= 0.99 * best)
+    assert result.worked
+    assert not adapt().worked
