@@ -18,7 +18,7 @@ cost the time of a larger one; it shows the ratio of draft to target that real m
 tokens/s: all tokens over all seconds, median of the repeats [range], contestants in turn on the same
 prompts. over plain, over generate: whole answers, reading the prompt included. after first: speed-up
 over our plain loop from the first token on, to be held against predicted = tau / (K c + v). c, v: medians
-measured beside. same: answers equal to the plain loop's. assisted: Transformers with the family's base as
+measured next to. same: answers equal to the plain loop's. assisted: Transformers with the family's base as
 assistant, 4 tokens; lookup: Transformers with prompt lookup, 4 tokens; both take one row at a time.
 """
 

@@ -41,9 +41,9 @@ def engines_page() -> str:
             "|---|---|---|---|",
             *_rows(cells),
             "",
-            "The method that made a private part does not matter to an engine: all end as the plain "
+            "The method that made an adapter does not matter to an engine: all end as the plain "
             "tensors of their kind, `expert` with a wider FFN. Rows above were run with "
-            "`expert+fc+norms` (adapted) and `scratch` (dedicated).\n",
+            "`expert+fc+norms` (adapted) and `scratch` (from-scratch).\n",
             "## Run in vLLM\n",
             "Greedy, on two CPU cores. *Same words*: outputs equal to those without the draft, token "
             "for token (near-ties of the target's two best logits are excused and counted). *Engine* "

@@ -8,7 +8,7 @@ README.md        the file tree, from the first line of each module's docstring; 
 docs/results/repair.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
 docs/results/positions.md  recovery by position and temperature, from the cells there; with a figure
-docs/results/methods.md   private parts on matched data, from the cells there; with figures
+docs/results/methods.md   adapters on matched data, from the cells there; with figures
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
 
-from redraft.adapters.table import PARTS
+from redraft.adapters.table import ADAPTERS
 from redraft.cli.app import app
 from redraft.config import recipe_names, stage_fields
 
@@ -112,12 +112,12 @@ def config_reference() -> str:
         text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         lines.append(f"| `{key}` | `{field.default}` | {text} |")
     lines += [
-        "\n## Private parts\n",
-        "`--method` joins them with +: `expert+fc+norms`. `relay` and `refresh` need `--base`. What no part",
+        "\n## Adapters\n",
+        "`--method` joins them with +: `expert+fc+norms`. `feature-map` and `weight-sync` need `--base`. What no part",
         "owns is shared and stays bit for bit what it was. docs/results/methods.md compares them.\n",
         "| part | what is trained |",
         "|---|---|",
-        *(f"| `{name}` | {part.says} |" for name, part in PARTS.items()),
+        *(f"| `{name}` | {part.help} |" for name, part in ADAPTERS.items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -42,7 +42,7 @@ are, {retrain_epochs:g} passes). K = 4, by replay, one training seed, two CPU co
 those that were trained on too. nano speaks a templated world, micro (3.7 M parameters) learned from real data.
 
 A case is predicted from the cases of **other kinds** alone (leave one kind out), greedy and sampled, with the temperature as one of
-the signs. The verdict climbs from keep: refresh has to be faster than what was taken so far by 5 %, adapt by 10 %, retrain by 25 %, in the most of
+the signs. The verdict climbs from keep: weight-sync has to be faster than what was taken so far by 5 %, adapt by 10 %, retrain by 25 %, in the most of
 2,000 draws; the right one goes by the same rule on what was measured. native: tau of the draft on its base, and words: tau on the target's answers as the base
 reads them, both on the prompts that the check saw. recovery: the share of the way from kept to trained anew that adapting goes.
 
@@ -83,7 +83,7 @@ def triage_page() -> str:
         "\n## What the verdict is worth\n",
         *(line for some in _by_temperature(judged) for line in _policies(some)),
         (
-            "\nMeans over the cases, at the costs measured beside each on a machine that did other work too; "
+            "\nMeans over the cases, at the costs measured next to each on a machine that did other work too; "
             "the shares are those of tau and do not depend on it."
         ),
         "\n## The cases\n",

@@ -162,7 +162,7 @@ def prompts(target: Target) -> list[Prompt]:
 
 @pytest.fixture(scope="session")
 def answers(target: Target, prompts: list[Prompt]) -> list[Answer]:
-    """Greedy answers with enough overrun to replay any K up to 8."""
+    """Greedy answers with enough lookahead to replay any K up to 8."""
     return answer_all(target, prompts, 32, 8, Sampling())
 
 

@@ -2,7 +2,7 @@
 
 Truth and verdict go by the same rule (`check/recommendation.py`), once on what was measured, once on what was
 predicted from a few prompts. Regret is what a policy leaves on the table, in tokens per second of plain decoding
-measured beside.
+measured next to.
 """
 
 from __future__ import annotations

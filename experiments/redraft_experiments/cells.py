@@ -42,8 +42,8 @@ class MethodCell:
     draft_flops: float = 0.0
     generation_seconds: float = 0.0
     training_seconds: float = 0.0
-    gang: int = 0
-    gang_peak_mb: float = 0.0
+    trained_together: int = 0
+    trained_together_peak_mb: float = 0.0
     optimizer_steps: int = 0
     best_step: int = 0
     heldout_tau: tuple[float, ...] = ()

@@ -69,7 +69,7 @@ def bench_family(
         ),
     ] = None,
     kinds: Annotated[
-        str | None, typer.Option("--kinds", help="kinds of draft beside eagle3, comma-separated")
+        str | None, typer.Option("--kinds", help="kinds of draft next to eagle3, comma-separated")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="seed of everything")] = 0,
     as_json: JsonFlag = False,
@@ -190,7 +190,7 @@ def bench_repair(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """The demo's comparison at any size: reused, adapted and dedicated draft of a fine-tune.
+    """The demo's comparison at any size: unadapted, adapted and from-scratch draft of a fine-tune.
 
     Example: redraft bench repair --size micro --data data --out repair
     """
@@ -305,7 +305,7 @@ def bench_methods(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Every private part on the same data: tau, recovery, parameters, tokens, FLOPs, seconds.
+    """Every adapter on the same data: tau, recovery, parameters, tokens, FLOPs, seconds.
 
     Example: redraft bench methods --family family --out methods --members sft
     """

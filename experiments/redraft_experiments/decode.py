@@ -47,7 +47,7 @@ from redraft.prompts.prompts import read_prompts
 LOOKUP_TOKENS = 4
 ASSISTANT_TOKENS = 4
 FIRST_PLAIN, FIRST_DRAFTED = "first token, plain", "first token, drafted"
-"""Raced beside the others to tell what reading the prompts takes."""
+"""Raced next to the others to tell what reading the prompts takes."""
 
 
 @dataclass(frozen=True)

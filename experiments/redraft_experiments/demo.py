@@ -1,6 +1,6 @@
 """`redraft demo`: break a draft by a fine-tune and repair it, all of it built in front of you.
 
-    family (base, its draft, a fine-tune) -> adapt, as any user runs it -> a dedicated draft as the
+    family (base, its draft, a fine-tune) -> adapt, as any user runs it -> a from-scratch draft as the
     reference -> speed and losslessness, by the clock and token for token
 
 Each part is cached in the demo's folder, so a second run only shows the result again.
@@ -49,7 +49,7 @@ K = 4
 SPEED_PROMPTS = 12
 SPEED_TOKENS = 96
 TEMPERATURE = 0.7
-SERVED = ("reused", "adapted")
+SERVED = ("unadapted", "adapted")
 REPEATS = 3
 RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
 """The recipe that adapts each size of family."""
@@ -57,15 +57,15 @@ RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
 
 @dataclass(frozen=True)
 class Repaired:
-    """A family whose fine-tune has its draft adapted, and the dedicated draft as the reference.
+    """A family whose fine-tune has its draft adapted, and the from-scratch draft as the reference.
 
-    `key` changes with the dedicated draft.
+    `key` changes with the from-scratch draft.
     """
 
     family: dict[str, Any]
     target: Target
     result: pipeline.AdaptResult
-    dedicated: Path
+    from_scratch: Path
     evaluation: str
     key: str
 
@@ -79,7 +79,7 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
     with RunFolder.open(out / "reference") as run:
         run.stage(
             "compare",
-            {"dedicated": repaired.key, "after": to_json(repaired.result.after)},
+            {"from-scratch": repaired.key, "after": to_json(repaired.result.after)},
             ["demo.json"],
             lambda: run.write_json("demo.json", _compare(repaired)),
         )
@@ -94,10 +94,10 @@ def repair(
     members: Sequence[str] = (MEMBER,),
     kinds: Sequence[str] = (),
 ) -> Repaired:
-    """Build a family in `out`, adapt the draft of its fine-tune, train a dedicated one.
+    """Build a family in `out`, adapt the draft of its fine-tune, train a from-scratch one.
 
     `members` are the fine-tunes to build; the one called sft is among them. `kinds` are the kinds
-    of draft that the base gets beside eagle3. Everything is cached in `out`. Raises UserError for a
+    of draft that the base gets next to eagle3. Everything is cached in `out`. Raises UserError for a
     size that no recipe adapts.
     """
     if size not in RECIPES:
@@ -119,18 +119,18 @@ def repair(
         eval_prompts=evaluation,
         off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
     )
-    folder = out / "reference" / "dedicated"
+    folder = out / "reference" / "from-scratch"
     with RunFolder.open(out / "reference") as run:
         key = run.stage(
-            "dedicated",
+            "from-scratch",
             {"report": result.report.train.lasting(), **dataclasses.asdict(reference)},
-            ["dedicated"],
-            lambda: _dedicated(target, result, reference, folder),
+            ["from-scratch"],
+            lambda: _from_scratch(target, result, reference, folder),
         )
     return Repaired(family, target, result, folder, evaluation, key)
 
 
-def _dedicated(
+def _from_scratch(
     target: Target, result: pipeline.AdaptResult, config: TrainConfig, folder: Path
 ) -> None:
     """The reference: the same shape from nothing, on every answer of the pool, as many epochs."""
@@ -144,9 +144,9 @@ def _dedicated(
 def _compare(repaired: Repaired) -> dict[str, Any]:
     target, result, report = repaired.target, repaired.result, repaired.result.report
     folders = {
-        "reused": report.shared,
+        "unadapted": report.shared,
         "adapted": report.draft,
-        "dedicated": str(repaired.dedicated),
+        "from-scratch": str(repaired.from_scratch),
     }
     answers = read_answers(result.run / "answers" / "eval.jsonl")
     drafts = {name: load_draft(folder, target) for name, folder in folders.items()}
@@ -162,20 +162,20 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
     speed, outputs = race(contestants, [[prompt] for prompt in prompts], REPEATS)
     lossless = {
         name: compare(target, prompts, outputs["plain"], outputs[name])
-        for name in ("generate", "reused", "adapted")
+        for name in ("generate", "unadapted", "adapted")
     }
-    trained = _paid(report, read_training(Path(folders["dedicated"])))
+    trained = _paid(report, read_training(Path(folders["from-scratch"])))
     return {
         "target": target.name,
         "base": repaired.family["base"],
         "prompts": repaired.evaluation,
         **{name: _row(folders[name], measured[name], *trained[name]) for name in folders},
         "off_domain": {
-            "reused": report.off_domain["chat-before"].tau,
+            "unadapted": report.off_domain["chat-before"].tau,
             "adapted": report.off_domain["chat-after"].tau,
         },
         "off_domain_ci": {
-            "reused": list(report.off_domain["chat-before"].ci),
+            "unadapted": list(report.off_domain["chat-before"].ci),
             "adapted": list(report.off_domain["chat-after"].ci),
         },
         **_recovery(measured),
@@ -188,10 +188,10 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
         "gates": [
             *repaired.family["gates"],
             {
-                "gate": "tau of the dedicated draft",
-                "value": measured["dedicated"].acceptance.tau,
+                "gate": "tau of the from-scratch draft",
+                "value": measured["from-scratch"].acceptance.tau,
                 "wanted": "2.5 to 3.5",
-                "passed": 2.5 <= measured["dedicated"].acceptance.tau <= 3.5,
+                "passed": 2.5 <= measured["from-scratch"].acceptance.tau <= 3.5,
             },
         ],
         "report": str(result.run / "report.html"),
@@ -224,17 +224,17 @@ def _same_words(
 
 def _paid(report: AdaptReport, reference: dict[str, Any]) -> dict[str, tuple[int, int, float]]:
     """Trained parameters, unique target tokens and seconds of each draft; `reference` is the
-    training record of the dedicated one."""
+    training record of the from-scratch one."""
     seconds = report.cost["seconds"]
     answering = seconds["regenerate adapt"] + seconds["regenerate heldout"]
     return {
-        "reused": (0, 0, 0.0),
+        "unadapted": (0, 0, 0.0),
         "adapted": (
             report.train.trained_parameters,
             report.cost["unique_generated_tokens"],
             answering + seconds["select"] + seconds["train"],
         ),
-        "dedicated": (
+        "from-scratch": (
             reference["trained_parameters"],
             report.cost["unique_generated_tokens"],  # the same answers
             answering + reference["seconds"],
@@ -259,8 +259,10 @@ def _row(
 
 def _recovery(measured: dict[str, Measured]) -> dict[str, Any]:
     """The share of the gap that was closed; only the difference where the gap is too small."""
-    rise = measured["adapted"].acceptance.tau - measured["reused"].acceptance.tau
-    ends = [prompt_counts(measured[name].traces) for name in ("adapted", "reused", "dedicated")]
+    rise = measured["adapted"].acceptance.tau - measured["unadapted"].acceptance.tau
+    ends = [
+        prompt_counts(measured[name].traces) for name in ("adapted", "unadapted", "from-scratch")
+    ]
     found = intervals.recovery(ends[0], ends[1], ends[2], K)
     if found is None:
         return {"recovery": None, "recovery_ci": None, "difference_in_tau": rise}
@@ -283,7 +285,7 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
         ("seconds", True),
     ):
         table.add_column(heading, justify="right" if right else "left")
-    for name in ("reused", "adapted", "dedicated"):
+    for name in ("unadapted", "adapted", "from-scratch"):
         row = demo[name]
         table.add_row(
             name,
@@ -300,13 +302,13 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
     else:
         low, high = demo["recovery_ci"]
         out.print(
-            f"recovery {demo['recovery']:.2f} [{low:.2f}, {high:.2f}] of the way to dedicated"
+            f"recovery {demo['recovery']:.2f} [{low:.2f}, {high:.2f}] of the way to from-scratch"
         )
     off = {
         name: {"tau": demo["off_domain"][name], "ci": demo["off_domain_ci"][name]}
-        for name in ("reused", "adapted")
+        for name in ("unadapted", "adapted")
     }
-    out.print(f"off domain (chat): {_interval(off['reused'])} -> {_interval(off['adapted'])}")
+    out.print(f"off domain (chat): {_interval(off['unadapted'])} -> {_interval(off['adapted'])}")
     _print_speed(demo, out)
     compared = demo["lossless"]["adapted"]
     verdict = "yes" if demo["identical"] else "NO"
@@ -322,7 +324,7 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
         f"{', '.join(same)} ({seeded['tokens']} tokens)"
     )
     out.print(
-        f"{demo['reused']['prompts']} prompts measured at K={K}, greedy; small models trained from "
+        f"{demo['unadapted']['prompts']} prompts measured at K={K}, greedy; small models trained from "
         "scratch: run `redraft adapt` on yours"
     )
     for gate in demo["gates"]:
@@ -339,7 +341,7 @@ def _print_speed(demo: dict[str, Any], out: Console) -> None:
     for name, shown in (
         ("plain", "plain decoding, our loop"),
         ("generate", "Transformers generate"),
-        ("reused", "with the reused draft"),
+        ("unadapted", "with the unadapted draft"),
         ("adapted", "with the adapted draft"),
     ):
         d = detail[name]

@@ -71,7 +71,7 @@ def build_family(
     """Build what is missing of a family in `out` and return its manifest.
 
     `members` are names of members or of groups of them; what those are made from is built too.
-    `kinds` are the kinds of draft that the base gets beside eagle3. `data` is a folder of real data
+    `kinds` are the kinds of draft that the base gets next to eagle3. `data` is a folder of real data
     for sizes that read it (default $REDRAFT_DATA). Raises UserError for unknown sizes, members or
     kinds, and for a size that needs data where there is none.
     """
@@ -158,12 +158,12 @@ def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
     """The members and gates as tables."""
     out = out or Console(highlight=False)
     table = Table(title=f"family {family['size']}: {family['parameters']:,} parameters per target")
-    for heading in ("member", "kind", "how", "domain", "loss on it", "base's draft reused: tau"):
+    for heading in ("member", "kind", "how", "domain", "loss on it", "base's draft unadapted: tau"):
         table.add_column(heading)
     for name, row in family["members"].items():
-        reused = row["reused"]
-        low, high = reused["ci"]
-        tau = f"{reused['tau']:.2f} [{low:.2f}, {high:.2f}]"
+        unadapted = row["unadapted"]
+        low, high = unadapted["ci"]
+        tau = f"{unadapted['tau']:.2f} [{low:.2f}, {high:.2f}]"
         loss = f"{row['loss']:.2f}"
         table.add_row(name, row["kind"], row["says"], row["domain"], loss, tau)
     out.print(table)
@@ -282,13 +282,13 @@ def _base_draft(out: Path, corpus: Corpus, kind: str) -> None:
 
 
 def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
-    """Measure what a family must be like to show anything: reused and native tau, loops.
+    """Measure what a family must be like to show anything: unadapted and native tau, loops.
 
     Each member is measured on its own domain.
     """
     s, tokenizer = corpus.size, load_tokenizer(out / "tokenizer")
     base = load_target(str(out / "base"))
-    native = _reused(
+    native = _unadapted(
         out, base, load_draft(str(out / "draft"), base), corpus.general, s.answer_tokens
     )
     general = [
@@ -302,23 +302,23 @@ def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
             supervised(target.tokenizer, c) for c in meant_chats(corpus, row, 128, "heldout")
         ]
         draft = load_draft(str(out / "draft"), target)
-        reused = _reused(out, target, draft, (domain,), s.answer_tokens)
+        unadapted = _unadapted(out, target, draft, (domain,), s.answer_tokens)
         entries[name] = {
             "says": row.says,
             "kind": row.kind,
             "domain": domain,
             **member_source(out, name),
             "loss": validation_loss(target.model, heldout),
-            "reused": to_json(reused.acceptance),
+            "unadapted": to_json(unadapted.acceptance),
         }
-        say(f"{name}: base's draft reused, tau {reused.acceptance.tau:.2f}")
+        say(f"{name}: base's draft unadapted, tau {unadapted.acceptance.tau:.2f}")
     gates = [_gate("tau of the base's draft on its base", native.acceptance.tau, 2.0, 4.5)]
     gates += [
-        _gate(f"loop rate of {name}", row["reused"]["loop_rate"], 0.0, 0.05)
+        _gate(f"loop rate of {name}", row["unadapted"]["loop_rate"], 0.0, 0.05)
         for name, row in entries.items()
     ]
     if "sft" in entries:
-        gates.append(_gate("tau reused on sft", entries["sft"]["reused"]["tau"], 1.2, 2.2))
+        gates.append(_gate("tau unadapted on sft", entries["sft"]["unadapted"]["tau"], 1.2, 2.2))
     return {
         "size": size,
         "seed": corpus.seed,
@@ -395,14 +395,14 @@ def _answers(
     split: str,
     count: int,
     longest: int,
-    overrun: int,
+    lookahead: int,
 ) -> list[Answer]:
     prompts = family_prompts(out, target, domains, split, count)
-    found = answer_all(target, prompts, longest, overrun, Sampling(), batch_size=128)
+    found = answer_all(target, prompts, longest, lookahead, Sampling(), batch_size=128)
     return [answer for answer in found if answer.length >= 2]
 
 
-def _reused(
+def _unadapted(
     out: Path, target: Target, draft: Draft, domains: Sequence[str], longest: int
 ) -> Measured:
     answers = _answers(out, target, domains, "eval", 96 // len(domains), longest, 4)

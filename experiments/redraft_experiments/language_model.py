@@ -35,7 +35,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a family's target. Thin and deep, so that three taps are distinct."""
+    """The shape of a family's target. Thin and deep, so that three aux layers are distinct."""
 
     layers: int
     hidden: int

@@ -24,7 +24,7 @@ BASE = "base"
 class Member:
     """A fine-tune of the base on a domain. `rate` is a share of the size's fine-tuning rate.
 
-    `replay` is how many chats of each other general domain it learns beside, with the base's own
+    `replay` is how many chats of each other general domain it learns next to, with the base's own
     answers: there the target says what the base said, and the base's draft keeps its acceptance.
     """
 
@@ -51,7 +51,7 @@ class Preferring:
     `pairs` says which: "refusals" prefers refusing what is harmful and helping with the rest;
     "brief" prefers the shortest of a target's own sampled answers over its longest. `rate` and
     `steps` are shares of the size's fine-tuning rate and steps, `beta` is DPO's. `likelihood` is the
-    weight of the better answers' own loss beside DPO's, which keeps them fluent.
+    weight of the better answers' own loss next to DPO's, which keeps them fluent.
     """
 
     says: str
@@ -153,7 +153,7 @@ MEMBERS: dict[str, Spec] = {
     "pretrained": Member("continued pre-training on running text", 1.0, plain_text=True),
     "sft-medical": Member("full SFT on patients' records or questions", 1.0, domain="medical"),
     "sft-code": Member("full SFT on code", 1.0, domain="code"),
-    "replay": Member("SFT at 0.3 of the rate, beside the base's own answers", 0.3, replay=500),
+    "replay": Member("SFT at 0.3 of the rate, next to the base's own answers", 0.3, replay=500),
     "replay-medical": Member(
         "the same on patients' records or questions", 0.3, domain="medical", replay=500
     ),

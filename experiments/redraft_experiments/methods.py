@@ -1,7 +1,7 @@
-"""`redraft bench methods`: every private part on the same data, against reuse and a dedicated draft.
+"""`redraft bench methods`: every adapter on the same data, against reuse and a from-scratch draft.
 
 One cell is one row (see `rows.py`) on one fine-tune of a family, one kind of answers and one seed,
-and one JSON file. Cells that share target, answers and seed are trained as a gang: the target reads
+and one JSON file. Cells that share target, answers and seed are trained as joint training: the target reads
 each batch once for all of them. Only what is missing is run. A cell is charged the readings of the
 batches it stepped on as if it had been alone.
 
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from redraft.adapters.expert import widenable
 from redraft.adapters.lora import linear_layers
-from redraft.adapters.merge import fuse, home_of
+from redraft.adapters.merge import home_of, merge
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig, TrainConfig
@@ -41,7 +41,7 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.pipeline.stages import save_fresh
 from redraft.prompts.prompts import read_prompts
-from redraft.training.train import Trained, train, train_gang
+from redraft.training.train import Trained, train, train_adapters
 from redraft.training.widths import resolve_width, shared_width
 
 from .cells import MethodCell
@@ -174,7 +174,7 @@ class _Bench:
         pool: str,
         share: float,
     ) -> None:
-        """Train the rows as a gang, measure them together, write their cells."""
+        """Train the rows as joint training, measure them together, write their cells."""
         shared = self._shared(draft)
         built = shared.build(self._target(), torch.float32)
         used = self._pool(member, answers)
@@ -184,9 +184,9 @@ class _Bench:
         configs = {row: self._config(built, row, self._rate(row, built), seed) for row in learning}
         trained: dict[str, Trained | None] = dict.fromkeys(rows)
         if learning:
-            gang = self._train(built, list(configs.values()), used, heldout)
-            trained.update(zip(learning, gang, strict=True))
-        drafts = [self._fused(shared, one) for one in trained.values()]
+            trained_together = self._train(built, list(configs.values()), used, heldout)
+            trained.update(zip(learning, trained_together, strict=True))
+        drafts = [self._merged(shared, one) for one in trained.values()]
         steps = {
             name: replay_each(self._target(), drafts, self._asked(member, name), K)
             for name in ("eval", "sampled-eval", "off")
@@ -232,13 +232,13 @@ class _Bench:
         heldout: Sequence[Answer],
     ) -> list[Trained]:
         base = None
-        if any(read_method(c.method).starts for c in configs):
+        if any(read_method(c.method).closed_form for c in configs):
             base = load_target(str(self.family / "base"))
-        return train_gang(self._target(), draft, answers, heldout, configs, k=K, base=base)
+        return train_adapters(self._target(), draft, answers, heldout, configs, k=K, base=base)
 
-    def _fused(self, shared: StoredDraft, trained: Trained | None) -> Draft:
+    def _merged(self, shared: StoredDraft, trained: Trained | None) -> Draft:
         """The stock draft that a trained part makes; without one, the shared draft."""
-        tensors = fuse(shared.tensors, trained.tensors) if trained else shared.tensors
+        tensors = merge(shared.tensors, trained.tensors) if trained else shared.tensors
         return shared.with_tensors(tensors, {}).build(self._target(), torch.float32)
 
     def _config(self, draft: Draft, row: str, rate: float, seed: int) -> TrainConfig:
@@ -285,8 +285,8 @@ class _Bench:
         ]
         answers = self._pool(TUNED_ON, REGENERATED)[: self.scale.answers]
         heldout = self._asked(TUNED_ON, "heldout")
-        gang = self._train(draft, configs, answers, heldout)
-        taus = [one.record.best_tau() for one in gang]
+        trained_together = self._train(draft, configs, answers, heldout)
+        taus = [one.record.best_tau() for one in trained_together]
         best = max(zip(taus, rates, strict=True))[1]
         tried = dict(zip((f"{rate:.4g}" for rate in rates), taus, strict=True))
         write_text(path, json.dumps({"rate": best, "heldout_tau": tried}) + "\n")
@@ -342,14 +342,14 @@ class _Bench:
         prompts: Path,
         count: int,
         config: RegenerateConfig,
-        overrun: int,
+        lookahead: int,
     ) -> list[Answer]:
         file = self.out / "answers" / self.size / member / f"{name}.jsonl"
         asked = read_prompts(str(prompts), self._target(), count, "last").prompts
         done = file.with_suffix(".seconds.json")
         if not done.is_file():
             began = time.monotonic()
-            regenerate(self._target(), asked, file, config, overrun)
+            regenerate(self._target(), asked, file, config, lookahead)
             write_text(done, json.dumps({"seconds": time.monotonic() - began}) + "\n")
         order = {prompt.id: i for i, prompt in enumerate(asked)}
         found = sorted(read_answers(file), key=lambda a: order[a.id])
@@ -428,8 +428,8 @@ def _training(
         "target_flops": record.target_flops,
         "draft_flops": record.draft_flops,
         "training_seconds": record.seconds,
-        "gang": record.gang,
-        "gang_peak_mb": record.peak_mb,
+        "trained_together": record.trained_together,
+        "trained_together_peak_mb": record.peak_mb,
         "optimizer_steps": record.steps,
         "best_step": record.best_step,
         "heldout_tau": tuple(tau for _, tau in record.heldout_tau),

@@ -5,7 +5,7 @@
                     modules on the same tokens
     replay          against the target's forward and the draft's rollout on the same batches
     live loop       one prompt at a time, against the models' forward passes inside it
-    gang of six     (a family only) six widths of an expert on one stream against one, on the target
+    joint training of six     (a family only) six widths of an expert on one stream against one, on the target
                     as it is and padded with zeros to the cost that real models have
 
 It runs on a family of `bench family` or on a pretrained model of `bench model`. Printed, never
@@ -40,7 +40,7 @@ from redraft.metrics.speed import forwards_timed
 from redraft.models.batching import Batch, collate, plan_epochs, plan_once
 from redraft.models.loading import load_target
 from redraft.models.target import Target
-from redraft.training.train import train, train_gang
+from redraft.training.train import train, train_adapters
 
 from . import datasets, world
 from .decode import padded
@@ -83,11 +83,11 @@ def bench_pipeline(family: Path | None = None, model: Path | None = None) -> dic
     subject = _member(family, stored)
     found = _measure(subject)
     answers = found.pop("answers")
-    gang = (
-        ("gang_of_six_over_one", subject.target, answers * 4),
-        ("gang_of_six_over_one_padded_to_1e8", padded(subject.target, PADDED), answers),
+    trained_together = (
+        ("six_adapters_over_one", subject.target, answers * 4),
+        ("six_adapters_over_one_padded_to_1e8", padded(subject.target, PADDED), answers),
     )
-    return found | {name: _gang_over_one(t, stored, some) for name, t, some in gang}
+    return found | {name: _together_over_one(t, stored, some) for name, t, some in trained_together}
 
 
 def _member(family: Path, stored: StoredDraft) -> Subject:
@@ -187,7 +187,7 @@ def _bare_tokens_per_second(
 
 def _bare_step(target: Target, draft: Draft, batch: Batch, steps: int) -> None:
     with torch.no_grad():
-        features = target.read(batch.tokens_BT, draft.taps, keep=1).features_BTF
+        features = target.read(batch.tokens_BT, draft.aux_layers, keep=1).features_BTF
     total: Tensor | None = None
     row, label, offset = batch.labels()
     for step, states in enumerate(draft.rollout(batch.tokens_BT, features, batch.first, steps)):
@@ -200,7 +200,7 @@ def _bare_step(target: Target, draft: Draft, batch: Batch, steps: int) -> None:
     draft.zero_grad()
 
 
-def _gang_over_one(target: Target, shared: StoredDraft, answers: list[Answer]) -> float:
+def _together_over_one(target: Target, shared: StoredDraft, answers: list[Answer]) -> float:
     """Seconds of training six widths of an expert together, over those of one alone."""
     config = TrainConfig(
         method="expert",
@@ -216,7 +216,7 @@ def _gang_over_one(target: Target, shared: StoredDraft, answers: list[Answer]) -
         configs = [dataclasses.replace(config, width=str(width)) for width in widths]
         draft = shared.build(target, torch.float32)
         began = time.perf_counter()
-        train_gang(target, draft, answers, answers[:2], configs, k=K)
+        train_adapters(target, draft, answers, answers[:2], configs, k=K)
         seconds.append(time.perf_counter() - began)
     return round(seconds[1] / seconds[0], 2)
 
@@ -225,8 +225,8 @@ def _gang_over_one(target: Target, shared: StoredDraft, answers: list[Answer]) -
 def _bare_replay(target: Target, draft: Draft, answers: list[Answer]) -> None:
     """Target forward, rollout and most likely draft tokens of the same batches."""
     for indices in plan_once([len(a.prompt) + len(a.tokens) for a in answers], BATCH_TOKENS):
-        batch = collate([answers[i] for i in indices], target.device, overrun=True)
-        features = target.read(batch.tokens_BT, draft.taps, keep=1).features_BTF
+        batch = collate([answers[i] for i in indices], target.device, lookahead=True)
+        features = target.read(batch.tokens_BT, draft.aux_layers, keep=1).features_BTF
         for states in draft.rollout(batch.tokens_BT, features, batch.first, K):
             draft.logits(states).argmax(-1)
 

@@ -6,8 +6,8 @@ several problems in one turn, each solved in order (`problems`; 1 leaves it as i
 draft was made for none of this, as a published one is not.
 
 One cell is one draft of one training seed, with the steps it takes on the same prompts at each
-temperature, by replay; the draft takes its likeliest token, as vLLM does at any temperature. Rows that
-adapt train the same private part on the same number of generated tokens, in as many optimiser steps;
+temperature, by replay; the draft takes its most likely token, as vLLM does at any temperature. Rows that
+adapt train the same adapter on the same number of generated tokens, in as many optimiser steps;
 they differ in which answers those are. Only what is missing is run.
 """
 
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from redraft.adapters.merge import fuse
+from redraft.adapters.merge import merge
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig, TrainConfig
 from redraft.core.console import say
@@ -38,7 +38,7 @@ from redraft.metrics.positions import Counts, binned_steps
 from redraft.metrics.replay import replay
 from redraft.models.loading import load_target
 from redraft.models.target import Target
-from redraft.pipeline.stages import train_private
+from redraft.pipeline.stages import train_adapter
 from redraft.prompts.prompts import read_prompts
 
 from . import recovery
@@ -54,28 +54,28 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 BIN = 32
 """Width of the bins of position, in tokens."""
 LEAST_STEPS = 300
-"""A bin is shown where the dedicated draft takes at least so many steps in it, over all prompts."""
+"""A bin is shown where the from-scratch draft takes at least so many steps in it, over all prompts."""
 PART_LR = 3.2
-"""Learning rate of the private part, times the hidden size: what the methods bench chose."""
-REUSE, DEDICATED = "reuse", "dedicated"
-WARM_DEDICATED = "dedicated half at 0.7"
+"""Learning rate of the adapter, times the hidden size: what the methods bench chose."""
+UNADAPTED, FROM_SCRATCH = "unadapted", "from-scratch"
+WARM_FROM_SCRATCH = "from-scratch half at 0.7"
 """The fairer 1 of recovery above temperature 0."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which answers a private part is trained on.
+    """Which answers an adapter is trained on.
 
     `cut` is where an answer ends, as a share of the usual length; the longest `1 / among` of the
-    answers are taken; half of the tokens are sampled at `warm`, where that is set. `dedicated` trains
-    from nothing on the whole pool, instead of a private part on a row's share of it.
+    answers are taken; half of the tokens are sampled at `warm`, where that is set. `from-scratch` trains
+    from nothing on the whole pool, instead of an adapter on a row's share of it.
     """
 
     says: str
     cut: float | None = None
     among: int = 1
     warm: float = 0.0
-    dedicated: bool = False
+    from_scratch: bool = False
 
 
 RECIPES = {
@@ -84,18 +84,18 @@ RECIPES = {
     "longest": Recipe("the longest of twice as many whole greedy answers", among=2),
     "half at 0.7": Recipe("whole answers, half greedy and half at temperature 0.7", warm=0.7),
     "half at 1": Recipe("whole answers, half greedy and half at temperature 1", warm=1.0),
-    WARM_DEDICATED: Recipe(
-        "from nothing, the whole pool, half of it at temperature 0.7", warm=0.7, dedicated=True
+    WARM_FROM_SCRATCH: Recipe(
+        "from nothing, the whole pool, half of it at temperature 0.7", warm=0.7, from_scratch=True
     ),
 }
-REFERENCE = Recipe("from nothing, the whole pool, greedy", dedicated=True)
+REFERENCE = Recipe("from nothing, the whole pool, greedy", from_scratch=True)
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much data and training. `usual` and `longest` are tokens of an answer, per problem.
 
-    `samples` is a row's number of whole answers; `pool` the dedicated draft's. `prompts` are all there
+    `samples` is a row's number of whole answers; `pool` the from-scratch draft's. `prompts` are all there
     are to train on: enough that answers cut short fill the same budget of tokens.
     """
 
@@ -166,7 +166,7 @@ def bench_positions(
     seeds: Sequence[int] = (1, 2, 3),
     data: str | None = None,
 ) -> list[PositionCell]:
-    """Run the cells that are missing in `out`; returns reuse, and each seed's dedicated draft and rows.
+    """Run the cells that are missing in `out`; returns reuse, and each seed's from-scratch draft and rows.
 
     Raises UserError for unknown rows and members, and for a family whose size has no scale.
     """
@@ -175,9 +175,9 @@ def bench_positions(
             raise UserError(f"unknown row '{row}'; {nearest(row, RECIPES)}")
     manifest = read_manifest(family, [member], SCALES)
     bench = _Bench(family, out, manifest, member, problems, data)
-    cells = [bench.cell(REUSE, 0)]
+    cells = [bench.cell(UNADAPTED, 0)]
     for seed in seeds:
-        cells += [bench.cell(row, seed) for row in (DEDICATED, *rows)]
+        cells += [bench.cell(row, seed) for row in (FROM_SCRATCH, *rows)]
     return cells
 
 
@@ -213,7 +213,7 @@ class _Bench:
         say(f"{self.member}, {self.problems} problems, seed {seed}: {row}")
         trained: dict[str, Any] = {}
         made = self.shared
-        if row != REUSE:
+        if row != UNADAPTED:
             made, trained = self._trained(row, seed)
         draft = made.build(self._target(), torch.float32).eval()
         asked = {f"{t:g}": self._asked("eval", self.scale.evaluated, t) for t in TEMPERATURES}
@@ -240,7 +240,7 @@ class _Bench:
         used, generated = self._chosen(row)
         config = self._training(row, used, seed)
         heldout = self._asked("heldout", self.scale.heldout, 0.0)
-        part = train_private(self._target(), self.shared, used, heldout, config, K)
+        part = train_adapter(self._target(), self.shared, used, heldout, config, K)
         fields = {
             "samples": len(used),
             "kept_tokens": _tokens(used),
@@ -250,12 +250,12 @@ class _Bench:
             "trained_parameters": part.card["train"]["trained_parameters"],
             "training_seconds": part.card["train"]["seconds"],
         }
-        return self.shared.with_tensors(fuse(self.shared.tensors, part.tensors), {}), fields
+        return self.shared.with_tensors(merge(self.shared.tensors, part.tensors), {}), fields
 
     def _chosen(self, row: str) -> tuple[list[Answer], int]:
         """The answers that a row is trained on, and how many tokens were generated to have them."""
         recipe = RECIPES.get(row, REFERENCE)
-        samples = self.scale.pool if recipe.dedicated else self.scale.samples
+        samples = self.scale.pool if recipe.from_scratch else self.scale.samples
         whole = self._pool(0.0, 0, self.scale.pool)
         budget = _tokens(whole[:samples])
         if recipe.cut:
@@ -278,17 +278,17 @@ class _Bench:
     def _training(self, row: str, used: Sequence[Answer], seed: int) -> TrainConfig:
         """Batches as large as make the steps in about `epochs` passes; a last one may be partial."""
         s, hidden = self.scale, self._target().hidden_size
-        dedicated = RECIPES.get(row, REFERENCE).dedicated
+        from_scratch = RECIPES.get(row, REFERENCE).from_scratch
         read = sum(len(a.prompt) + a.length for a in used)
         steps, passes = s.steps, s.epochs
-        if dedicated:
+        if from_scratch:
             passes = s.pool_epochs
             steps = round(s.steps / s.epochs * passes * s.pool / s.samples)
         longest = max(len(a.prompt) + a.length for a in used)
         config = TrainConfig(
-            method="scratch" if dedicated else "expert+fc+norms",
+            method="scratch" if from_scratch else "expert+fc+norms",
             loss="ce",
-            lr=(DRAFT_LR if dedicated else PART_LR) / hidden,
+            lr=(DRAFT_LR if from_scratch else PART_LR) / hidden,
             batch_tokens=max(longest, round(1.15 * read * passes / steps)),
             rollout=K,
             evaluations=4,
@@ -339,7 +339,7 @@ class _Bench:
         return self._answered("pool", "adapt", self.scale.prompts, temperature, 0, first, last)
 
     def _asked(self, split: str, count: int, temperature: float) -> list[Answer]:
-        """Answers to measure on or to stop by, with their overrun."""
+        """Answers to measure on or to stop by, with their lookahead."""
         return self._answered(split, split, count, temperature, K, 0, count)
 
     def _answered(
@@ -348,7 +348,7 @@ class _Bench:
         split: str,
         count: int,
         temperature: float,
-        overrun: int,
+        lookahead: int,
         first: int,
         last: int,
     ) -> list[Answer]:
@@ -364,7 +364,7 @@ class _Bench:
         path = self.out / "answers" / f"{name}-{temperature:g}-{first}.jsonl"
         said = {a.id: a for a in read_answers(path)} if path.is_file() else {}
         if len(said) < len(asked):
-            said = {a.id: a for a in regenerate(self._target(), asked, path, config, overrun)}
+            said = {a.id: a for a in regenerate(self._target(), asked, path, config, lookahead)}
         return [said[p.id] for p in asked if said[p.id].length >= 2]
 
 
@@ -419,7 +419,7 @@ class Rows:
     @staticmethod
     def of(cells: Sequence[PositionCell]) -> Rows:
         found: dict[str, list[PositionCell]] = {}
-        for row in (REUSE, DEDICATED, *RECIPES):
+        for row in (UNADAPTED, FROM_SCRATCH, *RECIPES):
             some = sorted((c for c in cells if c.row == row), key=lambda cell: cell.seed)
             if some:
                 found[row] = some
@@ -429,11 +429,11 @@ class Rows:
         return [row for row in self.cells if row in RECIPES]
 
     def bins(self, temperature: str, width: int = BIN) -> list[tuple[int, int]]:
-        """The bins from 0 on in which the dedicated draft takes steps enough."""
+        """The bins from 0 on in which the from-scratch draft takes steps enough."""
         found: list[tuple[int, int]] = []
         while True:
             low = len(found) * width
-            taken = self.taken(DEDICATED, temperature, (low, low + width))
+            taken = self.taken(FROM_SCRATCH, temperature, (low, low + width))
             if taken < LEAST_STEPS:
                 return found
             found.append((low, low + width))
@@ -447,15 +447,15 @@ class Rows:
         return [cell.steps(temperature, *between) for cell in self.cells[row]]
 
     def ends(
-        self, row: str, temperature: str, between: tuple[int, int], one: str = DEDICATED
+        self, row: str, temperature: str, between: tuple[int, int], one: str = FROM_SCRATCH
     ) -> recovery.Ends:
         """What the recovery of a row in a bin is made of; `one` is the draft that is its 1."""
-        steps = [self.steps(name, temperature, between) for name in (row, REUSE, one)]
+        steps = [self.steps(name, temperature, between) for name in (row, UNADAPTED, one)]
         return steps[0], steps[1], steps[2]
 
 
 def print_positions(cells: Sequence[PositionCell], out: Console | None = None) -> None:
-    """One line per row and temperature: recovery in each bin (tau for reuse and dedicated)."""
+    """One line per row and temperature: recovery in each bin (tau for reuse and from-scratch)."""
     out = out or Console(highlight=False)
     rows = Rows.of(cells)
     for temperature in (f"{t:g}" for t in TEMPERATURES):

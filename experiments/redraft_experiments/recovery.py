@@ -1,6 +1,6 @@
 """Recovery over several training seeds at K = 4: intervals over seeds and prompts.
 
-Drafts that are compared share the prompts. The seeds of a draft and of its dedicated reference are
+Drafts that are compared share the prompts. The seeds of a draft and of its from-scratch reference are
 trained apart. The intervals are those of `metrics/intervals.py`.
 """
 
@@ -25,9 +25,9 @@ def difference(one: Steps, other: Steps) -> Interval:
     return intervals.difference(one, other, K)
 
 
-def recovery(adapted: Steps, reused: Steps, dedicated: Steps) -> Interval | None:
-    """(adapted - reused) / (dedicated - reused); None where the gap is too small."""
-    return intervals.recovery(adapted, reused, dedicated, K)
+def recovery(adapted: Steps, unadapted: Steps, from_scratch: Steps) -> Interval | None:
+    """(adapted - unadapted) / (from-scratch - unadapted); None where the gap is too small."""
+    return intervals.recovery(adapted, unadapted, from_scratch, K)
 
 
 def recovery_change(one: Ends, other: Ends) -> Interval | None:

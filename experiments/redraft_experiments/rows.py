@@ -1,4 +1,4 @@
-"""The rows of the methods bench: private parts on matched data, and the ideas tried beyond them."""
+"""The rows of the methods bench: adapters on matched data, and the ideas tried beyond them."""
 
 from __future__ import annotations
 
@@ -44,17 +44,19 @@ PAPER: dict[str, Any] = {"loss": "paper", "rollout": 1, "feature_noise": 0.2}
 """How the paper trains both stages: states and distributions, one step deep, noisy features."""
 NARROW, WIDE = 1 / 3, 1.0
 ROWS: dict[str, Row] = {
-    "reuse": Row("the base's draft as it is", answers=(REGENERATED,), tuned=False),
-    "refresh": Row(
+    "unadapted": Row("the base's draft as it is", answers=(REGENERATED,), tuned=False),
+    "weight-sync": Row(
         "copies of the base's tensors renewed",
-        {"method": "refresh"},
+        {"method": "weight-sync"},
         answers=(REGENERATED,),
         tuned=False,
     ),
-    "relay": Row("linear map of features in closed form", {"method": "relay"}, tuned=False),
-    "relay expert": Row(
+    "feature-map": Row(
+        "linear map of features in closed form", {"method": "feature-map"}, tuned=False
+    ),
+    "feature-map expert": Row(
         "and an expert's down projection in closed form",
-        {"method": "relay+expert", "epochs": 0},
+        {"method": "feature-map+expert", "epochs": 0},
         1.0,
         answers=(REGENERATED,),
         tuned=False,
@@ -67,13 +69,13 @@ ROWS: dict[str, Row] = {
     "expert+fc": _part("expert+fc+norms", "wide expert, fc and norms", width=WIDE),
     "full": _part("full", "every tensor, warm start"),
     "scratch": _part("scratch", "every tensor, from nothing, on the same data"),
-    "dedicated": Row(
+    "from-scratch": Row(
         "from nothing, on the whole pool",
         {"method": "scratch"},
         answers=(REGENERATED,),
         pool="whole",
     ),
-    "eagle reuse": Row(
+    "eagle unadapted": Row(
         "EAGLE-1/2 draft as it is", draft="eagle", answers=(REGENERATED,), tuned=False
     ),
     "eagle expert+fc": Row(
@@ -85,7 +87,7 @@ ROWS: dict[str, Row] = {
         WIDE,
         draft="paper",
     ),
-    "eagle dedicated": Row(
+    "eagle from-scratch": Row(
         "EAGLE-1/2 from nothing, on the whole pool",
         {"method": "scratch"},
         draft="eagle",
@@ -107,7 +109,7 @@ IDEAS: dict[str, Row] = {
     "hard labels": _part("expert+fc+norms", "cross-entropy with the answer", width=WIDE, loss="ce"),
     "rollout 7": _part("expert+fc+norms", "seven steps of rollout", width=WIDE, rollout=7),
     "rollout 2": _part("expert+fc+norms", "two steps of rollout", width=WIDE, rollout=2),
-    "relay start": _part("relay+expert+fc+norms", "after the closed form", width=WIDE),
+    "feature-map start": _part("feature-map+expert+fc+norms", "after the closed form", width=WIDE),
     "with attention": _part("expert+fc+norms+attention", "attention too", width=WIDE),
     "with low-rank head": _part(
         "expert+fc+norms+head-lora", "a rank-16 update of the head", width=WIDE, rank=16
@@ -123,14 +125,14 @@ IDEAS: dict[str, Row] = {
         {"method": "lora+head-lora+norms", "rank": 8, "lr_parts": "norms=0.3", "loss": "ce"},
         share=0.8,
     ),
-    "relay and hard labels": _part(
-        "relay+expert+fc+norms", "closed-form start, hard labels", width=WIDE, loss="ce"
+    "feature-map and hard labels": _part(
+        "feature-map+expert+fc+norms", "closed-form start, hard labels", width=WIDE, loss="ce"
     ),
     "all of these": _part(
-        "relay+expert+fc+norms+head-lora", "hard labels too", width=WIDE, rank=16, loss="ce"
+        "feature-map+expert+fc+norms+head-lora", "hard labels too", width=WIDE, rank=16, loss="ce"
     ),
     "all of these for longer": _part(
-        "relay+expert+fc+norms+head-lora",
+        "feature-map+expert+fc+norms+head-lora",
         "12 passes",
         width=WIDE,
         rank=16,
@@ -155,7 +157,10 @@ IDEAS["answers at 0.7"] = Row(
     WIDE,
     answers=(SAMPLED,),
 )
-REFERENCES = {"eagle3": ("reuse", "dedicated"), "eagle": ("eagle reuse", "eagle dedicated")}
+REFERENCES = {
+    "eagle3": ("unadapted", "from-scratch"),
+    "eagle": ("eagle unadapted", "eagle from-scratch"),
+}
 """What 0 and 1 of recovery are, by kind of draft."""
 ALL = {**ROWS, **IDEAS}
 TUNED_LIKE = {
@@ -164,8 +169,8 @@ TUNED_LIKE = {
     "small with head and hard labels": "lora-8",
     "a tenth of everything": "lora-8",
     "full with hard labels": "full",
-    "dedicated": "scratch",
-    "eagle dedicated": "scratch",
+    "from-scratch": "scratch",
+    "eagle from-scratch": "scratch",
     "eagle expert+fc": "expert+fc",
 }
 """Rows that take another row's tuned learning rate; ideas with an expert take that of `expert+fc`."""

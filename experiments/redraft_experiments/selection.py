@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from redraft.adapters.merge import fuse
+from redraft.adapters.merge import merge
 from redraft.checkpoints.load import StoredDraft, load_draft, read_draft
 from redraft.config import RegenerateConfig, SelectConfig, TrainConfig
 from redraft.core.console import say
@@ -33,7 +33,7 @@ from redraft.metrics.replay import replay
 from redraft.models.batching import plan_epochs
 from redraft.models.loading import load_target
 from redraft.models.target import Target
-from redraft.pipeline.stages import train_private
+from redraft.pipeline.stages import train_adapter
 from redraft.prompts.prompts import read_prompts
 from redraft.selection.scoring import Scorers, as_samples
 from redraft.selection.select import Selection, select
@@ -66,7 +66,7 @@ class Way:
     temperature: float = 0.0
 
 
-REUSE = "reuse"
+UNADAPTED = "unadapted"
 """The base's draft as it is: one cell, of budget 0."""
 WAYS: dict[str, Way] = {
     "random": Way("a uniform draw"),
@@ -165,7 +165,7 @@ def bench_selection(
                 raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
     manifest = read_manifest(family, [member], SCALES)
     bench = _Bench(family, out, manifest, member, data)
-    cells = [bench.reused()]
+    cells = [bench.unadapted()]
     for way in ways:
         for budget in budgets:
             for schedule in schedules:
@@ -196,11 +196,11 @@ class _Bench:
             write_text(path, json.dumps(to_json(self._run(way, budget, schedule, seed))) + "\n")
         return SelectionCell.from_json(json.loads(path.read_text(encoding="utf-8")))
 
-    def reused(self) -> SelectionCell:
-        path = self.out / "cells" / f"{REUSE}.json"
+    def unadapted(self) -> SelectionCell:
+        path = self.out / "cells" / f"{UNADAPTED}.json"
         if not path.is_file():
             cell = self._cell(
-                REUSE, "0", "", 0, load_draft(str(self.family / "draft"), self.target)
+                UNADAPTED, "0", "", 0, load_draft(str(self.family / "draft"), self.target)
             )
             write_text(path, json.dumps(to_json(cell)) + "\n")
         return SelectionCell.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -241,9 +241,9 @@ class _Bench:
         used = [a for a in answers if a.id in kept and a.length >= 2]
         config = self._training(used, schedule, seed)
         heldout = [*self._asked("drifted", "heldout"), *self._asked("stable", "heldout")]
-        part = train_private(self.target, self.shared, used, heldout, config, K)
-        fused = self.shared.with_tensors(fuse(self.shared.tensors, part.tensors), {})
-        draft = fused.build(self.target).eval()
+        part = train_adapter(self.target, self.shared, used, heldout, config, K)
+        merged = self.shared.with_tensors(merge(self.shared.tensors, part.tensors), {})
+        draft = merged.build(self.target).eval()
         record = part.card["train"]
         by_prompt = w.by == "prompts" or w.select == "random"
         return self._cell(
@@ -328,7 +328,7 @@ class _Bench:
         return read_answers(path)
 
     def _asked(self, kind: str, split: str) -> list[Answer]:
-        """Greedy answers, with their overrun, to prompts of a kind that no pool holds."""
+        """Greedy answers, with their lookahead, to prompts of a kind that no pool holds."""
         count = self.scale.evaluated if split == "eval" else self.scale.heldout
         file = self.out / "prompts" / f"{kind}-{split}.jsonl"
         path = self.out / "answers" / f"{kind}-{split}.jsonl"
@@ -337,7 +337,7 @@ class _Bench:
         if not path.is_file():
             prompts = read_prompts(str(file), self.target, turns="last").prompts
             config = RegenerateConfig(max_new_tokens=self.scale.longest)
-            regenerate(self.target, prompts, path, config, overrun=K)
+            regenerate(self.target, prompts, path, config, lookahead=K)
         return [a for a in read_answers(path) if a.length >= 2]
 
 

@@ -36,7 +36,7 @@ from redraft.metrics.cost import measure_cost
 from redraft.metrics.replay import replay
 from redraft.models.loading import load_target
 from redraft.models.target import Target
-from redraft.pipeline.stages import fuse_draft, train_private
+from redraft.pipeline.stages import merge_draft, train_adapter
 from redraft.training.train import train
 
 from .family import family_prompts, load_member
@@ -215,9 +215,9 @@ class _Bench:
         target, base = self.subject.target, self.subject.base
         fitted = self.subject.stored.fitted(target)
         config = dataclasses.replace(TRAINING, method=REFRESHING, epochs=0.0)
-        part = train_private(target, fitted, answers, answers[-4:], config, K, base=base)
-        fused: StoredDraft = fuse_draft(fitted, part, target)
-        return replay(target, fused.build(target), evaluated, K)
+        part = train_adapter(target, fitted, answers, answers[-4:], config, K, base=base)
+        merged: StoredDraft = merge_draft(fitted, part, target)
+        return replay(target, merged.build(target), evaluated, K)
 
     def _trained(
         self,
@@ -239,7 +239,7 @@ class _Bench:
         short ones first."""
         prompts = self.subject.prompts(split, count)
         file = self.work / f"{split}.jsonl"
-        found = regenerate(self.subject.target, prompts, file, self.answering, overrun=K)
+        found = regenerate(self.subject.target, prompts, file, self.answering, lookahead=K)
         order = {prompt.id: at for at, prompt in enumerate(prompts)}
         found.sort(key=lambda answer: order[answer.id])
         return [answer for answer in found if answer.length >= 2]

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from .adapters.table import PARTS, read_method
+from .adapters.table import ADAPTERS, read_method
 from .core.errors import UserError, nearest
 
 
@@ -73,9 +73,9 @@ def read_shares(text: str) -> dict[str, float]:
             shares[part] = float(number)
         except ValueError:
             shares[part] = 0.0
-        if part not in PARTS or not 0 < shares[part] < math.inf:
+        if part not in ADAPTERS or not 0 < shares[part] < math.inf:
             raise ValueError(
-                f"takes part=multiple pairs ('expert=2,fc=0.5') of {', '.join(PARTS)}; got '{pair}'"
+                f"takes part=multiple pairs ('expert=2,fc=0.5') of {', '.join(ADAPTERS)}; got '{pair}'"
             )
     return shares
 
@@ -122,10 +122,10 @@ class RegenerateConfig:
     """The target answers the prompts."""
 
     temperature: float = _opt(0.0, "sampling temperature of the answers; 0 is greedy", low=0.0)
-    top_k: int = _opt(0, "keep the k likeliest tokens when sampling; 0 keeps all", low=0)
+    top_k: int = _opt(0, "keep the k most likely tokens when sampling; 0 keeps all", low=0)
     top_p: float = _opt(1.0, "nucleus mass when sampling; 1 keeps all", low=1e-6, high=1.0)
     min_p: float = _opt(
-        0.0, "keep tokens this likely against the likeliest when sampling", low=0.0, high=1.0
+        0.0, "keep tokens this likely against the most likely when sampling", low=0.0, high=1.0
     )
     max_new_tokens: int = _opt(256, "longest answer, in tokens", low=2)
     batch_size: int = _opt(64, "most prompts answered together", low=1)
@@ -207,16 +207,16 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training of the private part."""
+    """Training of the adapter."""
 
     method: str = _opt(
         "expert+fc+norms",
-        f"private parts, joined by +: {', '.join(PARTS)}",
+        f"adapters, joined by +: {', '.join(ADAPTERS)}",
         check=read_method,
     )
     width: str = _opt(
         "1.0",
-        "private FFN neurons of `expert`: a number (64), a share of the shared ones (0.25, 1.0), or 'auto', the "
+        "added FFN neurons of `expert`: a number (64), a share of the shared ones (0.25, 1.0), or 'auto', the "
         "smallest of five widths within 1 % of the best",
         check=read_width,
     )
@@ -229,8 +229,9 @@ class TrainConfig:
     )
     vocab: str = _opt(
         "keep",
-        "'retarget' chooses the tokens of a reduced-vocabulary draft anew, for the target's answers",
-        choices=("keep", "retarget"),
+        "'remap' chooses the tokens of a reduced-vocabulary draft anew, for the target's answers",
+        choices=("keep", "remap"),
+        old={"retarget": "remap"},
     )
     loss: str = _opt(
         "kl",
@@ -404,6 +405,7 @@ def check_value(setting: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"expected {kind.__name__}, got {value!r}") from None
     if kind is int and float(value) != typed:
         raise ValueError(f"expected a whole number, got {value!r}")
+    typed = setting.metadata.get("old", {}).get(typed, typed)
     choices = setting.metadata.get("choices")
     if choices and typed not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}; got '{typed}'")

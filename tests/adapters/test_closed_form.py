@@ -1,4 +1,4 @@
-"""Starts in closed form: relay against least squares by numpy, refresh against loops over rows."""
+"""Starts in closed form: feature-map against least squares by numpy, weight-sync against loops over rows."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from redraft.core.records import Answer
 from redraft.drafts.base import Draft
 from redraft.models.batching import collate
 from redraft.models.target import Reading, Target
-from redraft.pipeline.stages import train_private
-from redraft.training import closed_form as starts_module
-from redraft.training.closed_form import fit_starts
-from redraft.training.teacher_batch import Lesson, read_lesson, rollout_loss
+from redraft.pipeline.stages import train_adapter
+from redraft.training import closed_form as closed_form_module
+from redraft.training.closed_form import fit_closed_form
+from redraft.training.teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
 from redraft.training.train import Trained, train
 from tests.conftest import fresh_draft
 
 F, N = 6, 40
 CONFIG = TrainConfig(
-    method="relay",
+    method="feature-map",
     width="8",
     rank=4,
     lr=1e-3,
@@ -139,7 +139,7 @@ def test_folding_applies_the_map_before_fc(share: float) -> None:
     assert folded(fc.to(torch.bfloat16), map_ff, share).dtype == torch.bfloat16
 
 
-# -- relay on a draft -----------------------------------------------------------------------------
+# -- feature-map on a draft -----------------------------------------------------------------------------
 
 
 class Turned(Target):
@@ -169,7 +169,7 @@ def turned(target: Target) -> Turned:
     return Turned(target, turn(96))
 
 
-def relayed(
+def mapped(
     target: Target, base: Target | None, draft: Draft, answers: Sequence[Answer], **changes: Any
 ) -> Trained:
     config = replace(CONFIG, **changes)
@@ -179,18 +179,18 @@ def relayed(
 def test_relay_gives_the_draft_the_bases_features_back(
     target: Target, turned: Turned, draft_folder: Path, answers: list[Answer]
 ) -> None:
-    """fc' of the tuned model's features is fc of the base's; the reused fc is far from it."""
-    reused = load_draft(str(draft_folder), target, torch.float32)
+    """fc' of the tuned model's features is fc of the base's; the unadapted fc is far from it."""
+    unadapted = load_draft(str(draft_folder), target, torch.float32)
     draft = load_draft(str(draft_folder), target, torch.float32)
-    trained = relayed(turned, target, draft, answers)
+    trained = mapped(turned, target, draft, answers)
     assert set(trained.tensors) == {"fc.weight"}
     assert trained.record.steps == trained.record.trained_parameters == 0
     assert torch.equal(trained.tensors["fc.weight"], draft.get_parameter("fc.weight"))
-    fc, repaired = (d.get_parameter("fc.weight").detach() for d in (reused, draft))
+    fc, repaired = (d.get_parameter("fc.weight").detach() for d in (unadapted, draft))
     tokens = torch.tensor([[*answers[0].prompt, *answers[0].answer]])
     with torch.no_grad():
-        own = target.read(tokens, reused.taps).features_BTF
-        seen = turned.read(tokens, reused.taps).features_BTF
+        own = target.read(tokens, unadapted.aux_layers).features_BTF
+        seen = turned.read(tokens, unadapted.aux_layers).features_BTF
     expected = own @ fc.T
     size = float(expected.norm())
     assert float((seen @ fc.T - expected).norm()) > 0.3 * size
@@ -199,8 +199,8 @@ def test_relay_gives_the_draft_the_bases_features_back(
     mistaken = [fc @ turned.map_ff, 2 * fc - repaired]
     for wrong in mistaken:
         assert float((seen @ wrong.T - expected).norm()) > 0.3 * size
-    reuse = relayed(turned, target, reused, answers, method="fc", epochs=0.01, lr=1e-12)
-    before = relayed(target, target, load_draft(str(draft_folder), target), answers)
+    reuse = mapped(turned, target, unadapted, answers, method="fc", epochs=0.01, lr=1e-12)
+    before = mapped(target, target, load_draft(str(draft_folder), target), answers)
     assert trained.record.best_tau() == pytest.approx(before.record.best_tau(), abs=0.02)
     assert trained.record.best_tau() > reuse.record.best_tau() + 0.1
 
@@ -209,8 +209,8 @@ def test_without_a_difference_relay_leaves_the_draft_as_it_is(
     target: Target, draft_folder: Path, answers: list[Answer]
 ) -> None:
     shared = read_draft(str(draft_folder))
-    part = train_private(target, shared, answers, answers[:4], CONFIG, 3, base=target)
-    assert part.tensors == {}, "a private part holds only what changed"
+    part = train_adapter(target, shared, answers, answers[:4], CONFIG, 3, base=target)
+    assert part.tensors == {}, "an adapter holds only what changed"
 
 
 def test_the_share_with_the_smallest_loss_is_taken(
@@ -224,14 +224,16 @@ def test_the_share_with_the_smallest_loss_is_taken(
     seen: list[Tensor] = []
     losses = iter([3.0] * 4 + [2.0] * 4 + [1.0] * 4 + [1.5] * 4 + [9.0] * 4)
 
-    def scripted(lesson: Lesson, draft: Any, config: TrainConfig) -> tuple[Tensor, int]:
+    def scripted(
+        teacher_batch: TeacherBatch, draft: Any, config: TrainConfig
+    ) -> tuple[Tensor, int]:
         seen.append(draft.fc.weight.detach().clone())
         return torch.tensor(next(losses)), 1
 
-    monkeypatch.setattr(starts_module, "rollout_loss", scripted)
+    monkeypatch.setattr(closed_form_module, "rollout_loss", scripted)
     draft = load_draft(str(draft_folder), target, torch.float32)
-    found = fit_starts(
-        turned, target, draft, read_method("relay"), CONFIG, answers, [[i] for i in range(24)]
+    found = fit_closed_form(
+        turned, target, draft, read_method("feature-map"), CONFIG, answers, [[i] for i in range(24)]
     ).tensors
     assert torch.equal(seen[0], before)
     assert torch.equal(found["fc.weight"], seen[8])
@@ -247,8 +249,10 @@ def test_padding_teaches_the_map_nothing(
 
     def fitted(plan: list[list[int]]) -> Tensor:
         draft = load_draft(str(draft_folder), target, torch.float32)
-        method = read_method("relay")
-        return fit_starts(turned, target, draft, method, CONFIG, uneven, plan).tensors["fc.weight"]
+        method = read_method("feature-map")
+        return fit_closed_form(turned, target, draft, method, CONFIG, uneven, plan).tensors[
+            "fc.weight"
+        ]
 
     uneven = [replace(a, length=2 + i, finish="length") for i, a in enumerate(answers[:12])]
     single, together = fitted([[i] for i in range(12)]), fitted([list(range(12))])
@@ -266,9 +270,9 @@ def test_the_map_is_of_what_enters_fc(
         FeatureMap, "add", lambda self, x, y: (entered.append(x.clone()), add(self, x, y))[1]
     )
     draft = fresh_draft(target, **flags)
-    fit_starts(target, target, draft, read_method("relay"), CONFIG, answers[:1], [[0]])
+    fit_closed_form(target, target, draft, read_method("feature-map"), CONFIG, answers[:1], [[0]])
     tokens = torch.tensor([[*answers[0].prompt, *answers[0].answer]])
-    raw = target.read(tokens, draft.taps).features_BTF[0]
+    raw = target.read(tokens, draft.aux_layers).features_BTF[0]
     caught: list[Tensor] = []
     draft.fc.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     draft.first_state(raw)
@@ -276,14 +280,14 @@ def test_the_map_is_of_what_enters_fc(
     assert not torch.allclose(entered[0], raw, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["relay", "refresh", "expert+relay"])
+@pytest.mark.parametrize("method", ["feature-map", "weight-sync", "expert+feature-map"])
 def test_a_start_needs_the_base_model(
     target: Target, draft_folder: Path, answers: list[Answer], method: str
 ) -> None:
     draft = load_draft(str(draft_folder), target, torch.float32)
     name = read_method(method).name.replace("+", r"\+")
     with pytest.raises(UserError, match=rf"method {name} compares .* name that with --base"):
-        relayed(target, None, draft, answers, method=method)
+        mapped(target, None, draft, answers, method=method)
 
 
 @pytest.mark.parametrize("kind", ["eagle", "token_lm"])
@@ -295,33 +299,35 @@ def test_relay_is_refused_where_fc_takes_more_than_features(
     with pytest.raises(
         UserError, match=f"only features enter fc, which this {kind} draft does not"
     ):
-        relayed(target, target, draft, answers)
+        mapped(target, target, draft, answers)
     assert {name: tensor_hash(t) for name, t in draft.state_dict().items()} == before
 
 
-@pytest.mark.parametrize("method", ["relay+expert", "relay+lora", "relay+fc", "relay+full"])
+@pytest.mark.parametrize(
+    "method", ["feature-map+expert", "feature-map+lora", "feature-map+fc", "feature-map+full"]
+)
 def test_training_goes_on_from_the_relayed_draft(
     target: Target, turned: Turned, draft_folder: Path, answers: list[Answer], method: str
 ) -> None:
     alone = load_draft(str(draft_folder), target, torch.float32)
-    relayed(turned, target, alone, answers)
+    mapped(turned, target, alone, answers)
     draft = load_draft(str(draft_folder), target, torch.float32)
-    trained = relayed(turned, target, draft, answers, method=method, lr=1e-9)
+    trained = mapped(turned, target, draft, answers, method=method, lr=1e-9)
     now = trained.tensors["fc.weight"]
     assert torch.allclose(now, alone.get_parameter("fc.weight"), atol=1e-4)
-    if method in ("relay+expert", "relay+lora"):  # fitted, and not trained
+    if method in ("feature-map+expert", "feature-map+lora"):  # fitted, and not trained
         assert torch.equal(now, alone.get_parameter("fc.weight"))
     private = {n for n in trained.tensors if n != "fc.weight"}
-    assert bool(private) == (method != "relay+fc")
+    assert bool(private) == (method != "feature-map+fc")
     # What was trained at almost no rate computes what the relayed draft does.
     tokens = torch.tensor([[*answers[0].prompt, *answers[0].answer]])
-    seen = turned.read(tokens, draft.taps).features_BTF
+    seen = turned.read(tokens, draft.aux_layers).features_BTF
     with torch.no_grad():
         ours, theirs = (d.logits(next(iter(d.rollout(tokens, seen, 1, 1)))) for d in (draft, alone))
     assert torch.allclose(ours, theirs, atol=1e-2)
 
 
-# -- refresh --------------------------------------------------------------------------------------
+# -- weight-sync --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +410,7 @@ def test_refresh_puts_the_copies_in_and_the_part_holds_them(
 ) -> None:
     draft = copying(target)
     untouched = {n: tensor_hash(t) for n, t in draft.state_dict().items()}
-    trained = relayed(tuned, target, draft, answers, method="refresh")
+    trained = mapped(tuned, target, draft, answers, method="weight-sync")
     names = {"embed_tokens.weight", "lm_head.weight", "norm.weight"}
     assert set(trained.tensors) == names
     assert torch.allclose(draft.lm_head.weight, tuned.head.weight[draft.draft_vocab], atol=1e-5)
@@ -416,29 +422,33 @@ def test_nothing_to_refresh_is_said(
     target: Target, tuned: Target, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(starts_module, "say", said.append)
-    found = fit_starts(
-        tuned, target, fresh_draft(target), read_method("refresh"), CONFIG, answers, [[0]]
+    monkeypatch.setattr(closed_form_module, "say", said.append)
+    found = fit_closed_form(
+        tuned, target, fresh_draft(target), read_method("weight-sync"), CONFIG, answers, [[0]]
     ).tensors
     assert found == {}
     assert said == [
-        "refresh: the draft holds no copy of the base's tensors that changed; nothing to do"
+        "weight-sync: the draft holds no copy of the base's tensors that changed; nothing to do"
     ]
     said.clear()
-    fit_starts(tuned, target, copying(target), read_method("refresh"), CONFIG, answers, [[0]])
+    fit_closed_form(
+        tuned, target, copying(target), read_method("weight-sync"), CONFIG, answers, [[0]]
+    )
     assert said == []
-    fit_starts(target, target, copying(target), read_method("refresh"), CONFIG, answers, [[0]])
+    fit_closed_form(
+        target, target, copying(target), read_method("weight-sync"), CONFIG, answers, [[0]]
+    )
     assert "nothing to do" in said[0], "the base itself has changed nothing"
 
 
 def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
     target: Target, tuned: Target, answers: list[Answer]
 ) -> None:
-    """`refresh+head` trains the renewed head: one tensor, which is the trained one."""
+    """`weight-sync+head` trains the renewed head: one tensor, which is the trained one."""
     draft = copying(target)
-    trained = relayed(tuned, target, draft, answers, method="refresh+head", lr=1e-3)
+    trained = mapped(tuned, target, draft, answers, method="weight-sync+head", lr=1e-3)
     assert set(trained.tensors) == {"embed_tokens.weight", "lm_head.weight", "norm.weight"}
-    owned = take(draft, read_method("refresh+head"))
+    owned = take(draft, read_method("weight-sync+head"))
     assert set(owned) == {"lm_head.weight"}
     near = torch.allclose(owned["lm_head.weight"], tuned.head.weight[draft.draft_vocab], atol=0.05)
     assert near
@@ -448,9 +458,9 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
 
 
 def test_a_head_beneath_a_low_rank_pair_is_renewed_too(target: Target, tuned: Target) -> None:
-    """What refresh finds does not depend on what else the method attaches."""
+    """What weight-sync finds does not depend on what else the method attaches."""
     plain, paired = copying(target), copying(target)
-    prepare(paired, read_method("refresh+head-lora"), width=1, rank=4, init="active", seed=0)
+    prepare(paired, read_method("weight-sync+head-lora"), width=1, rank=4, init="active", seed=0)
     found = [weight_sync.renewed(draft, target, tuned) for draft in (plain, paired)]
     assert set(found[0]) == set(found[1]) >= {"lm_head.weight"}
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -508,13 +518,18 @@ def test_an_expert_is_fitted_without_a_training_step(
     """The loss on the answers falls, shared tensors stay, nothing is stepped."""
     draft = fresh_draft(target, kind=kind)
     before = {name: t.clone() for name, t in draft.state_dict().items() if name != "fc.weight"}
-    lesson = read_lesson(target, collate(answers, target.device), draft.taps)
+    teacher_batch = read_teacher_batch(target, collate(answers, target.device), draft.aux_layers)
     config = TrainConfig(
-        method="relay+expert", width="8", epochs=0, batch_tokens=256, rollout=2, precision="fp32"
+        method="feature-map+expert",
+        width="8",
+        epochs=0,
+        batch_tokens=256,
+        rollout=2,
+        precision="fp32",
     )
-    was = rollout_loss(lesson, draft, config)[0].item()
+    was = rollout_loss(teacher_batch, draft, config)[0].item()
     record = train(target, draft, answers, answers[:4], config, k=3, base=target).record
     assert record.steps == 0
-    assert rollout_loss(lesson, draft, config)[0].item() < was - 0.05
+    assert rollout_loss(teacher_batch, draft, config)[0].item() < was - 0.05
     now = draft.state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in before.items())

@@ -1,4 +1,4 @@
-"""Private parts, every kind times every method: exact start, exact fuse, nobody touches a shared tensor."""
+"""Adapters, every kind times every method: exact start, exact merge, nobody touches a shared tensor."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from redraft.adapters.adapter import PrivatePart, check_carries, declare, prepare, put, take
+from redraft.adapters.adapter import Adapter, check_carries, declare, prepare, put, take
 from redraft.adapters.expert import measure_activity, widenable
-from redraft.adapters.merge import CONCATENATED, fuse, home_of, unfuse
-from redraft.adapters.table import EXPERT, LORA, PARTS, read_method
-from redraft.checkpoints.adapter_folder import load_private, save_private
+from redraft.adapters.merge import CONCATENATED, extract, home_of, merge
+from redraft.adapters.table import ADAPTERS, EXPERT, LORA, read_method
+from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.core.errors import UserError
 from redraft.core.folders import state_hash, tensor_hash
 from redraft.drafts.base import Draft
@@ -105,7 +105,7 @@ def apart(one: Draft, other: Draft, dtype: torch.dtype = torch.float64, steps: i
 
 
 def stir(draft: Draft, method: str) -> None:
-    """Give every private tensor some trained-looking values."""
+    """Give every adapter tensor some trained-looking values."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for _, parameter in declare(draft, read_method(method)):
@@ -125,7 +125,7 @@ def stock(kind: str, state: dict[str, Tensor], like: Draft) -> Draft:
 def stirred(
     target: Target, kind: str, method: str, dtype: torch.dtype
 ) -> tuple[Draft, dict[str, Tensor], dict[str, Tensor]]:
-    """A draft with a stirred private part, the shared tensors beside it, and the private ones."""
+    """A draft with a stirred adapter, the shared tensors next to it, and the private ones."""
     draft = attached(target, kind, method).to(dtype)
     stir(draft, method)
     shared = fresh_draft(target, kind=kind).to(dtype).state_dict()
@@ -140,9 +140,9 @@ def test_every_kind_has_its_row_here() -> None:
 def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
     target: Target, kind: str, method: str
 ) -> None:
-    reused = outputs(fresh_draft(target, kind=kind), torch.float32)
+    unadapted = outputs(fresh_draft(target, kind=kind), torch.float32)
     private = outputs(attached(target, kind, method), torch.float32)
-    for a, b in zip(reused, private, strict=True):
+    for a, b in zip(unadapted, private, strict=True):
         assert torch.equal(a, b)
 
 
@@ -151,9 +151,9 @@ def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
 def test_from_scratch_nothing_of_the_reused_draft_is_left(
     target: Target, kind: str, method: str
 ) -> None:
-    reused, made = fresh_draft(target, kind=kind), attached(target, kind, method)
-    assert apart(made, reused, torch.float32) > 1e-2
-    before = reused.state_dict()
+    unadapted, made = fresh_draft(target, kind=kind), attached(target, kind, method)
+    assert apart(made, unadapted, torch.float32) > 1e-2
+    before = unadapted.state_dict()
     assert not any(torch.equal(t, before[n]) for n, t in made.state_dict().items() if n in before)
 
 
@@ -204,31 +204,31 @@ def test_fused_equals_unfused(
 ) -> None:
     """In bf16 the first step of a chain: the later ones of a random eagle draft magnify rounding."""
     draft, shared, private = stirred(target, kind, method, dtype)
-    fused = stock(kind, fuse(shared, private), draft)
+    merged = stock(kind, merge(shared, private), draft)
     without = stock(kind, shared, draft)
-    assert apart(draft, without, dtype, steps) > 2 * tolerance, "the private part does nothing"
-    assert apart(draft, fused, dtype, steps) <= tolerance
+    assert apart(draft, without, dtype, steps) > 2 * tolerance, "the adapter does nothing"
+    assert apart(draft, merged, dtype, steps) <= tolerance
 
 
-def columns_in_another_order(fused: dict[str, Tensor], _: dict[str, Tensor]) -> None:
-    for name in fused:
+def columns_in_another_order(merged: dict[str, Tensor], _: dict[str, Tensor]) -> None:
+    for name in merged:
         if name.endswith("down_proj.weight"):
-            fused[name] = fused[name].flip(1)
+            merged[name] = merged[name].flip(1)
 
 
-def pairs_of_two_layers_swapped(fused: dict[str, Tensor], private: dict[str, Tensor]) -> None:
-    for name in fused:
+def pairs_of_two_layers_swapped(merged: dict[str, Tensor], private: dict[str, Tensor]) -> None:
+    for name in merged:
         if name.endswith(("gate_proj.weight", "up_proj.weight")):
             own = name.removesuffix(".weight")
             other = own.replace("gate_proj", "#").replace("up_proj", "gate_proj")
             other = other.replace("#", "up_proj")
-            fused[name] = fused[name] - added(private, own) + added(private, other)
+            merged[name] = merged[name] - added(private, own) + added(private, other)
 
 
-def scale_of_two(fused: dict[str, Tensor], private: dict[str, Tensor]) -> None:
-    for name in fused:
+def scale_of_two(merged: dict[str, Tensor], private: dict[str, Tensor]) -> None:
+    for name in merged:
         if name.removesuffix("weight") + "lora_A.weight" in private:
-            fused[name] = fused[name] + added(private, name.removesuffix(".weight"))
+            merged[name] = merged[name] + added(private, name.removesuffix(".weight"))
 
 
 def added(private: dict[str, Tensor], layer: str) -> Tensor:
@@ -247,10 +247,10 @@ def added(private: dict[str, Tensor], layer: str) -> Tensor:
 def test_a_wrong_fuse_is_caught(target: Target, kind: str, method: str, mistake: Any) -> None:
     """The same names and shapes, another function."""
     draft, shared, private = stirred(target, kind, method, torch.float64)
-    fused = fuse(shared, private)
-    assert apart(draft, stock(kind, fused, draft)) < 1e-12
-    mistake(fused, private)
-    assert apart(draft, stock(kind, fused, draft)) > 1e-4
+    merged = merge(shared, private)
+    assert apart(draft, stock(kind, merged, draft)) < 1e-12
+    mistake(merged, private)
+    assert apart(draft, stock(kind, merged, draft)) > 1e-4
 
 
 @EVERY
@@ -262,14 +262,14 @@ def test_shared_tensors_stay_bit_exact_beside_it_and_in_the_fused_draft(
     touched = {home_of(n) for n in private if EXPERT not in n}
     now = {n.replace(".base_layer.", "."): t for n, t in draft.state_dict().items()}
     assert set(shared) <= set(now)
-    fused = fuse(shared, private)
-    assert set(fused) == set(shared)
+    merged = merge(shared, private)
+    assert set(merged) == set(shared)
     for name, tensor in shared.items():
         if name not in {n for n in private if home_of(n) == n}:
             assert tensor_hash(now[name]) == tensor_hash(tensor), name
         if name not in touched:
             suffix = name.split("mlp.")[-1]
-            whole = fused[name]
+            whole = merged[name]
             if suffix in CONCATENATED:
                 whole = whole.narrow(CONCATENATED[suffix], 0, SHARED_WIDTH)
             assert tensor_hash(whole) == tensor_hash(tensor), name
@@ -288,7 +288,7 @@ def test_unfusing_gives_the_private_part_back_bit_for_bit(
     replaced = [n for n in private if EXPERT not in n]
     if "full" in method:  # a replaced FFN lies in the widened tensors: its slice is the first
         replaced = [n for n in replaced if "_proj.weight" not in n.split("mlp.")[-1]]
-    back = unfuse(fuse(shared, private), widths, replaced)
+    back = extract(merge(shared, private), widths, replaced)
     assert set(back) >= {n for n in private if EXPERT in n}
     for name, tensor in back.items():
         assert tensor_hash(tensor) == tensor_hash(private[name]), name
@@ -314,9 +314,9 @@ def test_a_saved_part_is_loaded_as_it_was(
     target: Target, kind: str, method: str, tmp_path: Path
 ) -> None:
     _, _, private = stirred(target, kind, method, torch.bfloat16)
-    card = {"private_hash": state_hash(private), "shared_widths": {"a": 3}}
-    save_private(tmp_path / "part", PrivatePart(method, private, card))
-    back = load_private(tmp_path / "part")
+    card = {"adapter_hash": state_hash(private), "shared_widths": {"a": 3}}
+    save_adapter(tmp_path / "part", Adapter(method, private, card))
+    back = load_adapter(tmp_path / "part")
     assert (back.method, back.card) == (method, card)
     assert {n: tensor_hash(t) for n, t in back.tensors.items()} == {
         n: tensor_hash(t) for n, t in private.items()
@@ -338,15 +338,15 @@ def test_a_part_that_the_kind_has_not_is_refused_with_what_it_can_carry(
     offered = possible.split(", ")
     for part in offered:  # whatever is offered is then taken
         check_carries(draft, read_method(part))
-    assert set(offered) == set(PARTS) - {"relay", "refresh"} - LACKS[kind]
+    assert set(offered) == set(ADAPTERS) - {"feature-map", "weight-sync"} - LACKS[kind]
     assert state_hash(draft.state_dict()) == before
 
 
 def test_fuse_refuses_a_part_without_a_home() -> None:
     with pytest.raises(ValueError, match="has no shared tensor other.weight"):
-        fuse({"fc.weight": torch.zeros(1)}, {"other.weight": torch.zeros(1)})
+        merge({"fc.weight": torch.zeros(1)}, {"other.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="has no shared tensor other.weight"):
-        fuse({"fc.weight": torch.zeros(1)}, {f"other{LORA}A.weight": torch.zeros(1)})
+        merge({"fc.weight": torch.zeros(1)}, {f"other{LORA}A.weight": torch.zeros(1)})
 
 
 def test_a_tensor_is_replaced_then_added_to_then_widened_whatever_the_order_of_names() -> None:
@@ -359,18 +359,18 @@ def test_a_tensor_is_replaced_then_added_to_then_widened_whatever_the_order_of_n
     }
     expected = torch.tensor([[11.0, 21.0], [21.0, 41.0], [5.0, 5.0]])
     for names in (list(private), list(reversed(private))):
-        fused = fuse(shared, {name: private[name] for name in names})
-        assert torch.equal(fused["mlp.gate_proj.weight"], expected)
+        merged = merge(shared, {name: private[name] for name in names})
+        assert torch.equal(merged["mlp.gate_proj.weight"], expected)
 
 
 def test_a_low_rank_sum_is_rounded_once(target: Target) -> None:
     """In bf16 the sum is taken in float32 first; adding a product rounded to bf16 is another number."""
     _, shared, private = stirred(target, "eagle3", "lora", torch.bfloat16)
-    fused = fuse(shared, private)["fc.weight"]
+    merged = merge(shared, private)["fc.weight"]
     up, down = private["fc.lora_B.weight"], private["fc.lora_A.weight"]
     exact = shared["fc.weight"].double() + up.double() @ down.double()
     rounded_once = exact.to(torch.bfloat16)
-    assert float((fused != rounded_once).double().mean()) < 0.01  # ties of float32
+    assert float((merged != rounded_once).double().mean()) < 0.01  # ties of float32
     twice = (shared["fc.weight"] + up @ down).to(torch.bfloat16)
     assert float((twice != rounded_once).double().mean()) > 0.05
 
@@ -428,6 +428,4 @@ def test_an_ffn_that_cannot_be_widened_is_named(target: Target, method: str) -> 
 
 
 def test_a_private_part_counts_its_parameters() -> None:
-    assert (
-        PrivatePart("expert", {"a": torch.zeros(3, 4), "b": torch.zeros(5)}).parameter_count() == 17
-    )
+    assert Adapter("expert", {"a": torch.zeros(3, 4), "b": torch.zeros(5)}).parameter_count() == 17

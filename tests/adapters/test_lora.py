@@ -163,19 +163,19 @@ def test_nothing_to_adapt_is_said(target: Target) -> None:
 def worst_step(target: Target, draft: Draft) -> float:
     """Rollout against decoding one token after the other, chains and all."""
     tokens = torch.randint(5, 200, (1, 14), generator=torch.Generator().manual_seed(1))
-    features = target.read(tokens, draft.taps).features_BTF
+    features = target.read(tokens, draft.aux_layers).features_BTF
     worst = 0.0
     with torch.no_grad():
         rolled = [draft.logits(s) for s in draft.rollout(tokens, features, 0, STEPS)]
         cache = draft.new_cache(tokens[:, 0])
         for start in range(tokens.shape[1] - 2 - STEPS):
             here, following = slice(start, start + 1), slice(start + 1, start + 2)
-            state = draft.absorb(cache, tokens[:, following], features[:, here])
+            state = draft.extend(cache, tokens[:, following], features[:, here])
             for step in range(STEPS):
                 far = draft.logits(state)[0, 0] - rolled[step][0, start]
                 worst = max(worst, float(far.abs().max()))
                 token = tokens[:, start + 2 + step : start + 3 + step]
-                state = draft.advance(cache, token, state)
+                state = draft.step(cache, token, state)
     return worst
 
 
@@ -187,17 +187,17 @@ def test_the_draft_decodes_with_its_pairs_as_it_is_trained(
     draft = stirred(target64, kind, method)
     assert worst_step(target64, draft) < 1e-9
     # Pairs that only training would see are noticed.
-    absorb = type(draft).absorb
+    extend = type(draft).extend
 
     def without_pairs(self: Any, *args: Any, **named: Any) -> Tensor:
         zeroed = {n: torch.zeros_like(t) for n, t in take(self, LORA).items() if "lora_B" in n}
         kept = take(self, LORA)
         put(self, zeroed)
-        found: Tensor = absorb(self, *args, **named)
+        found: Tensor = extend(self, *args, **named)
         put(self, kept)
         return found
 
-    monkeypatch.setattr(type(draft), "absorb", without_pairs)
+    monkeypatch.setattr(type(draft), "extend", without_pairs)
     assert worst_step(target64, draft) > 1e-3
 
 
@@ -206,14 +206,14 @@ def test_rows_of_different_length_decode_with_pairs(target64: Target) -> None:
     draft = stirred(target64)
     assert draft.dtype == torch.float64
     tokens = torch.randint(5, 200, (2, 9), generator=torch.Generator().manual_seed(1))
-    features = target64.read(tokens, draft.taps).features_BTF
+    features = target64.read(tokens, draft.aux_layers).features_BTF
     with torch.no_grad():
         cache = draft.new_cache(tokens[:, 0])
-        both = draft.absorb(cache, tokens[:, 1:], features[:, :-1], [8, 5])
+        both = draft.extend(cache, tokens[:, 1:], features[:, :-1], [8, 5])
         draft.keep_rows(cache, [1])
-        after = draft.advance(cache, tokens[1:, 6:7], both[1:])
+        after = draft.step(cache, tokens[1:, 6:7], both[1:])
         alone = draft.new_cache(tokens[1:, 0])
-        single = draft.absorb(alone, tokens[1:, 1:6], features[1:, :5])
-        expected = draft.advance(alone, tokens[1:, 6:7], single)
+        single = draft.extend(alone, tokens[1:, 1:6], features[1:, :5])
+        expected = draft.step(alone, tokens[1:, 6:7], single)
     assert float((both[1:] - single).abs().max()) < 1e-9
     assert float((after - expected).abs().max()) < 1e-9

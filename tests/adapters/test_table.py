@@ -1,4 +1,4 @@
-"""The grammar of private parts: what combines, what contradicts itself, and what each name owns."""
+"""The grammar of adapters: what combines, what contradicts itself, and what each name owns."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redraft.adapters.table import PARTS, read_method
+from redraft.adapters.table import ADAPTERS, read_method
 
 ORDER = (
-    "relay",
-    "refresh",
+    "feature-map",
+    "weight-sync",
     "expert",
     "lora",
     "head-lora",
@@ -32,12 +32,12 @@ def contradicts(parts: set[str]) -> bool:
     beside = ("lora", "head-lora", "fc", "norms", "attention", "ffn", "head")
     for whole in ("full", "scratch"):
         excluded += [{whole, part} for part in beside]
-    excluded += [{"scratch", start} for start in ("relay", "refresh")]
+    excluded += [{"scratch", start} for start in ("feature-map", "weight-sync")]
     return any(pair <= parts for pair in excluded)
 
 
 def test_these_are_the_parts() -> None:
-    assert tuple(PARTS) == ORDER
+    assert tuple(ADAPTERS) == ORDER
 
 
 def test_every_pair_is_taken_exactly_when_it_does_not_contradict_itself() -> None:
@@ -70,20 +70,20 @@ def test_the_order_of_parts_does_not_matter(parts: list[str]) -> None:
     [
         (
             "expret",
-            r"names the private part 'expret'; did you mean 'expert'\? known: attention, .*",
+            r"names the adapter 'expret'; did you mean 'expert'\? known: attention, .*",
         ),
         ("expert+atention", r"'atention'; did you mean 'attention'\?"),
-        ("magic", r"names the private part 'magic'; known: attention, expert, fc, .*joined by \+"),
-        ("expert,fc", r"names the private part 'expert,fc'.*parts are joined by \+"),
-        ("", "names the private part ''"),
-        ("expert+", "names the private part ''"),
-        ("Expert", "names the private part 'Expert'; did you mean 'expert'"),
+        ("magic", r"names the adapter 'magic'; known: attention, expert, fc, .*joined by \+"),
+        ("expert,fc", r"names the adapter 'expert,fc'.*parts are joined by \+"),
+        ("", "names the adapter ''"),
+        ("expert+", "names the adapter ''"),
+        ("Expert", "names the adapter 'Expert'; did you mean 'expert'"),
         ("fc+fc", r"names a part twice: 'fc\+fc'"),
         ("full+fc", r"'full\+fc' contradicts itself: full trains every tensor already"),
         ("full+scratch", "contradicts itself: full trains every tensor already"),
         ("lora+scratch", "contradicts itself: scratch trains every tensor already"),
-        ("scratch+relay", "contradicts itself: scratch forgets what it starts from"),
-        ("refresh+scratch", "contradicts itself: scratch forgets what it starts from"),
+        ("scratch+feature-map", "contradicts itself: scratch forgets what it starts from"),
+        ("weight-sync+scratch", "contradicts itself: scratch forgets what it starts from"),
         ("expert+ffn", "contradicts itself: an expert leaves the shared FFN frozen, ffn trains it"),
     ],
 )
@@ -119,12 +119,12 @@ def test_a_part_owns_its_tensors_and_no_others(part: str) -> None:
 
 
 def test_a_combination_owns_what_its_parts_own() -> None:
-    for parts in (("expert", "fc", "norms"), ("lora", "head"), ("relay", "attention")):
+    for parts in (("expert", "fc", "norms"), ("lora", "head"), ("feature-map", "attention")):
         method = read_method("+".join(parts))
         assert {n for n in OWNED if method.owns(n)} == {
             n for n, by in OWNED.items() if by & set(parts)
         }
-    # A pair beside a tensor is not that tensor, and an expert's neurons are not the shared FFN.
+    # A pair next to a tensor is not that tensor, and an expert's neurons are not the shared FFN.
     assert not read_method("full").owns("fc.lora_A.weight")
     assert not read_method("ffn").owns("midlayer.mlp.private.up_proj.weight")
 
@@ -132,12 +132,12 @@ def test_a_combination_owns_what_its_parts_own() -> None:
 @pytest.mark.parametrize(
     ("text", "starts", "fresh"),
     [
-        ("relay", ("relay",), False),
-        ("refresh+relay", ("relay", "refresh"), False),
-        ("relay+fc", ("relay",), False),
-        ("expert+refresh", ("refresh",), False),
+        ("feature-map", ("feature-map",), False),
+        ("weight-sync+feature-map", ("feature-map", "weight-sync"), False),
+        ("feature-map+fc", ("feature-map",), False),
+        ("expert+weight-sync", ("weight-sync",), False),
         ("lora", (), False),
-        ("full+relay", ("relay",), False),
+        ("full+feature-map", ("feature-map",), False),
         ("scratch+expert", (), True),
     ],
 )
@@ -145,6 +145,6 @@ def test_starts_are_told_from_what_is_trained(
     text: str, starts: tuple[str, ...], fresh: bool
 ) -> None:
     method = read_method(text)
-    assert (method.starts, method.fresh) == (starts, fresh)
+    assert (method.closed_form, method.fresh) == (starts, fresh)
     assert method.expert == ("expert" in text)
     assert method.lora == ("lora" in text)

@@ -25,7 +25,7 @@ from redraft.adapters.vocabulary_remap import (
     extract,
     miss_rate,
     predict_rows,
-    retarget,
+    remap,
     row_mask,
 )
 from redraft.checkpoints.load import StoredDraft, read_draft, stored
@@ -138,7 +138,7 @@ def test_retargeting_keeps_rows_size_and_order(
 ) -> None:
     before, vocab = by_token(draft), draft.draft_vocab
     rows = draft.lm_head.weight.detach().clone()
-    made = retarget(draft, target, answers)
+    made = remap(draft, target, answers)
     check_map(before, draft)
     assert made.changed
     assert made.added[0] < max(before.keys() - set(made.removed.tolist()))  # so rows have to move
@@ -155,9 +155,9 @@ def test_retargeting_keeps_rows_size_and_order(
 
 
 def test_again_changes_nothing(target: Target, draft: Any, answers: list[Answer]) -> None:
-    first = retarget(draft, target, answers)
+    first = remap(draft, target, answers)
     vocab, head = draft.draft_vocab, draft.lm_head.weight
-    again = retarget(draft, target, answers)
+    again = remap(draft, target, answers)
     assert not again.changed
     assert again.missed_before == again.missed_after == first.missed_after
     assert draft.draft_vocab is vocab
@@ -166,7 +166,7 @@ def test_again_changes_nothing(target: Target, draft: Any, answers: list[Answer]
 
 def test_a_draft_that_says_everything_is_left_alone(target: Target, draft: Any) -> None:
     said = draft.draft_vocab[:3].tolist()
-    made = retarget(draft, target, [saying(*said)])
+    made = remap(draft, target, [saying(*said)])
     assert (made.added.tolist(), made.missed_before, made.missed_after) == ([], 0.0, 0.0)
 
 
@@ -176,7 +176,7 @@ def test_rows_in_their_old_order_are_caught(
     """New rows where the removed ones were: right only if the ids were not sorted anew."""
     original = draft.draft_vocab
     rows = draft.lm_head.weight.detach().clone()
-    retarget(draft, target, answers)
+    remap(draft, target, answers)
     right = by_token(draft)
     private = extract(draft, original)
     rows[torch.isin(original, private[REMOVED])] = private[NEW_ROWS]
@@ -190,7 +190,7 @@ def test_a_copy_that_shares_tensors_is_not_changed(
     target: Target, draft: Any, answers: list[Answer], own: tuple[str, ...]
 ) -> None:
     copy, before = draft.copy_sharing(own), by_token(draft)
-    retarget(copy, target, answers)
+    remap(copy, target, answers)
     assert by_token(copy).keys() != before.keys()
     after = by_token(draft)
     assert after.keys() == before.keys()
@@ -202,8 +202,8 @@ def test_a_draft_of_the_whole_vocabulary_has_nothing_to_retarget(
     target: Target, answers: list[Answer], kind: str
 ) -> None:
     whole = fresh_draft(target, kind=kind)
-    with pytest.raises(UserError, match=r"speaks all of .* nothing to retarget; leave out --vocab"):
-        retarget(whole, target, answers)
+    with pytest.raises(UserError, match=r"speaks all of .* nothing to remap; leave out --vocab"):
+        remap(whole, target, answers)
 
 
 # -- rows of new tokens ------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_without_an_embedding_a_new_row_is_the_mean_row(
     monkeypatch.setattr(target.model, "get_output_embeddings", lambda: None)
     draft = draft.to(dtype)
     mean = draft.lm_head.weight.detach().double().mean(0).to(dtype)
-    made = retarget(draft, target, [saying(200, 200)])
+    made = remap(draft, target, [saying(200, 200)])
     assert made.added.tolist() == [200]
     assert torch.equal(by_token(draft)[200], mean)
 
@@ -256,7 +256,7 @@ def test_large_vocabularies_are_summed_in_chunks(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(predict_rows(*case), whole, atol=1e-6)
 
 
-# -- the private tensors -----------------------------------------------------------------------
+# -- the adapter tensors -----------------------------------------------------------------------
 
 
 def halved(found: StoredDraft, **as_dtype: torch.dtype) -> StoredDraft:
@@ -276,12 +276,12 @@ def test_apply_and_extract_make_the_draft_that_is_saved(
     shared = halved(found) if dtype == "bfloat16" else found
     trained: Any = shared.build(target, torch.float32)
     original = trained.draft_vocab
-    retarget(trained, target, answers)
+    remap(trained, target, answers)
     private = extract(trained, original)
     assert set(private) == set(NAMES)
     assert private[ADDED].dtype == private[REMOVED].dtype == torch.int64
-    fused = shared.with_tensors({**shared.tensors, **apply(shared.tensors, private)}, {})
-    fused.save(tmp_path / "fused")
+    merged = shared.with_tensors({**shared.tensors, **apply(shared.tensors, private)}, {})
+    merged.save(tmp_path / "fused")
     back = read_draft(str(tmp_path / "fused"))
     assert back.tensors[HEAD].dtype == shared.tensors[HEAD].dtype
     rebuilt: Any = back.build(target, torch.float32)
@@ -293,7 +293,7 @@ def test_apply_and_extract_make_the_draft_that_is_saved(
     assert misread(rebuilt, rows) < (1e-9 if dtype == "float32" else 0.05)
     others = shared.tensors.keys() - {HEAD, "d2t", "t2d"}
     assert all(torch.equal(back.tensors[n], shared.tensors[n]) for n in others)
-    # And in memory: the saved draft is the one that was retargeted.
+    # And in memory: the saved draft is the one that was remapped.
     if dtype == "float32":
         stored(trained, target).save(tmp_path / "trained")
         saved = read_draft(str(tmp_path / "trained")).tensors
@@ -305,7 +305,7 @@ def test_apply_keeps_the_stored_dtypes_and_adds_no_map(
 ) -> None:
     shared = halved(stored(draft, target), d2t=torch.int32, t2d=torch.uint8)
     original = draft.draft_vocab
-    retarget(draft, target, answers)
+    remap(draft, target, answers)
     private = extract(draft, original)
     made = apply(shared.tensors, private)
     assert [made[n].dtype for n in (HEAD, "d2t", "t2d")] == [
@@ -336,7 +336,7 @@ def test_attach_puts_them_into_a_fresh_draft_and_again_into_the_same(
     target: Target, draft: Any, answers: list[Answer]
 ) -> None:
     original, fresh = draft.draft_vocab, spread_draft(target)
-    retarget(draft, target, answers)
+    remap(draft, target, answers)
     private = extract(draft, original)
     attach(fresh, private)
     assert torch.equal(fresh.draft_vocab, draft.draft_vocab)
@@ -353,7 +353,7 @@ def test_tensors_of_another_vocabulary_are_refused(
     target: Target, draft: Any, answers: list[Answer]
 ) -> None:
     original = draft.draft_vocab
-    retarget(draft, target, answers)
+    remap(draft, target, answers)
     private = extract(draft, original)
     other = spread_draft(target, SIZE - 10)
     with pytest.raises(ValueError, match="it belongs to another draft"):
@@ -369,7 +369,7 @@ def test_tensors_of_another_vocabulary_are_refused(
 
 
 def test_only_new_rows_are_trained(target: Target, draft: Any, answers: list[Answer]) -> None:
-    made = retarget(draft, target, answers)
+    made = remap(draft, target, answers)
     head = draft.lm_head.weight.requires_grad_(True)
     before, new = head.detach().clone(), torch.isin(draft.draft_vocab, made.added)
     optimizer = torch.optim.AdamW([head], lr=0.1, weight_decay=0.0)
@@ -402,19 +402,21 @@ def test_what_a_draft_cannot_say_it_cannot_accept_until_it_can(
 ) -> None:
     counts = torch.bincount(torch.tensor([t for a in answers for t in a.answer[1:]]))
     common = counts.argsort(descending=True)
-    spoken = {int(t) for t in common[12:24]} | set(range(SIZE))  # the twelve most frequent left out
-    spoken -= {int(t) for t in common[:12]}
-    size = len(spoken)
-    draft: Any = new_draft(target, [saying(*spoken)], draft_vocab_size=size)
-    assert set(draft.draft_vocab.tolist()) == spoken
+    in_vocab = {int(t) for t in common[12:24]} | set(
+        range(SIZE)
+    )  # the twelve most frequent left out
+    in_vocab -= {int(t) for t in common[:12]}
+    size = len(in_vocab)
+    draft: Any = new_draft(target, [saying(*in_vocab)], draft_vocab_size=size)
+    assert set(draft.draft_vocab.tolist()) == in_vocab
     config = TrainConfig(
         method="full", lr=1e-2, epochs=8, batch_tokens=512, rollout=4, evaluations=1
     )
     draft.reinitialise(0)
     train(target, draft, answers, answers[:4], config, k=K)
     before = replay(target, draft, answers, k=K)
-    assert accepted_tokens(answers, before) <= spoken
-    made = retarget(draft, target, answers)
+    assert accepted_tokens(answers, before) <= in_vocab
+    made = remap(draft, target, answers)
     assert made.missed_after < made.missed_before
     train(target, draft, answers, answers[:4], config, k=K)
     after = replay(target, draft, answers, k=K)

@@ -263,7 +263,7 @@ def test_the_command(
     served = CliRunner().invoke(app, [*asked, "--endpoint", "http://127.0.0.1:1", "--min-p", "0.1"])
     assert "cannot use --min-p" in str(served.exception)
     odd = CliRunner().invoke(app, [*asked, *models, "--method", "exprt"])
-    assert "train.method names the private part 'exprt'" in str(odd.exception)
+    assert "train.method names the adapter 'exprt'" in str(odd.exception)
     parts = CliRunner().invoke(app, [*asked, *models, "--method", "fc"])
     assert "time is that of fc, tau that of expert+fc+norms" in parts.output
     nothing = CliRunner().invoke(app, asked)

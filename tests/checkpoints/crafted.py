@@ -68,16 +68,19 @@ def safeai_eagle3(folder: Path, draft: Any) -> Path:
 
 
 def specforge(folder: Path, draft: Any) -> Path:
-    """SpecForge's EAGLE-3: its own architecture name, taps in the layer-output numbering."""
+    """SpecForge's EAGLE-3: its own architecture name, aux layers in the layer-output numbering."""
     c = draft.config
-    taps = [tap - 1 for tap in draft.taps]
+    aux_layers = [aux_layer - 1 for aux_layer in draft.aux_layers]
     config = {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         **shape_keys(c),
         "draft_vocab_size": c.draft_vocab_size,
         "tie_word_embeddings": False,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": taps, "use_aux_hidden_state": True},
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": aux_layers,
+            "use_aux_hidden_state": True,
+        },
     }
     return write(folder, config, draft.stored_state())
 
@@ -100,7 +103,7 @@ def speculators(folder: Path, draft: Any) -> Path:
         "norm_before_residual": c.norm_before_residual,
         "norm_before_fc": c.norm_before_fc,
         "norm_output": c.norm_output,
-        "eagle_aux_hidden_state_layer_ids": list(draft.taps),
+        "eagle_aux_hidden_state_layer_ids": list(draft.aux_layers),
         "tie_word_embeddings": False,
     }
     tensors = {n.replace("midlayer.", "layers.0."): t for n, t in draft.stored_state().items()}

@@ -171,7 +171,7 @@ def _setting(path: tuple[str, ...], value: Any) -> Callable[[Path], None]:
 
 
 def _indexed(value: Any) -> Callable[[Path], None]:
-    """An index beside a whole file is not read, so that file gets another name."""
+    """An index next to a whole file is not read, so that file gets another name."""
 
     def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "other.safetensors")

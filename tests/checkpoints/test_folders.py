@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redraft.adapters.adapter import PrivatePart
-from redraft.checkpoints.adapter_folder import check_belongs, load_private, save_private
+from redraft.adapters.adapter import Adapter
+from redraft.checkpoints.adapter_folder import check_belongs, load_adapter, save_adapter
 from redraft.checkpoints.load import load_draft, read_draft, stored
 from redraft.core.errors import UserError
 from redraft.core.folders import WEIGHTS, state_hash
@@ -45,7 +45,9 @@ def test_config_is_what_engines_read(target: Target, tmp_path: Path, vocab: int 
     assert config["tie_word_embeddings"] is False
     assert config["draft_vocab_size"] == (vocab or target.vocab_size)
     assert "bias" not in config
-    assert "eagle_config" not in config  # the default taps need no ids, which engines number apart
+    assert (
+        "eagle_config" not in config
+    )  # the default aux layers need no ids, which engines number apart
     tensors = load_file(tmp_path / "d" / WEIGHTS)
     assert ("d2t" in tensors) == (vocab is not None)
     assert "embed_tokens.weight" not in tensors
@@ -54,14 +56,14 @@ def test_config_is_what_engines_read(target: Target, tmp_path: Path, vocab: int 
 def test_other_taps_are_written_in_both_numberings(target: Target, tmp_path: Path) -> None:
     from redraft.drafts.new import new_draft
 
-    draft = new_draft(target, [], taps=(1, 3, 6))
+    draft = new_draft(target, [], aux_layers=(1, 3, 6))
     stored(draft, target).save(tmp_path / "d")
     config = json.loads((tmp_path / "d" / "config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6]
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 5]
-    assert load_draft(str(tmp_path / "d"), target).taps == (1, 3, 6)
+    assert load_draft(str(tmp_path / "d"), target).aux_layers == (1, 3, 6)
     edit(tmp_path / "d", eagle_aux_hidden_state_layer_ids=...)
-    assert load_draft(str(tmp_path / "d"), target).taps == (1, 3, 6)
+    assert load_draft(str(tmp_path / "d"), target).aux_layers == (1, 3, 6)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +207,12 @@ def test_private_parts_round_trip_and_refuse_another_draft(
     target: Target, folder: Path, tmp_path: Path
 ) -> None:
     shared = read_draft(str(folder))
-    part = PrivatePart("expert", {"a": torch.randn(3)}, {"shared_hash": shared.hash()})
-    save_private(tmp_path / "p", part)
-    back = load_private(tmp_path / "p")
+    part = Adapter("expert", {"a": torch.randn(3)}, {"shared_hash": shared.hash()})
+    save_adapter(tmp_path / "p", part)
+    back = load_adapter(tmp_path / "p")
     assert (back.method, back.card) == (part.method, part.card)
     assert state_hash(back.tensors) == state_hash(part.tensors)
     check_belongs(back, shared)
     retensor(folder, norm__weight=torch.zeros(32))
-    with pytest.raises(UserError, match="trained beside the shared draft"):
+    with pytest.raises(UserError, match="trained next to the shared draft"):
         check_belongs(back, read_draft(str(folder)))

@@ -103,12 +103,12 @@ def test_a_part_trained_under_a_grown_vocabulary_is_exported_with_its_target(
     trained = ["--epochs", "1", "--batch-tokens", "512", "--answers", answers, "--heldout", answers]
     models = ["--target", where, "--draft", str(draft_folder)]
     for command in (
-        ["regenerate", "--target", where, *asked, "--out", answers, "--overrun", "4"],
+        ["regenerate", "--target", where, *asked, "--out", answers, "--lookahead", "4"],
         ["train", *models, *trained, "--out", part, "-q"],
     ):
         found = CliRunner().invoke(app, command)
         assert found.exit_code == 0, (found.output, found.exception)
-    export = ["export", "--draft", str(draft_folder), "--private", part]
+    export = ["export", "--draft", str(draft_folder), "--adapter", part]
     alone = CliRunner().invoke(app, [*export, "--out", str(tmp_path / "x")])
     assert "with --target where the target's vocabulary grew" in str(alone.exception)
     both = CliRunner().invoke(app, [*export, "--target", where, "--out", str(tmp_path / "y")])

@@ -75,15 +75,15 @@ TRAPS = {
         {"kind": "eagle"},
         tensors={"layers__0__self_attn__o_proj__weight": lambda d: None},
     ),
-    "tap ids for SGLang only": Trap(
-        "specforge", {"vllm": ("wrong", "tap ids only in eagle_config")}
+    "aux layer ids for SGLang only": Trap(
+        "specforge", {"vllm": ("wrong", "aux layer ids only in eagle_config")}
     ),
-    "tap ids for vLLM only": Trap(
+    "aux layer ids for vLLM only": Trap(
         "specforge",
-        {"sglang": ("wrong", "tap ids only at the top level")},
+        {"sglang": ("wrong", "aux layer ids only at the top level")},
         config={"eagle_aux_hidden_state_layer_ids": [2, 4, 5], "eagle_config": ...},
     ),
-    "tap ids off by one": Trap(
+    "aux layer ids off by one": Trap(
         "specforge",
         {
             "vllm": (
@@ -93,14 +93,14 @@ TRAPS = {
         },
         config={"eagle_aux_hidden_state_layer_ids": [1, 3, 4]},
     ),
-    "tap ids out of order": Trap(
+    "aux layer ids out of order": Trap(
         "specforge",
         {"vllm": ("wrong", "[5, 4, 2] are sorted and deduplicated")},
         config={"eagle_aux_hidden_state_layer_ids": [5, 4, 2], "eagle_config": ...},
     ),
-    "two taps": Trap(
+    "two aux layers": Trap(
         "specforge",
-        {"vllm": ("refused", "2 taps need num_aux_hidden_states")},
+        {"vllm": ("refused", "2 aux layers need num_aux_hidden_states")},
         config={"eagle_aux_hidden_state_layer_ids": [2, 4], "eagle_config": ...},
     ),
     "norm before residual": Trap(
@@ -168,12 +168,13 @@ TRAPS = {
         {"vllm": ("wrong", "attention_bias without midlayer.self_attn.q_proj.bias")},
         config={"attention_bias": True},
     ),
-    "tap ids for SGLang only, in llama.cpp": Trap(
-        "specforge", {"llama.cpp": ("wrong", "tap ids only in eagle_config: the default layers")}
-    ),
-    "two taps in llama.cpp": Trap(
+    "aux layer ids for SGLang only, in llama.cpp": Trap(
         "specforge",
-        {"llama.cpp": ("refused", "2 tap ids; it takes exactly three")},
+        {"llama.cpp": ("wrong", "aux layer ids only in eagle_config: the default layers")},
+    ),
+    "two aux layers in llama.cpp": Trap(
+        "specforge",
+        {"llama.cpp": ("refused", "2 aux layer ids; it takes exactly three")},
         config={"eagle_aux_hidden_state_layer_ids": [2, 4], "eagle_config": ...},
     ),
     "a norm before fc, nested": Trap(
@@ -182,7 +183,7 @@ TRAPS = {
         {"norm_before_fc": True},
         {"eagle_config": {"norm_before_fc": True}},
     ),
-    "a norm per tap in llama.cpp": Trap(
+    "a norm per aux layer in llama.cpp": Trap(
         "specforge",
         {"llama.cpp": ("refused", "fc_norm: it has no such tensors")},
         {"fc_norm": 3},
@@ -243,7 +244,7 @@ TRAPS = {
     ),
     "fc for another target": Trap(
         "specforge",
-        {"vllm": ("refused", "fc.weight reads 96 numbers, config.json says 3 taps")},
+        {"vllm": ("refused", "fc.weight reads 96 numbers, config.json says 3 aux layers")},
         config={"target_hidden_size": 64, "eagle_config": ...},
     ),
     "two rows for a token": Trap(
@@ -332,11 +333,11 @@ def test_every_trap_is_named(target: Target, tmp_path: Path, name: str) -> None:
             assert found.serves(engine) in verdict.values()
 
 
-@pytest.mark.parametrize(("taps", "harmless"), [((2, 4, 5), True), ((1, 3, 6), False)])
+@pytest.mark.parametrize(("aux_layers", "harmless"), [((2, 4, 5), True), ((1, 3, 6), False)])
 def test_tap_ids_that_name_the_default_layers_are_harmless_for_a_known_target(
-    target: Target, tmp_path: Path, taps: tuple[int, ...], harmless: bool
+    target: Target, tmp_path: Path, aux_layers: tuple[int, ...], harmless: bool
 ) -> None:
-    LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target, taps=taps))
+    LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target, aux_layers=aux_layers))
     assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "serves another function"
     known = inspect_draft(str(tmp_path / "d"), target)
     assert (known.serves("vllm") == "serves it as it is") == harmless

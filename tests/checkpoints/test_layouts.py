@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "EAGLE-3 by its authors": ("safeai_eagle3", {"vocab": 40}),
     "EAGLE-3, whole vocabulary": ("safeai_eagle3", {}),
     "SpecForge": ("specforge", {"vocab": 40}),
-    "SpecForge, other taps": ("specforge", {"taps": (1, 3, 6)}),
+    "SpecForge, other aux layers": ("specforge", {"aux_layers": (1, 3, 6)}),
     "speculators": ("speculators", {"vocab": 40}),
     "speculators as it trains": (
         "speculators",
@@ -49,7 +49,7 @@ def test_a_published_layout_is_read_and_runs_exactly(
         as_shards(folder)
     if shards != "pickle":
         draft = load_draft(str(folder), target64)
-        assert draft.taps == made.taps
+        assert draft.aux_layers == made.aux_layers
         assert worst_difference(target64, draft, 1, folder) < 1e-7
     else:
         as_pickle(folder)

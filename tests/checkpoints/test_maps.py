@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from redraft.adapters.vocabulary_remap import retarget
+from redraft.adapters.vocabulary_remap import remap
 from redraft.checkpoints.inspect import inspect_draft
 from redraft.checkpoints.load import load_draft, read_draft, stored
-from redraft.checkpoints.reference_reader import Twin
+from redraft.checkpoints.reference_reader import Reference
 from redraft.checkpoints.reload_check import check_export
 from redraft.core.errors import UserError
 from redraft.core.folders import WEIGHTS
@@ -88,8 +88,8 @@ def test_a_row_says_the_token_that_its_file_says(
     _, other = pair()
     draft = load_draft(str(other), target, torch.float64)
     tokens, features = read(target, draft)
-    twin = Twin(other, target.embedding_VH)
-    theirs = twin.chain_logits(tokens[0].tolist(), features[0], 3, 3)
+    reference = Reference(other, target.embedding_VH)
+    theirs = reference.chain_logits(tokens[0].tolist(), features[0], 3, 3)
     ids = load_file(other / WEIGHTS)["d2t"] + torch.arange(D)
     with torch.no_grad():
         ours = [draft.logits(s)[0, 3] for s in draft.rollout(tokens, features.double(), 0, 3)]
@@ -129,7 +129,7 @@ def test_the_rest_of_the_work_goes_on_from_it(
     for folder in (plain, other):
         source = read_draft(str(folder))
         draft = source.build(target)
-        exchanged = retarget(draft, target, answers[:8])
+        exchanged = remap(draft, target, answers[:8])
         source.save(tmp_path / f"{folder.name}-out")
         assert check_export(source, tmp_path / f"{folder.name}-out") < 1e-6
         found.append(

@@ -124,10 +124,10 @@ def test_a_wider_ffn_is_a_stock_folder(folder: Path, tmp_path: Path) -> None:
         else t
         for name, t in shared.tensors.items()
     }
-    fused = shared.with_tensors(wide, {})
-    fused.save(tmp_path / "fused")
+    merged = shared.with_tensors(wide, {})
+    merged.save(tmp_path / "fused")
     assert read_json(tmp_path / "fused" / "config.json")["intermediate_size"] == 48 + 8
-    assert check_export(fused, tmp_path / "fused") < 1e-6
+    assert check_export(merged, tmp_path / "fused") < 1e-6
     assert check_export(shared, tmp_path / "fused") < 1e-6, "neurons of no effect were added"
 
 

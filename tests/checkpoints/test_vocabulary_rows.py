@@ -195,7 +195,7 @@ def with_shape(draft: StoredDraft, target: Target) -> Any:
     """A stored draft as the writers of crafted layouts take one."""
 
     class Written:
-        config, taps = draft.config, (2, 4, 5)
+        config, aux_layers = draft.config, (2, 4, 5)
 
         @staticmethod
         def stored_state() -> dict[str, torch.Tensor]:

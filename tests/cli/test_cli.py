@@ -86,7 +86,7 @@ def test_the_stages_are_commands_that_fit_together(
     held = write_prompts(tmp_path / "h.jsonl", 4, start=50)
     answers, heldout = tmp_path / "a.jsonl", tmp_path / "h-answers.jsonl"
     target = ("--target", target_folder)
-    for source, out, extra in ((prompts, answers, ()), (held, heldout, ("--overrun", 4))):
+    for source, out, extra in ((prompts, answers, ()), (held, heldout, ("--lookahead", 4))):
         code, text, err = redraft(
             *("regenerate", *target, "--prompts", source, "--out", out, "--max-new-tokens", 20),
             *(*extra, "--json"),
@@ -100,13 +100,13 @@ def test_the_stages_are_commands_that_fit_together(
     assert json.loads(text)["kept"] == 6
     code, text, err = redraft(
         *("train", *target, "--draft", draft_folder, "--answers", answers, "--heldout", heldout),
-        *("--selection", selection, "--out", tmp_path / "private", "--method", "expert"),
+        *("--selection", selection, "--out", tmp_path / "adapter", "--method", "expert"),
         *("--width", 8, "--epochs", 1, "--batch-tokens", 256, "--rollout", 2, "--json"),
     )
     assert code == 0, err
     assert json.loads(text)["trained_parameters"] == 3 * 8 * 32
     code, text, err = redraft(
-        *("export", "--draft", draft_folder, "--private", tmp_path / "private"),
+        *("export", "--draft", draft_folder, "--adapter", tmp_path / "adapter"),
         *("--out", tmp_path / "fused", "--tp", "1,2", "--verify", "--json"),
     )
     assert code == 0, err
@@ -120,7 +120,7 @@ def test_the_stages_are_commands_that_fit_together(
     assert code == 0, err
     assert json.loads(text)["kind"] == kind
     code, _, err = redraft(
-        *("export", "--draft", draft_folder, "--private", tmp_path / "private"),
+        *("export", "--draft", draft_folder, "--adapter", tmp_path / "adapter"),
         *("--out", tmp_path / "fused"),
     )
     assert code == 2
@@ -164,7 +164,7 @@ def test_scratch_makes_a_draft_from_nothing(
 ) -> None:
     prompts = write_prompts(tmp_path / "p.jsonl", 8)
     target = ("--target", target_folder)
-    for name, extra in (("a", ()), ("h", ("--overrun", 4))):
+    for name, extra in (("a", ()), ("h", ("--lookahead", 4))):
         redraft(
             *("regenerate", *target, "--prompts", prompts, "--out", tmp_path / f"{name}.jsonl"),
             *("--max-new-tokens", 16, *extra, "--quiet"),
@@ -172,7 +172,7 @@ def test_scratch_makes_a_draft_from_nothing(
     code, _, err = redraft(
         *("train", *target, "--answers", tmp_path / "a.jsonl", "--heldout", tmp_path / "h.jsonl"),
         *("--out", tmp_path / "draft", "--method", "scratch", "--draft-vocab", 60),
-        *("--draft-width", 16, "--taps", "1,4,7", "--epochs", 1, "--rollout", 2, "--quiet"),
+        *("--draft-width", 16, "--aux-layers", "1,4,7", "--epochs", 1, "--rollout", 2, "--quiet"),
     )
     assert code == 0, err
     code, out, err = redraft(
@@ -180,7 +180,7 @@ def test_scratch_makes_a_draft_from_nothing(
         *("--max-new-tokens", 12, "--json", "--quiet"),
     )
     assert code == 0, err
-    assert json.loads(out)["provenance"]["taps"] == [1, 4, 7]
+    assert json.loads(out)["provenance"]["aux_layers"] == [1, 4, 7]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_scratch_makes_a_draft_from_nothing(
     [
         (["adapt", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
         (["adapt", "--config", "demoo"], "no recipe or file named 'demoo'; did you mean 'demo'?"),
-        (["adapt", "--method", "magic"], "names the private part 'magic'"),
+        (["adapt", "--method", "magic"], "names the adapter 'magic'"),
         (["adapt", "--off-domain", "x"], "--off-domain takes name=FILE"),
     ],
 )
@@ -296,7 +296,7 @@ def test_generate_streams_and_names_bad_flags(
     assert "steps, tau" in err
     for flags, says in (
         (("--k", "many"), "--k takes a whole number from 1 to 16, or auto; got 'many'"),
-        (("--acceptance", "greedy", "--temperature", 1), "takes the likeliest token and ignores"),
+        (("--acceptance", "greedy", "--temperature", 1), "takes the most likely token and ignores"),
         (("--acceptance", "gredy"), "did you mean 'greedy'?"),
         (("--draft-token", "sampled"), "cannot judge draft tokens picked 'sampled'"),
     ):

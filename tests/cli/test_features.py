@@ -73,8 +73,8 @@ def test_training_beside_features_needs_no_layers(
     stored = json.loads(out)
     assert stored["final_loss"] == pytest.approx(streamed["final_loss"], rel=1e-3)
     assert stored["target_flops"] < streamed["target_flops"]
-    card = json.loads((tmp_path / "p" / "private.json").read_text())
-    own = json.loads((tmp_path / "streamed" / "private.json").read_text())
+    card = json.loads((tmp_path / "p" / "adapter.json").read_text())
+    own = json.loads((tmp_path / "streamed" / "adapter.json").read_text())
     assert card["target_fingerprint"] == own["target_fingerprint"]
 
 
@@ -109,17 +109,25 @@ def test_foreign_features_go_in_and_out(
     (tmp_path / "spec" / "redraft-features.json").unlink()  # as speculators itself would write it
     code, _, err = redraft(*convert, tmp_path / "spec", "--out", tmp_path / "back")
     assert code == 2
-    assert "do not say which layers they hold; name them with --taps" in err
-    taps = ("--taps", "2,4,5")
-    code, _, err = redraft(*convert, tmp_path / "spec", *taps, "--out", tmp_path / "back")
+    assert "do not say which layers they hold; name them with --aux-layers" in err
+    aux_layers = ("--aux-layers", "2,4,5")
+    code, _, err = redraft(*convert, tmp_path / "spec", *aux_layers, "--out", tmp_path / "back")
     assert code == 0, err
-    direct = ("--features", tmp_path / "spec", "--feature-taps", "2,4,5")
+    direct = ("--features", tmp_path / "spec", "--feature-aux-layers", "2,4,5")
     for i, features in enumerate((("--features", tmp_path / "back"), direct)):
         code, _, err = redraft(*training(files, tmp_path / f"p{i}", *features))
         assert code == 0, err
     # The wrong layers are seen where the target is there to compare with.
     code, _, err = redraft(
-        *("features", "--target", files["target"], "--check", tmp_path / "spec", "--taps", "3,5,6")
+        *(
+            "features",
+            "--target",
+            files["target"],
+            "--check",
+            tmp_path / "spec",
+            "--aux-layers",
+            "3,5,6",
+        )
     )
     assert code == 2
     assert "its states are not what target" in err
@@ -144,9 +152,12 @@ def test_pickles_need_their_flag(redraft: Any, files: dict[str, Any], tmp_path: 
     [
         ((), "--out is needed: the folder to write features to"),
         (("--out", "x"), "--answers is needed: the rows whose features are to be stored"),
-        (("--answers", "A", "--out", "x", "--taps", "2,y"), "--taps takes layer numbers"),
-        (("--answers", "A", "--out", "x", "--taps", "9"), "tap 9 is out of range"),
-        (("--answers", "A", "--out", "x", "--taps", "2", "--draft", "d"), "not both"),
+        (
+            ("--answers", "A", "--out", "x", "--aux-layers", "2,y"),
+            "--aux-layers takes layer numbers",
+        ),
+        (("--answers", "A", "--out", "x", "--aux-layers", "9"), "aux layer 9 is out of range"),
+        (("--answers", "A", "--out", "x", "--aux-layers", "2", "--draft", "d"), "not both"),
         (("--answers", "A", "--out", "x", "--max-gb", "0.00001"), "more than --max-gb 1e-05"),
         (
             ("--answers", "A", "--out", "x", "--capture", "http://localhost:1"),
@@ -210,7 +221,7 @@ def test_stored_answers_are_measured_with_and_without_layers(
         (("--answers", files["heldout"], "--temperature", 1), "no use for --temperature"),
         (("--answers", files["heldout"], "--top-p", 0.5), "no use for --temperature, --top-k"),
         (("--prompts", empty, "--features", files["store"]), "cannot answer prompts"),
-        (("--answers", files["heldout"], "--k", 16), "regenerate it with --overrun 16"),
+        (("--answers", files["heldout"], "--k", 16), "regenerate it with --lookahead 16"),
     ):
         code, _, err = redraft(*command, *wrong)
         assert code == 2, err

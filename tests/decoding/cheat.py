@@ -29,7 +29,7 @@ class CheatingDraft(Draft):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1, device=target.device), requires_grad=False)
         self.target = [target]  # not a module of ours
-        self.taps = (1,)
+        self.aux_layers = (1,)
         self.feature_size = target.hidden_size
         self.vocab_size = target.vocab_size
         self.draft_vocab = vocabulary
@@ -49,7 +49,7 @@ class CheatingDraft(Draft):
     def new_cache(self, first_B: Tensor) -> Any:
         return {"true": [[token] for token in first_B.tolist()], "drafted": [[] for _ in first_B]}
 
-    def absorb(
+    def extend(
         self,
         cache: Any,
         tokens_BT: Tensor,
@@ -63,7 +63,7 @@ class CheatingDraft(Draft):
         cache["drafted"] = [[] for _ in cache["true"]]
         return self._read(cache)
 
-    def advance(self, cache: Any, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
+    def step(self, cache: Any, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
         for row, tokens in zip(cache["drafted"], token_B1.tolist(), strict=True):
             row += tokens
         return self._read(cache)

@@ -16,7 +16,7 @@ from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.models.batching import collate
 from redraft.models.target import Target
-from redraft.training.teacher_batch import read_lesson
+from redraft.training.teacher_batch import read_teacher_batch
 from tests.conftest import tiny_model
 
 SWITCH = 24
@@ -67,7 +67,7 @@ def test_every_way_to_decode_is_exact_up_to_the_switch(kind: str) -> None:
         *(target, asked, [range(4)]),
         sampling=Sampling(),
         max_new_tokens=40,
-        overrun=0,
+        lookahead=0,
         seed=0,
     )
     assert [list(answer.answer) for answer in batch] == plain
@@ -101,10 +101,10 @@ def test_what_is_longer_is_refused_in_a_sentence(kind: str) -> None:
                 *(target, asked, plan),
                 sampling=Sampling(),
                 max_new_tokens=4,
-                overrun=0,
+                lookahead=0,
                 seed=0,
             )
         )
     answer = Answer("a", tuple(PROMPTS[2]), tuple(range(20)), 20, "length")
     with pytest.raises(UserError, match=r"a row of 35 tokens is longer than the context.*24"):
-        read_lesson(target, collate([answer], target.device), (2, 4, 5))
+        read_teacher_batch(target, collate([answer], target.device), (2, 4, 5))

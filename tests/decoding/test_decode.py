@@ -56,7 +56,7 @@ def test_speculative_equals_plain(
         [decoded] = decode_speculative(target, draft, [prompt.tokens], k, LONGEST)
         assert decoded.tokens == decode_plain(target, prompt.tokens, LONGEST)
         emitted = 1 + sum(n + 1 for n in decoded.accepted)
-        assert emitted == len(decoded.tokens) + len(decoded.overrun)
+        assert emitted == len(decoded.tokens) + len(decoded.lookahead)
         lengths |= set(decoded.accepted)
     assert len(lengths) > 1, "the draft must be right sometimes and wrong sometimes"
 
@@ -79,7 +79,7 @@ def test_batched_answers_equal_plain_ones(
     target, _ = pair64
     plan = plan_generation(prompts, 8, 4096, LONGEST + 5)
     batches = generate_answers(
-        target, prompts, plan, sampling=Sampling(), max_new_tokens=LONGEST, overrun=5, seed=0
+        target, prompts, plan, sampling=Sampling(), max_new_tokens=LONGEST, lookahead=5, seed=0
     )
     for answer in (a for batch in batches for a in batch):
         assert list(answer.answer) == decode_plain(target, answer.prompt, LONGEST)
@@ -90,7 +90,7 @@ def test_batched_answers_equal_plain_ones(
 def test_stopped_rows_overrun_with_the_targets_own_tokens(
     pair64: tuple[Target, Draft], prompts: list[Prompt]
 ) -> None:
-    """Pretend that a frequent token stops: answers end there, the overrun goes on beyond it."""
+    """Pretend that a frequent token stops: answers end there, the lookahead goes on beyond it."""
     target, _ = pair64
     whole = decode_plain(target, prompts[0].tokens, LONGEST)
     monkey = pytest.MonkeyPatch()
@@ -100,7 +100,13 @@ def test_stopped_rows_overrun_with_the_targets_own_tokens(
         batch = next(
             iter(
                 generate_answers(
-                    target, prompts, plan, sampling=Sampling(), max_new_tokens=20, overrun=4, seed=0
+                    target,
+                    prompts,
+                    plan,
+                    sampling=Sampling(),
+                    max_new_tokens=20,
+                    lookahead=4,
+                    seed=0,
                 )
             )
         )
@@ -120,7 +126,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(target: Target, prompts: lis
             plan_generation(prompts[:9], batch_size, 4096, 12),
             sampling=Sampling(0.8, top_k=20, top_p=0.9),
             max_new_tokens=12,
-            overrun=0,
+            lookahead=0,
             seed=seed,
         )
         return {a.id: a.tokens for batch in batches for a in batch}
@@ -178,9 +184,9 @@ def test_generation_stays_inside_the_context(target_folder: Path, prompts: list[
     batch = next(
         iter(
             generate_answers(
-                target, prompts, [[0]], sampling=Sampling(), max_new_tokens=50, overrun=3, seed=0
+                target, prompts, [[0]], sampling=Sampling(), max_new_tokens=50, lookahead=3, seed=0
             )
         )
     )
     assert len(batch[0].tokens) == 6
-    assert batch[0].length == 3  # the overrun of 3 fits into the context too
+    assert batch[0].length == 3  # the lookahead of 3 fits into the context too

@@ -1,7 +1,7 @@
 """Logits processors: each that is allowed is pure, and decoding with them is plain decoding with them.
 
 Every allowed processor is called by hand, position by position and made anew each time, against the
-door; speculative decoding runs against plain decoding, token for token at float64. Impure
+logits pipeline; speculative decoding runs against plain decoding, token for token at float64. Impure
 processors, and a loop that hides drafted tokens from the processors, run through the same checks.
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from redraft.core.errors import UserError
-from redraft.decoding import logits_pipeline as door_module
+from redraft.decoding import logits_pipeline as pipeline_module
 from redraft.decoding import speculative
 from redraft.decoding.acceptance_modes import Decoding
-from redraft.decoding.logits_pipeline import PREFIX_FREE, PREFIX_PURE, Door, check_pure
+from redraft.decoding.logits_pipeline import PREFIX_FREE, PREFIX_PURE, LogitsPipeline, check_pure
 from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling
 from redraft.decoding.speculative import Decoded, speculate, stop_at
@@ -199,17 +199,17 @@ def growing(b: int, p: int) -> list[int]:
 @pytest.mark.parametrize("name", TABLE)
 def test_the_door_gives_every_position_its_own_prefix(name: str) -> None:
     logits = some_logits(1 if name in ONE_ROW_ONLY else 3, 4)
-    door = Door(Sampling(1.0), [TABLE[name]()])
+    logits_pipeline = LogitsPipeline(Sampling(1.0), [TABLE[name]()])
     right = by_hand([TABLE[name]], logits, growing)
     for _ in range(2):  # asked again, it says the same
-        assert torch.equal(door.processed(logits, growing), right)
+        assert torch.equal(logits_pipeline.processed(logits, growing), right)
 
 
 def test_processors_follow_each_other_in_their_order() -> None:
     logits = some_logits(3, 4)
     names = ["RepetitionPenaltyLogitsProcessor", "TopKLogitsWarper", "TemperatureLogitsWarper"]
     makers = [TABLE[name] for name in names]
-    found = Door(Sampling(1.0), [make() for make in makers]).processed(logits, growing)
+    found = LogitsPipeline(Sampling(1.0), [make() for make in makers]).processed(logits, growing)
     assert torch.equal(found, by_hand(makers, logits, growing))
     assert not torch.equal(found, by_hand(makers[::-1], logits, growing))
 
@@ -240,20 +240,22 @@ def test_rows_are_served_by_their_number_also_when_others_have_left(name: str) -
     logits = some_logits(3, 1)
     texts = torch.tensor([[3, 4, 5, 3], [1, 6, 2, 6], [0, 0, 11, 1]])
     together = BY_ROW[name]()(texts, logits[:, 0].clone())
-    door = Door(Sampling(1.0), [BY_ROW[name]()])
-    whole = door.processed(logits, lambda b, p: texts[b].tolist())
+    logits_pipeline = LogitsPipeline(Sampling(1.0), [BY_ROW[name]()])
+    whole = logits_pipeline.processed(logits, lambda b, p: texts[b].tolist())
     assert torch.equal(whole[:, 0], together)
-    left = door.processed(logits[[0, 2]], lambda b, p: texts[[0, 2]][b].tolist(), [0, 2])
+    left = logits_pipeline.processed(logits[[0, 2]], lambda b, p: texts[[0, 2]][b].tolist(), [0, 2])
     assert torch.equal(left[:, 0], together[[0, 2]])
-    wrong = door.processed(logits[[0, 2]], lambda b, p: texts[[0, 2]][b].tolist(), [0, 1])
+    wrong = logits_pipeline.processed(
+        logits[[0, 2]], lambda b, p: texts[[0, 2]][b].tolist(), [0, 1]
+    )
     assert not torch.equal(wrong[:, 0], together[[0, 2]])
 
 
 def test_shorter_dtypes_are_processed_in_float32_and_nothing_changes_without_processors() -> None:
     logits = some_logits(2, 3).bfloat16()
-    assert Door(Sampling()).processed(logits, growing) is logits
+    assert LogitsPipeline(Sampling()).processed(logits, growing) is logits
     make = TABLE["RepetitionPenaltyLogitsProcessor"]
-    found = Door(Sampling(), [make()]).processed(logits, growing)
+    found = LogitsPipeline(Sampling(), [make()]).processed(logits, growing)
     assert found.dtype == torch.float32
     assert torch.equal(found, by_hand([make], logits.float(), growing))
 
@@ -281,16 +283,16 @@ def test_processors_not_known_to_be_pure_are_refused_by_name(
     make: Callable[[], Any], name: str
 ) -> None:
     with pytest.raises(UserError, match=f"{name}: not known to depend on the prefix alone"):
-        Door(Sampling(), [TABLE["TopKLogitsWarper"](), make()])
+        LogitsPipeline(Sampling(), [TABLE["TopKLogitsWarper"](), make()])
 
 
 def test_a_users_class_is_taken_at_its_word_and_at_no_less() -> None:
     assert is_pure(Pure())
-    Door(Sampling(), [Pure()])
+    LogitsPipeline(Sampling(), [Pure()])
     for word in (False, None, "yes", 1):
         wavering = type("Wavering", (Pure,), {"prefix_pure": word})()
         with pytest.raises(UserError, match="Wavering"):
-            Door(Sampling(), [wavering])
+            LogitsPipeline(Sampling(), [wavering])
 
 
 def test_forbidding_every_token_is_an_error_that_names_the_processors() -> None:
@@ -300,9 +302,9 @@ def test_forbidding_every_token_is_an_error_that_names_the_processors() -> None:
         UserError,
         match=r"TopKLogitsWarper, SuppressTokensLogitsProcessor\) forbid every token at some position",
     ):
-        Door(Sampling(), [others, everything]).processed(some_logits(2, 3), growing)
+        LogitsPipeline(Sampling(), [others, everything]).processed(some_logits(2, 3), growing)
     all_but_one = hf.SuppressTokensLogitsProcessor(range(1, SIZE))
-    found = Door(Sampling(), [all_but_one]).processed(some_logits(2, 3), growing)
+    found = LogitsPipeline(Sampling(), [all_but_one]).processed(some_logits(2, 3), growing)
     assert bool((found.argmax(-1) == 0).all())
 
 
@@ -329,7 +331,12 @@ class Bench:
     def plain(self, decoding: Decoding, processors: Sequence[Any] = ()) -> list[list[int]]:
         return [
             decode_plain(
-                self.target, p, LONGEST, decoding, seed, Door(decoding.sampling, processors)
+                self.target,
+                p,
+                LONGEST,
+                decoding,
+                seed,
+                LogitsPipeline(decoding.sampling, processors),
             )
             for p, seed in zip(self.prompts, SEEDS, strict=True)
         ]
@@ -343,10 +350,10 @@ class Bench:
         padding: Sequence[Sequence[int]] | None = None,
         draft: CheatingDraft | None = None,
     ) -> list[Decoded]:
-        door = Door(decoding.sampling, processors)
-        draft_door = None
+        logits_pipeline = LogitsPipeline(decoding.sampling, processors)
+        draft_pipeline = None
         if everything is not None:
-            draft_door = door.of_draft(everything, decoding.deterministic)
+            draft_pipeline = logits_pipeline.of_draft(everything, decoding.deterministic)
         tokens: list[list[int]] = [[] for _ in self.prompts]
         accepted: list[list[int]] = [[] for _ in self.prompts]
         lengths = [0] * len(self.prompts)
@@ -357,8 +364,8 @@ class Bench:
             K,
             decoding,
             stop_at(self.target, self.prompts, LONGEST),
-            door=door,
-            draft_door=draft_door,
+            logits_pipeline=logits_pipeline,
+            draft_pipeline=draft_pipeline,
             seeds=SEEDS,
             padding=padding,
         ):
@@ -463,7 +470,7 @@ def test_a_stateful_processor_would_change_the_text(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why they are refused: let through, one gives another text than plain decoding."""
-    monkeypatch.setattr(door_module, "check_pure", lambda processors: None)
+    monkeypatch.setattr(pipeline_module, "check_pure", lambda processors: None)
     decoding = WAYS["greedy"]
     plain = bench.plain(decoding, [Remembering()])
     assert [d.tokens for d in bench.drafted(decoding, [Remembering()])] != plain
@@ -492,9 +499,9 @@ def test_a_draft_whose_whole_vocabulary_is_forbidden_changes_nothing(
     bench: Bench, way: str, everything: bool
 ) -> None:
     """The target still has tokens to say, so decoding goes on without a word."""
-    spoken = torch.arange(40, 60)
-    draft = CheatingDraft(bench.target, vocabulary=spoken)
-    processors = [hf.SuppressTokensLogitsProcessor(spoken.tolist())]
+    in_vocab = torch.arange(40, 60)
+    draft = CheatingDraft(bench.target, vocabulary=in_vocab)
+    processors = [hf.SuppressTokensLogitsProcessor(in_vocab.tolist())]
     plain = bench.plain(WAYS[way], processors)
     found = bench.drafted(WAYS[way], processors, everything=everything, draft=draft)
     assert [d.tokens for d in found] == plain

@@ -19,7 +19,7 @@ from torch import Tensor
 from redraft.core.records import Prompt
 from redraft.decoding import acceptance_modes, speculative
 from redraft.decoding.acceptance_modes import Decoding
-from redraft.decoding.logits_pipeline import Door
+from redraft.decoding.logits_pipeline import LogitsPipeline
 from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling
 from redraft.decoding.speculative import Decoded, decode_speculative
@@ -160,7 +160,7 @@ def rolled_back_one_too_far(patch: pytest.MonkeyPatch) -> None:
 
 
 def bonus_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    right = acceptance_modes.Mode.settle
+    right = acceptance_modes.Mode.verify
 
     def wrong(self: Any, scores: Tensor, drafted: Tensor, q: Any, at: Tensor, seeds: Tensor) -> Any:
         n, _ = right(self, scores, drafted, q, at, seeds)
@@ -197,9 +197,9 @@ def raw_softmax_at_temperature_0(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         acceptance_modes.Greedy,
         "settle",
-        lambda self, *rest: acceptance_modes.Sampled().settle(*rest),
+        lambda self, *rest: acceptance_modes.Sampled().verify(*rest),
     )
-    patch.setattr(Door, "scores", lambda self, processed: processed)
+    patch.setattr(LogitsPipeline, "scores", lambda self, processed: processed)
 
 
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {

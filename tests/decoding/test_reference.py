@@ -1,4 +1,4 @@
-"""The fast loop is its slow twin, step for step; and the edges: a full context, empty prompts, dtypes."""
+"""The fast loop is its slow reference implementation, step for step; and the edges: a full context, empty prompts, dtypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from redraft.core.errors import UserError
 from redraft.decoding import acceptance_modes
 from redraft.decoding.acceptance_modes import Decoding
 from redraft.decoding.plain import decode_plain
-from redraft.decoding.reference import Twin
+from redraft.decoding.reference import Reference
 from redraft.decoding.sampling import Sampling
 from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.base import Draft
@@ -50,7 +50,7 @@ def double(target_folder: Path) -> Target:
 def both(target: Target, draft: Draft, k: int, way: Decoding) -> tuple[Any, Any]:
     seeds = range(len(PROMPTS))
     fast = decode_speculative(target, draft, PROMPTS, k, LONGEST, way, list(seeds))
-    slow = [Twin(target, draft, k, way, s).decode(p, LONGEST) for s, p in zip(seeds, PROMPTS)]  # noqa: B905
+    slow = [Reference(target, draft, k, way, s).decode(p, LONGEST) for s, p in zip(seeds, PROMPTS)]  # noqa: B905
     return fast, slow
 
 
@@ -80,14 +80,14 @@ def never_forgets(patch: pytest.MonkeyPatch) -> None:
 
 def chain_kept(patch: pytest.MonkeyPatch) -> None:
     """The draft reads the accepted tokens after its own chain instead of in its place."""
-    right = CheatingDraft.absorb
+    right = CheatingDraft.extend
 
     def wrong(self: Any, cache: Any, *rest: Any) -> Tensor:
         for row, chain in zip(cache["true"], cache["drafted"], strict=True):
             row += chain
         return right(self, cache, *rest)
 
-    patch.setattr(CheatingDraft, "absorb", wrong)
+    patch.setattr(CheatingDraft, "extend", wrong)
 
 
 @pytest.mark.parametrize("mutant", [one_fewer, never_forgets, chain_kept])
@@ -160,7 +160,7 @@ def test_a_draft_of_another_dtype_changes_no_word(double: Target, dtype: torch.d
     ("make", "says"),
     [
         (lambda: Decoding("greedi"), "no acceptance mode 'greedi'; did you mean 'greedy'?"),
-        (lambda: Decoding("greedy", Sampling(1.0)), "takes the likeliest token and ignores"),
+        (lambda: Decoding("greedy", Sampling(1.0)), "takes the most likely token and ignores"),
         (
             lambda: Decoding("seeded", Sampling(1.0), "sampled"),
             "seeded cannot judge draft tokens picked 'sampled'; it takes coupled or deterministic",

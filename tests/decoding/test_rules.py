@@ -40,7 +40,7 @@ class World:
         return probabilities(self._logits(text, 0), self.sampling)
 
     def q(self, text: Text) -> Tensor:
-        """What the draft's token is drawn from: a point mass where it takes its likeliest."""
+        """What the draft's token is drawn from: a point mass where it takes its most likely."""
         sampling = Sampling() if self.deterministic else self.sampling
         return probabilities(self._logits(text, 1), sampling)
 
@@ -223,7 +223,7 @@ def test_wrong_rules_are_caught(rule: Rule) -> None:
 
 
 def test_the_q_ratio_with_a_deterministic_draft_is_caught() -> None:
-    """The draft takes its likeliest token; a rule that is told its softmax instead is wrong."""
+    """The draft takes its most likely token; a rule that is told its softmax instead is wrong."""
 
     world = World(4, 1, deterministic=True)
 
@@ -266,21 +266,21 @@ def one_position(draw_: st.DrawFn) -> tuple[list[float], list[float]]:
 def test_one_position_is_exact_for_any_pair(pair: tuple[list[float], list[float]]) -> None:
     """Zeros and ties included: sum over drafted x of q(x) [a(x) 1_x + (1 - a(x)) residual] = p."""
     p, q = (torch.tensor(values, dtype=torch.float64) for values in pair)
-    spoken = [x for x in range(len(q)) if q[x] > 0]
-    rows = len(spoken)
-    tokens = torch.tensor(spoken)[:, None]
+    in_vocab = [x for x in range(len(q)) if q[x] > 0]
+    rows = len(in_vocab)
+    tokens = torch.tensor(in_vocab)[:, None]
     p_BJV = torch.stack([p, torch.full_like(p, 1 / len(p))]).expand(rows, 2, -1)
     q_BKV = q.expand(rows, 1, -1)
     accept = acceptance(accept_sampled, p_BJV, q_BKV, tokens)[:, 0]
     _, residual = accept_sampled(p_BJV, q_BKV, tokens, torch.full((rows, 1), 1 - 1e-12).double())
     emitted = torch.zeros_like(p)
-    for row, token in enumerate(spoken):
+    for row, token in enumerate(in_vocab):
         emitted[token] += q[token] * accept[row]
         if accept[row] < 1 - 1e-9:
             emitted += q[token] * (1 - accept[row]) * residual[row]
     assert torch.allclose(emitted, p, atol=1e-9)
     expected = float(torch.minimum(p, q).sum())
-    assert float((q[spoken] * accept).sum()) == pytest.approx(expected, abs=1e-9)  # 1 - TV
+    assert float((q[in_vocab] * accept).sum()) == pytest.approx(expected, abs=1e-9)  # 1 - TV
 
 
 @settings(max_examples=200, deadline=None)

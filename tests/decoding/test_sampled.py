@@ -52,7 +52,7 @@ def sampled(target: Target, draft: Draft, draft_token: str, k: int = 2) -> Count
     for begin in range(0, TEXTS, BATCH):
         seeds = list(range(begin, begin + BATCH))
         found = decode_speculative(target, draft, [PROMPT] * BATCH, k, LENGTH, decoding, seeds)
-        counts.update(tuple([*d.tokens, *d.overrun][:LENGTH]) for d in found)
+        counts.update(tuple([*d.tokens, *d.lookahead][:LENGTH]) for d in found)
     return counts
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from redraft.checkpoints.load import load_draft, stored
-from redraft.checkpoints.reference_reader import Twin
+from redraft.checkpoints.reference_reader import Reference
 from redraft.core.errors import UserError
 from redraft.drafts import chain_attention, layers
 from redraft.drafts.base import Draft
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eagle3, reduced vocabulary": {"vocab": 40},
     "norm before residual": {"norm_before_residual": True},
     "norm before fc": {"norm_before_fc": True},
-    "a norm per tap": {"fc_norm": 3},
+    "a norm per aux layer": {"fc_norm": 3},
     "norm output": {"norm_output": True, "norm_before_residual": True},
     "attention biases": {"qkv_bias": True, "o_bias": True},
     "q and k norms": {"head_norms": True},
@@ -58,7 +58,7 @@ def target64(target_folder: Path) -> Target:
 
 def read(target: Target, draft: Draft, length: int = 14) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(5, 200, (2, length), generator=torch.Generator().manual_seed(1))
-    return tokens, target.read(tokens, draft.taps).features_BTF
+    return tokens, target.read(tokens, draft.aux_layers).features_BTF
 
 
 def export(target: Target, draft: Draft, folder: Path) -> Path:
@@ -71,13 +71,13 @@ def export(target: Target, draft: Draft, folder: Path) -> Path:
 
 def worst_difference(target: Target, draft: Draft, first: int, folder: Path) -> float:
     tokens, features = read(target, draft)
-    twin = Twin(folder, target.embedding_VH, target.head.weight)
+    reference = Reference(folder, target.embedding_VH, target.head.weight)
     worst = 0.0
     with torch.no_grad():
         rolled = [draft.logits(s) for s in draft.rollout(tokens, features, first, STEPS)]
         for row in range(2):
             for start in range(first, tokens.shape[1] - 2 - STEPS):
-                chain = twin.chain_logits(tokens[row].tolist(), features[row], start, STEPS)
+                chain = reference.chain_logits(tokens[row].tolist(), features[row], start, STEPS)
                 for step, expected in enumerate(chain):
                     got = rolled[step][row, start - first]
                     worst = max(worst, float((got - expected).abs().max()))
@@ -152,12 +152,12 @@ def test_rollout_equals_step_by_step_decoding(target64: Target, variant: str) ->
         cache = draft.new_cache(tokens[:1, 0])
         for start in range(tokens.shape[1] - 2 - STEPS):
             pair = slice(start, start + 1)
-            state = draft.absorb(cache, tokens[:1, start + 1 : start + 2], features[:1, pair])
+            state = draft.extend(cache, tokens[:1, start + 1 : start + 2], features[:1, pair])
             for step in range(STEPS):
                 difference = (draft.logits(state)[0, 0] - rolled[step][0, start]).abs().max()
                 assert difference < TOLERANCE, (start, step)
                 token = tokens[:1, start + 2 + step : start + 3 + step]
-                state = draft.advance(cache, token, state)
+                state = draft.step(cache, token, state)
 
 
 def test_a_bf16_draft_keeps_exact_rotary_angles(target: Target) -> None:
@@ -187,11 +187,11 @@ def test_absorbing_forgets_the_drafted_chain(target64: Target) -> None:
     draft = fresh_draft(target64)
     tokens, features = read(target64, draft)
     with torch.no_grad():
-        whole = draft.absorb(draft.new_cache(tokens[:1, 0]), tokens[:1, 1:9], features[:1, :8])
+        whole = draft.extend(draft.new_cache(tokens[:1, 0]), tokens[:1, 1:9], features[:1, :8])
         cache = draft.new_cache(tokens[:1, 0])
-        state = draft.absorb(cache, tokens[:1, 1:6], features[:1, :5])
-        draft.advance(cache, tokens[:1, 6:7], state)
-        pieced = draft.absorb(cache, tokens[:1, 6:9], features[:1, 5:8])
+        state = draft.extend(cache, tokens[:1, 1:6], features[:1, :5])
+        draft.step(cache, tokens[:1, 6:7], state)
+        pieced = draft.extend(cache, tokens[:1, 6:9], features[:1, 5:8])
     assert float((whole - pieced).abs().max()) < TOLERANCE
 
 
@@ -199,7 +199,7 @@ def test_reduced_vocabulary_proposes_target_ids(target64: Target) -> None:
     draft = fresh_draft(target64, vocab=40)
     tokens, features = read(target64, draft)
     cache = draft.new_cache(tokens[:1, 0])
-    state = draft.absorb(cache, tokens[:1, 1:6], features[:1, :5])
+    state = draft.extend(cache, tokens[:1, 1:6], features[:1, :5])
     assert draft.draft_vocab is not None
     assert int(draft.to_target_ids(draft.logits(state).argmax(-1))) in draft.draft_vocab.tolist()
     stored = draft.stored_state()
@@ -208,12 +208,12 @@ def test_reduced_vocabulary_proposes_target_ids(target64: Target) -> None:
 
 
 def test_default_taps_and_shape(target: Target) -> None:
-    assert fresh_draft(target).taps == (2, 4, 5)
+    assert fresh_draft(target).aux_layers == (2, 4, 5)
     config = Eagle3Draft.for_target(target).config
     assert config.intermediate_size == 64
-    assert config.taps is None
+    assert config.aux_layers is None
     assert config.feature_size == 96
-    assert fresh_draft(target, kind="eagle").taps == (8,)
+    assert fresh_draft(target, kind="eagle").aux_layers == (8,)
 
 
 def test_an_eagle_draft_reads_the_normed_state_and_uses_the_targets_head(target64: Target) -> None:
@@ -227,8 +227,8 @@ def test_an_eagle_draft_reads_the_normed_state_and_uses_the_targets_head(target6
 
 
 def test_what_a_kind_does_not_have_is_refused(target: Target) -> None:
-    with pytest.raises(UserError, match="--taps and --draft-vocab belong to --kind eagle3"):
-        new_draft(target, [], kind="eagle", taps=(1, 2, 3))
+    with pytest.raises(UserError, match="--aux-layers and --draft-vocab belong to --kind eagle3"):
+        new_draft(target, [], kind="eagle", aux_layers=(1, 2, 3))
     with pytest.raises(UserError, match="unknown kind of draft 'eagel'; did you mean 'eagle'"):
         new_draft(target, [], kind="eagel")
 
@@ -242,7 +242,7 @@ def test_a_map_is_needed_exactly_when_the_vocabulary_is_reduced(target: Target) 
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("eagle3", {"feature_size": 90}, "hidden sizes differ: 3 taps .* 96 wide"),
+        ("eagle3", {"feature_size": 90}, "hidden sizes differ: 3 aux layers .* 96 wide"),
         ("eagle3", {"vocab_size": 99, "draft_vocab_size": 99}, "vocabularies differ"),
         ("eagle3", {"hidden_size": 16}, "no embed_tokens.weight"),
         ("eagle", {"hidden_size": 16}, "hidden sizes differ: the target's is 32, this eagle"),

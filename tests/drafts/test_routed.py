@@ -205,17 +205,17 @@ def test_rollout_equals_step_by_step_decoding(target_folder: Path) -> None:
     shape = RoutedShape(3, 2, 2, 1, 10)
     draft = fresh_draft(target, kind="eagle", routed=shape)
     tokens = torch.randint(5, 200, (1, 12), generator=torch.Generator().manual_seed(1))
-    features = target.read(tokens, draft.taps).features_BTF
+    features = target.read(tokens, draft.aux_layers).features_BTF
     with torch.no_grad():
         rolled = [draft.logits(s) for s in draft.rollout(tokens, features, 0, 4)]
         cache = draft.new_cache(tokens[:, 0])
         for start in range(6):
             here = slice(start, start + 1)
-            state = draft.absorb(cache, tokens[:, start + 1 : start + 2], features[:, here])
+            state = draft.extend(cache, tokens[:, start + 1 : start + 2], features[:, here])
             for step in range(4):
                 difference = draft.logits(state)[0, 0] - rolled[step][0, start]
                 assert float(difference.abs().max()) < 1e-10
-                state = draft.advance(cache, tokens[:, start + 2 + step : start + 3 + step], state)
+                state = draft.step(cache, tokens[:, start + 2 + step : start + 3 + step], state)
 
 
 def test_no_private_expert_can_be_added_to_it(target: Target) -> None:

@@ -100,20 +100,20 @@ def test_rollout_equals_step_by_step_decoding(
     ends = [5, 2]  # pairs read so far
     with torch.no_grad():
         cache = draft.new_cache(tokens[:, 0])
-        state = draft.absorb(cache, tokens[:, 1:6], torch.zeros(2, 5, 0), ends)
+        state = draft.extend(cache, tokens[:, 1:6], torch.zeros(2, 5, 0), ends)
         for _ in range(3):
             for step in range(STEPS):
                 logits = draft.logits(state)
                 for row, end in enumerate(ends):
                     assert furthest(logits[row, 0], expected[step][row, end - 1]) < 1e-10
                 following = [tokens[row, end + 1 + step] for row, end in enumerate(ends)]
-                state = draft.advance(cache, torch.stack(following)[:, None], state)
+                state = draft.step(cache, torch.stack(following)[:, None], state)
             counts = [1, 2]
             pairs = [tokens[row, end + 1 : end + 3] for row, end in enumerate(ends)]
-            state = draft.absorb(cache, torch.stack(pairs), torch.zeros(2, 2, 0), counts)
+            state = draft.extend(cache, torch.stack(pairs), torch.zeros(2, 2, 0), counts)
             ends = [end + count for end, count in zip(ends, counts, strict=True)]
         draft.keep_rows(cache, [1])
-        alone = draft.logits(draft.advance(cache, tokens[1:, ends[1] + 1 : ends[1] + 2], state))
+        alone = draft.logits(draft.step(cache, tokens[1:, ends[1] + 1 : ends[1] + 2], state))
     assert furthest(alone[0, 0], expected[1][1, ends[1] - 1]) < 1e-10
 
 
@@ -125,7 +125,7 @@ def test_the_first_token_counts(target64: Target) -> None:
     with torch.no_grad():
         for first in (tokens[:1, 0], tokens[:1, 0] + 1):
             cache = draft.new_cache(first)
-            states.append(draft.absorb(cache, tokens[:1, 1:5], torch.zeros(1, 4, 0)))
+            states.append(draft.extend(cache, tokens[:1, 1:5], torch.zeros(1, 4, 0)))
     assert furthest(states[0], states[1]) > 1e-3
     assert furthest(draft.logits(states[0])[0, 0], rolled(draft, tokens)[0][0, 3]) < 1e-10
 
@@ -155,14 +155,14 @@ def test_a_wider_vocabulary_is_cut_and_a_narrower_one_left_impossible(
     assert narrower.draft_vocab.tolist() == list(range(V))
     assert furthest(rolled(narrower, tokens)[0], lm(input_ids=tokens).logits[:, 1:-1]) < 1e-10
     text = [p.tokens for p in prompts[:3]]
-    spoken: set[int] = set()
+    in_vocab: set[int] = set()
     for target, draft in ((target64, wider), (padded, narrower)):
         for prompt, decoded in zip(
             text, decode_speculative(target, draft, text, 3, 40), strict=True
         ):
             assert decoded.tokens == decode_plain(target, prompt, 40)
-            spoken |= set(decoded.tokens)
-    assert max(spoken) >= V, "the target says something that the draft has no row for"
+            in_vocab |= set(decoded.tokens)
+    assert max(in_vocab) >= V, "the target says something that the draft has no row for"
 
 
 def test_more_than_padding_is_refused(target: Target, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_one_for_a_target_is_small_and_of_its_architecture(family: str, tmp_path
     c = draft.config
     assert (c.hidden_size, c.num_hidden_layers, c.intermediate_size) == (16, 2, 20)
     assert c.of_transformers.model_type == target.model.config.model_type
-    assert (draft.taps, draft.feature_size, draft.feeds_back) == ((), 0, False)
+    assert (draft.aux_layers, draft.feature_size, draft.feeds_back) == ((), 0, False)
     one, two, three = (fresh_weights(draft, seed) for seed in (1, 1, 2))
     assert all(torch.equal(one[n], two[n]) for n in one)
     assert not torch.equal(one["model.embed_tokens.weight"], three["model.embed_tokens.weight"])
@@ -261,9 +261,9 @@ def fresh_weights(draft: TokenLMDraft, seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_what_it_does_not_have_is_refused(target: Target) -> None:
-    with pytest.raises(UserError, match="--taps and --draft-vocab belong to --kind eagle3"):
-        new_draft(target, [], kind="token_lm", taps=(1, 2, 3))
-    with pytest.raises(UserError, match="--taps and --draft-vocab belong to --kind eagle3"):
+    with pytest.raises(UserError, match="--aux-layers and --draft-vocab belong to --kind eagle3"):
+        new_draft(target, [], kind="token_lm", aux_layers=(1, 2, 3))
+    with pytest.raises(UserError, match="--aux-layers and --draft-vocab belong to --kind eagle3"):
         fresh_draft(target, kind="token_lm", vocab=40)
 
 
@@ -283,7 +283,7 @@ def test_what_it_does_not_have_is_refused(target: Target) -> None:
                 intermediate_size=20,
                 is_decoder=True,
             ),
-            r"BertLMHeadModel is not a body and a head \(cls beside them\)",
+            r"BertLMHeadModel is not a body and a head \(cls next to them\)",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The nano family with its adapted and dedicated drafts, built once, and a vLLM to try them in.
+"""The nano family with its adapted and from-scratch drafts, built once, and a vLLM to try them in.
 
 Training comes first and the engine afterwards: they would fight for the same cores.
 """
@@ -47,22 +47,22 @@ def repaired() -> Repaired:
 def drafts(repaired: Repaired) -> dict[str, str]:
     """The folders of the three EAGLE-3 drafts of the SFT target."""
     return {
-        "reused": repaired.result.report.shared,
+        "unadapted": repaired.result.report.shared,
         "adapted": repaired.result.report.draft,
-        "dedicated": str(repaired.dedicated),
+        "from-scratch": str(repaired.from_scratch),
     }
 
 
 @pytest.fixture(scope="session")
 def eagle(repaired: Repaired) -> Callable[[str], str]:
-    """Folders of the EAGLE-1/2 drafts of the SFT target: reused, adapted, dedicated; each cached."""
+    """Folders of the EAGLE-1/2 drafts of the SFT target: unadapted, adapted, from-scratch; each cached."""
     shared = str(BUILD / "family" / "draft-eagle")
     prompts = repaired.evaluation.replace("-eval.jsonl", "-adapt.jsonl")
 
     def folder(name: str) -> str:
-        if name == "reused":
+        if name == "unadapted":
             return shared
-        scratch = {"train.method": "scratch"} if name == "dedicated" else {}
+        scratch = {"train.method": "scratch"} if name == "from-scratch" else {}
         recipe = read_yaml(recipe_path("demo"))
         pipeline.adapt(
             repaired.target,

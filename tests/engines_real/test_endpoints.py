@@ -173,7 +173,7 @@ def written(path: Path) -> dict[str, Answer]:
 
 
 class Job(threading.Thread):
-    """A regeneration beside the test, which meanwhile breaks the server."""
+    """A regeneration next to the test, which meanwhile breaks the server."""
 
     def __init__(self, *arguments: Any):
         super().__init__(daemon=True)

@@ -1,7 +1,7 @@
 """The exports in a running vLLM: the same words as without a draft, the same steps as redraft's.
 
 At concurrency 1 in fp32 both loops are deterministic, so the counts must be equal. Batching and
-half precision change the order of sums inside the engine; a draft's likeliest token then changes
+half precision change the order of sums inside the engine; a draft's most likely token then changes
 now and then, and only there a tolerance is given.
 """
 
@@ -52,7 +52,7 @@ def test_the_engine_without_a_draft_decodes_as_redraft_does(
     assert compare(repaired.target, table.prompts, own, table.plain(repaired.target)).holds
 
 
-@pytest.mark.parametrize("draft", ["reused", "adapted", "dedicated"])
+@pytest.mark.parametrize("draft", ["unadapted", "adapted", "from-scratch"])
 def test_eagle3(repaired: Repaired, drafts: dict[str, str], table: Table, draft: str) -> None:
     cell = table.cell(f"eagle3 {draft}", repaired.target, drafts[draft])
     check_words(cell)
@@ -62,11 +62,11 @@ def test_eagle3(repaired: Repaired, drafts: dict[str, str], table: Table, draft:
 def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
     repaired: Repaired, drafts: dict[str, str], table: Table
 ) -> None:
-    reused, adapted = (
+    unadapted, adapted = (
         table.cell(f"eagle3 {name}", repaired.target, drafts[name])
-        for name in ("reused", "adapted")
+        for name in ("unadapted", "adapted")
     )
-    assert adapted.tau > 1.5 * reused.tau
+    assert adapted.tau > 1.5 * unadapted.tau
 
 
 def test_eagle_adapted(repaired: Repaired, eagle: Callable[[str], str], table: Table) -> None:
@@ -80,12 +80,12 @@ def test_eagle_adapted(repaired: Repaired, eagle: Callable[[str], str], table: T
     ("planted", "named"),
     [
         (
-            {"taps": (1, 3, 4)},
-            r"the taps are wrong: config.json says hs\[1, 3, 4\], but hs\[2, 4, 5\]",
+            {"aux_layers": (1, 3, 4)},
+            r"the aux layers are wrong: config.json says hs\[1, 3, 4\], but hs\[2, 4, 5\]",
         ),
         (
-            {"taps": (3, 5, 6)},
-            r"the taps are wrong: config.json says hs\[3, 5, 6\], but hs\[2, 4, 5\]",
+            {"aux_layers": (3, 5, 6)},
+            r"the aux layers are wrong: config.json says hs\[3, 5, 6\], but hs\[2, 4, 5\]",
         ),
         ({"norm_before_residual": True}, "norm_before_residual should be false"),
         ({}, None),
@@ -98,7 +98,7 @@ def test_a_planted_mistake_is_found_by_measurement(
     planted: dict[str, Any],
     named: str | None,
 ) -> None:
-    """What `redraft verify` tries beside the engine, on a draft for which it matters."""
+    """What `redraft verify` tries next to the engine, on a draft for which it matters."""
     good = read_draft(drafts["adapted"])
     config = dataclasses.replace(good.config, **planted)
     answers = answer_all(repaired.target, table.prompts, TOKENS, K, Sampling())
@@ -116,7 +116,7 @@ def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table)
     few = table.prompts[:8]
     base = own_plain(load_target(str(BUILD / "family" / "base")), few)
     assert own[: len(few)] != base, "the adapter changes nothing, so this cell could not fail"
-    cell = table.cell("lora4 eagle3 reused", target, drafts["reused"], reference=own)
+    cell = table.cell("lora4 eagle3 unadapted", target, drafts["unadapted"], reference=own)
     check_words(cell)
     check_same_steps(cell)
 
@@ -125,7 +125,7 @@ def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("draft", ["reused", "dedicated"])
+@pytest.mark.parametrize("draft", ["unadapted", "from-scratch"])
 def test_eagle(repaired: Repaired, eagle: Callable[[str], str], table: Table, draft: str) -> None:
     cell = table.cell(f"eagle {draft}", repaired.target, eagle(draft))
     check_words(cell)

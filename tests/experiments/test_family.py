@@ -52,7 +52,7 @@ def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]])
     out, manifest = family
     assert set(manifest["members"]) == set(FIRST)
     for name, row in manifest["members"].items():
-        assert row["reused"]["steps"] > 0
+        assert row["unadapted"]["steps"] > 0
         assert (out / "members" / name).is_dir()
         assert row["domain"] == ("records" if name == "sft-medical" else "math")
         target = load_member(out, name)
@@ -62,7 +62,7 @@ def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]])
     assert kinds == ["lora", "pretrained", "sft"]
     assert manifest["members"]["sft"]["loss"] < manifest["members"]["sft-tenth"]["loss"]
     gates = {gate["gate"] for gate in manifest["gates"]}
-    assert gates >= {"tau reused on sft", "loop rate of sft", "loop rate of sft-medical"}
+    assert gates >= {"tau unadapted on sft", "loop rate of sft", "loop rate of sft-medical"}
     shown = io.StringIO()
     describe_family(manifest, Console(file=shown, width=200))
     row = next(line for line in shown.getvalue().splitlines() if "sft-medical" in line)
@@ -152,7 +152,7 @@ def test_members_of_every_kind_are_measured(zoo: tuple[Path, dict[str, Any]]) ->
     assert {members[n]["kind"] for n in ADDED} == {"merge", "int8", "template", "tokens"}
     assert members["merge-half"]["domain"] == "records"
     for name in ADDED:
-        assert members[name]["reused"]["steps"] > 0
+        assert members[name]["unadapted"]["steps"] > 0
     grown, base = load_member(out, "tokens-grown"), load_target(manifest["base"])
     assert grown.vocab_size == base.vocab_size + 2
     shown = io.StringIO()

@@ -43,7 +43,7 @@ MADE_ALREADY = {
     },
     "sft-code": {"says": "full SFT on code", "rate": 1.0, "domain": "code"},
     "replay": {
-        "says": "SFT at 0.3 of the rate, beside the base's own answers",
+        "says": "SFT at 0.3 of the rate, next to the base's own answers",
         "rate": 0.3,
         "replay": 500,
     },

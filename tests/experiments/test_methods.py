@@ -29,7 +29,7 @@ from tests.conftest import FAMILIES, fresh_draft, make_tokenizer, save_target, w
 
 pytestmark = pytest.mark.bench
 
-RUN = ["reuse", "expert-narrow", "lora-matched", "relay expert", "dedicated"]
+RUN = ["unadapted", "expert-narrow", "lora-matched", "feature-map expert", "from-scratch"]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def family(
 
 @pytest.fixture
 def run(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run cells; returns them and how many private parts were trained for that."""
+    """Run cells; returns them and how many adapters were trained for that."""
     trained: list[int] = []
-    gang = bench.train_gang
+    trained_together = bench.train_adapters
 
     def counted(*given: Any, **more: Any) -> Any:
-        found = gang(*given, **more)
+        found = trained_together(*given, **more)
         trained.append(len(found))
         return found
 
@@ -79,7 +79,7 @@ def test_cells_are_run_once_and_say_what_they_are(
 ) -> None:
     cells, trained = run()
     assert [cell.row for cell in cells] == RUN
-    tuned = len(bench.RATES) * 3  # expert-narrow, lora-matched, and scratch for dedicated
+    tuned = len(bench.RATES) * 3  # expert-narrow, lora-matched, and scratch for from-scratch
     assert trained == tuned + 4
     again, trained = run()
     assert (again, trained) == (cells, 0)
@@ -89,7 +89,7 @@ def test_cells_are_run_once_and_say_what_they_are(
     assert trained == 1
     assert again[2].steps == cells[2].steps
 
-    reuse, expert, lora, relay, dedicated = cells
+    reuse, expert, lora, feature_map, from_scratch = cells
     target = load_target(str(family / "members" / "sft"))
     answers = read_answers(tmp_path / "answers/tiny/sft/eval.jsonl")
     draft = load_draft(str(family / "draft"), target)
@@ -97,11 +97,11 @@ def test_cells_are_run_once_and_say_what_they_are(
     assert reuse.tau == pytest.approx(measured.tau)
     assert sum(a for a, _ in reuse.steps) == measured.accepted
     assert (reuse.trained_parameters, reuse.unique_tokens, reuse.flops) == (0, 0, 0.0)
-    assert relay.optimizer_steps == 0 < expert.optimizer_steps
-    assert dedicated.trained_parameters == draft.parameter_count()
-    # The adapt part is paid for alone, the dedicated draft pays for the whole pool.
-    assert expert.unique_tokens == lora.unique_tokens < dedicated.unique_tokens
-    assert 0 < expert.flops < dedicated.flops
+    assert feature_map.optimizer_steps == 0 < expert.optimizer_steps
+    assert from_scratch.trained_parameters == draft.parameter_count()
+    # The adapt part is paid for alone, the from-scratch draft pays for the whole pool.
+    assert expert.unique_tokens == lora.unique_tokens < from_scratch.unique_tokens
+    assert 0 < expert.flops < from_scratch.flops
     assert expert.stored_mb == pytest.approx(expert.trained_parameters * 4 / 1e6)
 
 
@@ -124,7 +124,7 @@ def test_unknown_rows_and_members_are_named(run: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="unknown row 'expert-wid'; did you mean 'expert-wide'"):
         run(["expert-wid"])
     with pytest.raises(UserError, match="has no fine-tune 'sft-code'"):
-        run(["reuse"], members=["sft-code"])
+        run(["unadapted"], members=["sft-code"])
 
 
 def test_every_row_is_a_method_that_can_be_configured() -> None:

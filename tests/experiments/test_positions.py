@@ -33,7 +33,7 @@ from tests.conftest import FAMILIES, make_tokenizer, save_target
 pytestmark = pytest.mark.bench
 
 ROWS = ["cut", "whole", "longest", "half at 0.7"]
-WARM = "dedicated half at 0.7"
+WARM = "from-scratch half at 0.7"
 
 
 def chat(number: int) -> Sample:
@@ -76,7 +76,7 @@ def test_cells_are_run_once_and_say_what_they_are(
     run: Callable[..., Any], family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = run()
-    assert [c.row for c in cells] == ["reuse", "dedicated", *ROWS, WARM]
+    assert [c.row for c in cells] == ["unadapted", "from-scratch", *ROWS, WARM]
     by_row = {c.row: c for c in cells}
     here = tmp_path / "tiny" / "sft-2"
     whole = by_row["whole"]
@@ -85,10 +85,10 @@ def test_cells_are_run_once_and_say_what_they_are(
         assert cell.optimizer_steps == bench.SCALES["tiny"].steps
         # The last answer may pass the budget, by less than its own length.
         assert whole.kept_tokens <= cell.kept_tokens < whole.kept_tokens + 48
-    warm, dedicated = by_row[WARM], by_row["dedicated"]
-    assert warm.kept_tokens >= dedicated.kept_tokens > whole.kept_tokens
-    assert warm.trained_parameters == dedicated.trained_parameters > whole.trained_parameters
-    assert warm.optimizer_steps == dedicated.optimizer_steps
+    warm, from_scratch = by_row[WARM], by_row["from-scratch"]
+    assert warm.kept_tokens >= from_scratch.kept_tokens > whole.kept_tokens
+    assert warm.trained_parameters == from_scratch.trained_parameters > whole.trained_parameters
+    assert warm.optimizer_steps == from_scratch.optimizer_steps
     assert by_row["cut"].samples > whole.samples >= by_row["longest"].samples
     assert by_row["cut"].generated_tokens == by_row["cut"].kept_tokens
     assert by_row["longest"].generated_tokens > by_row["longest"].kept_tokens
@@ -98,7 +98,7 @@ def test_cells_are_run_once_and_say_what_they_are(
         answers = read_answers(here / f"answers/eval-{temperature}-0.jsonl")
         assert {a.temperature for a in answers} == {float(temperature)}
         measured = measure_answers(target, draft, answers, k=bench.K).acceptance
-        steps = by_row["reuse"].steps(temperature, 0, 1000)
+        steps = by_row["unadapted"].steps(temperature, 0, 1000)
         assert (sum(a for a, _ in steps), sum(n for _, n in steps)) == (
             measured.accepted,
             measured.steps,
@@ -138,7 +138,11 @@ def test_answers_of_a_row() -> None:
 def test_bins_end_where_steps_are_few() -> None:
     cells = [
         PositionCell("tiny", "m", 1, row, 1, 4, {"0": (digits,) * 200}, {}, {}, {})
-        for row, digits in (("reuse", "0" * 60), ("dedicated", "4" * 12), ("whole", "1" * 30))
+        for row, digits in (
+            ("unadapted", "0" * 60),
+            ("from-scratch", "4" * 12),
+            ("whole", "1" * 30),
+        )
     ]
     rows = Rows.of(cells)
     assert rows.bins("0") == [(0, 32), (32, 64)]

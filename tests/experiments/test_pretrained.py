@@ -17,7 +17,7 @@ import torch
 import redraft
 from redraft import cli
 from redraft.adapters.adapter import declare, prepare, take
-from redraft.adapters.merge import fuse
+from redraft.adapters.merge import merge
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, stored
 from redraft.config import TrainConfig
@@ -127,7 +127,7 @@ def test_check_adapt_and_measure_run_from_the_command_line(
     tuned = ("--target", suite.base, "--target-adapter", suite.adapter)
     shared = (*tuned, "--draft", suite.draft, "--prompts", suite.prompts)
     checked = command("check", *shared, "--most", 8, "--max-new-tokens", 8)
-    assert checked["evidence"]["reused"]["tau"] >= 1, sorted(checked["evidence"])
+    assert checked["evidence"]["unadapted"]["tau"] >= 1, sorted(checked["evidence"])
     run = tmp_path / "run"
     settings = (
         "train.epochs=1",
@@ -191,7 +191,7 @@ def test_export_and_merge_keep_what_a_draft_accepts(suite: Suite, tmp_path: Path
                 if name.endswith("down_proj.weight"):
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
         merged = Eagle3Draft(replace(draft.config, intermediate_size=256 + 32), draft.draft_vocab)
-        merged.load_state_dict(fuse(shared, take(draft, method)))
+        merged.load_state_dict(merge(shared, take(draft, method)))
         merged.to(dtype).bind(suite.target)
         apart, one = (replay(suite.target, d, suite.answers, K) for d in (draft, merged))
         moved = sum(abs(a.gained - b.gained) for a, b in zip(apart, one, strict=True))

@@ -58,7 +58,7 @@ def test_cells_are_run_once_and_say_what_they_are(
     ways = ["random", "rejection", "mahalanobis of prompts"]
     cells = run(family, tmp_path, ways)
     assert [(c.way, c.schedule) for c in cells] == [
-        ("reuse", ""),
+        ("unadapted", ""),
         *((way, "steps") for way in ways),
     ]
     (_, passes) = run(family, tmp_path, ["random"], schedules=["epochs"])

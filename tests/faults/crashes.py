@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "select.budget": "0.9",
 }
 PROMPTS = 12
-CLOCKED_FILES = ("state.json", "report.json", "private/training.json", "selection.cost.json")
+CLOCKED_FILES = ("state.json", "report.json", "adapter/training.json", "selection.cost.json")
 WRITES = ("text:", "tensors:", "lines:", "remove:")
 
 

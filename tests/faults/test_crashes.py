@@ -85,7 +85,7 @@ def test_a_second_run_of_the_same_job_writes_the_same_bytes(
 ) -> None:
     job.run(target, tmp_path / "run")
     assert differences(tmp_path / "run", expected) == []
-    assert {"draft/redraft.json", "private/private.json", "checkpoints/checkpoint.safetensors"} < (
+    assert {"draft/redraft.json", "adapter/adapter.json", "checkpoints/checkpoint.safetensors"} < (
         set(expected)
     )
 
@@ -426,7 +426,7 @@ def record(hits: Counter[str], chains: int) -> None:
         f"{hits.total()} crashes at random points of a tiny `redraft adapt`, in {chains} run folders; "
         "each folder was run again until it was done, and then every file in it equalled that of an "
         "uninterrupted run (but for the fields that hold seconds and memory). Written by "
-        "`REDRAFT_RECORD_FAULTS=docs/results/faults.md pytest -n 0 tests/faults/test_crashes.py`; beside these, "
+        "`REDRAFT_RECORD_FAULTS=docs/results/faults.md pytest -n 0 tests/faults/test_crashes.py`; next to these, "
         f"the same tests fill the disk {DISK_FAULTS} times and kill the process {KILLS} times.\n\n"
         "| place | crashes there | ended with the same bytes |\n|---|---|---|\n" + rows
     )

@@ -35,8 +35,8 @@ def flip(path: Path) -> None:
         ("answers/adapt.jsonl", "regenerate adapt"),
         ("answers/eval.jsonl", "regenerate eval"),
         ("selection.jsonl", "select"),
-        ("private/model.safetensors", "train"),
-        ("private/private.json", "train"),
+        ("adapter/model.safetensors", "train"),
+        ("adapter/adapter.json", "train"),
         ("draft/model.safetensors", "export"),
         ("draft/config.json", "export"),
         ("measure/eval-after.json", "measure"),
@@ -118,7 +118,7 @@ def test_a_damaged_state_loses_no_answer(
         ("{", "training.json is not valid JSON.*"),
         ('{"method": 1}', "training.json: missing or unknown .*seconds.*"),
         ("[1]", "training.json: expected a JSON object, found a list"),
-        (None, "expected a file training.json, found model.safetensors, private.json"),
+        (None, "expected a file training.json, found model.safetensors, adapter.json"),
     ],
 )
 def test_a_damaged_training_record_is_named_and_the_remedy_helps(
@@ -131,11 +131,11 @@ def test_a_damaged_training_record_is_named_and_the_remedy_helps(
     message: str,
 ) -> None:
     out = Path(shutil.copytree(whole, tmp_path / "run"))
-    record = out / "private" / "training.json"
+    record = out / "adapter" / "training.json"
     record.unlink() if content is None else record.write_text(content)
     with pytest.raises(UserError, match=f"{message}; remove {out}/private and train again"):
         job.run(target, out)
-    shutil.rmtree(out / "private")
+    shutil.rmtree(out / "adapter")
     job.run(target, out)
     assert differences(out, expected) == []
 
@@ -143,12 +143,12 @@ def test_a_damaged_training_record_is_named_and_the_remedy_helps(
 def test_a_mixed_private_folder_is_refused(
     job: Job, whole: Path, other: Path, tmp_path: Path
 ) -> None:
-    from redraft.checkpoints.adapter_folder import load_private
+    from redraft.checkpoints.adapter_folder import load_adapter
 
-    mixed = Path(shutil.copytree(whole / "private", tmp_path / "private"))
-    shutil.copy(other / "private" / "model.safetensors", mixed)
-    with pytest.raises(UserError, match="is not what its card private.json describes"):
-        load_private(mixed)
+    mixed = Path(shutil.copytree(whole / "adapter", tmp_path / "adapter"))
+    shutil.copy(other / "adapter" / "model.safetensors", mixed)
+    with pytest.raises(UserError, match="is not what its card adapter.json describes"):
+        load_adapter(mixed)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"before": 3}'])

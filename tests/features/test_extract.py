@@ -180,7 +180,9 @@ def test_only_missing_shards_are_written_again(
 def test_another_job_is_not_continued(
     target: Target, answers: list[Answer], store: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="holds features made with other answers_hash, taps; name"):
+    with pytest.raises(
+        UserError, match="holds features made with other answers_hash, aux layers; name"
+    ):
         write_features(target, answers[:3], (2, 3, 4), plan(store))
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"holds other files .notes.txt.; name an empty folder"):

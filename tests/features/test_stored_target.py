@@ -36,7 +36,7 @@ from redraft.metrics.replay import replay
 from redraft.models.batching import collate
 from redraft.models.loading import load_target
 from redraft.models.target import Target
-from redraft.training.teacher_batch import read_lesson
+from redraft.training.teacher_batch import read_teacher_batch
 from redraft.training.train import train
 from tests.conftest import FAMILIES, SHAPE, fresh_draft, make_tokenizer, save_target
 
@@ -117,9 +117,9 @@ def test_every_family_reads_as_with_its_layers(family: str, tmp_path: Path) -> N
     assert (beside.num_layers, beside.vocab_size) == (8, target.vocab_size)
     for row in rows:
         tokens = torch.tensor([[*row.prompt, *row.tokens]])
-        taps = (*TAPS, target.num_layers)
+        aux_layers = (*TAPS, target.num_layers)
         for keep in (0, 2):
-            own, stored = (t.read(tokens, taps, keep=keep) for t in (target, beside))
+            own, stored = (t.read(tokens, aux_layers, keep=keep) for t in (target, beside))
             assert torch.equal(stored.logits_BTV, own.logits_BTV)
             assert torch.equal(stored.features_BTF, own.features_BTF)
 
@@ -142,9 +142,9 @@ def test_a_padded_lesson_is_the_same_up_to_rounding(
     target: Target, beside: StoredTarget, answers: list[Answer]
 ) -> None:
     batch = collate(answers[:5], target.device)
-    own, stored = (read_lesson(t, batch, (2, 8)) for t in (target, beside))
+    own, stored = (read_teacher_batch(t, batch, (2, 8)) for t in (target, beside))
     assert torch.allclose(stored.features_BTF, own.features_BTF, atol=1e-5)
-    logits = [lesson.logits(slice(None), None) for lesson in (own, stored)]
+    logits = [teacher_batch.logits(slice(None), None) for teacher_batch in (own, stored)]
     assert torch.allclose(*logits, atol=1e-4)
     padding = torch.arange(batch.tokens_BT.shape[1])[None] >= batch.ends_B[:, None]
     assert padding.any()
@@ -186,13 +186,13 @@ def test_training_beside_features_ends_with_the_same_bits(
     assert stored.record.target_flops < own.record.target_flops
 
 
-@pytest.mark.parametrize("method", ["expert+fc", "lora", "relay+expert"])
+@pytest.mark.parametrize("method", ["expert+fc", "lora", "feature-map+expert"])
 def test_private_parts_start_and_end_the_same(
     target: Target, beside: StoredTarget, answers: list[Answer], draft_folder: Path, method: str
 ) -> None:
     """Their starts read the features too. `base` is the target itself: what it says is read."""
     config = dataclasses.replace(CONFIG, method=method, width="8", rank=2, epochs=1)
-    base = target if "relay" in method else None
+    base = target if "feature-map" in method else None
     own, stored = (
         train(t, load_draft(str(draft_folder), t), answers, answers[:4], config, k=3, base=base)
         for t in (target, beside)
@@ -220,7 +220,7 @@ class Wrong(FeatureRows):
 
     def __init__(self, rows: FeatureRows, change: Callable[[Tensor], Tensor]):
         self.rows, self.change = rows, change
-        for name in ("folder", "taps", "pre_norm", "dtype", "hidden_size", "tokens"):
+        for name in ("folder", "aux_layers", "pre_norm", "dtype", "hidden_size", "tokens"):
             setattr(self, name, getattr(rows, name))
 
     def states(self, row: int, stop: int | None = None) -> Tensor:
@@ -259,7 +259,9 @@ def test_states_that_do_not_say_the_answers_are_refused(
     assert load_stored_target(str(target_folder), [open_features(store)]).check_says(answers) == 1.0
     rows = Wrong(open_features(store), WRONG["another layer for the last"])
     beside = load_stored_target(str(target_folder), [rows])
-    with pytest.raises(UserError, match=r"the stored states make \d+ the likeliest: they are not"):
+    with pytest.raises(
+        UserError, match=r"the stored states make \d+ the most likely: they are not"
+    ):
         beside.check_says(answers)
 
 

@@ -56,7 +56,7 @@ def test_states_read_back_are_the_targets(
     stores: dict[str, Path], layout: str, target: Target, answers: list[Answer]
 ) -> None:
     rows = opened(stores, layout)
-    assert (rows.layout, rows.taps, rows.pre_norm) == (layout, TAPS, layout != "specforge")
+    assert (rows.layout, rows.aux_layers, rows.pre_norm) == (layout, TAPS, layout != "specforge")
     norm = find_final_norm(target)
     for answer in answers:
         tokens = row_tokens(answer)
@@ -109,8 +109,8 @@ def test_layer_ids_of_vllm_are_hs_and_its_last_state_is_before_the_norm(tmp_path
     rows = SpeculatorsRows(tmp_path, TAPS)
     tokens = torch.from_numpy(rows.tokens[0])[None]
 
-    def apart(taps: tuple[int, ...], pre_norm: bool) -> list[float]:
-        own = read_states(captured, find_final_norm(captured), tokens, taps, pre_norm)[0]
+    def apart(aux_layers: tuple[int, ...], pre_norm: bool) -> list[float]:
+        own = read_states(captured, find_final_norm(captured), tokens, aux_layers, pre_norm)[0]
         stored = rows.states(0)
         return ((stored - own).norm(dim=(0, 2)) / own.norm(dim=(0, 2))).tolist()
 
@@ -281,8 +281,11 @@ def test_compressed_pickles_are_read(stores: dict[str, Path], tmp_path: Path) ->
 
 def test_foreign_files_do_not_say_their_layers(stores: dict[str, Path], tmp_path: Path) -> None:
     for layout, complaint in (
-        ("speculators", r"of shape .*; expected .tokens, 3,.*name them with --taps, in vLLM's"),
-        ("specforge", r"aux_hidden_state is 96 wide, 3 layers .*; got 2 taps .2, 4."),
+        (
+            "speculators",
+            r"of shape .*; expected .tokens, 3,.*name them with --aux-layers, in vLLM's",
+        ),
+        ("specforge", r"aux_hidden_state is 96 wide, 3 layers .*; got 2 aux layers .2, 4."),
     ):
         folder = Path(shutil.copytree(stores[layout], tmp_path / layout))
         (folder / "redraft-features.json").unlink()  # what redraft itself wrote says it
@@ -290,7 +293,7 @@ def test_foreign_files_do_not_say_their_layers(stores: dict[str, Path], tmp_path
             open_features(folder)
         with pytest.raises(UserError, match=complaint):
             open_features(folder, (2, 4), unpickle=True)
-        assert open_features(folder, TAPS, unpickle=True).taps == TAPS
+        assert open_features(folder, TAPS, unpickle=True).aux_layers == TAPS
 
 
 def test_a_capture_without_a_dataset_needs_answers(stores: dict[str, Path], tmp_path: Path) -> None:

@@ -92,12 +92,12 @@ def test_a_new_file_is_answered_anew(
 
 
 @pytest.mark.parametrize(
-    ("change", "overrun"),
+    ("change", "lookahead"),
     [({"temperature": 0.5}, 0), ({"max_new_tokens": 7}, 0), ({"seed": 1}, 0), ({}, 2)],
 )
 def test_answers_of_other_settings_are_kept_and_not_used(
     change: dict[str, Any],
-    overrun: int,
+    lookahead: int,
     target: Target,
     rows: list[Prompt],
     tmp_path: Path,
@@ -107,14 +107,14 @@ def test_answers_of_other_settings_are_kept_and_not_used(
     out = tmp_path / "a.jsonl"
     regenerate(target, rows[:4], out, SETTINGS)
     asked.clear()
-    regenerate(target, rows[:4], out, replace(SETTINGS, **change), overrun)
+    regenerate(target, rows[:4], out, replace(SETTINGS, **change), lookahead)
     assert len(asked) == 4
-    named_change = next(iter(change), "overrun")
+    named_change = next(iter(change), "lookahead")
     assert f"a.jsonl: {named_change} changed" in told[0]
     assert len(read_answers(tmp_path / "set-aside" / "a-1.jsonl")) == 4
     settings = replace(SETTINGS, **change, batch_size=2)  # on which no answer depends
     asked.clear()
-    regenerate(target, rows[:4], out, settings, overrun)
+    regenerate(target, rows[:4], out, settings, lookahead)
     assert not asked
 
 
@@ -136,7 +136,9 @@ def test_a_file_of_the_person_grows(
     assert any("5 answers to other prompts stay in it" in line for line in told)
     assert len(read_answers(out)) == 7
     kept = out.read_bytes()
-    with pytest.raises(UserError, match="made with other overrun, temperature; name another file"):
+    with pytest.raises(
+        UserError, match="made with other lookahead, temperature; name another file"
+    ):
         regenerate(target, other, out, replace(SETTINGS, temperature=0.5), 3, grow=True)
     assert out.read_bytes() == kept
     stranger = tmp_path / "s.jsonl"

@@ -166,7 +166,7 @@ def test_a_hash_of_answers_is_that_of_their_lines() -> None:
     assert answers_hash(some) == hashlib.sha256(lines_of(some).encode()).hexdigest()[:16]
 
 
-# -- reading beside a writer -----------------------------------------------------------------------
+# -- reading next to a writer -----------------------------------------------------------------------
 
 
 LINES = [Answer(f"a{i}", (1, 2, 3), range(50 + i % 7), 50 + i % 7, "length") for i in range(300)]
@@ -279,7 +279,7 @@ def test_the_bound_of_a_batch_is_no_input_of_an_answer(
 ) -> None:
     config = RegenerateConfig(max_new_tokens=8, temperature=0.8)
     out = tmp_path / "a.jsonl"
-    found = regenerate(target, prompts[:9], out, config, overrun=2)
+    found = regenerate(target, prompts[:9], out, config, lookahead=2)
     about = (tmp_path / "a.about.json").read_text()
     sizes: list[int] = []
     true = regenerate_module.generate_answers
@@ -295,7 +295,7 @@ def test_the_bound_of_a_batch_is_no_input_of_an_answer(
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]))
     small = replace(config, batch_tokens=80)
-    resumed = regenerate(target, prompts[:9], out, small, overrun=2)
+    resumed = regenerate(target, prompts[:9], out, small, lookahead=2)
     assert {a.id: a for a in resumed} == {a.id: a for a in found}
     assert max(sizes) > 1
     assert (tmp_path / "a.about.json").read_text() == about

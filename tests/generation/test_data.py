@@ -178,18 +178,18 @@ def test_long_originals_are_cut_aloud(
 def test_regeneration_resumes_without_asking_twice(target: Target, tmp_path: Path) -> None:
     prompts = read_prompts(str(write_prompts(tmp_path / "p.jsonl", 10)), target).prompts
     config = RegenerateConfig(max_new_tokens=10, batch_size=4, temperature=0.7)
-    whole = regenerate(target, prompts, tmp_path / "whole.jsonl", config, overrun=2)
+    whole = regenerate(target, prompts, tmp_path / "whole.jsonl", config, lookahead=2)
     assert len(whole) == 10
     assert all(a.temperature == 0.7 for a in whole)
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     shutil.copy(tmp_path / "whole.about.json", tmp_path / "cut.about.json")
     cut.write_text("".join(lines[:4]) + lines[4][:30])  # killed in the middle of a line
-    resumed = regenerate(target, prompts, cut, config, overrun=2)
+    resumed = regenerate(target, prompts, cut, config, lookahead=2)
     assert {a.id: a for a in resumed} == {a.id: a for a in whole}
     assert cut.read_text().splitlines(keepends=True)[:4] == lines[:4]
     before = cut.read_text()
-    regenerate(target, prompts, cut, config, overrun=2)
+    regenerate(target, prompts, cut, config, lookahead=2)
     assert cut.read_text() == before
 
 

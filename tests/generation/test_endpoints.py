@@ -474,7 +474,7 @@ def test_adapt_asks_the_endpoints_for_what_it_trains_on(
     assert set(server.asked) == {a.prompt for a in files["adapt"]}
     assert result.worked
     assert not again.worked, "another address of the same answers is no reason to ask again"
-    assert all(len(a.tokens) > a.length for a in files["eval"]), "measured without an overrun"
+    assert all(len(a.tokens) > a.length for a in files["eval"]), "measured without an lookahead"
     assert list(result.report.prompts["answered_by_endpoints"]) == [server.url]
     page = (run / "report.html").read_text()
     assert f"at <code>{server.url}</code> (not repeatable bit for bit)" in page
@@ -537,8 +537,8 @@ def test_settings_that_do_not_go_together(
     target: Target, prompts: list[Prompt], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     config = settings(endpoints="http://127.0.0.1:9")
-    with pytest.raises(UserError, match="--overrun takes a number of tokens, 0 or more; got -1"):
-        regenerate(target, prompts, tmp_path / "a.jsonl", config, overrun=-1)
+    with pytest.raises(UserError, match="--lookahead takes a number of tokens, 0 or more; got -1"):
+        regenerate(target, prompts, tmp_path / "a.jsonl", config, lookahead=-1)
     with pytest.raises(UserError, match="answers=original takes the answers in the prompts file"):
         original = dataclasses.replace(config, answers="original")
         regenerate(target, prompts, tmp_path / "a.jsonl", original)

@@ -13,7 +13,7 @@ from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt
 from redraft.generation import endpoint_check
 from redraft.generation.regenerate import read_answers, regenerate
-from redraft.metrics.replay import check_overrun
+from redraft.metrics.replay import check_lookahead
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from tests.conftest import write_prompts
@@ -50,7 +50,7 @@ def test_they_are_those_of_this_process(
         found = regenerate(target, prompts, tmp_path / "a.jsonl", settings(server), AHEAD)
     assert {a.id: a for a in found} == expected
     assert {a.finish for a in found} == {"stop", "length"}
-    check_overrun(found, AHEAD + 1)
+    check_lookahead(found, AHEAD + 1)
     past = [a.tokens[a.length :] for a in found if a.finish == "stop"]
     assert any(t in target.stop_ids for tokens in past for t in tokens), "nothing was gone past"
     assert set(server.asked.values()) == {1}
@@ -95,7 +95,7 @@ def test_they_fit_the_context(
     with FakeOpenAI(brain, context=longest + 10).running() as server:
         found = regenerate(target, prompts, tmp_path / "a.jsonl", settings(server), AHEAD)
     assert max(len(a.prompt) + len(a.tokens) for a in found) == longest + 10
-    check_overrun(found, AHEAD + 1)
+    check_lookahead(found, AHEAD + 1)
     assert any("answers may be cut short" in line for line in told)
     with FakeOpenAI(brain, context=longest + AHEAD).running() as server:
         with pytest.raises(UserError, match=f"context of {longest + AHEAD} tokens, which .* fill"):
@@ -151,7 +151,7 @@ def test_a_server_that_stops_later_ends_the_run_and_keeps_the_answers(
         regenerate(target, prompts, tmp_path / "a.jsonl", settings(server, concurrency=1), AHEAD)
     kept = read_answers(tmp_path / "a.jsonl")
     assert 4 <= len(kept) < len(prompts)
-    check_overrun(kept, AHEAD + 1)
+    check_lookahead(kept, AHEAD + 1)
 
 
 def test_a_failure_between_the_two_requests_costs_no_answer(

@@ -31,7 +31,7 @@ def scripted(accepted: int, steps: int = 1) -> Any:
     less than `accepted` in turn."""
 
     def replay(target: Target, draft: Draft, answers: Sequence[Answer], k: int) -> list[StepTrace]:
-        right = draft.taps == TRUE_TAPS and not draft.config.norm_before_residual
+        right = draft.aux_layers == TRUE_TAPS and not draft.config.norm_before_residual
         taken = [accepted + (-1) ** at if right and accepted else 0 for at in range(len(answers))]
         rest = [0] * (steps - 1)
         return [StepTrace(a.id, (n, *rest), a.length) for n, a in zip(taken, answers, strict=True)]
@@ -42,7 +42,10 @@ def scripted(accepted: int, steps: int = 1) -> Any:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}, r"the taps .* but hs\[3, 5, 6\] accepts"),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]},
+            r"the aux layers .* but hs\[3, 5, 6\] accepts",
+        ),
         ({"norm_before_residual": True}, "norm_before_residual should be false"),
         ({}, None),
     ],
@@ -57,7 +60,7 @@ def test_the_reading_that_accepts_more_is_named(
     accepted: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    draft = fresh_draft(target, taps=TRUE_TAPS)
+    draft = fresh_draft(target, aux_layers=TRUE_TAPS)
     stored(draft, target).save(tmp_path / "d")
     edit(tmp_path / "d", **changes)
     monkeypatch.setattr(module, "replay", scripted(accepted))
@@ -80,7 +83,7 @@ def test_little_is_no_evidence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A gain of 0.2 is named and one of 0.14 is not; nor is anything on few prompts."""
-    draft = stored(fresh_draft(target, taps=TRUE_TAPS), target)
+    draft = stored(fresh_draft(target, aux_layers=TRUE_TAPS), target)
     wrong = dataclasses.replace(draft.config, norm_before_residual=True)  # type: ignore[call-arg]
     monkeypatch.setattr(module, "replay", scripted(1, steps))
     draft = dataclasses.replace(draft, config=wrong)
@@ -92,12 +95,12 @@ def test_readings_that_cannot_be_are_not_tried(target: Target) -> None:
         name: [m.cause for m in misreadings(stored(fresh_draft(target, **options), target), target)]
         for name, options in {
             "default": {},
-            "last": {"taps": (1, 3, 7)},
+            "last": {"aux_layers": (1, 3, 7)},
             "eagle": {"kind": "eagle"},
             "bias": {"kind": "eagle", "fc_bias": True},
         }.items()
     }
-    assert [c.startswith("the taps") for c in causes["default"]] == [True, True, False]
+    assert [c.startswith("the aux layers") for c in causes["default"]] == [True, True, False]
     assert not any("hs[2, 4, 8]" in cause for cause in causes["last"])  # beyond the last layer
     assert any("trained on the default layers" in cause for cause in causes["last"])
     assert causes["eagle"] == []

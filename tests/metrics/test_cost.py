@@ -48,20 +48,20 @@ def test_costs_are_those_of_the_clock(target_folder: Path, monkeypatch: pytest.M
     target = in_double(target_folder)
     draft = CheatingDraft(target)
     clock = [0.0]
-    read, advance = Target.read, CheatingDraft.advance
+    read, step = Target.read, CheatingDraft.step
 
     def slow_read(self: Target, tokens: object, *args: object, **more: object) -> object:
         clock[0] += 0.005 + 0.001 * tokens.shape[1]  # type: ignore[attr-defined]
         return read(self, tokens, *args, **more)  # type: ignore[arg-type]
 
-    def slow_advance(self: CheatingDraft, *args: object) -> object:
+    def slow_step(self: CheatingDraft, *args: object) -> object:
         before = clock[0]
-        found = advance(self, *args)  # type: ignore[arg-type]
+        found = step(self, *args)  # type: ignore[arg-type]
         clock[0] = before + 0.002
         return found
 
     monkeypatch.setattr(Target, "read", slow_read)
-    monkeypatch.setattr(CheatingDraft, "advance", slow_advance)
+    monkeypatch.setattr(CheatingDraft, "step", slow_step)
     monkeypatch.setattr(cost_module.time, "perf_counter", lambda: clock[0])
     found = measure_cost(target, draft, [2, 30, 40], most=3, rows=2, repeats=3)
     assert found.target == pytest.approx(0.006)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from redraft.core.records import Lossless, Prompt
-from redraft.decoding.logits_pipeline import Door
+from redraft.decoding.logits_pipeline import LogitsPipeline
 from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling
 from redraft.decoding.speculative import decode_speculative
@@ -80,8 +80,11 @@ def test_a_correct_decoder_holds(bench: Bench, batch: int) -> None:
 
 @pytest.mark.parametrize("size", [0.1, 0.2])
 def test_planted_noise_is_found(bench: Bench, size: float) -> None:
-    door = Door(Sampling(), [Noisy(size)])
-    other = [decode_plain(bench.target, p.tokens, LONGEST, door=door) for p in bench.prompts]
+    logits_pipeline = LogitsPipeline(Sampling(), [Noisy(size)])
+    other = [
+        decode_plain(bench.target, p.tokens, LONGEST, logits_pipeline=logits_pipeline)
+        for p in bench.prompts
+    ]
     assert not bench.compared(other).holds
 
 

@@ -1,4 +1,4 @@
-"""Where steps begin, against the twin's own decoding, and bins against a table of single tokens."""
+"""Where steps begin, against the reference implementation's own decoding, and bins against a table of single tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from redraft.core.records import Prompt
 from redraft.decoding.acceptance_modes import Decoding
-from redraft.decoding.reference import Twin
+from redraft.decoding.reference import Reference
 from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all
 from redraft.metrics.positions import binned_steps, step_positions
@@ -22,7 +22,7 @@ EDGES = (0, 4, 8, 16)
 Places = Callable[[Sequence[int]], list[int]]
 
 
-class Noting(Twin):
+class Noting(Reference):
     """Notes how many tokens of the answer are there when a step begins."""
 
     def _step(self, text: list[int], at: int) -> tuple[int, list[int]]:
@@ -67,17 +67,17 @@ def test_steps_begin_where_the_twin_began_them(
     traces = replay(target, trained_draft, answers, K)
     lengths, misses = set(), dict.fromkeys((one_early, without_correction, by_number), 0)
     for prompt, answer, trace in zip(prompts[:2], answers, traces, strict=True):
-        twin = Noting(target, trained_draft, K, Decoding(mode, sampling), answer.seed or 0)
-        twin.noted = []
+        reference = Noting(target, trained_draft, K, Decoding(mode, sampling), answer.seed or 0)
+        reference.noted = []
         if temperature:
-            # At temperature the twin draws other words; its own steps say where they began.
-            accepted = tuple(twin.decode(prompt.tokens, LONGEST).accepted)
+            # At temperature the reference implementation draws other words; its own steps say where they began.
+            accepted = tuple(reference.decode(prompt.tokens, LONGEST).accepted)
         else:
-            assert twin.decode(prompt.tokens, LONGEST).tokens == list(answer.answer)
+            assert reference.decode(prompt.tokens, LONGEST).tokens == list(answer.answer)
             accepted = trace.accepted
-        places = [at for at, _ in twin.noted]
+        places = [at for at, _ in reference.noted]
         assert step_positions(accepted) == places
-        assert list(binned_steps(accepted, EDGES)) == by_token(twin.noted)
+        assert list(binned_steps(accepted, EDGES)) == by_token(reference.noted)
         for wrong in misses:
             misses[wrong] += wrong(accepted) != places
         lengths |= set(accepted)

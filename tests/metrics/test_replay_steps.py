@@ -1,6 +1,6 @@
 """Chances of replay against the draft's decoding steps on the true tokens, and against live decoding.
 
-The oracle takes the draft through `absorb` and `advance`, never through its rollout. Wrong rules (no
+The oracle takes the draft through `extend` and `step`, never through its rollout. Wrong rules (no
 clamp, p and q swapped) run through both comparisons and stand outside each.
 """
 
@@ -55,13 +55,13 @@ def said_with(pair: Pair, answer: Answer) -> tuple[Tensor, Tensor]:
     """
     target, draft = pair
     whole = torch.tensor([*answer.prompt, *answer.tokens])
-    reading = target.read(whole[None], draft.taps)
+    reading = target.read(whole[None], draft.aux_layers)
     own = probabilities(reading.logits_BTV[0], SAMPLED.sampling)
     starts = answer.length - 1
     ends = torch.arange(1, answer.length) + len(answer.prompt)
     longest = int(ends[-1]) - 1
     cache = draft.new_cache(whole[:1].expand(starts))
-    state = draft.absorb(
+    state = draft.extend(
         cache,
         whole[1 : longest + 1].expand(starts, -1),
         reading.features_BTF[:, :longest].expand(starts, -1, -1),
@@ -75,7 +75,7 @@ def said_with(pair: Pair, answer: Answer) -> tuple[Tensor, Tensor]:
         wide[:, draft.to_target_ids(torch.arange(logits.shape[-1]))] = logits
         p[:, step] = own[ends + step - 1, said]
         q[:, step] = probabilities(wide, SAMPLED.sampling)[torch.arange(starts), said]
-        state = draft.advance(cache, said[:, None], state)
+        state = draft.step(cache, said[:, None], state)
     return p, q
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from redraft.core.errors import UserError
 from redraft.models.kv_cache import new_cache
 from redraft.models.loading import load_target
-from redraft.models.target import check_taps, default_taps
+from redraft.models.target import check_aux_layers, default_aux_layers
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 
@@ -19,19 +19,21 @@ from tests.conftest import FAMILIES, make_tokenizer, save_target
 def test_taps_are_hidden_states(family: str, tmp_path: Path) -> None:
     target = load_target(str(save_target(tmp_path, FAMILIES[family](len(make_tokenizer())))))
     tokens = torch.randint(5, 200, (2, 24), generator=torch.Generator().manual_seed(0))
-    taps = default_taps(target.num_layers)
-    reading = target.read(tokens, taps)
+    aux_layers = default_aux_layers(target.num_layers)
+    reading = target.read(tokens, aux_layers)
     with torch.no_grad():
         output = target.model(input_ids=tokens, output_hidden_states=True)
     assert len(output.hidden_states) == target.num_layers + 1
-    expected = torch.cat([output.hidden_states[tap] for tap in taps], dim=-1)
+    expected = torch.cat([output.hidden_states[aux_layer] for aux_layer in aux_layers], dim=-1)
     assert torch.equal(reading.features_BTF, expected)
     assert torch.equal(reading.logits_BTV, output.logits)
-    wrong = torch.cat([output.hidden_states[tap + 1] for tap in taps], dim=-1)
+    wrong = torch.cat([output.hidden_states[aux_layer + 1] for aux_layer in aux_layers], dim=-1)
     assert not torch.equal(reading.features_BTF, wrong)
     # A padded neighbour and a cache change nothing but the order of sums.
     cache = new_cache(target)
-    pieces = [target.read(tokens[:1, part], taps, cache) for part in (slice(0, 20), slice(20, 24))]
+    pieces = [
+        target.read(tokens[:1, part], aux_layers, cache) for part in (slice(0, 20), slice(20, 24))
+    ]
     again = torch.cat([piece.features_BTF for piece in pieces], dim=1)
     assert float((again - expected[:1]).abs().max()) < 1e-3
 
@@ -59,19 +61,19 @@ def test_an_adapter_goes_on_top(target_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [1, 4, 6])
 def test_default_taps_collapse_in_shallow_targets(layers: int) -> None:
     with pytest.raises(
-        UserError, match=rf"collapse to .* {layers} layers \(7 are needed\).*--taps"
+        UserError, match=rf"collapse to .* {layers} layers \(7 are needed\).*--aux-layers"
     ):
-        default_taps(layers)
+        default_aux_layers(layers)
 
 
 def test_default_and_chosen_taps() -> None:
-    assert default_taps(7) == (2, 3, 4)
-    assert default_taps(32) == (2, 16, 29)
-    assert check_taps((0, 3, 6), 7) == (0, 3, 6)
-    with pytest.raises(UserError, match=r"tap 7 is out of range: a target of 7 layers"):
-        check_taps((1, 3, 7), 7)
+    assert default_aux_layers(7) == (2, 3, 4)
+    assert default_aux_layers(32) == (2, 16, 29)
+    assert check_aux_layers((0, 3, 6), 7) == (0, 3, 6)
+    with pytest.raises(UserError, match=r"aux layer 7 is out of range: a target of 7 layers"):
+        check_aux_layers((1, 3, 7), 7)
     with pytest.raises(UserError, match="must ascend without repeats"):
-        check_taps((3, 1), 7)
+        check_aux_layers((3, 1), 7)
 
 
 def test_no_chat_template_says_how_to_pass_one(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from redraft.adapters.merge import unfuse
-from redraft.checkpoints.adapter_folder import load_private
+from redraft.adapters.merge import extract
+from redraft.checkpoints.adapter_folder import load_adapter
 from redraft.checkpoints.load import load_draft
 from redraft.config import Resolved, resolve
 from redraft.core.console import set_quiet
@@ -74,8 +74,8 @@ def test_the_run_folder_holds_everything(done: tuple[pipeline.AdaptResult, Path]
         "answers/adapt.jsonl",
         "selection.jsonl",
         "checkpoints/checkpoint.safetensors",
-        "private/model.safetensors",
-        "private/private.json",
+        "adapter/model.safetensors",
+        "adapter/adapter.json",
         "draft/model.safetensors",
         "draft/config.json",
         "measure/eval-before.json",
@@ -101,17 +101,17 @@ def test_the_exported_draft_is_the_shared_one_made_wider(
 ) -> None:
     result, folder = done
     shared = read_file(draft_folder / "model.safetensors")
-    fused = read_file(folder / "run" / "draft" / "model.safetensors")
-    part = load_private(folder / "run" / "private")
-    assert result.fused.config.intermediate_size == 64 + 8
+    merged = read_file(folder / "run" / "draft" / "model.safetensors")
+    part = load_adapter(folder / "run" / "adapter")
+    assert result.merged.config.intermediate_size == 64 + 8
     for name, tensor in shared.items():
         if name.startswith("midlayer.mlp."):
             dimension = 1 if "down_proj" in name else 0
-            assert tensor_hash(fused[name].narrow(dimension, 0, 64)) == tensor_hash(tensor)
+            assert tensor_hash(merged[name].narrow(dimension, 0, 64)) == tensor_hash(tensor)
         elif name not in part.tensors:
-            assert tensor_hash(fused[name]) == tensor_hash(tensor), name
+            assert tensor_hash(merged[name]) == tensor_hash(tensor), name
     replaced = [n for n in part.tensors if ".private." not in n]
-    back = unfuse(fused, part.card["shared_widths"], replaced)
+    back = extract(merged, part.card["shared_widths"], replaced)
     assert {n: tensor_hash(t) for n, t in back.items()} == {
         n: tensor_hash(t) for n, t in part.tensors.items()
     }
@@ -221,14 +221,16 @@ def test_the_page_says_what_the_report_says(
 def test_a_draft_can_be_refreshed_without_training(
     target: Target, draft_folder: Path, tmp_path: Path
 ) -> None:
-    """What a check's verdict to refresh says to run: a page without a training curve too."""
+    """What a check's verdict to weight-sync says to run: a page without a training curve too."""
     prompts = write_prompts(tmp_path / "p.jsonl", 24)
     result = pipeline.adapt(
         target,
         str(draft_folder),
         str(prompts),
         out=tmp_path / "run",
-        config=settings(train__method="relay+refresh+expert", train__epochs=0, train__loss="ce"),
+        config=settings(
+            train__method="feature-map+weight-sync+expert", train__epochs=0, train__loss="ce"
+        ),
         base=target,
     )
     assert result.report.train.steps == 0
@@ -249,7 +251,9 @@ def test_the_target_computes_in_bf16_too(
     assert load_draft(str(result.run / "draft"), target).get_parameter("fc.weight").dtype == (
         torch.bfloat16
     )
-    assert result.fused.tensors["fc.weight"].dtype == torch.float32  # as the shared draft is stored
+    assert (
+        result.merged.tensors["fc.weight"].dtype == torch.float32
+    )  # as the shared draft is stored
 
 
 def test_evaluation_prompts_of_their_own_are_never_trained_on(
@@ -288,7 +292,7 @@ def test_a_run_of_another_method_is_not_trained_over(
         return pipeline.adapt(target, str(draft_folder), str(prompts), out=run, config=config)
 
     first = adapt("expert+fc")
-    kept = {n: tensor_hash(t) for n, t in read_file(run / "private/model.safetensors").items()}
+    kept = {n: tensor_hash(t) for n, t in read_file(run / "adapter/model.safetensors").items()}
     assert not adapt("expert+fc").worked
     with pytest.raises(UserError, match=r"holds a run of method expert\+fc; for full name another"):
         adapt("full")
@@ -297,9 +301,9 @@ def test_a_run_of_another_method_is_not_trained_over(
         UserError, match=r"holds a run with prompts .*p\.jsonl; name another folder"
     ):
         pipeline.adapt(target, str(draft_folder), more, out=run, method="expert+fc")
-    now = {n: tensor_hash(t) for n, t in read_file(run / "private/model.safetensors").items()}
+    now = {n: tensor_hash(t) for n, t in read_file(run / "adapter/model.safetensors").items()}
     assert now == kept
-    shutil.rmtree(run / "private")
+    shutil.rmtree(run / "adapter")
     other = adapt("full")  # on the same answers
     assert other.report.train.trained_parameters > first.report.train.trained_parameters
 
@@ -308,7 +312,7 @@ def test_relay_without_its_base_is_refused_before_anything_is_paid_for(
     target: Target, draft_folder: Path, tmp_path: Path
 ) -> None:
     prompts = write_prompts(tmp_path / "p.jsonl", 20)
-    config = settings(train__method="relay+expert")
+    config = settings(train__method="feature-map+expert")
     with pytest.raises(UserError, match="name that with --base"):
         pipeline.adapt(target, str(draft_folder), str(prompts), out=tmp_path / "run", config=config)
     assert not (tmp_path / "run").exists()
@@ -318,7 +322,7 @@ def test_an_automatic_width_is_chosen_and_resumed(
     target: Target, draft_folder: Path, tmp_path: Path
 ) -> None:
     prompts = write_prompts(tmp_path / "p.jsonl", 20)
-    config = settings(train__width="auto", train__method="relay+expert")
+    config = settings(train__width="auto", train__method="feature-map+expert")
 
     def adapt() -> pipeline.AdaptResult:
         out = tmp_path / "run"
@@ -327,9 +331,9 @@ def test_an_automatic_width_is_chosen_and_resumed(
         )
 
     result = adapt()
-    tried = load_private(tmp_path / "run/private").card["widths_tried"]
+    tried = load_adapter(tmp_path / "run/adapter").card["widths_tried"]
     assert len(tried) == 5
-    gate = read_file(tmp_path / "run/private/model.safetensors")[
+    gate = read_file(tmp_path / "run/adapter/model.safetensors")[
         "midlayer.mlp.private.gate_proj.weight"
     ]
     best = max(tried.values())

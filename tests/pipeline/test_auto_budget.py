@@ -89,7 +89,7 @@ def test_prompts_are_answered_until_it_stops_paying(
     assert cost["unique_generated_tokens"] > sum(a.length for a in answered)  # held-out ones too
     taus = [r["heldout_tau"] for r in found["rounds"][1:]]
     best = 1 + taus.index(max(taus))
-    kept = tmp_path / "run" / "private" / "model.safetensors"
+    kept = tmp_path / "run" / "adapter" / "model.safetensors"
     assert (
         kept.read_bytes()
         == (tmp_path / "run" / "rounds" / str(best) / "model.safetensors").read_bytes()

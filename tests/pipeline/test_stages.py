@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from redraft.adapters.adapter import PrivatePart, put
+from redraft.adapters.adapter import Adapter, put
 from redraft.adapters.merge import home_of
 from redraft.adapters.table import EXPERT, LORA
-from redraft.checkpoints.adapter_folder import load_private, save_private
+from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.checkpoints.load import StoredDraft, load_draft, read_draft, stored
 from redraft.checkpoints.reload_check import check_export
 from redraft.config import TrainConfig
@@ -27,7 +27,7 @@ from redraft.drafts.base import Draft
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
 from redraft.models.target import Target
-from redraft.pipeline.stages import as_private, fuse_draft, train_command, train_private
+from redraft.pipeline.stages import as_adapter, merge_draft, train_adapter, train_command
 from redraft.training import train as train_module
 from redraft.training.adapter_run import Member
 from redraft.training.train import Trained, train
@@ -54,8 +54,8 @@ class Made:
     shared: StoredDraft
     trained: Trained
     draft: Draft
-    part: PrivatePart
-    fused: StoredDraft
+    part: Adapter
+    merged: StoredDraft
     folder: Path
 
 
@@ -67,7 +67,7 @@ def rising(target: Target, members: Sequence[Member], heldout: object, k: int) -
 
 @pytest.fixture(scope="module")
 def made(target: Target, answers: list[Answer], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A shared draft in bf16, a part trained two steps beside it, and the exported fused draft."""
+    """A shared draft in bf16, a part trained two steps next to it, and the exported merged draft."""
 
     @functools.cache
     def shared_of(kind: str) -> StoredDraft:
@@ -85,18 +85,18 @@ def made(target: Target, answers: list[Answer], tmp_path_factory: pytest.TempPat
             patch.setattr(train_module, "_evaluate", rising)
             trained = train(target, draft, answers[:6], answers[:2], config, k=3)
         assert trained.record.steps == trained.record.best_step == 2
-        part = as_private(target, shared, trained, answers[:6], config)
-        fused = fuse_draft(shared, part, target)
+        part = as_adapter(target, shared, trained, answers[:6], config)
+        merged = merge_draft(shared, part, target)
         folder = tmp_path_factory.mktemp("export") / "draft"
-        fused.save(folder)
-        return Made(shared, trained, draft, part, fused, folder)
+        merged.save(folder)
+        return Made(shared, trained, draft, part, merged, folder)
 
     return make
 
 
 def outputs(target: Target, draft: Draft) -> Tensor:
     tokens = torch.randint(5, 200, (2, 12), generator=torch.Generator().manual_seed(0))
-    features = target.read(tokens, draft.taps).features_BTF
+    features = target.read(tokens, draft.aux_layers).features_BTF
     with torch.no_grad():
         states = [s.flatten(0, 1) for s in draft.rollout(tokens, features, 1, 2)]
         return torch.cat([draft.logits(s) for s in states]).double()
@@ -106,9 +106,9 @@ def outputs(target: Target, draft: Draft) -> Tensor:
 def test_the_exported_folder_computes_what_was_trained(
     target: Target, made: Make, kind: str, method: str
 ) -> None:
-    """The second reader agrees with the fused draft, and both with the draft that has the part."""
+    """The second reader agrees with the merged draft, and both with the draft that has the part."""
     m = made(kind, method)
-    assert check_export(m.fused, m.folder) < 1e-5
+    assert check_export(m.merged, m.folder) < 1e-5
     back = outputs(target, load_draft(str(m.folder), target, torch.float32))
     beside = m.shared.build(target, torch.float32)
     put(beside, m.part.tensors)
@@ -135,7 +135,7 @@ def test_training_moves_what_the_method_owns_and_nothing_shared(
     count = sum(t.numel() for t in m.trained.tensors.values())
     assert m.trained.record.trained_parameters == count
     assert m.trained.record.draft_parameters == sum(
-        t.numel() for t in m.fused.tensors.values() if t.is_floating_point()
+        t.numel() for t in m.merged.tensors.values() if t.is_floating_point()
     )
     for name, tensor in m.trained.tensors.items():
         if name.endswith(("down_proj.weight", "lora_B.weight")) and home_of(name) != name:
@@ -156,10 +156,10 @@ def test_a_part_is_in_the_shared_dtype_and_its_card_says_what_it_is(
     assert card["shared_widths"] == dict.fromkeys(sorted(widened), 24)
     assert bool(widened) == ("expert" in method)
     assert any(LORA in n for n in m.part.tensors) == ("lora" in method)
-    save_private(tmp_path / "part", m.part)
-    again = fuse_draft(m.shared, load_private(tmp_path / "part"))
+    save_adapter(tmp_path / "part", m.part)
+    again = merge_draft(m.shared, load_adapter(tmp_path / "part"))
     assert {n: tensor_hash(t) for n, t in again.tensors.items()} == {
-        n: tensor_hash(t) for n, t in m.fused.tensors.items()
+        n: tensor_hash(t) for n, t in m.merged.tensors.items()
     }
 
 
@@ -169,24 +169,24 @@ def test_an_export_that_lost_its_part_is_caught(made: Make, kind: str, tmp_path:
         m = made(kind, method)
         m.shared.save(tmp_path / method)
         with pytest.raises(UserError, match="the folder computes another function than what was"):
-            check_export(m.fused, tmp_path / method)
+            check_export(m.merged, tmp_path / method)
 
 
 def test_a_part_of_another_draft_is_not_fused(target: Target, made: Make) -> None:
-    with pytest.raises(UserError, match="trained beside the shared draft"):
-        fuse_draft(made("eagle", "fc").shared, made("eagle3", "fc").part, target)
+    with pytest.raises(UserError, match="trained next to the shared draft"):
+        merge_draft(made("eagle", "fc").shared, made("eagle3", "fc").part, target)
 
 
 def test_a_part_that_changed_nothing_is_saved_and_fused(
     target: Target, made: Make, answers: list[Answer], tmp_path: Path
 ) -> None:
     shared = made("eagle3", "fc").shared
-    config = TrainConfig(**{**vars(CONFIG), "method": "refresh"})
-    part = train_private(target, shared, answers[:6], answers[:2], config, 3, base=target)
+    config = TrainConfig(**{**vars(CONFIG), "method": "weight-sync"})
+    part = train_adapter(target, shared, answers[:6], answers[:2], config, 3, base=target)
     assert part.tensors == {}
-    save_private(tmp_path / "part", part)
-    fused = fuse_draft(shared, load_private(tmp_path / "part"), target)
-    assert fused.hash() == shared.hash()
+    save_adapter(tmp_path / "part", part)
+    merged = merge_draft(shared, load_adapter(tmp_path / "part"), target)
+    assert merged.hash() == shared.hash()
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle", "token_lm"])
@@ -218,7 +218,7 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
     if method == "scratch":
         assert tau == record.best_tau()
     for changes, message in (
-        ({"method": "fc"}, "trains beside a draft: name it with --draft"),
+        ({"method": "fc"}, "trains next to a draft: name it with --draft"),
         (
             {"method": "scratch+expert", "width": "auto"},
             "train.width auto compares several experts",
@@ -233,22 +233,22 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
 def test_a_retargeted_vocabulary_goes_all_the_way(
     target: Target, answers: list[Answer], tmp_path: Path, method: str
 ) -> None:
-    """Trained, resumed by its card, fused, exported, read back: new tokens with their own rows."""
+    """Trained, resumed by its card, merged, exported, read back: new tokens with their own rows."""
     draft = fresh_draft(target, vocab=60)
     said = {token for answer in answers for token in answer.answer[1:]}
     missing = torch.tensor(sorted(set(range(target.vocab_size)) - said)[:60])
     draft.draft_vocab = missing  # a vocabulary made for other text
     stored(draft, target).save(tmp_path / "shared")
     shared = read_draft(str(tmp_path / "shared"))
-    config = TrainConfig(**{**vars(CONFIG), "method": method, "vocab": "retarget", "epochs": 4})
-    part = train_private(target, shared, answers, answers[:4], config, 3)
+    config = TrainConfig(**{**vars(CONFIG), "method": method, "vocab": "remap", "epochs": 4})
+    part = train_adapter(target, shared, answers, answers[:4], config, 3)
     before, after = part.card["train"]["miss_rate"]
     assert before == 1.0
     assert after < 0.3
-    save_private(tmp_path / "private", part)
-    fused = fuse_draft(shared, load_private(tmp_path / "private"), target)
-    fused.save(tmp_path / "fused")
-    assert check_export(fused, tmp_path / "fused") < 1e-5
+    save_adapter(tmp_path / "adapter", part)
+    merged = merge_draft(shared, load_adapter(tmp_path / "adapter"), target)
+    merged.save(tmp_path / "fused")
+    assert check_export(merged, tmp_path / "fused") < 1e-5
     back = load_draft(str(tmp_path / "fused"), target, torch.float32)
     beside = shared.build(target, torch.float32)
     put(beside, part.tensors)
@@ -268,5 +268,5 @@ def test_a_retargeted_vocabulary_goes_all_the_way(
     if method == "expert":  # kept rows are shared, bit for bit
         kept = [i for i, t in enumerate(back.draft_vocab.tolist()) if t not in new]
         old = [missing.tolist().index(t) for t in back.draft_vocab.tolist() if t not in new]
-        rows = fused.tensors["lm_head.weight"][kept]
+        rows = merged.tensors["lm_head.weight"][kept]
         assert tensor_hash(rows) == tensor_hash(shared.tensors["lm_head.weight"][old])

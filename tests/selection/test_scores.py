@@ -80,7 +80,7 @@ def by_hand(name: str, sample: Answer, models: Scorers, off: int = 0) -> Any:
         return K + 1 - (1 + sum(trace.accepted) / len(trace.accepted))
     ids = torch.tensor([[*sample.prompt, *sample.answer]])
     with torch.no_grad():
-        features = target.read(ids, draft.taps).features_BTF
+        features = target.read(ids, draft.aux_layers).features_BTF
         (drafted,) = draft.rollout(ids, features, 0, 1)
     found = []
     for t in scored[1:]:

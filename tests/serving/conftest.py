@@ -73,7 +73,7 @@ def fake(tmp_path: Path) -> FakeEngine:
 
 @pytest.fixture(scope="session")
 def short_answers(answers: list[Answer]) -> list[Answer]:
-    """The first prompts' greedy answers cut to 12 tokens, the rest as overrun."""
+    """The first prompts' greedy answers cut to 12 tokens, the rest as lookahead."""
     return [
         Answer(a.id, a.prompt, a.tokens, min(a.length, 12), "length") for a in answers[:PROMPTS]
     ]

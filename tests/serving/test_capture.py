@@ -39,7 +39,9 @@ def server(target: Target, folder: Path, **plan: Any) -> Iterator[str]:
 
     def write(path: Path, lock: Any, tokens: list[int]) -> None:
         with turn:  # hooks of one model
-            states = read_states(target, norm, torch.tensor([tokens]), plan.get("taps", TAPS), True)
+            states = read_states(
+                target, norm, torch.tensor([tokens]), plan.get("aux_layers", TAPS), True
+            )
         time.sleep(plan.get("delay", 0.0))
         ids = torch.tensor(plan.get("tokens", tokens))
         save_file({"hidden_states": states[0].contiguous(), "token_ids": ids}, path)
@@ -112,7 +114,7 @@ def test_captured_features_are_the_targets(
             r"captures no hidden states: start it with .*layer_ids.: .2, 4, 5, 8.",
         ),
         (
-            {"taps": (2, 4)},
+            {"aux_layers": (2, 4)},
             r"shape .5, 3, 32., expected .5, 4, hidden size.: .* captures other layers",
         ),
         (

@@ -211,7 +211,7 @@ def redraft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def finished_run(
     target: Target, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run of `redraft adapt` whose private part hardly moved."""
+    """A run of `redraft adapt` whose adapter hardly moved."""
     folder = tmp_path_factory.mktemp("runs")
     prompts = write_prompts(folder / "prompts.jsonl", 16)
     settings = {
@@ -325,8 +325,8 @@ def test_files_wrong_as_they_lie_there_need_no_engine(
 def test_another_reading_that_accepts_more_is_a_reason_and_a_cause(
     good: Verification, target: Target, draft_folder: Path
 ) -> None:
-    found = dataclasses.replace(low_tau(good), findings=("the taps are wrong: hs[1, 2, 3]",))
-    assert "the taps are wrong: hs[1, 2, 3]" in judge(found)
+    found = dataclasses.replace(low_tau(good), findings=("the aux layers are wrong: hs[1, 2, 3]",))
+    assert "the aux layers are wrong: hs[1, 2, 3]" in judge(found)
     assert diagnose(read_draft(str(draft_folder)), target, found) == []  # the finding says it
 
 

@@ -1,4 +1,4 @@
-"""A gang: members end as they would alone, share what is frozen, and resume from anywhere."""
+"""A joint training: members end as they would alone, share what is frozen, and resume from anywhere."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from redraft.drafts.base import Draft
 from redraft.drafts.kinds import KINDS
 from redraft.metrics.replay import replay, replay_each
 from redraft.models.target import Target
-from redraft.pipeline.stages import train_private
+from redraft.pipeline.stages import train_adapter
 from redraft.training import adapter_run as member_module
 from redraft.training import train as train_module
-from redraft.training.adapter_run import Member
-from redraft.training.train import STREAM, Trained, train, train_gang
+from redraft.training.adapter_run import AdapterRun
+from redraft.training.train import STREAM, Trained, train, train_adapters
 from redraft.training.widths import candidate_widths, resolve_width, smallest_good
 from tests.conftest import fresh_draft
 
@@ -48,7 +48,7 @@ MIXED = [
     replace(CONFIG, method="lora+norms", lr=2e-2, feature_noise=0.1),
     replace(CONFIG, method="scratch", rollout=2),
     replace(CONFIG, method="full+expert", loss="lk", width="3"),
-    replace(CONFIG, method="relay"),
+    replace(CONFIG, method="feature-map"),
     replace(CONFIG, method="head", weight_decay=0.1, lr_parts="head=0.5"),
 ]
 
@@ -57,7 +57,7 @@ def load(target: Target, folder: Path) -> Draft:
     return load_draft(str(folder), target, torch.float32)
 
 
-def gang(
+def trained_together(
     target: Target,
     folder: Path,
     answers: Sequence[Answer],
@@ -66,7 +66,7 @@ def gang(
     draft: Draft | None = None,
 ) -> list[Trained]:
     draft = draft or load(target, folder)
-    return train_gang(
+    return train_adapters(
         target, draft, answers, answers[:4], configs, k=3, base=target, checkpoints=checkpoints
     )
 
@@ -82,16 +82,18 @@ def hashes(trained: Trained) -> dict[str, str]:
 
 def facts(trained: Trained) -> dict[str, Any]:
     """What the record says of the work itself."""
-    return {key: value for key, value in trained.record.lasting().items() if key != "gang"}
+    return {
+        key: value for key, value in trained.record.lasting().items() if key != "trained_together"
+    }
 
 
 @pytest.fixture
-def members(monkeypatch: pytest.MonkeyPatch) -> list[Member]:
-    """The members of the gang that the test trains."""
-    caught: list[Member] = []
-    make = train_module._member
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[AdapterRun]:
+    """The members of the joint training that the test trains."""
+    caught: list[AdapterRun] = []
+    make = train_module._run
 
-    def made(*args: Any) -> Member:
+    def made(*args: Any) -> AdapterRun:
         caught.append(make(*args))
         return caught[-1]
 
@@ -102,17 +104,17 @@ def members(monkeypatch: pytest.MonkeyPatch) -> list[Member]:
 def test_members_end_exactly_as_each_would_alone(
     target: Target, draft_folder: Path, answers: list[Answer]
 ) -> None:
-    together = gang(target, draft_folder, answers, MIXED)
+    together = trained_together(target, draft_folder, answers, MIXED)
     for config, trained in zip(MIXED, together, strict=True):
         single = alone(target, draft_folder, answers, config)
         assert hashes(trained) == hashes(single), config.method
         assert facts(trained) == facts(single), config.method
-        assert (trained.record.gang, single.record.gang) == (len(MIXED), 1)
+        assert (trained.record.trained_together, single.record.trained_together) == (len(MIXED), 1)
     # Who trains at all has moved, so that equal bytes mean something.
     last = {trained.record.final_loss for trained in together}
     assert len(last) == len(MIXED)
     # Another order of members is another order of results, and nothing else.
-    turned = gang(target, draft_folder, answers, MIXED[2::-1])
+    turned = trained_together(target, draft_folder, answers, MIXED[2::-1])
     assert [hashes(t) for t in turned] == [hashes(t) for t in together[2::-1]]
 
 
@@ -124,7 +126,7 @@ def test_the_given_draft_is_left_as_it_is(
     before = {n: tensor_hash(t) for n, t in draft.state_dict().items()}
     methods = ("expert+norms", "lora", "scratch", "full")
     configs = [replace(CONFIG, method=method, epochs=0.3) for method in methods]
-    together = gang(target, kind_folder(kind), answers, configs, draft=draft)
+    together = trained_together(target, kind_folder(kind), answers, configs, draft=draft)
     assert {n: tensor_hash(t) for n, t in draft.state_dict().items()} == before
     assert not draft.training
     for config, trained in zip(configs, together, strict=True):
@@ -132,23 +134,23 @@ def test_the_given_draft_is_left_as_it_is(
 
 
 def test_members_share_every_tensor_that_they_do_not_train(
-    target: Target, draft_folder: Path, answers: list[Answer], members: list[Member]
+    target: Target, draft_folder: Path, answers: list[Answer], runs: list[AdapterRun]
 ) -> None:
     draft = load(target, draft_folder)
     configs = [
         replace(CONFIG, method=method, epochs=0.2)
         for method in ("expert", "lora", "fc+norms", "scratch")
     ]
-    gang(target, draft_folder, answers, configs, draft=draft)
-    assert len(members) == 4
+    trained_together(target, draft_folder, answers, configs, draft=draft)
+    assert len(runs) == 4
     shared = dict(draft.named_parameters())
-    for member in members:
-        method = read_method(member.config.method)
-        own = {n.replace(".base_layer.", "."): p for n, p in member.draft.named_parameters()}
+    for run in runs:
+        method = read_method(run.config.method)
+        own = {n.replace(".base_layer.", "."): p for n, p in run.draft.named_parameters()}
         for name, parameter in shared.items():
             assert (own[name] is parameter) == (not method.owns(name)), (method.name, name)
-    held = {id(p): p.numel() for m in members for p in m.draft.parameters()}
-    trained = sum(p.numel() for member in members for p in member.parameters)
+    held = {id(p): p.numel() for m in runs for p in m.draft.parameters()}
+    trained = sum(p.numel() for run in runs for p in run.parameters)
     assert sum(held.values()) == sum(p.numel() for p in draft.parameters()) + trained
 
 
@@ -168,33 +170,33 @@ def test_members_on_different_streams_are_refused(
     assert setting in STREAM
     configs = [CONFIG, replace(CONFIG, method="fc"), replace(CONFIG, **{setting: value})]
     with pytest.raises(UserError, match=f"one stream of batches, so {setting} must be the same"):
-        gang(target, draft_folder, answers, configs)
+        trained_together(target, draft_folder, answers, configs)
 
 
 def test_a_member_that_stalled_early_holds_up_nobody(
     target: Target,
     draft_folder: Path,
     answers: list[Answer],
-    members: list[Member],
+    runs: list[AdapterRun],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It stays where it stopped; the others take all their steps, to where they end alone."""
     learnt: list[tuple[str, int]] = []
-    learn = Member.learn
+    learn = AdapterRun.learn
 
-    def noting(self: Member, *args: Any) -> None:
+    def noting(self: AdapterRun, *args: Any) -> None:
         learnt.append((self.config.method, self.state.step))
         learn(self, *args)
 
-    def scripted(target: object, some: Sequence[Member], heldout: object, k: int) -> None:
-        for member in some:  # attention never rises, the others always do
-            member.note_tau(1.0 if member.config.method == "attention" else member.state.step + 2.0)
+    def scripted(target: object, some: Sequence[AdapterRun], heldout: object, k: int) -> None:
+        for run in some:  # attention never rises, the others always do
+            run.note_tau(1.0 if run.config.method == "attention" else run.state.step + 2.0)
 
-    monkeypatch.setattr(Member, "learn", noting)
+    monkeypatch.setattr(AdapterRun, "learn", noting)
     monkeypatch.setattr(train_module, "_evaluate", scripted)
     base = replace(CONFIG, evaluations=8, patience=2)
     configs = [replace(base, method=method) for method in ("fc", "attention", "norms")]
-    together = gang(target, draft_folder, answers, configs)
+    together = trained_together(target, draft_folder, answers, configs)
     steps = [trained.record.steps for trained in together]
     planned = together[0].record.planned_steps
     assert steps == [planned, together[1].record.heldout_tau[2][0], planned]
@@ -218,7 +220,7 @@ def test_a_gang_cut_off_between_two_checkpoints_ends_with_the_same_bytes(
 ) -> None:
     """Four members save one after the other; the run dies before the save number `dies_at`."""
     configs = MIXED[:4]
-    whole = gang(target, draft_folder, answers, configs)
+    whole = trained_together(target, draft_folder, answers, configs)
     save = train_module.save_checkpoint
     saved: list[int] = []
 
@@ -230,11 +232,11 @@ def test_a_gang_cut_off_between_two_checkpoints_ends_with_the_same_bytes(
 
     monkeypatch.setattr(train_module, "save_checkpoint", dies)
     with pytest.raises(KeyboardInterrupt):
-        gang(target, draft_folder, answers, configs, tmp_path)
-    latest = [step for member in range(4) for step in saved[member::4][-1:]]
+        trained_together(target, draft_folder, answers, configs, tmp_path)
+    latest = [step for run in range(4) for step in saved[run::4][-1:]]
     assert len(set(latest)) > 1 or len(latest) < 4, "all members stand at one step"
     monkeypatch.setattr(train_module, "save_checkpoint", save)
-    resumed = gang(target, draft_folder, answers, configs, tmp_path)
+    resumed = trained_together(target, draft_folder, answers, configs, tmp_path)
     for one, other in zip(resumed, whole, strict=True):
         assert hashes(one) == hashes(other)
         assert one.record.lasting() == other.record.lasting()
@@ -244,9 +246,9 @@ def test_members_of_another_gang_are_not_continued(
     target: Target, draft_folder: Path, answers: list[Answer], tmp_path: Path
 ) -> None:
     first = [replace(CONFIG, method="fc"), replace(CONFIG, method="fc", lr=1e-2)]
-    gang(target, draft_folder, answers, first, tmp_path)
-    whole = gang(target, draft_folder, answers, first[::-1])
-    swapped = gang(target, draft_folder, answers, first[::-1], tmp_path)
+    trained_together(target, draft_folder, answers, first, tmp_path)
+    whole = trained_together(target, draft_folder, answers, first[::-1])
+    swapped = trained_together(target, draft_folder, answers, first[::-1], tmp_path)
     assert [hashes(t) for t in swapped] == [hashes(t) for t in whole]
     assert hashes(whole[0]) != hashes(whole[1])
 
@@ -258,25 +260,25 @@ def test_the_average_follows_its_formula(
     target: Target,
     draft_folder: Path,
     answers: list[Answer],
-    members: list[Member],
+    runs: list[AdapterRun],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against numpy over the weights after each step; a constant decay from the start is another."""
     weights: list[np.ndarray] = []
-    learn = Member.learn
+    learn = AdapterRun.learn
 
-    def noting(self: Member, *args: Any) -> None:
+    def noting(self: AdapterRun, *args: Any) -> None:
         learn(self, *args)
         weights.append(self.draft.get_parameter("fc.weight").detach().double().numpy().copy())
 
-    monkeypatch.setattr(Member, "learn", noting)
+    monkeypatch.setattr(AdapterRun, "learn", noting)
     alone(target, draft_folder, answers, replace(CONFIG, method="fc", average=0.7))
     expected, constant = weights[0], weights[0]
     for step, now in enumerate(weights[1:], start=2):
         decay = min(0.7, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * now
         constant = 0.7 * constant + 0.3 * now
-    found = members[0].state.average["fc.weight"].double().numpy()
+    found = runs[0].state.average["fc.weight"].double().numpy()
     assert len(weights) > 3
     assert np.abs(found - expected).max() < 1e-6
     assert np.abs(found - constant).max() > 1e-4
@@ -288,7 +290,7 @@ def test_the_average_is_taken_where_it_is_better(
     target: Target,
     draft_folder: Path,
     answers: list[Answer],
-    members: list[Member],
+    runs: list[AdapterRun],
     monkeypatch: pytest.MonkeyPatch,
     now: float,
     averaged: float,
@@ -300,10 +302,10 @@ def test_the_average_is_taken_where_it_is_better(
 
     def tau(traces: Sequence[Any]) -> float:
         (draft,) = traces
-        member = members[0]
-        if not member.state.average:
+        run = runs[0]
+        if not run.state.average:
             return 1.0
-        mean = torch.equal(draft.get_parameter("fc.weight"), member.state.average["fc.weight"])
+        mean = torch.equal(draft.get_parameter("fc.weight"), run.state.average["fc.weight"])
         return averaged if mean else now
 
     monkeypatch.setattr(train_module, "replay_each", scripted)
@@ -311,21 +313,21 @@ def test_the_average_is_taken_where_it_is_better(
     monkeypatch.setattr(Draft, "accepted", True, raising=False)
     config = replace(CONFIG, method="fc", average=0.7, evaluations=1)
     trained = alone(target, draft_folder, answers, config)
-    mean = members[0].state.average["fc.weight"]
+    mean = runs[0].state.average["fc.weight"]
     assert torch.equal(trained.tensors["fc.weight"], mean) == (averaged > now)
     assert trained.record.heldout_tau[-1][1] == max(now, averaged)
-    assert torch.equal(members[0].draft.get_parameter("fc.weight"), trained.tensors["fc.weight"])
+    assert torch.equal(runs[0].draft.get_parameter("fc.weight"), trained.tensors["fc.weight"])
 
 
 def test_measuring_the_average_leaves_training_where_it_was(
-    target: Target, draft_folder: Path, answers: list[Answer], members: list[Member]
+    target: Target, draft_folder: Path, answers: list[Answer], runs: list[AdapterRun]
 ) -> None:
     """The weights that train on are those of a run without an average, to the byte."""
     for average in (0.0, 0.7):
         alone(
             target, draft_folder, answers, replace(CONFIG, method="fc", average=average, patience=9)
         )
-    plain, averaging = members
+    plain, averaging = runs
     assert averaging.state.average
     assert not plain.state.average
     assert plain.state.last_loss == averaging.state.last_loss
@@ -396,20 +398,20 @@ def test_width_auto_takes_the_smallest_good_one_and_records_the_others(
     assert widths == candidate_widths(shared.config.intermediate_size)
     order = dict(zip(map(str, widths), gains, strict=True))
 
-    def scripted(_: object, some: Sequence[Member], *rest: object) -> None:
-        for member in some:
-            member.note_tau(1.0 + order[member.config.width] * (member.state.step > 0))
+    def scripted(_: object, some: Sequence[AdapterRun], *rest: object) -> None:
+        for run in some:
+            run.note_tau(1.0 + order[run.config.width] * (run.state.step > 0))
 
     monkeypatch.setattr(train_module, "_evaluate", scripted)
     config = replace(CONFIG, width="auto", epochs=0.3)
-    part = train_private(target, shared, answers, answers[:4], config, 3, tmp_path)
+    part = train_adapter(target, shared, answers, answers[:4], config, 3, tmp_path)
     assert part.tensors["midlayer.mlp.private.gate_proj.weight"].shape == (width, 32)
     assert part.card["widths_tried"] == {w: 1.0 + gain for w, gain in order.items()}
     assert part.card["config"]["width"] == str(width)
-    assert part.card["train"]["gang"] == 5
+    assert part.card["train"]["trained_together"] == 5
     assert part.card["shared_widths"] == {"midlayer.mlp": 64}
     # It is the part that this width alone gives.
-    single = train_private(
+    single = train_adapter(
         target, shared, answers, answers[:4], replace(config, width=str(width)), 3
     )
     assert {n: tensor_hash(t) for n, t in part.tensors.items()} == {
@@ -426,7 +428,7 @@ def test_width_auto_matters_to_experts_only(
     monkeypatch.setattr("redraft.pipeline.stages.train_gang", refuse)
     config = replace(CONFIG, method="fc", width="auto", epochs=0.3)
     shared = read_draft(str(draft_folder))
-    part = train_private(target, shared, answers, answers[:4], config, 3)
+    part = train_adapter(target, shared, answers, answers[:4], config, 3)
     assert "widths_tried" not in part.card
 
 
@@ -437,9 +439,9 @@ def test_a_member_that_diverges_ends_at_its_best_and_the_others_go_on(
     steps = 0
     loss = member_module.rollout_loss
 
-    def breaks(lesson: Any, draft: Draft, config: TrainConfig, step: int = 0) -> Any:
+    def breaks(teacher_batch: Any, draft: Draft, config: TrainConfig, step: int = 0) -> Any:
         nonlocal steps
-        found, count = loss(lesson, draft, config, step)
+        found, count = loss(teacher_batch, draft, config, step)
         if config.loss == "tv" and torch.is_grad_enabled():
             steps += 1
             if steps == 5:
@@ -448,7 +450,7 @@ def test_a_member_that_diverges_ends_at_its_best_and_the_others_go_on(
 
     whole = alone(target, draft_folder, answers, CONFIG)
     monkeypatch.setattr(member_module, "rollout_loss", breaks)
-    calm, broken = gang(target, draft_folder, answers, [CONFIG, wild])
+    calm, broken = trained_together(target, draft_folder, answers, [CONFIG, wild])
     assert hashes(calm) == hashes(whole)
     assert broken.record.stopped_early
     assert broken.record.steps == 4  # the fifth was not taken

@@ -320,10 +320,10 @@ def test_states_without_features_are_refused(lacking: str) -> None:
         LOSSES["paper"](teacher, c.draft, None if lacking == "states" else c.states)
 
 
-# -- fused ----------------------------------------------------------------------------------------
+# -- merged ----------------------------------------------------------------------------------------
 
 
-def fused(
+def merged(
     name: str,
     draft_logits: Callable[[Tensor], Tensor],
     states: list[Tensor],
@@ -365,7 +365,7 @@ def test_the_fused_loss_is_the_sum_over_steps_and_its_gradients(
     head = normal(V if vocab is None else len(vocab), H)
     seen: list[slice] = []
 
-    def run(is_fused: bool, shift: int = 0) -> list[Tensor]:
+    def run(is_merged: bool, shift: int = 0) -> list[Tensor]:
         states = [start.clone().requires_grad_() for start in starts]
         weights = head.clone().requires_grad_()
 
@@ -376,8 +376,8 @@ def test_the_fused_loss_is_the_sum_over_steps_and_its_gradients(
             seen.append(part)
             return target_states[part] @ target_head.T
 
-        if is_fused:
-            loss = fused(
+        if is_merged:
+            loss = merged(
                 *(name, draft_logits, states, teacher_logits, vocab, labels, features), rows=rows
             )
         else:
@@ -406,7 +406,7 @@ def test_the_fused_loss_is_the_sum_over_steps_and_its_gradients(
 def test_no_tokens_cost_nothing() -> None:
     states = torch.zeros(0, V, requires_grad=True)
     empty = torch.zeros(0, dtype=torch.long)
-    loss = fused(
+    loss = merged(
         *("lk", lambda s: s, [states], lambda _: torch.zeros(0, V), None, empty, None), rows=10
     )
     loss.backward()  # type: ignore[no-untyped-call]
@@ -419,7 +419,7 @@ def test_the_fused_loss_under_autocast_has_the_same_gradients(name: str) -> None
     hidden, start = torch.randn(N, H), torch.randn(N, H)
     labels = torch.zeros(N, dtype=torch.long)
 
-    def run(is_fused: bool) -> list[Tensor]:
+    def run(is_merged: bool) -> list[Tensor]:
         states = start.clone().requires_grad_()
         weights, before = head.clone().requires_grad_(), first.clone().requires_grad_()
 
@@ -434,9 +434,9 @@ def test_the_fused_loss_under_autocast_has_the_same_gradients(name: str) -> None
             merged = weights @ before  # the chunks share what was computed before them
             losses = []
             for _ in range(2):  # the second sees what the first left in autocast's cache
-                if is_fused:
+                if is_merged:
                     losses.append(
-                        fused(
+                        merged(
                             *(name, draft_logits, [states], target_logits, None, labels, hidden),
                             rows=2,
                         )
@@ -458,7 +458,7 @@ def test_the_fused_loss_of_a_frozen_head_and_without_a_graph() -> None:
     head = torch.randn(V, V, dtype=torch.float64)
 
     def run() -> Tensor:
-        return fused(
+        return merged(
             *("kl", lambda s: s @ head, [c.draft], lambda p: c.target[p], None, c.labels, None),
             rows=1,
         )
@@ -495,7 +495,7 @@ def test_a_loss_reads_no_more_of_the_target_than_its_row_tells(
 MEASURE = """
 import json, sys
 import torch
-from redraft.training.fused_loss import Fused, fused_loss
+from redraft.training.fused_loss import Merged, fused_loss
 from redraft.training.losses import LOSSES, Teacher
 from redraft.training.memory import current_memory, peak_memory, restart_peak
 
@@ -517,8 +517,8 @@ def measure(N, V, values):
     def target(part): return hidden[part] @ target_head.T
     def teacher(part):
         return Teacher.from_logits(target(part), None, labels[part], hidden[part])
-    if form == "fused":
-        loss = fused_loss(Fused(LOSSES[name], teacher, draft, [1.0], max(1, values // V)), [states])
+    if form == "merged":
+        loss = fused_loss(Merged(LOSSES[name], teacher, draft, [1.0], max(1, values // V)), [states])
     else:
         teacher = Teacher.from_logits(target(slice(None)), None, labels, hidden)
         loss = LOSSES[name](teacher, draft(states), states)

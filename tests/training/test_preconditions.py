@@ -22,7 +22,7 @@ FITS = {
     "a method": {"method": "expert+fc+norms"},
     "a rank": {"method": "lora", "rank": 16},
     "a share of a part it trains": {"method": "expert+fc", "lr_parts": "expert=2"},
-    "no passes after a start": {"method": "relay", "epochs": 0.0},
+    "no passes after a start": {"method": "feature-map", "epochs": 0.0},
 }
 REFUSED = {
     "a part it lacks": ("eagle", {"method": "head"}, "eagle draft has no head .* it can carry"),
@@ -31,10 +31,10 @@ REFUSED = {
         {"method": "lora", "rank": 17},
         "train.rank 17 .* choose 1 to 16",
     ),
-    "a whole vocabulary": ("eagle3", {"vocab": "retarget"}, "nothing to retarget"),
+    "a whole vocabulary": ("eagle3", {"vocab": "remap"}, "nothing to remap"),
     "exchanged and renewed": (
         "eagle3 reduced",
-        {"method": "refresh+expert", "vocab": "retarget"},
+        {"method": "weight-sync+expert", "vocab": "remap"},
         "leave one of the two out",
     ),
     "states that are no features": ("eagle3", {"loss": "paper"}, "kind eagle3 does not have"),
@@ -46,10 +46,14 @@ REFUSED = {
     ),
     "a share of a start": (
         "eagle3",
-        {"method": "relay+fc", "lr_parts": "relay=2"},
-        "names relay, which .* it trains fc",
+        {"method": "feature-map+fc", "lr_parts": "feature-map=2"},
+        "names feature-map, which .* it trains fc",
     ),
-    "relay where fc takes more": ("eagle", {"method": "relay"}, "only features enter fc"),
+    "feature-map where fc takes more": (
+        "eagle",
+        {"method": "feature-map"},
+        "only features enter fc",
+    ),
 }
 
 
@@ -90,8 +94,10 @@ def test_a_base_of_another_shape_is_no_base(
     other = load_target(str(save_target(tmp_path / "other", FAMILIES["llama"](size))))
     draft = fresh_draft(target)
     check_fits(draft, TrainConfig(method="expert"), target, other)  # nobody looks at it
-    with pytest.raises(UserError, match=rf"--base .* has {what} .* relay compares layer by layer"):
-        check_fits(draft, TrainConfig(method="relay"), target, other)
+    with pytest.raises(
+        UserError, match=rf"--base .* has {what} .* feature-map compares layer by layer"
+    ):
+        check_fits(draft, TrainConfig(method="feature-map"), target, other)
 
 
 def test_the_flow_asks_before_anything_is_answered(target: Target, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from redraft.adapters.adapter import prepare
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, stored
-from redraft.checkpoints.reference_reader import Twin
+from redraft.checkpoints.reference_reader import Reference
 from redraft.config import TrainConfig
 from redraft.core.errors import UserError
 from redraft.core.folders import state_hash, tensor_hash
@@ -31,13 +31,13 @@ from redraft.metrics.replay import replay
 from redraft.models.batching import collate, plan_epochs, plan_once
 from redraft.models.target import Reading, Target
 from redraft.training import adapter_run as member_module
-from redraft.training import teacher_batch as lesson_module
+from redraft.training import teacher_batch as teacher_batch_module
 from redraft.training import train as train_module
-from redraft.training.adapter_run import Member
+from redraft.training.adapter_run import AdapterRun
 from redraft.training.losses import LOSSES, Teacher
 from redraft.training.optimizer import make_optimizer, peak_rate, schedule
 from redraft.training.precision import choose_precision
-from redraft.training.teacher_batch import Lesson, read_lesson, rollout_loss
+from redraft.training.teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
 from redraft.training.train import Trained, train
 from tests.conftest import fresh_draft, in_double, tiny_model
 
@@ -76,8 +76,8 @@ def target64(target_folder: Path) -> Target:
     return in_double(target_folder)
 
 
-def read(target: Target, draft: Draft, hold: bool = False) -> Lesson:
-    return read_lesson(target, collate(ROWS, target.device), draft.taps, hold=hold)
+def read(target: Target, draft: Draft, hold: bool = False) -> TeacherBatch:
+    return read_teacher_batch(target, collate(ROWS, target.device), draft.aux_layers, hold=hold)
 
 
 def test_a_runs_key_is_the_hash_of_the_whole_text(target: Target) -> None:
@@ -89,7 +89,7 @@ def test_a_runs_key_is_the_hash_of_the_whole_text(target: Target) -> None:
             plan,
             target.fingerprint(),
             None,
-            draft.taps,
+            draft.aux_layers,
             state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
             [[a.id, list(a.tokens)] for a in answers],
             [[a.id, list(a.tokens)] for a in heldout],
@@ -113,10 +113,10 @@ def test_the_loss_is_kl_per_supervised_token(
     config = replace(CONFIG, step_decay=decay)
     loss, count = rollout_loss(read(target, draft), draft, config)
     total = weight = 0.0
-    plain = Twin(tmp_path / "draft", target.embedding_VH, target.head.weight)
+    plain = Reference(tmp_path / "draft", target.embedding_VH, target.head.weight)
     for row in ROWS:
         tokens = [*row.prompt, *row.tokens]
-        reading = target.read(torch.tensor([tokens]), draft.taps)
+        reading = target.read(torch.tensor([tokens]), draft.aux_layers)
         begin = len(row.prompt)
         for start in range(begin - 1, len(tokens) - 2):
             steps = min(3, len(tokens) - 2 - start)
@@ -156,7 +156,7 @@ def test_the_loss_of_a_token_lm_is_kl_of_the_lm_itself(target64: Target, tmp_pat
 def test_a_batch_without_labels_is_named(target: Target, trained_draft: Eagle3Draft) -> None:
     batch = collate([Answer("a", (5, 6, 7), (9,), 1, "stop")], target.device)
     with pytest.raises(UserError, match="no supervised token"):
-        read_lesson(target, batch, trained_draft.taps)
+        read_teacher_batch(target, batch, trained_draft.aux_layers)
 
 
 # -- chunks ---------------------------------------------------------------------------------------
@@ -170,33 +170,33 @@ LOSSES_OF = [
 
 
 def loss_and_gradients(
-    lesson: Lesson, draft: Draft, config: TrainConfig
+    teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig
 ) -> tuple[float, dict[str, Tensor]]:
     draft.requires_grad_(True)
     draft.zero_grad()
-    loss, _ = rollout_loss(lesson, draft, config)
+    loss, _ = rollout_loss(teacher_batch, draft, config)
     loss.backward()  # type: ignore[no-untyped-call]
     grads = {n: p.grad.clone() for n, p in draft.named_parameters() if p.grad is not None}
     return float(loss), grads
 
 
 def at_once(
-    target: Target, lesson: Lesson, draft: Draft, config: TrainConfig
+    target: Target, teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig
 ) -> tuple[float, dict[str, Tensor]]:
     """The same from all logits at once, as the target's own forward pass gives them."""
     draft.requires_grad_(True)
     draft.zero_grad()
-    rows, labels, tokens = lesson.row_N, lesson.label_N, lesson.batch.tokens_BT
+    rows, labels, tokens = teacher_batch.row_N, teacher_batch.label_N, teacher_batch.batch.tokens_BT
     logits_NV = target.read(tokens, ()).logits_BTV[rows, labels - 1]
-    features_NF = lesson.features_BTF[rows, labels - 1]
-    total, weight, first = torch.zeros(()), 0.0, lesson.batch.first
+    features_NF = teacher_batch.features_BTF[rows, labels - 1]
+    total, weight, first = torch.zeros(()), 0.0, teacher_batch.batch.first
     steps = config.rollout if draft.feeds_back else 1
-    for j, states in enumerate(draft.rollout(tokens, lesson.features_BTF, first, steps)):
-        some = lesson.offset_N >= 1 + j
+    for j, states in enumerate(draft.rollout(tokens, teacher_batch.features_BTF, first, steps)):
+        some = teacher_batch.offset_N >= 1 + j
         states_MH = states[rows[some], labels[some] - 2 - j - first]
         features = features_NF[some] if draft.feature_size == draft.hidden_size else None
         teacher = Teacher.from_logits(
-            logits_NV[some], draft.draft_vocab, lesson.token_N[some], features
+            logits_NV[some], draft.draft_vocab, teacher_batch.token_N[some], features
         )
         share = config.step_decay**j
         total = total + share * LOSSES[config.loss](teacher, draft.logits(states_MH), states_MH)
@@ -218,21 +218,23 @@ def test_a_lesson_in_chunks_gives_the_same_loss_and_gradients(
 ) -> None:
     draft = fresh_draft(target64, kind=kind, vocab=vocab)
     config = replace(CONFIG, loss=loss, step_decay=0.5)
-    lesson = read(target64, draft, hold=hold)
-    expected, gradients = at_once(target64, lesson, draft, config)
+    teacher_batch = read(target64, draft, hold=hold)
+    expected, gradients = at_once(target64, teacher_batch, draft, config)
     assert gradients
     for rows in (1, 3, 1000):  # at once; 12 labels at rollout step 0
-        monkeypatch.setattr(lesson_module, "rows_at_once", lambda _, rows=rows: rows)
-        found, grads = loss_and_gradients(lesson, draft, config)
+        monkeypatch.setattr(teacher_batch_module, "rows_at_once", lambda _, rows=rows: rows)
+        found, grads = loss_and_gradients(teacher_batch, draft, config)
         assert found == pytest.approx(expected, abs=1e-10)
         assert set(grads) == set(gradients)
         for name, gradient in gradients.items():
             assert torch.allclose(grads[name], gradient, rtol=0, atol=1e-10), name
-    assert bool(lesson.held) == hold
+    assert bool(teacher_batch.held) == hold
     # Labels taught by their neighbour's distribution would be seen.
     if loss != "ce":
         wrong = dataclasses.replace(
-            lesson, held={}, logits=lambda at, columns: lesson.logits(at, columns).roll(1, 0)
+            teacher_batch,
+            held={},
+            logits=lambda at, columns: teacher_batch.logits(at, columns).roll(1, 0),
         )
         assert abs(loss_and_gradients(wrong, draft, config)[0] - expected) > 1e-4
 
@@ -267,21 +269,21 @@ def test_logits_are_made_as_the_model_makes_them(family: str, dtype: str) -> Non
     """Soft caps, scales and biases after the head, over the whole vocabulary and over some of it."""
     model = tiny_model(family, getattr(torch, dtype), **SCALED[family])
     target = Target(model, None, (family,))
-    lesson = read_lesson(target, collate(ROWS, target.device), (2, 4, 5))
-    tokens = lesson.batch.tokens_BT
-    own_NV = target.read(tokens, ()).logits_BTV[lesson.row_N, lesson.label_N - 1]
+    teacher_batch = read_teacher_batch(target, collate(ROWS, target.device), (2, 4, 5))
+    tokens = teacher_batch.batch.tokens_BT
+    own_NV = target.read(tokens, ()).logits_BTV[teacher_batch.row_N, teacher_batch.label_N - 1]
     columns = torch.tensor([3, 5, 40])
     for found, expected in (
-        (lesson.logits(slice(2, 9), None), own_NV[2:9]),
-        (lesson.logits(slice(2, 9), columns), own_NV[2:9, columns]),
+        (teacher_batch.logits(slice(2, 9), None), own_NV[2:9]),
+        (teacher_batch.logits(slice(2, 9), columns), own_NV[2:9, columns]),
     ):
         slack = 4 * torch.finfo(found.dtype).eps * float(expected.abs().max())
         assert float((found - expected).abs().max()) <= slack
     head = target.head(target.read(tokens, (target.num_layers,)).features_BTF)
-    assert float((head[lesson.row_N, lesson.label_N - 1] - own_NV).abs().max()) > 0.05 or (
-        family == "phi"
-    )
-    assert float((lesson.logits(slice(None), None) - own_NV.roll(1, 0)).abs().max()) > 0.05
+    assert float(
+        (head[teacher_batch.row_N, teacher_batch.label_N - 1] - own_NV).abs().max()
+    ) > 0.05 or (family == "phi")
+    assert float((teacher_batch.logits(slice(None), None) - own_NV.roll(1, 0)).abs().max()) > 0.05
 
 
 class Halved(Target):
@@ -301,7 +303,9 @@ def test_a_model_whose_logits_do_not_follow_from_its_states_is_refused(target64:
 # -- feature noise, losses, learning rates --------------------------------------------------------
 
 
-def features_read(lesson: Lesson, draft: Any, config: TrainConfig, step: int) -> Tensor:
+def features_read(
+    teacher_batch: TeacherBatch, draft: Any, config: TrainConfig, step: int
+) -> Tensor:
     """The features that a draft is given at a step."""
     given: list[Tensor] = []
 
@@ -319,30 +323,37 @@ def features_read(lesson: Lesson, draft: Any, config: TrainConfig, step: int) ->
             return found
 
     listening: Any = Listening()
-    rollout_loss(lesson, listening, config, step)
+    rollout_loss(teacher_batch, listening, config, step)
     return given[0]
 
 
 def test_feature_noise_is_keyed_by_the_step(target: Target) -> None:
     draft = fresh_draft(target)
-    lesson = read(target, draft)
+    teacher_batch = read(target, draft)
     noisy = replace(CONFIG, feature_noise=0.2)
-    plain = lesson.features_BTF
-    first = features_read(lesson, draft, noisy, 3) - plain
-    assert torch.equal(first, features_read(lesson, draft, noisy, 3) - plain)
-    assert not torch.equal(first, features_read(lesson, draft, noisy, 4) - plain)
-    assert not torch.equal(first, features_read(lesson, draft, replace(noisy, seed=1), 3) - plain)
-    assert torch.equal(features_read(lesson, draft, CONFIG, 3), plain)
-    assert torch.equal(lesson.features_BTF, plain), "the lesson itself stays clean for the others"
+    plain = teacher_batch.features_BTF
+    first = features_read(teacher_batch, draft, noisy, 3) - plain
+    assert torch.equal(first, features_read(teacher_batch, draft, noisy, 3) - plain)
+    assert not torch.equal(first, features_read(teacher_batch, draft, noisy, 4) - plain)
+    assert not torch.equal(
+        first, features_read(teacher_batch, draft, replace(noisy, seed=1), 3) - plain
+    )
+    assert torch.equal(features_read(teacher_batch, draft, CONFIG, 3), plain)
+    assert torch.equal(teacher_batch.features_BTF, plain), (
+        "the teacher batch itself stays clean for the others"
+    )
 
 
 @pytest.mark.parametrize("amount", [0.2, 0.05])
 def test_feature_noise_is_uniform_and_as_wide_as_published(target: Target, amount: float) -> None:
     """(u - 0.5) * amount * 512 / length with u in [0, 1): bounds, mean and variance of a uniform."""
     draft = fresh_draft(target)
-    lesson = read(target, draft)
+    teacher_batch = read(target, draft)
     config = replace(CONFIG, feature_noise=amount)
-    noise = features_read(lesson, draft, config, 0).double() - lesson.features_BTF.double()
+    noise = (
+        features_read(teacher_batch, draft, config, 0).double()
+        - teacher_batch.features_BTF.double()
+    )
     width = amount * 512 / 9  # the longest row has 9 tokens
     assert float(noise.abs().max()) <= width / 2 * 1.0001
     assert float(noise.abs().max()) > 0.99 * width / 2
@@ -363,10 +374,10 @@ def test_the_papers_loss_is_for_states_that_stand_for_features(
         train(target, draft, answers, answers[:4], config, k=3)
 
 
-def rising(target: Target, members: Sequence[Member], heldout: object, k: int) -> None:
+def rising(target: Target, runs: Sequence[AdapterRun], heldout: object, k: int) -> None:
     """An evaluation that finds each step better than the one before."""
-    for member in members:
-        member.note_tau(float(member.state.step))
+    for run in runs:
+        run.note_tau(float(run.state.step))
 
 
 def test_learning_rates_of_parts_reach_their_tensors(
@@ -489,9 +500,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(
     whole, _ = run(target, draft_folder, answers, checkpoints=tmp_path / "whole")
     steps: list[int] = []
 
-    def breaks(lesson: Lesson, draft: Draft, config: TrainConfig, step: int = 0) -> Any:
+    def breaks(
+        teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig, step: int = 0
+    ) -> Any:
         steps.append(step)
-        loss, count = rollout_loss(lesson, draft, config, step)
+        loss, count = rollout_loss(teacher_batch, draft, config, step)
         return loss * (float("nan") if step == 5 and steps.count(5) == 1 else 1.0), count
 
     monkeypatch.setattr(member_module, "rollout_loss", breaks)
@@ -511,10 +524,10 @@ def test_it_stops_early_and_keeps_the_best(
     taus = iter([1.5, 2.0, 3.0, 2.5, 2.6, 2.7, 2.8, 2.9])
     snapshots = []
 
-    def evaluate(target: object, members: Sequence[Member], heldout: object, k: int) -> None:
-        (member,) = members
-        member.note_tau(next(taus))
-        snapshots.append(member.take())
+    def evaluate(target: object, runs: Sequence[AdapterRun], heldout: object, k: int) -> None:
+        (run,) = runs
+        run.note_tau(next(taus))
+        snapshots.append(run.take())
 
     monkeypatch.setattr(train_module, "_evaluate", evaluate)
     config = replace(CONFIG, evaluations=8, patience=2, epochs=8)
@@ -531,10 +544,10 @@ def test_it_stops_early_and_keeps_the_best(
 def test_a_rise_within_the_noise_is_no_progress(target: Target) -> None:
     draft, method = fresh_draft(target), read_method("fc")
     trainable = prepare(draft, method, width=1, init="active", seed=0)
-    member = Member(draft, method, replace(CONFIG, patience=2), trainable, None, {}, 100)
+    run = AdapterRun(draft, method, replace(CONFIG, patience=2), trainable, None, {}, 100)
     for tau, stalled in ((1.0, False), (2.0, False), (2.0004, False), (2.0008, True), (2.1, False)):
-        member.note_tau(tau)
-        assert member.stalled() == stalled, tau
+        run.note_tau(tau)
+        assert run.stalled() == stalled, tau
 
 
 def test_operations_are_counted_and_grow_with_the_tokens(

@@ -1,4 +1,4 @@
-"""A private part as an object: attached to a draft for training, then taken off and kept.
+"""An adapter as an object: attached to a draft for training, then taken off and kept.
 
 Ownership is declared: after `prepare`, exactly the tensors that the method trains require a
 gradient, and every other tensor of the draft is frozen.
@@ -22,11 +22,11 @@ from . import (
     lora,
     vocabulary_remap,
 )
-from .table import EXPERT, LORA, PARTS, Method
+from .table import ADAPTERS, EXPERT, LORA, Method
 
 
 @dataclass(frozen=True)
-class PrivatePart:
+class Adapter:
     """Private tensors by name (CPU), the method that made them, and what they belong to."""
 
     method: str
@@ -47,9 +47,9 @@ def prepare(
     seed: int,
     calibrate: Callable[[], None] | None = None,
 ) -> list[tuple[str, nn.Parameter]]:
-    """Attach a method's private part to `draft` in place and return its trainable tensors.
+    """Attach a method's adapter to `draft` in place and return its trainable tensors.
 
-    After this call the draft's outputs equal the reused draft's bit for bit (except for methods
+    After this call the draft's outputs equal the unadapted draft's bit for bit (except for methods
     that start fresh and for `init='random'`). Raises UserError for a part that the draft cannot
     carry.
     """
@@ -67,12 +67,12 @@ def check_carries(draft: Draft, method: Method) -> None:
     """Raise UserError, listing what is possible, for parts that this kind of draft does not have."""
     if method.expert:
         expert.widenable(draft)
-    if "relay" in method.starts and not method.expert:
+    if "feature-map" in method.closed_form and not method.expert:
         feature_map.mapped_layer(draft)
     names = draft.trainable_names()
     missing = [part for part in method.parts if not _carries(names, part)]
     if missing:
-        fitting = [p for p, row in PARTS.items() if not row.start and _carries(names, p)]
+        fitting = [p for p, row in ADAPTERS.items() if not row.closed_form and _carries(names, p)]
         raise UserError(
             f"this {draft.kind} draft has no {', '.join(missing)} to train (method {method.name}); "
             f"it can carry {', '.join(fitting)}"
@@ -81,10 +81,10 @@ def check_carries(draft: Draft, method: Method) -> None:
 
 def _carries(names: Sequence[str], part: str) -> bool:
     """Whether a draft with trainable tensors of these names has what a part goes with."""
-    row, alone = PARTS[part], Method("", (part,))
+    row, alone = ADAPTERS[part], Method("", (part,))
     if part == "head-lora":
         return vocabulary_remap.HEAD in names
-    return row.start or not row.in_place or any(alone.trains_in_place(name) for name in names)
+    return row.closed_form or not row.in_place or any(alone.trains_in_place(name) for name in names)
 
 
 def declare(draft: Draft, method: Method) -> list[tuple[str, nn.Parameter]]:
@@ -111,9 +111,9 @@ def owned(draft: Draft, method: Method) -> list[tuple[str, nn.Parameter]]:
 def take(
     draft: Draft, method: Method, dtype: torch.dtype | None = None, kept: Mapping[str, Tensor] = {}
 ) -> dict[str, Tensor]:
-    """A copy of the private tensors as they are now, on the CPU, in `dtype` (default: as is).
+    """A copy of the adapter tensors as they are now, on the CPU, in `dtype` (default: as is).
 
-    `kept` are further tensors of the private part that are not trained.
+    `kept` are further tensors of the adapter that are not trained.
     """
     taken = {
         name: parameter.detach().to(device="cpu", dtype=dtype, copy=True)
@@ -123,7 +123,7 @@ def take(
 
 
 def put(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
-    """Write private tensors into a draft, attaching what holds them first."""
+    """Write adapter tensors into a draft, attaching what holds them first."""
     if vocabulary_remap.NEW_ROWS in tensors:
         vocabulary_remap.attach(draft, tensors)
     widths = {
@@ -145,8 +145,8 @@ def put(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
                 parameters[name].copy_(tensor)
 
 
-def fused_parameters(draft: Draft) -> int:
-    """Parameters of the stock checkpoint that draft and private part become."""
+def merged_parameters(draft: Draft) -> int:
+    """Parameters of the stock checkpoint that draft and adapter become."""
     return sum(
         t.numel()
         for name, t in draft.stored_state().items()

@@ -1,7 +1,7 @@
-"""The private expert: FFN neurons beside the shared ones, y = shared(x) + private(x).
+"""The private expert: FFN neurons next to the shared ones, y = shared(x) + private(x).
 
 Source: the shared and private experts of EDA (arXiv 2603.09527). With one of each both routers
-output exactly 1, so the pair is one wider FFN and fuses by concatenation (see `merge.py`).
+output exactly 1, so the pair is one wider FFN and merges by concatenation (see `merge.py`).
 
 Two starts. `active`: gate and up copy the most active shared neurons plus noise, the down
 projection is zero, so training starts exactly at reuse (at step 0 only the down projection has a

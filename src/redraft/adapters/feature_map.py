@@ -5,7 +5,7 @@ A linear map takes the target's features to the base's:
     M = argmin ||X M^T - Y||^2 + penalty ||M - I||^2      X target's, Y base's features, on the same tokens
     fc' = fc (I + share (M - I))
 
-The penalty pulls towards the identity, so that without evidence the draft stays the reused one.
+The penalty pulls towards the identity, so that without evidence the draft stays the unadapted one.
 
 An expert adds D a to its FFN's output, a [W] being what its neurons say. With g the loss's gradient at
 that output, the loss is taken as quadratic, its curvature as an average (the Kronecker form of
@@ -31,7 +31,7 @@ PENALTY = 1e-2
 DAMPING = 1.0
 """Times the mean of a curvature's diagonal, for either side of an expert's step."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""How far to follow the map; the share with the smallest loss is taken, 0 being the reused draft."""
+"""How far to follow the map; the share with the smallest loss is taken, 0 being the unadapted draft."""
 
 
 def maps_features(draft: Draft) -> bool:
@@ -46,8 +46,8 @@ def mapped_layer(draft: Draft) -> nn.Linear:
         found: nn.Linear = _fc(draft)
         return found
     raise UserError(
-        f"relay maps features where only features enter fc, which this {draft.kind} draft does not "
-        "have; fit an expert (relay+expert), or train (expert, lora, full)"
+        f"feature-map maps features where only features enter fc, which this {draft.kind} draft does not "
+        "have; fit an expert (feature-map+expert), or train (expert, lora, full)"
     )
 
 

@@ -1,6 +1,6 @@
 """Low-rank updates of a draft's linear layers, through the PEFT library: W x + B A x.
 
-B starts at zero, so training starts exactly at reuse. The scale is 1 (lora_alpha = r), so a fused
+B starts at zero, so training starts exactly at reuse. The scale is 1 (lora_alpha = r), so a merged
 weight is W + B A; unlike an expert's, that sum rounds in the stored dtype, and cannot be taken out
 again. Private tensors are stored under PEFT's names (`fc.lora_A.weight` [r, in]).
 """

@@ -1,7 +1,7 @@
-"""Fusing: fold a private part into plain dense weights, and take it out again.
+"""Fusing: fold an adapter into plain dense weights, and take it out again.
 
-An expert is concatenated. No arithmetic touches a stored weight, so the shared slices of a fused
-draft hash-equal the published ones and `unfuse` gives the private part back bit for bit.
+An expert is concatenated. No arithmetic touches a stored weight, so the shared slices of a merged
+draft hash-equal the published ones and `extract` gives the adapter back bit for bit.
 
     gate = [Ws; Wp]    up = [Us; Up]    down = [Ds, Dp]
 
@@ -9,7 +9,7 @@ A low-rank pair is added, W + B A, summed in float32 and rounded once to the sto
 
 Everything here is a function of tensors by name; a name with `.private.` belongs to an expert, one
 with `.lora_` to a pair, a private vocabulary exchanges rows of the head (see `vocabulary_remap.py`), any
-other private tensor replaces the shared one of its name.
+other adapter tensor replaces the shared one of its name.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ CONCATENATED = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 
 """Dimension along which an FFN's stored tensor grows with its neurons."""
 
 
-def fuse(shared: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fused tensors, in the shared tensors' dtypes. Neither input is changed.
+def merge(shared: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The merged tensors, in the shared tensors' dtypes. Neither input is changed.
 
-    Raises ValueError when a private tensor has no shared one to go with.
+    Raises ValueError when a adapter tensor has no shared one to go with.
     """
-    fused = dict(shared)
+    merged = dict(shared)
     if vocabulary_remap.NEW_ROWS in private:
-        fused.update(vocabulary_remap.apply(shared, private))
+        merged.update(vocabulary_remap.apply(shared, private))
     # One tensor may be replaced, then added to, then concatenated.
     for name in sorted(private, key=lambda name: (EXPERT in name, LORA in name)):
         if name in vocabulary_remap.NAMES:
             continue
         home, tensor = home_of(name), private[name]
         if home not in shared:
-            raise ValueError(f"private tensor {name} has no shared tensor {home} to go with")
+            raise ValueError(f"adapter tensor {name} has no shared tensor {home} to go with")
         if LORA in name:
             if f"{LORA}B" in name:
                 down = private[name.replace(f"{LORA}B", f"{LORA}A")]
-                fused[home] = _added(fused[home], tensor, down)
+                merged[home] = _added(merged[home], tensor, down)
             continue
         tensor = tensor.to(dtype=shared[home].dtype, device=shared[home].device)
         if EXPERT in name:
-            fused[home] = torch.cat([fused[home], tensor], dim=_dimension(home))
+            merged[home] = torch.cat([merged[home], tensor], dim=_dimension(home))
         else:
-            fused[home] = tensor
-    return fused
+            merged[home] = tensor
+    return merged
 
 
 def home_of(name: str) -> str:
@@ -70,18 +70,18 @@ def _added(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return sum_.to(weight.dtype)
 
 
-def unfuse(
-    fused: Mapping[str, Tensor], shared_widths: Mapping[str, int], replaced: list[str]
+def extract(
+    merged: Mapping[str, Tensor], shared_widths: Mapping[str, int], replaced: list[str]
 ) -> dict[str, Tensor]:
-    """The private tensors of a fused draft.
+    """The adapter tensors of a merged draft.
 
     `shared_widths` gives, for each widened FFN (its name), the number of shared neurons, which
     come first; `replaced` names the tensors that were trained in place.
     """
-    private = {name: fused[name].clone() for name in replaced}
+    private = {name: merged[name].clone() for name in replaced}
     for ffn, width in shared_widths.items():
         for suffix, dimension in CONCATENATED.items():
-            whole = fused[f"{ffn}.{suffix}"]
+            whole = merged[f"{ffn}.{suffix}"]
             part = whole.narrow(dimension, width, whole.shape[dimension] - width)
             private[f"{ffn}{EXPERT}{suffix}"] = part.clone().contiguous()
     return private

@@ -1,8 +1,8 @@
-"""The private parts redraft can train, one row each, and how they are combined: `expert+fc+norms`.
+"""The adapters redraft can train, one row each, and how they are combined: `expert+fc+norms`.
 
-A part owns tensors: new ones beside the shared (an expert's neurons, low-rank pairs), or shared
-ones trained in place, by name pattern (stored in the private part, replaced on export). Everything
-that no named part owns is shared and stays frozen. `relay` and `refresh` are starts, fitted in closed
+A part owns tensors: new ones next to the shared (an expert's neurons, low-rank pairs), or shared
+ones trained in place, by name pattern (stored in the adapter, replaced on export). Everything
+that no named part owns is shared and stays frozen. `feature-map` and `weight-sync` are starts, fitted in closed
 form; alone they are the whole repair, before a trained part they are where its training begins.
 
 No torch here: configurations are checked before anything is loaded.
@@ -22,40 +22,43 @@ LORA = ".lora_"
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterKind:
     """`in_place` are patterns of shared tensors it trains; `adds` marks the tensors it brings.
 
-    A `whole` part already trains everything, a `fresh` one forgets the reused draft first; a
-    `start` is fitted in closed form, not trained.
+    A `whole` part already trains everything, a `fresh` one forgets the unadapted draft first; a
+    `closed_form` one is fitted without gradient steps.
     """
 
-    says: str
+    help: str
     in_place: tuple[str, ...] = ()
     adds: str | None = None
     whole: bool = False
     fresh: bool = False
-    start: bool = False
+    closed_form: bool = False
 
 
-PARTS: dict[str, Part] = {
-    "relay": Part(
+ADAPTERS: dict[str, AdapterKind] = {
+    "feature-map": AdapterKind(
         "closed form: a linear map of features folded into fc, an expert's down projection",
-        start=True,
+        closed_form=True,
     ),
-    "refresh": Part(
-        "closed form: copies of the base's embedding, norm and head renewed", start=True
+    "weight-sync": AdapterKind(
+        "closed form: copies of the base's embedding, norm and head renewed", closed_form=True
     ),
-    "expert": Part("private FFN neurons beside the shared ones", adds=EXPERT),
-    "lora": Part("low-rank updates of every linear layer but the head (PEFT)", adds=LORA),
-    "head-lora": Part("a low-rank update of the draft's own output head (PEFT)", adds=LORA),
-    "fc": Part("the feature interface", ("fc.*", "input_norm.*", "fc_norm.*")),
-    "norms": Part("the norms", ("*norm.weight",)),
-    "attention": Part("the attention", ("*self_attn.*",)),
-    "ffn": Part("the shared FFN itself", ("*mlp.*_proj.*",)),
-    "head": Part("the draft's own output head", ("lm_head.*",)),
-    "full": Part("every trainable tensor, from the reused draft", ("*",), whole=True),
-    "scratch": Part("every trainable tensor, from nothing", ("*",), whole=True, fresh=True),
+    "expert": AdapterKind("added FFN neurons next to the shared ones", adds=EXPERT),
+    "lora": AdapterKind("low-rank updates of every linear layer but the head (PEFT)", adds=LORA),
+    "head-lora": AdapterKind("a low-rank update of the draft's own output head (PEFT)", adds=LORA),
+    "fc": AdapterKind("the feature interface", ("fc.*", "input_norm.*", "fc_norm.*")),
+    "norms": AdapterKind("the norms", ("*norm.weight",)),
+    "attention": AdapterKind("the attention", ("*self_attn.*",)),
+    "ffn": AdapterKind("the shared FFN itself", ("*mlp.*_proj.*",)),
+    "head": AdapterKind("the draft's own output head", ("lm_head.*",)),
+    "full": AdapterKind("every trainable tensor, from the unadapted draft", ("*",), whole=True),
+    "scratch": AdapterKind("every trainable tensor, from nothing", ("*",), whole=True, fresh=True),
 }
+
+OLD_NAMES = {"relay": "feature-map", "refresh": "weight-sync"}
+"""Names of before, which are still read."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,21 @@ class Method:
     @property
     def lora(self) -> bool:
         """Whether it adds low-rank pairs, to the layers or to the head."""
-        return any(PARTS[part].adds == LORA for part in self.parts)
+        return any(ADAPTERS[part].adds == LORA for part in self.parts)
 
     @property
     def fresh(self) -> bool:
-        """Whether it starts from new weights instead of the reused draft."""
-        return any(PARTS[part].fresh for part in self.parts)
+        """Whether it starts from new weights instead of the unadapted draft."""
+        return any(ADAPTERS[part].fresh for part in self.parts)
 
     @property
-    def starts(self) -> tuple[str, ...]:
+    def closed_form(self) -> tuple[str, ...]:
         """What is fitted in closed form before any training."""
-        return tuple(part for part in self.parts if PARTS[part].start)
+        return tuple(part for part in self.parts if ADAPTERS[part].closed_form)
 
     def trains_in_place(self, name: str) -> bool:
         """Whether a shared tensor of this name is trained in place."""
-        patterns = [pattern for part in self.parts for pattern in PARTS[part].in_place]
+        patterns = [pattern for part in self.parts for pattern in ADAPTERS[part].in_place]
         return any(fnmatch(name, pattern) for pattern in patterns)
 
     def owns(self, name: str) -> bool:
@@ -100,22 +103,23 @@ class Method:
 
 def read_method(text: str) -> Method:
     """The method that parts joined by + name. Raises ValueError for unknown and contradictory ones."""
-    parts = [word.strip() for word in text.split("+")]
+    words = [word.strip() for word in text.split("+")]
+    parts = [OLD_NAMES.get(word, word) for word in words]
     for part in parts:
-        if part not in PARTS:
+        if part not in ADAPTERS:
             raise ValueError(
-                f"names the private part '{part}'; {nearest(part, PARTS)}; parts are joined by +"
+                f"names the adapter '{part}'; {nearest(part, ADAPTERS)}; parts are joined by +"
             )
     if len(set(parts)) < len(parts):
         raise ValueError(f"names a part twice: '{text}'")
-    wholes = [part for part in parts if PARTS[part].whole]
-    others = [part for part in parts if not PARTS[part].start and part not in wholes]
+    wholes = [part for part in parts if ADAPTERS[part].whole]
+    others = [part for part in parts if not ADAPTERS[part].closed_form and part not in wholes]
     if wholes and (len(wholes) > 1 or set(others) - {"expert"}):
         raise ValueError(
-            f"'{text}' contradicts itself: {wholes[0]} trains every tensor already; beside it only "
-            "expert (more neurons), relay and refresh make sense"
+            f"'{text}' contradicts itself: {wholes[0]} trains every tensor already; next to it only "
+            "expert (more neurons), feature-map and weight-sync make sense"
         )
-    if "scratch" in wholes and any(PARTS[part].start for part in parts):
+    if "scratch" in wholes and any(ADAPTERS[part].closed_form for part in parts):
         raise ValueError(f"'{text}' contradicts itself: scratch forgets what it starts from")
     if {"expert", "ffn"} <= set(parts):
         raise ValueError(
@@ -125,5 +129,5 @@ def read_method(text: str) -> Method:
         raise ValueError(
             f"'{text}' contradicts itself: head trains the output head whole, head-lora an update of it"
         )
-    ordered = tuple(part for part in PARTS if part in parts)
+    ordered = tuple(part for part in ADAPTERS if part in parts)
     return Method("+".join(ordered), ordered)

@@ -1,9 +1,9 @@
 """Private vocabulary: which tokens a draft of a reduced vocabulary can say, chosen anew.
 
 A token without a row in the draft's head can never be proposed, whatever else is trained: what the
-target says outside the draft vocabulary caps tau. `retarget` gives the rows of tokens that the
+target says outside the draft vocabulary caps tau. `remap` gives the rows of tokens that the
 answers do not need to tokens that they do. The size D stays, and so does every kept row, bit for
-bit; the rows of new tokens are the private part.
+bit; the rows of new tokens are the adapter.
 
 A new row is predicted from the target's own output embedding by a ridge map onto the draft's rows,
 
@@ -12,7 +12,7 @@ A new row is predicted from the target's own output embedding by a ridge map ont
 whose penalty is chosen on rows held back. The largest "penalty" is the mean row itself, which is
 also the start where the target has no output embedding. Training then moves these rows alone.
 
-The private tensors are NEW_ROWS [M, H] in the order of ADDED [M], and REMOVED [M], both ascending
+The adapter tensors are NEW_ROWS [M, H] in the order of ADDED [M], and REMOVED [M], both ascending
 target ids in int64.
 
 Shapes: V target vocabulary, D draft vocabulary, M exchanged tokens, E target's hidden size, H draft
@@ -73,7 +73,7 @@ def miss_rate(draft_vocab: Tensor | None, answers: Sequence[Answer]) -> float:
 
 
 @torch.no_grad()
-def retarget(draft: Draft, target: Target, answers: Sequence[Answer]) -> Retargeted:
+def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Retargeted:
     """Give rows of `draft` to the tokens that `answers` use most, in place.
 
     As few tokens as possible are exchanged: a token comes in only for one that the answers use
@@ -98,12 +98,12 @@ def exchange(vocab_D: Tensor, counts_V: Tensor, never_drop: Sequence[int]) -> tu
     The most frequent missing tokens replace the least frequent current ones, as long as they are
     more frequent. Ties favour what is there, then the lower id.
     """
-    spoken_V = torch.zeros(len(counts_V), dtype=torch.bool)
-    spoken_V[vocab_D] = True
-    missing = (~spoken_V & (counts_V > 0)).nonzero().flatten()
+    in_vocab_V = torch.zeros(len(counts_V), dtype=torch.bool)
+    in_vocab_V[vocab_D] = True
+    missing = (~in_vocab_V & (counts_V > 0)).nonzero().flatten()
     missing = missing[counts_V[missing].argsort(descending=True, stable=True)]
-    spoken_V[list(never_drop)] = False
-    spare = spoken_V.nonzero().flatten().flip(0)
+    in_vocab_V[list(never_drop)] = False
+    spare = in_vocab_V.nonzero().flatten().flip(0)
     spare = spare[counts_V[spare].argsort(stable=True)]
     both = min(len(missing), len(spare))
     M = int((counts_V[missing[:both]] > counts_V[spare[:both]]).sum())
@@ -168,11 +168,11 @@ class _Sums:
         return predicted
 
 
-# -- the private tensors -----------------------------------------------------------------------
+# -- the adapter tensors -----------------------------------------------------------------------
 
 
 def extract(draft: Draft, original_D: Tensor) -> dict[str, Tensor]:
-    """The private tensors of a draft that began with vocabulary `original_D`; copies, on the CPU.
+    """The adapter tensors of a draft that began with vocabulary `original_D`; copies, on the CPU.
 
     All are empty for a draft that still has it.
     """
@@ -188,7 +188,7 @@ def extract(draft: Draft, original_D: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def attach(draft: Draft, private: Mapping[str, Tensor]) -> None:
-    """Put private tensors into a draft, which has its first vocabulary or already theirs.
+    """Put adapter tensors into a draft, which has its first vocabulary or already theirs.
 
     In the second case only the new rows are written, into the parameter that is there, so that an
     optimizer keeps hold of it. Raises ValueError for a draft of any other vocabulary.
@@ -268,7 +268,7 @@ def reduced_vocabulary(draft: Draft) -> Tensor:
     if draft.draft_vocab is None or "d2t" not in draft.stored_state():
         raise UserError(
             f"the {draft.kind} draft {draft.source or 'in memory'} speaks all of the target's "
-            f"{draft.vocab_size} tokens; nothing to retarget; leave out --vocab"
+            f"{draft.vocab_size} tokens; nothing to remap; leave out --vocab"
         )
     return draft.draft_vocab
 

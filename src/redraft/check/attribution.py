@@ -30,7 +30,7 @@ class Causes:
     `words` is tau on the target's answers with the base's states, its embedding and its head;
     `embedding` with the target's states but the base's embedding and head (None: the draft has its
     own, or they did not move). `divergence` is the mean KL of the base from the target in nats per
-    token, `agreement` the share of tokens that are the base's likeliest too, `cosine` the mean
+    token, `agreement` the share of tokens that are the base's most likely too, `cosine` the mean
     cosine of the states the draft reads (None: it reads none). `missed` and `missed_native` are the shares of target's and
     base's answers outside a reduced draft vocabulary. `left_out` answers hold tokens that the base lacks.
     """
@@ -55,7 +55,7 @@ def find_causes(
 ) -> Causes | None:
     """Put back one thing at a time; None when the base can read none of the target's answers.
 
-    `answers` are the target's, `native` the base's own; both hold an overrun of K-1 tokens.
+    `answers` are the target's, `native` the base's own; both hold an lookahead of K-1 tokens.
     """
     known = base.embedding_VH.shape[0]
     read = [a for a in answers if max((*a.prompt, *a.tokens)) < known]
@@ -66,7 +66,7 @@ def find_causes(
         torch.equal(ours_VH[:known], theirs_VH.to(ours_VH.device))
         for ours_VH, theirs_VH in zip(_shared(target), _shared(base), strict=False)
     )
-    divergence, agreement, cosine = _apart(target, base, read, ours.taps)
+    divergence, agreement, cosine = _apart(target, base, read, ours.aux_layers)
     put_back = theirs.to(target.device) if moved else None
     return Causes(
         words=pooled_tau(replay(base, theirs, read, k)),
@@ -82,32 +82,32 @@ def find_causes(
 
 @torch.inference_mode()
 def _apart(
-    target: Target, base: Target, answers: Sequence[Answer], taps: Sequence[int]
+    target: Target, base: Target, answers: Sequence[Answer], aux_layers: Sequence[int]
 ) -> tuple[float, float, float | None]:
-    """KL in nats per token, the share of agreeing tokens, and the mean cosine of the taps."""
+    """KL in nats per token, the share of agreeing tokens, and the mean cosine of the aux layers."""
     most = min(BATCH_TOKENS, max(BATCH_LOGITS // target.vocab_size, 1))
     divergence = cosine = 0.0
     hits = tokens = 0
     for indices in plan_once([len(a.prompt) + a.length for a in answers], most):
         rows = [answers[i] for i in indices]
         batch = collate(rows, target.device)
-        ours = target.read(batch.tokens_BT, taps)
-        theirs = base.read(batch.tokens_BT.to(base.device), taps)
+        ours = target.read(batch.tokens_BT, aux_layers)
+        theirs = base.read(batch.tokens_BT.to(base.device), aux_layers)
         for b, answer in enumerate(rows):
             says = slice(len(answer.prompt) - 1, len(answer.prompt) + answer.length - 1)
             p_TV, q_TV = _both(ours.logits_BTV[b, says], theirs.logits_BTV[b, says])
             divergence += float((p_TV.exp() * (p_TV - q_TV)).nan_to_num(0.0).sum())
             said_T = batch.tokens_BT[b, says.start + 1 : says.stop + 1]
             hits += int((q_TV.argmax(-1) == said_T).sum())
-            if taps:
+            if aux_layers:
                 x, y = (
-                    r.features_BTF[b, says].float().view(answer.length, len(taps), -1)
+                    r.features_BTF[b, says].float().view(answer.length, len(aux_layers), -1)
                     for r in (ours, theirs)
                 )
                 alike = torch.cosine_similarity(x, y.to(x.device), dim=-1)
                 cosine += float(alike.mean(-1).sum())
             tokens += answer.length
-    return divergence / tokens, hits / tokens, cosine / tokens if taps else None
+    return divergence / tokens, hits / tokens, cosine / tokens if aux_layers else None
 
 
 def _shared(model: Target) -> list[Tensor]:

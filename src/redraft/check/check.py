@@ -31,7 +31,7 @@ class Check:
     `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
     trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
     has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn,
-    `method` the private parts whose training was timed.
+    `method` the adapters whose training was timed.
     """
 
     target: str

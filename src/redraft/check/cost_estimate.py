@@ -1,6 +1,6 @@
 """What a repair would cost on this machine, from a trial of each of its parts.
 
-The rate of answers is that of the requests already answered. For training, the private part learns a few
+The rate of answers is that of the requests already answered. For training, the adapter learns a few
 batches of those answers and is thrown away.
 """
 
@@ -41,14 +41,14 @@ TRIAL_PASSES = 2.0
 def trial_of(method: str) -> TrainConfig:
     """The settings of a trial: two passes, without what is fitted in closed form."""
     read = read_method(method)
-    trained = "+".join(part for part in read.parts if part not in read.starts)
+    trained = "+".join(part for part in read.parts if part not in read.closed_form)
     return dataclasses.replace(TRAINING, method=trained or TRAINING.method, epochs=TRIAL_PASSES)
 
 
 def training_rate(
     target: Target, stored: StoredDraft, answers: Sequence[Answer], trial: TrainConfig, k: int
 ) -> float:
-    """Answer tokens per second that a private part learns from, on a few batches of `answers`."""
+    """Answer tokens per second that an adapter learns from, on a few batches of `answers`."""
     draft = stored.build(target, torch.float32)
     trained = train(target, draft, answers, answers[:1], trial, k=k)
     return trained.record.supervised_tokens / max(trained.record.seconds, 1e-9)
@@ -63,7 +63,7 @@ def bills(
     """The bill of every action. Rates are in tokens per second; None: refreshing was not tried, which
     takes the answers that are there already.
 
-    A draft from nothing is taken to train at the rate of the private part: it costs less than the
+    A draft from nothing is taken to train at the rate of the adapter: it costs less than the
     target's reading, which both need.
     """
     mean = sum(answer.length for answer in answers) / len(answers)

@@ -31,7 +31,7 @@ from ..metrics.acceptance import pooled_tau, prompt_counts, summarise
 from ..metrics.config_diagnosis import suspects
 from ..metrics.replay import decoding_of, replay, replay_each
 from ..models.target import Target
-from ..pipeline.stages import fuse_draft, train_private
+from ..pipeline.stages import merge_draft, train_adapter
 from ..prompts.clock import continue_time
 from ..prompts.prompts import read_prompts
 from ..training.preconditions import check_fits
@@ -59,7 +59,7 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Refreshed:
-    """A repair in closed form: fitted on one half of the answers, measured on the other, beside reuse."""
+    """A repair in closed form: fitted on one half of the answers, measured on the other, next to reuse."""
 
     method: str
     tau: float
@@ -239,7 +239,7 @@ def _span(prompts: Sequence[Prompt], at: int) -> str:
 def _answered(
     target: Target, prompts: Sequence[Prompt], file: Path, k: int, answering: RegenerateConfig
 ) -> list[Answer]:
-    return [a for a in regenerate(target, prompts, file, answering, overrun=k) if a.length >= 2]
+    return [a for a in regenerate(target, prompts, file, answering, lookahead=k) if a.length >= 2]
 
 
 def _narrow(traces: Sequence[StepTrace], k: int, level: float) -> bool:
@@ -288,9 +288,9 @@ def _refresh(
         return None, None
     half = len(answers) // 2
     began = time.monotonic()
-    part = train_private(target, stored, answers[:half], answers[half:], config, k, base=base)
+    part = train_adapter(target, stored, answers[:half], answers[half:], config, k, base=base)
     seconds = time.monotonic() - began
-    drafts = [stored.build(target), fuse_draft(stored, part, target).build(target)]
+    drafts = [stored.build(target), merge_draft(stored, part, target).build(target)]
     was, now = map(_walked, replay_each(target, drafts, answers[half:], k))
     pair = prompt_counts(now), prompt_counts(was)
     # A seed of its own: the draws of tau come from another set of prompts.

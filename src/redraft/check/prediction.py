@@ -190,7 +190,7 @@ def outlook(
     }
     for at, action in enumerate(PREDICTED):
         found[action] = tau_of(middle[action] + drawn[:, at], k)
-    # A private part starts as the draft is, and training stops where held-out acceptance falls.
+    # An adapter starts as the draft is, and training stops where held-out acceptance falls.
     found[ADAPT] = np.maximum(found[ADAPT], found[KEEP])
     ordered = {name: found[name] for name in ACTIONS if name in found}
     return Outlook(ordered, count, outside)

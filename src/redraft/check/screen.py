@@ -132,7 +132,7 @@ def causes(e: Evidence) -> list[str]:
             (
                 words,
                 f"the answers moved: tau {native.tau:.2f} -> {c.words:.2f} on the target's answers as the base reads "
-                f"them ({c.agreement:.0%} of their tokens are the base's likeliest, KL {c.divergence:.2f} nats)",
+                f"them ({c.agreement:.0%} of their tokens are the base's most likely, KL {c.divergence:.2f} nats)",
             )
         )
         found.append(

@@ -128,7 +128,7 @@ def check_served(
                 began = time.monotonic()
                 lengths += pool.map(lambda u: server.ask(name, u, answering), group)
                 seconds += time.monotonic() - began
-                now = server.settled()
+                now = server.verified()
                 counted.append(_since(before, now, url))
                 before = now
                 progress.advance(len(group))
@@ -221,7 +221,7 @@ class _Server:
         except (ValueError, OverflowError):
             raise UserError(f"{self.url}/metrics holds counters that are no numbers") from None
 
-    def settled(self) -> Counters:
+    def verified(self) -> Counters:
         """The counters, once they have come to rest."""
         last = self.counters()
         for _ in range(SETTLE_LOOKS):  # on a server that others use they never do

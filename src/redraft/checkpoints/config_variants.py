@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..drafts.eagle import EagleConfig
 from ..drafts.eagle3 import Eagle3Config
-from ..models.target import Target, default_taps
+from ..models.target import Target, default_aux_layers
 from .load import StoredDraft
 
 
@@ -35,12 +35,16 @@ def misreadings(stored: StoredDraft, target: Target) -> Iterator[Misreading]:
         yield Misreading("fc.bias should not be there", other)
     if not isinstance(c, Eagle3Config):
         return
-    taps = c.taps or default_taps(target.num_layers)
-    readings = {tuple(tap + by for tap in taps): by for by in (1, -1)}
-    if c.taps is not None and target.num_layers >= 7 and len(c.taps) == 3:
-        readings.setdefault(default_taps(target.num_layers), 0)
-    for other_taps, by in readings.items():
-        if other_taps[0] < 0 or other_taps[-1] >= target.num_layers or other_taps == taps:
+    aux_layers = c.aux_layers or default_aux_layers(target.num_layers)
+    readings = {tuple(aux_layer + by for aux_layer in aux_layers): by for by in (1, -1)}
+    if c.aux_layers is not None and target.num_layers >= 7 and len(c.aux_layers) == 3:
+        readings.setdefault(default_aux_layers(target.num_layers), 0)
+    for other_aux_layers, by in readings.items():
+        if (
+            other_aux_layers[0] < 0
+            or other_aux_layers[-1] >= target.num_layers
+            or other_aux_layers == aux_layers
+        ):
             continue
         why = (
             "written in the other numbering (hs[k] here, the output of layer k there)"
@@ -48,9 +52,9 @@ def misreadings(stored: StoredDraft, target: Target) -> Iterator[Misreading]:
             else "the draft was trained on the default layers"
         )
         yield Misreading(
-            f"the taps are wrong: config.json says hs{list(taps)}, but hs{list(other_taps)} accepts "
+            f"the aux layers are wrong: config.json says hs{list(aux_layers)}, but hs{list(other_aux_layers)} accepts "
             f"more; {why}",
-            dataclasses.replace(stored, config=dataclasses.replace(c, taps=other_taps)),
+            dataclasses.replace(stored, config=dataclasses.replace(c, aux_layers=other_aux_layers)),
         )
     flipped = not c.norm_before_residual
     yield Misreading(

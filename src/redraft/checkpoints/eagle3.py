@@ -2,7 +2,7 @@
 
 Root-level names, `midlayer.` (or `layers.0.` on the way in), `lm_head.weight` over the draft
 vocabulary, `d2t` as offsets (target id = draft id + d2t) and `t2d` as a mask, both only when the
-draft vocabulary is smaller than the target's. Taps other than the default set are written in both
+draft vocabulary is smaller than the target's. Aux layers other than the default set are written in both
 numberings (vLLM: hs[k]; SGLang: output of layer k-1), because the engines differ by one.
 
 Variants that norm in other places are read as flags and computed as written; what else has another
@@ -37,7 +37,7 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 QWEN3 = "Eagle3Qwen3ForCausalLM"
 LAYER = "midlayer."
 TAPS = "eagle_aux_hidden_state_layer_ids"
-"""The key of the tap ids: hs[] indices at the top level, layers in `eagle_config`."""
+"""The key of the aux layer ids: hs[] indices at the top level, layers in `eagle_config`."""
 
 
 def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
@@ -87,11 +87,11 @@ def parse(
     relative = {n.removeprefix(LAYER): t for n, t in tensors.items() if n.startswith(LAYER)}
     layer = read_layer(raw, relative, where)
     features = _features(tensors, where)
-    taps = read_taps(values)
-    fc_norms = values.positive("num_aux_hidden_states", len(taps or (0, 0, 0)))
+    aux_layers = read_aux_layers(values)
+    fc_norms = values.positive("num_aux_hidden_states", len(aux_layers or (0, 0, 0)))
     if values.flag("fc_norm") and features % fc_norms:
         raise UserError(
-            f"{values.where}: fc_norm norms {fc_norms} taps of equal width, but fc.weight reads "
+            f"{values.where}: fc_norm norms {fc_norms} aux layers of equal width, but fc.weight reads "
             f"{features} numbers, which {fc_norms} does not divide"
         )
     size = values.positive("draft_vocab_size", layer["vocab_size"])
@@ -101,7 +101,7 @@ def parse(
         **layer,
         draft_vocab_size=size,
         feature_size=features,
-        taps=taps,
+        aux_layers=aux_layers,
         norm_before_residual=values.flag("norm_before_residual"),
         norm_before_fc=nested.flag("norm_before_fc", values.flag("norm_before_fc")),
         fc_norm=fc_norms if values.flag("fc_norm") else 0,
@@ -183,20 +183,20 @@ def draft_vocabulary(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> Ten
         return None
     d2t = tensors["d2t"].long()
     ids = d2t + torch.arange(len(d2t))
-    spoken = tensors["t2d"].bool().nonzero().flatten() if "t2d" in tensors else None
+    in_vocab = tensors["t2d"].bool().nonzero().flatten() if "t2d" in tensors else None
     absolute = "expected offsets (target id = row + d2t), these look like absolute ids"
-    if spoken is not None and torch.equal(ids.sort().values, spoken):
+    if in_vocab is not None and torch.equal(ids.sort().values, in_vocab):
         return ids
-    if spoken is not None and torch.equal(d2t.sort().values, spoken):
+    if in_vocab is not None and torch.equal(d2t.sort().values, in_vocab):
         raise UserError(f"d2t holds the ids that t2d marks: {absolute}")
     problem = _wrong_ids(ids, config.vocab_size)
     if problem:
         hint = "" if _wrong_ids(d2t, config.vocab_size) else f": {absolute}"
         raise UserError(f"d2t {problem}{hint}")
-    if spoken is not None:
+    if in_vocab is not None:
         raise UserError(
-            f"d2t and t2d disagree: d2t names {len(ids)} target ids, t2d marks {len(spoken)}, and "
-            f"{int(torch.isin(ids, spoken).sum())} are the same"
+            f"d2t and t2d disagree: d2t names {len(ids)} target ids, t2d marks {len(in_vocab)}, and "
+            f"{int(torch.isin(ids, in_vocab).sum())} are the same"
         )
     if len(d2t) >= 64 and bool((d2t[1:] > d2t[:-1]).all()):
         raise UserError(f"d2t keeps no two neighbouring tokens: {absolute}")
@@ -238,7 +238,7 @@ def expected_shapes(
     return required, {"embed_tokens.weight": (c.vocab_size, H), "d2t": (D,), "t2d": (c.vocab_size,)}
 
 
-def read_taps(values: ConfigValues) -> tuple[int, ...] | None:
+def read_aux_layers(values: ConfigValues) -> tuple[int, ...] | None:
     """hs[] indices from either numbering; None for the default set."""
     nested = values.inside("eagle_config").integers(TAPS, least=-1)
     return values.integers(TAPS) or tuple(k + 1 for k in nested) or None
@@ -251,7 +251,7 @@ def config_json(c: Eagle3Config) -> dict[str, Any]:
         **write_layer(c),
         "draft_vocab_size": c.draft_vocab_size,
     }
-    count = len(c.taps or (0, 0, 0))
+    count = len(c.aux_layers or (0, 0, 0))
     if c.feature_size // count != c.hidden_size:
         config["target_hidden_size"] = c.feature_size // count
     for flag in ("norm_before_residual", "norm_before_fc", "norm_output"):
@@ -259,11 +259,11 @@ def config_json(c: Eagle3Config) -> dict[str, Any]:
             config[flag] = True
     if c.fc_norm:
         config["fc_norm"] = True
-    if c.taps is not None:
-        config[TAPS] = list(c.taps)
-        config["num_aux_hidden_states"] = len(c.taps)
+    if c.aux_layers is not None:
+        config[TAPS] = list(c.aux_layers)
+        config["num_aux_hidden_states"] = len(c.aux_layers)
         config["eagle_config"] = {
-            TAPS: [tap - 1 for tap in c.taps],
+            TAPS: [aux_layer - 1 for aux_layer in c.aux_layers],
             "use_aux_hidden_state": True,
         }
     return config

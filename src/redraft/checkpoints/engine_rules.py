@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.config_values import architectures_of, is_object, shown
 from ..core.errors import UserError
-from ..models.target import default_taps
+from ..models.target import default_aux_layers
 from . import eagle3, speculators
 from .eagle3 import TAPS as TOP
 from .engine_names import (
@@ -77,12 +77,12 @@ def judge(
 ) -> list[Finding]:
     """What every engine does with a folder of this kind, engine by engine.
 
-    With the target's `num_layers`, tap ids that name the default layers are known to be harmless;
+    With the target's `num_layers`, aux layer ids that name the default layers are known to be harmless;
     with its `vocab_size`, whether a draft's rows are as many.
     """
     raw, unread = _readable(raw)
     if num_layers is not None:
-        raw = _without_default_taps(raw, num_layers)
+        raw = _without_default_aux_layers(raw, num_layers)
     if vocab_size is not None:
         raw = {**raw, TARGET_ROWS: vocab_size}
     canonical = CANONICAL[kind]
@@ -117,7 +117,7 @@ def _readable(raw: Config) -> tuple[dict[str, Any], list[str]]:
 
 
 def _flat(raw: Config) -> Config:
-    """The layer's own keys beside the others, whatever the layout."""
+    """The layer's own keys next to the others, whatever the layout."""
     return {**(raw.get("transformer_layer_config") or {}), **raw}
 
 
@@ -195,7 +195,7 @@ def _fc_width(raw: Config, tensors: Tensors) -> Findings:
     if fc is not None and fc.dim() == 2 and width and fc.shape[1] != width * counted:
         yield (
             "refused",
-            f"fc.weight reads {fc.shape[1]} numbers, config.json says {counted} taps "
+            f"fc.weight reads {fc.shape[1]} numbers, config.json says {counted} aux layers "
             f"(num_aux_hidden_states) of {width} (target_hidden_size)",
         )
 
@@ -257,12 +257,12 @@ def _map_values(level: str) -> Rule:
         if d2t is None or d2t.dim() != 1 or d2t.is_floating_point() or d2t.is_complex():
             return
         ids = (d2t.long() + torch.arange(len(d2t))).sort().values
-        spoken = None if t2d is None else t2d.bool().nonzero().flatten()
+        in_vocab = None if t2d is None else t2d.bool().nonzero().flatten()
         if len(ids) and (int(ids[0]) < 0 or (vocab is not None and int(ids[-1]) >= vocab)):
             where = "leads out of the vocabulary"
         elif bool((ids[1:] == ids[:-1]).any()):
             where = "leads two rows to the same token"
-        elif spoken is not None and not torch.equal(spoken, ids):
+        elif in_vocab is not None and not torch.equal(in_vocab, ids):
             where = "leads to other tokens than t2d marks"
         else:
             return
@@ -319,24 +319,24 @@ def _vllm_vocabulary(raw: Config, tensors: Tensors) -> Findings:
             yield "note", "no lm_head.weight: the target's head is used"
 
 
-def _vllm_taps(raw: Config, tensors: Tensors) -> Findings:
+def _vllm_aux_layers(raw: Config, tensors: Tensors) -> Findings:
     top, nested = raw.get(TOP), _nested(raw, TOP)
     if top:
         if list(top) != sorted(set(top)):
-            yield "wrong", f"tap ids {top} are sorted and deduplicated before use"
+            yield "wrong", f"aux layer ids {top} are sorted and deduplicated before use"
         counted = raw.get("num_aux_hidden_states") or nested
         if len(top) != 3 and not counted and _flat(raw).get("model_type") != "qwen3":
-            yield "refused", f"{len(top)} taps need num_aux_hidden_states in config.json"
+            yield "refused", f"{len(top)} aux layers need num_aux_hidden_states in config.json"
         if nested and [k + 1 for k in nested] != list(top):
             yield (
                 "wrong",
-                f"tap ids {top} are hs[] indices here, while eagle_config says {nested}, which in "
+                f"aux layer ids {top} are hs[] indices here, while eagle_config says {nested}, which in "
                 f"its own numbering is {[k + 1 for k in nested]}: one of them is off by one",
             )
     elif nested:
         yield (
             "wrong",
-            "tap ids only in eagle_config: the present runner ignores them and taps the default "
+            "aux layer ids only in eagle_config: the present runner ignores them and aux layers the default "
             "layers (harmless only if these are the default ones)",
         )
 
@@ -404,7 +404,7 @@ def _sglang_eagle3(raw: Config, tensors: Tensors) -> Findings:
     if "embed_tokens.weight" in tensors and "target_hidden_size" not in raw:
         yield "note", "embed_tokens.weight is ignored: the target's embedding is used"
     if raw.get(TOP) and not _nested(raw, TOP):
-        yield "wrong", "tap ids only at the top level: the default layers are tapped"
+        yield "wrong", "aux layer ids only at the top level: the default layers are auxiliary"
 
 
 def _llama_cpp(raw: Config, tensors: Tensors) -> Findings:
@@ -416,11 +416,11 @@ def _llama_cpp(raw: Config, tensors: Tensors) -> Findings:
             "refused",
             "its converter knows an EAGLE-3 draft by draft_vocab_size and num_hidden_layers 1",
         )
-    taps = raw.get(TOP)
-    if taps and len(taps) != 3:
-        yield "refused", f"{len(taps)} tap ids; it takes exactly three"
-    if _nested(raw, TOP) and not taps:
-        yield "wrong", "tap ids only in eagle_config: the default layers are tapped"
+    aux_layers = raw.get(TOP)
+    if aux_layers and len(aux_layers) != 3:
+        yield "refused", f"{len(aux_layers)} aux layer ids; it takes exactly three"
+    if _nested(raw, TOP) and not aux_layers:
+        yield "wrong", "aux layer ids only in eagle_config: the default layers are auxiliary"
     if _norm_before_fc(raw) and not raw.get("norm_before_fc"):
         yield "refused", "norm_before_fc is read at the top level of config.json only"
     if plain.get("fc_norm"):
@@ -497,16 +497,16 @@ def _equal_rows(what: str, most_apart: int, remedy: str) -> Rule:
 PAD = "pad the draft's embedding and head with rows of zeros, where it is the narrower one"
 
 
-def _without_default_taps(raw: Config, num_layers: int) -> Config:
-    """The config without tap ids, where all that it has name the layers tapped anyway."""
+def _without_default_aux_layers(raw: Config, num_layers: int) -> Config:
+    """The config without aux layer ids, where all that it has name the layers auxiliary anyway."""
     nested = raw.get("eagle_config") or {}
     named = [tuple(raw[TOP])] if raw.get(TOP) else []
     named += [tuple(k + 1 for k in nested[TOP])] if nested.get(TOP) else []
     try:
-        default = default_taps(num_layers)
+        default = default_aux_layers(num_layers)
     except UserError:  # a target too shallow for them
         return raw
-    if any(taps != default for taps in named):
+    if any(aux_layers != default for aux_layers in named):
         return raw
     kept = {key: value for key, value in raw.items() if key != TOP}
     if nested:
@@ -526,7 +526,7 @@ RULES: dict[str, dict[str, list[Rule]]] = {
             _no_map,
             _target_rows,
             _map_values("wrong"),
-            _vllm_taps,
+            _vllm_aux_layers,
             _vllm_biases("midlayer."),
             _vllm_norms,
             _vllm_window,

@@ -25,7 +25,7 @@ EQUATIONS = {
 VARIANTS = {
     "norm_before_residual": "the residual starts from the normed state",
     "norm_before_fc": "a norm before fc",
-    "fc_norm": "a norm on each tap",
+    "fc_norm": "a norm on each aux layer",
     "norm_output": "the normed state is fed back",
     "fc_bias": "fc has a bias",
     "routed": "the FFN is experts that routers choose token by token: runs here, no engine loads it",
@@ -47,7 +47,7 @@ class Inspection:
     function: str
     variants: list[str]
     shape: dict[str, Any]
-    taps: str
+    aux_layers: str
     vocabulary: str
     tensors: dict[str, list[Any]]
     engines: list[Finding]
@@ -91,7 +91,7 @@ def inspect_draft(
         function=EQUATIONS[kind],
         variants=_variants(stored.config) if stored else [],
         shape=_shape(stored.config) if stored else {},
-        taps=_taps(kind, stored, target),
+        aux_layers=_aux_layers(kind, stored, target),
         vocabulary=_vocabulary(stored, target),
         tensors={n: [str(t.dtype).removeprefix("torch."), *t.shape] for n, t in tensors.items()},
         engines=judge(
@@ -128,14 +128,16 @@ def _shape(config: Shape) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-def _taps(kind: str, stored: StoredDraft | None, target: Target | None) -> str:
+def _aux_layers(kind: str, stored: StoredDraft | None, target: Target | None) -> str:
     if kind == "eagle":
         return "hs[n], the state after the target's final norm"
     if kind == "token_lm":
         return "none: it reads tokens only"
-    taps = stored.config.taps if stored and isinstance(stored.config, Eagle3Config) else None
-    if taps:
-        return f"hs{list(taps)} (vLLM's ids; SGLang's are {[t - 1 for t in taps]})"
+    aux_layers = (
+        stored.config.aux_layers if stored and isinstance(stored.config, Eagle3Config) else None
+    )
+    if aux_layers:
+        return f"hs{list(aux_layers)} (vLLM's ids; SGLang's are {[t - 1 for t in aux_layers]})"
     n = target.num_layers if target else None
     default = f": hs[2], hs[{n // 2}], hs[{n - 3}] of this target" if n else ""
     return f"the engines' default, hs[2], hs[n//2], hs[n-3]{default}"

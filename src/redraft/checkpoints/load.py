@@ -45,7 +45,7 @@ BUILDERS: dict[str, Any] = {
     "token_lm": token_lm.build,
 }
 COMPANIONS: dict[str, Callable[[Path], dict[str, bytes]]] = {"token_lm": token_lm.companions}
-"""Files of a folder beside config.json and tensors, for kinds whose folders have such."""
+"""Files of a folder next to config.json and tensors, for kinds whose folders have such."""
 VOCABULARIES: dict[str, Callable[[Path, Target], None]] = {"token_lm": token_lm.check_vocabulary}
 """Checks of a folder's own tokenizer against the target's, for kinds that have one."""
 

@@ -1,4 +1,4 @@
-"""The model card beside an exported draft: what it is, for whom, how made, how to serve it."""
+"""The model card next to an exported draft: what it is, for whom, how made, how to serve it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FACTS = {
     "template_hash": "chat template hash",
     "shared": "shared draft",
     "shared_hash": "shared draft's hash",
-    "private_hash": "private part's hash",
+    "adapter_hash": "adapter's hash",
     "tensors_hash": "hash of these tensors",
-    "method": "private part",
+    "method": "adapter",
     "samples": "answers trained on",
     "zero_neurons": "neurons of zeros for tensor parallelism",
 }

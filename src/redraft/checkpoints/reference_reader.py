@@ -1,6 +1,6 @@
 """A second reading of a draft folder: the same function, written down again and read apart.
 
-Shares no code with the networks in `drafts/` nor with the readers beside it: config.json and
+Shares no code with the networks in `drafts/` nor with the readers next to it: config.json and
 safetensors are taken as the engines take them (their names, their defaults), and the forward pass
 goes position by position in float64 with explicit sums. Slow on purpose: `redraft export --verify`
 and the tests compare the fast path with it.
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..core.errors import UserError
 
 
-class Twin:
+class Reference:
     """A draft folder read as engines read it. `embedding` and `head` are the target's, [V, H]."""
 
     def __init__(self, folder: Path, embedding: Tensor, head: Tensor | None = None):

@@ -17,7 +17,7 @@ from ..core.rng import seeded
 from ..drafts.eagle import EagleDraft
 from ..drafts.one_layer import OneLayerDraft
 from .load import StoredDraft
-from .reference_reader import Twin
+from .reference_reader import Reference
 
 TOKENS, STEPS, IDS = 8, 3, 32
 TOLERANCE = 1e-5
@@ -44,18 +44,20 @@ def _by_the_twin(stored: StoredDraft, folder: Path) -> float:
     hidden = stored.config.hidden_size
     embedding, head = _random((IDS, hidden), "embedding"), _random((IDS, hidden), "head")
     draft = stored.build(dtype=torch.float64)
-    assert isinstance(draft, OneLayerDraft), "the twin reads drafts of one layer"
+    assert isinstance(draft, OneLayerDraft), (
+        "the reference implementation reads drafts of one layer"
+    )
     draft.shared_embedding = embedding
     if isinstance(draft, EagleDraft):
         draft.head = nn.Linear(hidden, IDS, bias=False, dtype=torch.float64)
         draft.head.weight.copy_(head)
     tokens = torch.randint(IDS, (1, TOKENS), generator=seeded(0, "verify", "tokens"))
     features = _random((1, TOKENS, draft.feature_size), "features")
-    twin = Twin(folder, embedding, head)
+    reference = Reference(folder, embedding, head)
     rolled = [draft.logits(states)[0] for states in draft.rollout(tokens, features, 0, STEPS)]
     worst = 0.0
     for start in range(TOKENS - 1 - STEPS):
-        chain = twin.chain_logits(tokens[0].tolist(), features[0], start, STEPS)
+        chain = reference.chain_logits(tokens[0].tolist(), features[0], start, STEPS)
         for step, expected in enumerate(chain):
             worst = max(worst, _apart(rolled[step][start], expected))
     return worst

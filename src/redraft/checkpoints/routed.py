@@ -94,6 +94,6 @@ def refuse_routed(shape: RoutedShape | None) -> None:
         raise UserError(
             f"this draft has routed experts, {shape}, and engines have dense drafts only: which "
             "experts run depends on the token, so no dense layer is equal to them and nothing can be "
-            "fused or exported. It runs in redraft itself (generate, measure, check). To serve one, "
+            "merged or exported. It runs in redraft itself (generate, measure, check). To serve one, "
             "train a dense draft: redraft train --method scratch --kind eagle"
         )

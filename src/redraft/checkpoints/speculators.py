@@ -45,12 +45,12 @@ def flatten(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise UserError(f"{where}: a speculators draft of type '{kind}'; redraft reads eagle3")
     if not values.given("transformer_layer_config"):
         raise UserError(f"{where}/config.json: expected a mapping transformer_layer_config")
-    taps = values.integers(eagle3.TAPS)
+    aux_layers = values.integers(eagle3.TAPS)
     return {
         **values.inside("transformer_layer_config").raw,
         **{key: raw[key] for key in SHARED_KEYS if values.given(key)},
         "norm_before_residual": values.flag("norm_before_residual", True),
-        "num_aux_hidden_states": len(taps) if taps else 3,
+        "num_aux_hidden_states": len(aux_layers) if aux_layers else 3,
         "speculators_version": raw.get("speculators_version", "not recorded"),
     }
 

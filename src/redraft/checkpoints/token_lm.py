@@ -2,7 +2,7 @@
 
 Written back as it was read, so that vLLM (`draft_model`), SGLang (`STANDALONE`) and Transformers
 (`assistant_model=`) load it: config.json but for the FFN's width, the tensors by their own names (a
-head tied to the embedding once), and the files beside them byte for byte.
+head tied to the embedding once), and the files next to them byte for byte.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Files beside the weights that are copied through."""
+"""Files next to the weights that are copied through."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 TRIED = 6
@@ -145,7 +145,7 @@ def lay_out(
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights, as they are but for the path that old tokenizers wrote."""
+    """The files next to the weights, as they are but for the path that old tokenizers wrote."""
     found = [folder / name for name in COMPANIONS if (folder / name).is_file()]
     files = {path.name: path.read_bytes() for path in found}
     if TOKENIZER_CONFIG in files:

@@ -2,7 +2,7 @@
 
 Rows beyond a tokenizer's length mean nothing, and tools pad or cut them as they like. So a draft's surplus
 rows are cut, and rows that it lacks are never proposed: an EAGLE-3 draft then speaks a reduced vocabulary,
-the tokens it was made for (d2t, t2d), until it is trained with `vocab: retarget`. The result is a
+the tokens it was made for (d2t, t2d), until it is trained with `vocab: remap`. The result is a
 stock checkpoint with the target's number of rows.
 
 Shapes: V vocabulary of the target, D of the draft, H hidden size.

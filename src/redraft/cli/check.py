@@ -89,7 +89,7 @@ def check(
         str | None,
         typer.Option(
             "--method",
-            help="private parts whose training is timed, for drafts that lack the default's [default: expert+fc+norms]",
+            help="adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]",
         ),
     ] = None,
     cases: Annotated[

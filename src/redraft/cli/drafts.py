@@ -51,10 +51,12 @@ def inspect(
 def export(
     draft: DraftFlag,
     out: Annotated[str, typer.Option("--out", help="folder of the stock draft to write")],
-    private: Annotated[
+    adapter: Annotated[
         str | None,
         typer.Option(
-            "--private", help="private part to fuse in; without one only the layout changes"
+            "--adapter",
+            "--private",
+            help="adapter to merge in; without one only the layout changes",
         ),
     ] = None,
     target: Annotated[
@@ -82,16 +84,16 @@ def export(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Write a stock checkpoint for vLLM, SGLang and others, with a private part fused in.
+    """Write a stock checkpoint for vLLM, SGLang and others, with an adapter merged in.
 
-    Example: redraft export --draft org/EAGLE3-base --private run/private --out my-draft --verify
+    Example: redraft export --draft org/EAGLE3-base --adapter run/adapter --out my-draft --verify
     """
     set_quiet(quiet)
-    from ..checkpoints.adapter_folder import load_private
+    from ..checkpoints.adapter_folder import load_adapter
     from ..checkpoints.load import read_draft
     from ..checkpoints.reload_check import check_export
     from ..core.hub import push_to_hub as push
-    from ..pipeline.stages import fuse_draft
+    from ..pipeline.stages import merge_draft
 
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -99,8 +101,8 @@ def export(
     stored = read_draft(draft, unpickle=allow_pickle)
     if target is not None:
         stored = stored.fitted(load(target, None, None, "auto"))
-    if private is not None:
-        stored = fuse_draft(stored, load_private(Path(private)))
+    if adapter is not None:
+        stored = merge_draft(stored, load_adapter(Path(adapter)))
     stored.save(folder, format, _sizes(tp))
     result: dict[str, Any] = {"out": out, "hash": read_draft(out).hash()}
     lines = [f"draft written to {out}"]

@@ -1,4 +1,4 @@
-"""Stored features as commands: write them, take them from elsewhere, check them; and train beside them."""
+"""Stored features as commands: write them, take them from elsewhere, check them; and train next to them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ FeaturesFlag = Annotated[
 FeatureTapsFlag = Annotated[
     str | None,
     typer.Option(
+        "--feature-aux-layers",
         "--feature-taps",
         help="hs[] indices that foreign features hold, which do not say so themselves, e.g. 2,14,25",
     ),
@@ -60,9 +61,11 @@ def features(
     draft: Annotated[
         str | None, typer.Option("--draft", help="store what this draft reads of the target")
     ] = None,
-    taps: Annotated[
+    aux_layers: Annotated[
         str | None,
-        typer.Option("--taps", help="or these hs[] indices, e.g. 2,14,25 ('' for none)"),
+        typer.Option(
+            "--aux-layers", "--taps", help="or these hs[] indices, e.g. 2,14,25 ('' for none)"
+        ),
     ] = None,
     source: Annotated[
         str | None,
@@ -102,7 +105,7 @@ def features(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Store what the target's layers say of the answers, to train without the target beside the draft.
+    """Store what the target's layers say of the answers, to train without the target next to the draft.
 
     Example: redraft features --target ./my-model --draft org/EAGLE3-base --answers answers.jsonl
     --out features
@@ -113,10 +116,10 @@ def features(
     from ..generation.answer_file import read_answers
 
     asked = _Asked(
-        target, target_adapter, chat_template, dtype, draft, taps, allow_pickle, template_arg
+        target, target_adapter, chat_template, dtype, draft, aux_layers, allow_pickle, template_arg
     )
     if check is not None:
-        _check(asked.load(), check, taps, allow_pickle, as_json)
+        _check(asked.load(), check, aux_layers, allow_pickle, as_json)
         return
     if out is None:
         raise UserError("--out is needed: the folder to write features to")
@@ -141,14 +144,14 @@ def features(
 
 @dataclass(frozen=True)
 class _Asked:
-    """The target and the taps that the flags describe, and the three places features come from."""
+    """The target and the aux layers that the flags describe, and the three places features come from."""
 
     target: str
     adapter: str | None
     template: str | None
     dtype: str
     draft: str | None
-    taps: str | None
+    aux_layers: str | None
     allow_pickle: bool
     template_arg: list[str] | None
 
@@ -168,9 +171,9 @@ class _Asked:
         from ..serving.capture import Capture
 
         bare = self._beside([])
-        taps = self.wanted(bare)
-        server = Capture(address, taps, bare.num_layers, bare.dtype)
-        return capture_features(bare, server, answers, taps, plan, bare.normed)
+        aux_layers = self.wanted(bare)
+        server = Capture(address, aux_layers, bare.num_layers, bare.dtype)
+        return capture_features(bare, server, answers, aux_layers, plan, bare.normed)
 
     def convert(self, folder: str, answers: list[Any] | None, plan: Any) -> Any:
         """From stored features, whose last state has to say their answers."""
@@ -179,28 +182,32 @@ class _Asked:
         beside = self._beside([folder])
         (stored,) = beside.features
         said = beside.check_says(stored.answers() if answers is None else answers)
-        say(f"the stored states make {said:.1%} of the answers' tokens the likeliest")
+        say(f"the stored states make {said:.1%} of the answers' tokens the most likely")
         return convert_features(beside, stored, answers, plan, beside.normed)
 
     def wanted(self, target: Any) -> tuple[int, ...]:
-        """The taps that the draft reads of the target, or those named, or the usual ones."""
+        """The aux layers that the draft reads of the target, or those named, or the usual ones."""
         from ..checkpoints.load import read_draft
-        from ..models.target import check_taps, default_taps
+        from ..models.target import check_aux_layers, default_aux_layers
 
-        if self.draft is not None and self.taps is not None:
-            raise UserError("--draft says which taps it reads; name --taps or --draft, not both")
+        if self.draft is not None and self.aux_layers is not None:
+            raise UserError(
+                "--draft says which aux layers it reads; name --aux-layers or --draft, not both"
+            )
         if self.draft is not None:
-            taps = read_draft(self.draft).build(target).taps
-            return tuple(tap for tap in taps if tap != target.num_layers)  # that is stored anyway
-        named = taps_from(self.taps)
+            aux_layers = read_draft(self.draft).build(target).aux_layers
+            return tuple(
+                aux_layer for aux_layer in aux_layers if aux_layer != target.num_layers
+            )  # that is stored anyway
+        named = aux_layers_from(self.aux_layers)
         if named is None:
-            return default_taps(target.num_layers)
-        return check_taps(named, target.num_layers)
+            return default_aux_layers(target.num_layers)
+        return check_aux_layers(named, target.num_layers)
 
     def _beside(self, folders: list[str]) -> Any:
         return load_beside(
             folders,
-            self.taps,
+            self.aux_layers,
             self.allow_pickle,
             self.target,
             self.adapter,
@@ -212,7 +219,7 @@ class _Asked:
 
 def load_beside(
     folders: list[str],
-    taps: str | None,
+    aux_layers: str | None,
     allow_pickle: bool,
     target: str,
     adapter: str | None,
@@ -220,11 +227,11 @@ def load_beside(
     dtype: str,
     template_arg: list[str] | None = None,
 ) -> Any:
-    """The target that the flags describe without its layers, beside stored features."""
+    """The target that the flags describe without its layers, next to stored features."""
     from ..features.layouts import open_features
     from ..features.stored_target import load_stored_target
 
-    named = taps_from(taps)
+    named = aux_layers_from(aux_layers)
     rows = [open_features(Path(folder), named, unpickle=allow_pickle) for folder in folders]
     return load_stored_target(
         target,
@@ -236,22 +243,26 @@ def load_beside(
     )
 
 
-def taps_from(text: str | None) -> tuple[int, ...] | None:
-    """The numbers that --taps names; none for ''."""
+def aux_layers_from(text: str | None) -> tuple[int, ...] | None:
+    """The numbers that --aux-layers names; none for ''."""
     if text is None:
         return None
     try:
         return tuple(int(word) for word in text.split(",") if text)
     except ValueError:
-        raise UserError(f"--taps takes layer numbers, for example 2,4,5; got '{text}'") from None
+        raise UserError(
+            f"--aux-layers takes layer numbers, for example 2,4,5; got '{text}'"
+        ) from None
 
 
-def _check(target: Any, folder: str, taps: str | None, allow_pickle: bool, as_json: bool) -> None:
+def _check(
+    target: Any, folder: str, aux_layers: str | None, allow_pickle: bool, as_json: bool
+) -> None:
     from ..features.extract import compare_features
     from ..features.layouts import open_features
     from ..features.store import FeatureStore
 
-    rows = open_features(Path(folder), taps_from(taps), unpickle=allow_pickle)
+    rows = open_features(Path(folder), aux_layers_from(aux_layers), unpickle=allow_pickle)
     if isinstance(rows, FeatureStore):
         with Progress("checksums", rows.shards(), "shards") as progress:
             for name in rows.check():
@@ -261,7 +272,7 @@ def _check(target: Any, folder: str, taps: str | None, allow_pickle: bool, as_js
     if not max(apart.values()) < APART:
         raise UserError(
             f"{folder}: its states are not what target {target.name} says of these rows (relative "
-            f"difference {said}): another target, other taps, or shifted"
+            f"difference {said}): another target, other aux layers, or shifted"
         )
     finish(
         as_json,

@@ -37,21 +37,25 @@ LimitFlag = Annotated[int | None, typer.Option("--limit", help="use only the fir
 JsonFlag = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 BaseFlag = Annotated[
     str | None,
-    typer.Option("--base", help="the model the target was tuned from (for relay and refresh)"),
+    typer.Option(
+        "--base", help="the model the target was tuned from (for feature-map and weight-sync)"
+    ),
 ]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")]
 TemperatureFlag = Annotated[
     float, typer.Option("--temperature", min=0.0, help="sampling temperature; 0 is greedy")
 ]
 TopKFlag = Annotated[
-    int, typer.Option("--top-k", min=0, help="keep the k likeliest tokens; 0 keeps all")
+    int, typer.Option("--top-k", min=0, help="keep the k most likely tokens; 0 keeps all")
 ]
 TopPFlag = Annotated[
     float, typer.Option("--top-p", min=1e-6, max=1.0, help="nucleus mass; 1 keeps all")
 ]
 MinPFlag = Annotated[
     float,
-    typer.Option("--min-p", min=0.0, max=1.0, help="keep tokens this likely against the likeliest"),
+    typer.Option(
+        "--min-p", min=0.0, max=1.0, help="keep tokens this likely against the most likely"
+    ),
 ]
 KFlag = Annotated[
     str,

@@ -45,13 +45,13 @@ def adapt(
         str | None,
         typer.Option("--answers", help="prompts with answers (production logs), used as they are"),
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="private part")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="adapter")] = None,
     width: Annotated[
-        str | None, typer.Option("--width", help="private neurons: 64, 0.25 of the shared, or auto")
+        str | None, typer.Option("--width", help="added neurons: 64, 0.25 of the shared, or auto")
     ] = None,
     vocab: Annotated[
         str | None,
-        typer.Option("--vocab", help="retarget: choose a reduced draft vocabulary anew"),
+        typer.Option("--vocab", help="remap: choose a reduced draft vocabulary anew"),
     ] = None,
     select: Annotated[str | None, typer.Option("--select", help="selection score")] = None,
     budget: Annotated[

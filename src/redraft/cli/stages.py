@@ -15,8 +15,8 @@ from .features import (
     FeaturesFlag,
     FeatureTapsFlag,
     PickleFlag,
+    aux_layers_from,
     load_beside,
-    taps_from,
 )
 from .flags import (
     AcceptanceFlag,
@@ -56,8 +56,11 @@ def regenerate(
     prompts: PromptsFlag,
     out: Annotated[str, typer.Option("--out", help="answers file (JSONL); run again to resume")],
     settings: Any,
-    overrun: Annotated[
-        int, typer.Option("--overrun", help="tokens kept past each answer's end, for replay at K")
+    lookahead: Annotated[
+        int,
+        typer.Option(
+            "--lookahead", "--overrun", help="tokens kept past each answer's end, for replay at K"
+        ),
     ] = 0,
     selection: Annotated[
         str | None,
@@ -88,7 +91,7 @@ def regenerate(
     from ..prompts.prompts import read_prompts
     from ..selection.select import read_selection
 
-    check_backend(c, overrun)
+    check_backend(c, lookahead)
     loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     continue_time(loaded, [about(Path(out))])
     found = read_prompts(prompts, loaded, limit, c.turns)
@@ -102,7 +105,7 @@ def regenerate(
                 f"{selection} keeps {len(kept)} prompts, of which {prompts} has {len(asked)}; name the file "
                 "that was chosen from"
             )
-    answers = run(loaded, asked, Path(out), c, overrun, grow=True)
+    answers = run(loaded, asked, Path(out), c, lookahead, grow=True)
     finish(
         as_json,
         f"{len(answers)} answers, {sum(a.length for a in answers):,} tokens in {out}",
@@ -210,14 +213,14 @@ def select(
 def train(
     target: TargetFlag,
     answers: Annotated[str, typer.Option("--answers", help="answers file to train on")],
-    out: Annotated[str, typer.Option("--out", help="folder of the private part (draft: scratch)")],
+    out: Annotated[str, typer.Option("--out", help="folder of the adapter (draft: scratch)")],
     settings: Any,
     draft: Annotated[
         str | None, typer.Option("--draft", help="the shared draft (for scratch: only its shape)")
     ] = None,
     heldout: Annotated[
         str | None,
-        typer.Option("--heldout", help="answers (with --overrun K) for early stopping"),
+        typer.Option("--heldout", help="answers (with --lookahead K) for early stopping"),
     ] = None,
     selection: Annotated[
         str | None, typer.Option("--selection", help="selection file of `select`")
@@ -226,8 +229,11 @@ def train(
     kind: Annotated[
         str, typer.Option("--kind", help="scratch without --draft: eagle3, eagle or token_lm")
     ] = "eagle3",
-    taps: Annotated[
-        str | None, typer.Option("--taps", help="scratch without --draft: hs[] indices, e.g. 2,4,5")
+    aux_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--aux-layers", "--taps", help="scratch without --draft: hs[] indices, e.g. 2,4,5"
+        ),
     ] = None,
     draft_vocab: Annotated[
         int | None,
@@ -238,7 +244,7 @@ def train(
     ] = None,
     base: BaseFlag = None,
     features: FeaturesFlag = None,
-    feature_taps: FeatureTapsFlag = None,
+    feature_aux_layers: FeatureTapsFlag = None,
     allow_pickle: PickleFlag = False,
     target_adapter: AdapterFlag = None,
     chat_template: TemplateFlag = None,
@@ -247,7 +253,7 @@ def train(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Train a private part beside a shared draft, or a whole draft with --method scratch.
+    """Train an adapter next to a shared draft, or a whole draft with --method scratch.
 
     Example: redraft train --target ./my-model --draft org/EAGLE3-base --answers answers.jsonl
     --out private --method expert --width 256
@@ -259,7 +265,7 @@ def train(
     if features:
         loaded = load_beside(
             features,
-            feature_taps,
+            feature_aux_layers,
             allow_pickle,
             target,
             target_adapter,
@@ -279,7 +285,7 @@ def train(
         config=c,
         k=k,
         kind=kind,
-        taps=taps_from(taps),
+        aux_layers=aux_layers_from(aux_layers),
         draft_vocab=draft_vocab,
         draft_width=draft_width,
         base=load(base, None, None, dtype) if base else None,
@@ -303,11 +309,11 @@ def measure(
     answers: Annotated[
         str | None,
         typer.Option(
-            "--answers", help="or an answers file (of `regenerate --overrun K`), scored unchanged"
+            "--answers", help="or an answers file (of `regenerate --lookahead K`), scored unchanged"
         ),
     ] = None,
     features: FeaturesFlag = None,
-    feature_taps: FeatureTapsFlag = None,
+    feature_aux_layers: FeatureTapsFlag = None,
     allow_pickle: PickleFlag = False,
     k: KFlag = "4",
     max_new_tokens: Annotated[
@@ -369,7 +375,15 @@ def measure(
         _check_scores_only(mode, chosen, sampling, save_ids)
     if features:
         loaded = load_beside(
-            *(features, feature_taps, allow_pickle, target, target_adapter, chat_template, dtype),
+            *(
+                features,
+                feature_aux_layers,
+                allow_pickle,
+                target,
+                target_adapter,
+                chat_template,
+                dtype,
+            ),
             template_arg,
         )
     else:

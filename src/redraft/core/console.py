@@ -40,7 +40,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A bar over `total` steps. `note` is the latest figure worth seeing beside it."""
+    """A bar over `total` steps. `note` is the latest figure worth seeing next to it."""
 
     def __init__(self, label: str, total: int, unit: str = "it"):
         self.label, self.total, self.unit = label, total, unit

@@ -1,10 +1,10 @@
-"""The one door to the disk: whatever redraft writes or removes, it does here.
+"""The one logits pipeline to the disk: whatever redraft writes or removes, it does here.
 
 A whole file is written to a temporary neighbour, flushed to the device, and takes its name in one
 step: a reader sees the old file or the new one, also after a power loss. Lines are appended in batches, each
 flushed; a kill can cut the last line short, which readers of such files drop.
 
-An error of the system becomes a UserError of one sentence. Reading needs no door.
+An error of the system becomes a UserError of one sentence. Reading needs no logits pipeline.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 def finish_lines(path: Path, is_whole: Callable[[bytes], bool]) -> None:
     """Make a file of lines end with a whole line, so that lines can be appended. For its writer alone:
-    beside another writer it could cut the line that this one is in the middle of.
+    next to another writer it could cut the line that this one is in the middle of.
 
     A last line without its end gets one if `is_whole` says so, and is cut off otherwise.
     """

@@ -104,7 +104,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     for tensor, file in ConfigValues(read_json(index), str(index)).inside("weight_map").raw.items():
         if not isinstance(file, str) or Path(file).name != file or file == "..":
             raise UserError(
-                f"{index}: {shown(file)}, named for {tensor}, is no file name; shards lie beside the "
+                f"{index}: {shown(file)}, named for {tensor}, is no file name; shards lie next to the "
                 "index"
             )
         files.setdefault(file, []).append(tensor)
@@ -169,7 +169,7 @@ def write_folder(
     """Write tensors and other files; each file appears whole or not at all.
 
     The last of `files` is the manifest, without which the folder is not read: an old one goes first,
-    so that it never lies beside the new tensors, and the new one comes last.
+    so that it never lies next to the new tensors, and the new one comes last.
     """
     remove(folder / list(files)[-1])
     write_tensors(folder / WEIGHTS, tensors)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from .renamed import with_today_keys
 from .tokens import Tokens, plain
 
 CLOCKED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
@@ -213,8 +214,8 @@ class TrainRecord:
     predicted_peak_mb: float
     peak_mb: float
     stopped_early: bool
-    gang: int = 1  # private parts trained on the same stream; their peak is common
-    miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, retargeted
+    trained_together: int = 1  # adapters trained on the same stream; their peak is common
+    miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, remapped
     target_flops: float = 0.0  # counted on one batch, times the tokens read
     draft_flops: float = 0.0
 
@@ -491,7 +492,7 @@ class AdaptReport:
 
     target: str
     shared: str
-    private: str
+    adapter: str
     draft: str
     prompts: dict[str, Any]
     before: Acceptance
@@ -506,11 +507,11 @@ class AdaptReport:
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> AdaptReport:
-        row = dict(row)
+        row = with_today_keys(row)
         row["safety"] = Safety.from_json(row["safety"]) if row.get("safety") else None
         row["before"], row["after"] = acceptance(row["before"]), acceptance(row["after"])
         row["off_domain"] = {k: acceptance(v) for k, v in row["off_domain"].items()}
-        row["train"] = TrainRecord(**row["train"])
+        row["train"] = TrainRecord(**with_today_keys(row["train"]))
         return AdaptReport(**row)
 
 

@@ -1,11 +1,11 @@
 """The acceptance modes: how the target's token is chosen and how drafted tokens are judged.
 
-    greedy    the likeliest token; drafts are accepted as long as they are it
-    seeded    likeliest after Gumbel noise keyed by (seed, position): one text per seed, whatever
+    greedy    the most likely token; drafts are accepted as long as they are it
+    seeded    most likely after Gumbel noise keyed by (seed, position): one text per seed, whatever
               the draft and K (drafter-invariant decoding, arXiv 2408.07978)
     sampled   a random token; drafts are accepted by speculative sampling
 
-A drafted token is `deterministic` (the draft's likeliest), `sampled` (drawn from the draft's
+A drafted token is `deterministic` (the draft's most likely), `sampled` (drawn from the draft's
 distribution, for mode sampled) or `coupled` (drawn with the noise that the target will use at that
 position, for mode seeded; accepted more often).
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.errors import UserError, nearest
 from .acceptance_rules import accept_chosen, accept_sampled
-from .logits_pipeline import Door
+from .logits_pipeline import LogitsPipeline
 from .noise import ACCEPT, DRAFT, REPLACE, TOKEN, gumbel, uniform
 from .sampling import Sampling, draw
 
@@ -40,10 +40,10 @@ class Mode(ABC):
         """The target's tokens [B, P], when nothing is drafted."""
 
     def propose(self, scores_BV: Tensor, at_B: Tensor, seeds_B: Tensor) -> Tensor:
-        """A draft's tokens [B] from its scores, where they are not simply the likeliest."""
+        """A draft's tokens [B] from its scores, where they are not simply the most likely."""
         raise NotImplementedError(f"mode {self.name} drafts deterministically only")
 
-    def settle(
+    def verify(
         self,
         scores_BJV: Tensor,
         drafted_BK: Tensor,
@@ -54,7 +54,7 @@ class Mode(ABC):
         """How many drafted tokens are accepted [B], and the token that follows them [B].
 
         `scores_BJV` [B, K+1, V] are the target's, `at_B` the position of the first drafted token,
-        `q_BKV` what the drafted tokens were drawn from, None for the likeliest.
+        `q_BKV` what the drafted tokens were drawn from, None for the most likely.
         """
         chosen_BJ = self.choose(scores_BJV, _onwards(at_B, scores_BJV.shape[1]), seeds_B)
         n_B = accept_chosen(drafted_BK, chosen_BJ)
@@ -90,7 +90,7 @@ class Sampled(Mode):
     def propose(self, scores_BV: Tensor, at_B: Tensor, seeds_B: Tensor) -> Tensor:
         return draw(scores_BV.softmax(-1), uniform(seeds_B, at_B[:, None], DRAFT)[:, 0])
 
-    def settle(
+    def verify(
         self,
         scores_BJV: Tensor,
         drafted_BK: Tensor,
@@ -128,7 +128,7 @@ class Decoding:
             raise UserError(f"no acceptance mode '{self.mode}'; {nearest(self.mode, MODES)}")
         if self.mode == "greedy" and self.sampling != Sampling():
             raise UserError(
-                f"acceptance mode greedy takes the likeliest token and ignores {self.sampling}; "
+                f"acceptance mode greedy takes the most likely token and ignores {self.sampling}; "
                 "choose seeded or sampled, or leave the sampling out"
             )
         if self.sampling.temperature == 0:  # a point mass, which no cut changes
@@ -146,13 +146,13 @@ class Decoding:
     def rules(self) -> Mode:
         return MODES[self.mode]
 
-    def scores(self, door: Door, processed_BPV: Tensor) -> Tensor:
+    def scores(self, logits_pipeline: LogitsPipeline, processed_BPV: Tensor) -> Tensor:
         """The target's scores as the mode wants them: greedy asks for the largest logit alone."""
-        return processed_BPV if self.mode == "greedy" else door.scores(processed_BPV)
+        return processed_BPV if self.mode == "greedy" else logits_pipeline.scores(processed_BPV)
 
     @property
     def deterministic(self) -> bool:
-        """Whether a draft takes its likeliest token."""
+        """Whether a draft takes its most likely token."""
         return self.draft_token == "deterministic"
 
 

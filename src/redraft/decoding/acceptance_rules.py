@@ -1,14 +1,14 @@
 """The acceptance rules. Pure: tokens, probabilities and uniform numbers in, counts and a
 distribution out; no model, no cache, no device.
 
-Chosen. The target's token at every position is a function of the prefix (greedy: the likeliest;
-seeded: likeliest after noise keyed by the position). Accept drafted tokens as long as each is that
+Chosen. The target's token at every position is a function of the prefix (greedy: the most likely;
+seeded: most likely after noise keyed by the position). Accept drafted tokens as long as each is that
 token. The text is the target's own, token for token.
 
 Sampled. The target's token is random. Accept a token drafted from q with probability
 min(1, p/q), and at the first rejection draw from the residual max(p - q, 0), normalised (Leviathan
 et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). q is the distribution the token was really
-drawn from: a draft that takes its likeliest token has a point mass, which turns the rule into
+drawn from: a draft that takes its most likely token has a point mass, which turns the rule into
 "accept with p(x), else draw from p without x". The text has the target's distribution.
 
 Shapes: B rows, K drafted tokens, V vocabulary.

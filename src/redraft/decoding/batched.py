@@ -2,7 +2,7 @@
 
 Sampled answers are those of acceptance mode `seeded`: the noise of a row is keyed by a seed of its
 own (from the run's seed and the prompt's id) and the position. So an answer does not depend on
-which prompts were answered beside it, nor on where an interrupted run resumed, and live decoding
+which prompts were answered next to it, nor on where an interrupted run resumed, and live decoding
 with its seed gives it again. Rows that are finished leave the batch.
 
 Shapes: B batch (rows still running), T tokens.
@@ -59,25 +59,25 @@ def generate_answers(
     *,
     sampling: Sampling,
     max_new_tokens: int,
-    overrun: int,
+    lookahead: int,
     seed: int,
 ) -> Iterator[list[Answer]]:
     """The target's answers, batch by batch of the plan.
 
     Each answer ends with a stop token or after `max_new_tokens` (or the context), and is followed
-    by `overrun` further tokens of the target's own. Raises UserError for prompts that leave no room.
+    by `lookahead` further tokens of the target's own. Raises UserError for prompts that leave no room.
     """
     for indices in plan:
         batch = [prompts[i] for i in indices]
         check_prompts(target, [prompt.tokens for prompt in batch])
-        rows = _decode(target, batch, sampling, max_new_tokens, overrun, seed)
+        rows = _decode(target, batch, sampling, max_new_tokens, lookahead, seed)
         yield [
             _answer(
                 prompt,
                 row,
                 target.stop_ids,
-                _room(target, prompt, max_new_tokens, overrun),
-                overrun,
+                _room(target, prompt, max_new_tokens, lookahead),
+                lookahead,
                 sampling,
                 derived_seed(seed, "answer", prompt.id),
             )
@@ -91,13 +91,13 @@ def _decode(
     batch: list[Prompt],
     sampling: Sampling,
     max_new_tokens: int,
-    overrun: int,
+    lookahead: int,
     seed: int,
 ) -> list[list[int]]:
-    """Token ids of each row, up to `overrun` past its stop."""
+    """Token ids of each row, up to `lookahead` past its stop."""
     device = target.device
     longest = max(len(p.tokens) for p in batch)
-    room = [_room(target, p, max_new_tokens, overrun) + overrun for p in batch]
+    room = [_room(target, p, max_new_tokens, lookahead) + lookahead for p in batch]
     steps = max(room)
     padding = [longest - len(p.tokens) for p in batch]
     window = torch.tensor(
@@ -119,7 +119,7 @@ def _decode(
         output_BT[rows_B, step] = token_B
         left_B -= 1
         stopped = torch.isin(token_B, stop_ids)
-        left_B = torch.where(stopped, left_B.clamp(max=overrun), left_B)
+        left_B = torch.where(stopped, left_B.clamp(max=lookahead), left_B)
         running = left_B > 0
         if not bool(running.any()):
             break
@@ -132,9 +132,9 @@ def _decode(
     return [row[:most] for row, most in zip(output_BT.tolist(), room, strict=True)]
 
 
-def _room(target: Target, prompt: Prompt, max_new_tokens: int, overrun: int) -> int:
-    """The longest answer to a prompt that leaves its overrun inside the context."""
-    return min(max_new_tokens, max(target.max_positions - len(prompt.tokens) - overrun, 1))
+def _room(target: Target, prompt: Prompt, max_new_tokens: int, lookahead: int) -> int:
+    """The longest answer to a prompt that leaves its lookahead inside the context."""
+    return min(max_new_tokens, max(target.max_positions - len(prompt.tokens) - lookahead, 1))
 
 
 def _forward(target: Target, window_BT: Tensor, pad_B: Tensor, total: int, cache: object) -> Tensor:
@@ -160,13 +160,13 @@ def _answer(
     row: list[int],
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    overrun: int,
+    lookahead: int,
     sampling: Sampling,
     seed: int,
 ) -> Answer:
     at = next((i for i, token in enumerate(row[:max_new_tokens]) if token in stop_ids), None)
     length = min(len(row), max_new_tokens) if at is None else at + 1
     finish = "length" if at is None else "stop"
-    kept = tuple(row[: length + overrun])
+    kept = tuple(row[: length + lookahead])
     keyed = {**asdict(sampling), "seed": seed} if sampling.temperature else {}
     return Answer(prompt.id, prompt.tokens, kept, length, finish, **keyed)

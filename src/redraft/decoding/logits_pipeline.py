@@ -85,7 +85,7 @@ ROW_BOUND: dict[str, Callable[[Any, int], None]] = {
 """Those that go by a row's number in the batch, and how a copy of one is made to serve that row."""
 
 
-class Door:
+class LogitsPipeline:
     """Logits processors in their order, then sampling."""
 
     def __init__(
@@ -152,14 +152,14 @@ class Door:
             ROW_BOUND[_name(processor)](self._of_row[key], row)
         return self._of_row[key]
 
-    def of_draft(self, everything: bool, deterministic: bool) -> Door:
-        """The door for the draft's logits. It changes how much is accepted, never what is emitted.
+    def of_draft(self, everything: bool, deterministic: bool) -> LogitsPipeline:
+        """The logits pipeline for the draft's logits. It changes how much is accepted, never what is emitted.
 
         The draft goes through those processors that look at the logits alone, or through all.
         """
         chosen = [p for p in self.processors if everything or _name(p) in PREFIX_FREE]
         sampling = Sampling() if deterministic else self.sampling
-        return Door(sampling, chosen, of_draft=True)
+        return LogitsPipeline(sampling, chosen, of_draft=True)
 
 
 def check_pure(processors: Sequence[Any]) -> None:

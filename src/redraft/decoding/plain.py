@@ -10,7 +10,7 @@ from ..models.kv_cache import new_cache
 from ..models.target import Target
 from .acceptance_modes import Decoding
 from .context_room import check_prompts
-from .logits_pipeline import Door
+from .logits_pipeline import LogitsPipeline
 from .noise import seeds_tensor
 
 
@@ -21,7 +21,7 @@ def decode_plain(
     max_new_tokens: int,
     decoding: Decoding | None = None,
     seed: int = 0,
-    door: Door | None = None,
+    logits_pipeline: LogitsPipeline | None = None,
 ) -> list[int]:
     """The target's answer to `prompt` (token ids), stop token included; greedy unless told.
 
@@ -30,7 +30,7 @@ def decode_plain(
     """
     check_prompts(target, [prompt])
     decoding = decoding or Decoding()
-    door = door or Door(decoding.sampling)
+    logits_pipeline = logits_pipeline or LogitsPipeline(decoding.sampling)
     seeds_B = seeds_tensor([seed], target.device)
     stop = set(target.stop_ids)
     cache = new_cache(target)
@@ -38,9 +38,13 @@ def decode_plain(
     emitted: list[int] = []
     while len(emitted) < min(max_new_tokens, target.max_positions - len(prompt)):
         logits_11V = target.read(window, (), cache, keep=1).logits_BTV
-        processed_11V = door.processed(logits_11V, lambda row, position: [*prompt, *emitted])
+        processed_11V = logits_pipeline.processed(
+            logits_11V, lambda row, position: [*prompt, *emitted]
+        )
         at_11 = torch.tensor([[len(emitted)]], device=target.device)
-        window = decoding.rules.choose(decoding.scores(door, processed_11V), at_11, seeds_B)
+        window = decoding.rules.choose(
+            decoding.scores(logits_pipeline, processed_11V), at_11, seeds_B
+        )
         emitted.append(int(window))
         if emitted[-1] in stop:
             break

@@ -1,8 +1,8 @@
-"""The slow, readable twin of speculative decoding: one prompt, no cache, no batch, one token at a time.
+"""The slow, readable reference implementation of speculative decoding: one prompt, no cache, no batch, one token at a time.
 
 It says what `speculative.py` computes, and the tests hold the two equal. Every distribution is taken
 from a whole pass over the prefix, and the rules are written out on plain numbers. What is shared is
-the noise of a position and the door from logits to probabilities, which define the result.
+the noise of a position and the logits pipeline from logits to probabilities, which define the result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .sampling import probabilities
 from .speculative import Decoded
 
 
-class Twin:
+class Reference:
     """One prompt being decoded. `k` drafted tokens per step."""
 
     def __init__(self, target: Target, draft: Draft, k: int, decoding: Decoding, seed: int):
@@ -79,10 +79,10 @@ class Twin:
     def _draft_token(self, text: list[int], drafted: list[int], at: int) -> tuple[int, list[float]]:
         """A drafted token and the distribution over the vocabulary that it was drawn from."""
         V = self.target.vocab_size
-        spoken = self._draft_logits(text, drafted)
+        in_vocab = self._draft_logits(text, drafted)
         logits = torch.full((V,), float("-inf"), dtype=torch.float64)
-        own = torch.arange(len(spoken), device=self.target.device)
-        logits[self.draft.to_target_ids(own).cpu()] = spoken
+        own = torch.arange(len(in_vocab), device=self.target.device)
+        logits[self.draft.to_target_ids(own).cpu()] = in_vocab
         if self.decoding.deterministic:
             token = int(logits.argmax())
             return token, [float(v == token) for v in range(V)]
@@ -95,12 +95,12 @@ class Twin:
         """The draft's logits after `drafted`, its chain begun anew on the whole text."""
         device = self.target.device
         features = self.target.read(
-            torch.tensor([text[:-1]], device=device), self.draft.taps
+            torch.tensor([text[:-1]], device=device), self.draft.aux_layers
         ).features_BTF
         cache = self.draft.new_cache(torch.tensor(text[:1], device=device))
-        state = self.draft.absorb(cache, torch.tensor([text[1:]], device=device), features)
+        state = self.draft.extend(cache, torch.tensor([text[1:]], device=device), features)
         for token in drafted:
-            state = self.draft.advance(cache, torch.tensor([[token]], device=device), state)
+            state = self.draft.step(cache, torch.tensor([[token]], device=device), state)
         return self.draft.logits(state)[0, 0].double().cpu()
 
     def _target(self, text: list[int]) -> list[float]:

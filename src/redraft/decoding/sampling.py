@@ -1,4 +1,4 @@
-"""The one door from logits to a token: temperature, top-k, top-p, min-p, then a draw.
+"""The one logits pipeline from logits to a token: temperature, top-k, top-p, min-p, then a draw.
 
 Temperature 0 is a point mass here, not a branch elsewhere.
 
@@ -35,8 +35,8 @@ def scores(logits_V: Tensor, sampling: Sampling) -> Tensor:
     """Logits over temperature, -inf for every token that is cut; float32 (float64 stays).
 
     At temperature 0 all but the first largest logit are cut. The cuts follow each other as in
-    Transformers: top-k (ties with the k-th stay), top-p (the smallest set of likeliest tokens whose
-    mass reaches p), min-p (at least min_p times the likeliest). Each keeps at least one token.
+    Transformers: top-k (ties with the k-th stay), top-p (the smallest set of most likely tokens whose
+    mass reaches p), min-p (at least min_p times the most likely). Each keeps at least one token.
     """
     wide = logits_V if logits_V.dtype == torch.float64 else logits_V.float()
     if sampling.temperature == 0:

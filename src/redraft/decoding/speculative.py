@@ -25,7 +25,7 @@ from ..models.kv_cache import RowCache
 from ..models.target import Target
 from .acceptance_modes import Decoding
 from .context_room import check_prompts
-from .logits_pipeline import Door
+from .logits_pipeline import LogitsPipeline
 from .noise import seeds_tensor
 from .sampling import NEVER
 
@@ -37,13 +37,13 @@ Stop = Callable[[int, list[int], int], int | None]
 class Decoded:
     """An answer (stop token included), the tokens accepted in each step, and what ran past the end.
 
-    Steps are counted in full, also the last one, whose tokens may run past the stop; `overrun`
+    Steps are counted in full, also the last one, whose tokens may run past the stop; `lookahead`
     holds those.
     """
 
     tokens: list[int]
     accepted: list[int]
-    overrun: list[int]
+    lookahead: list[int]
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ def speculate(
     decoding: Decoding,
     stop: Stop,
     *,
-    door: Door | None = None,
-    draft_door: Door | None = None,
+    logits_pipeline: LogitsPipeline | None = None,
+    draft_pipeline: LogitsPipeline | None = None,
     seeds: Sequence[int] | None = None,
     padding: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Step]:
     """The steps of speculative decoding, as they come; rows end where `stop` says.
 
-    `door` holds logits processors (see `logits_pipeline.py`), `draft_door` those that the draft's logits go
+    `logits pipeline` holds logits processors (see `logits_pipeline.py`), `draft_door` those that the draft's logits go
     through. `padding` are tokens before each prompt that processors see and the target does not.
     A target that cannot read rows of different lengths together decodes them one by one, and that
     is said. Raises UserError for an empty prompt, one that fills the context, and a draft that is
@@ -144,9 +144,9 @@ def speculate(
     """
     check_prompts(target, prompts)
     _check_devices(target, draft)
-    door = door or Door(decoding.sampling)
-    draft_door = draft_door or door.of_draft(False, decoding.deterministic)
-    context = _Context(target, draft, decoding, door, draft_door, k)
+    logits_pipeline = logits_pipeline or LogitsPipeline(decoding.sampling)
+    draft_pipeline = draft_pipeline or logits_pipeline.of_draft(False, decoding.deterministic)
+    context = _Context(target, draft, decoding, logits_pipeline, draft_pipeline, k)
     seeds, padding = seeds or [0] * len(prompts), padding or [[]] * len(prompts)
     rows = [
         _Row(i, list(prompt), seed, list(before))
@@ -182,8 +182,8 @@ class _Context:
     target: Target
     draft: Draft
     decoding: Decoding
-    door: Door
-    draft_door: Door
+    logits_pipeline: LogitsPipeline
+    draft_pipeline: LogitsPipeline
     k: int
 
 
@@ -208,13 +208,13 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
         at_B = torch.tensor([len(row.emitted) for row in rows], device=device)
         drafted_BK, q_BKV = _propose(c, rows, draft_cache, state_B1H, k, at_B, seeds_B)
         last_B1 = torch.tensor([row.emitted[-1:] for row in rows], device=device)
-        reading = cache.read(torch.cat([last_B1, drafted_BK], 1), c.draft.taps)
+        reading = cache.read(torch.cat([last_B1, drafted_BK], 1), c.draft.aux_layers)
         drafted = drafted_BK.tolist()
-        processed_BJV = c.door.processed(
+        processed_BJV = c.logits_pipeline.processed(
             reading.logits_BTV, _prefixes(rows, drafted), [row.request for row in rows]
         )
-        n_B, next_B = c.decoding.rules.settle(
-            c.decoding.scores(c.door, processed_BJV), drafted_BK, q_BKV, at_B, seeds_B
+        n_B, next_B = c.decoding.rules.verify(
+            c.decoding.scores(c.logits_pipeline, processed_BJV), drafted_BK, q_BKV, at_B, seeds_B
         )
         accepted = n_B.tolist()
         emitted = [[*d[:n], t] for d, n, t in zip(drafted, accepted, next_B.tolist(), strict=True)]
@@ -224,7 +224,7 @@ def _decode(c: _Context, rows: list[_Row], stop: Stop) -> Iterator[Step]:
             yield step
             return
         most = max(accepted) + 1
-        state_B1H = c.draft.absorb(
+        state_B1H = c.draft.extend(
             draft_cache,
             torch.tensor([_padded(tokens, most) for tokens in emitted], device=device),
             reading.features_BTF[:, :most],
@@ -264,19 +264,23 @@ def _prefill(
     longest = max(counts)
     tokens_BT = torch.tensor([_padded(row.prompt, longest) for row in rows], device=device)
     ends, which_B = torch.unique(torch.tensor(counts, device=device) - 1, return_inverse=True)
-    reading = cache.read(tokens_BT, c.draft.taps, counts, ends)
+    reading = cache.read(tokens_BT, c.draft.aux_layers, counts, ends)
     logits_B1V = reading.logits_BTV[torch.arange(len(rows), device=device), which_B][:, None]
     requests = [row.request for row in rows]
-    processed_B1V = c.door.processed(logits_B1V, _prefixes(rows, [[]] * len(rows)), requests)
+    processed_B1V = c.logits_pipeline.processed(
+        logits_B1V, _prefixes(rows, [[]] * len(rows)), requests
+    )
     seeds_B = seeds_tensor([row.seed for row in rows], device)
     first_B1 = c.decoding.rules.choose(
-        c.decoding.scores(c.door, processed_B1V), torch.zeros_like(seeds_B)[:, None], seeds_B
+        c.decoding.scores(c.logits_pipeline, processed_B1V),
+        torch.zeros_like(seeds_B)[:, None],
+        seeds_B,
     )
     first = first_B1.tolist()
     following = [
         _padded([*row.prompt[1:], *token], longest) for row, token in zip(rows, first, strict=True)
     ]
-    state_B1H = c.draft.absorb(
+    state_B1H = c.draft.extend(
         draft_cache, torch.tensor(following, device=device), reading.features_BTF, counts
     )
     step = _step(rows, [0] * len(rows), first, 0, logits_B1V, processed_B1V, stop)
@@ -292,10 +296,10 @@ def _propose(
     at_B: Tensor,
     seeds_B: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """K drafted tokens per row [B, K], and what they were drawn from [B, K, V] (None: likeliest)."""
+    """K drafted tokens per row [B, K], and what they were drawn from [B, K, V] (None: most likely)."""
     drafted: list[Tensor] = []
     drawn_from: list[Tensor] = []
-    plainly = c.decoding.deterministic and not c.draft_door.processors
+    plainly = c.decoding.deterministic and not c.draft_pipeline.processors
     for step in range(k):
         logits_BD = c.draft.logits(state_B1H)[:, 0]
         if plainly:
@@ -305,16 +309,16 @@ def _propose(
             prefixes = _prefixes(rows, before, step)
             wide_B1V = widened(c.draft, logits_BD)[:, None]
             requests = [row.request for row in rows]
-            processed_B1V = c.draft_door.processed(wide_B1V, prefixes, requests)
+            processed_B1V = c.draft_pipeline.processed(wide_B1V, prefixes, requests)
             if c.decoding.deterministic:
                 token_B = processed_B1V[:, 0].argmax(-1)
             else:
-                scores_BV = c.draft_door.scores(processed_B1V)[:, 0]
+                scores_BV = c.draft_pipeline.scores(processed_B1V)[:, 0]
                 token_B = c.decoding.rules.propose(scores_BV, at_B + step, seeds_B)
                 drawn_from.append(scores_BV.softmax(-1))
         drafted.append(token_B)
         if step + 1 < k:
-            state_B1H = c.draft.advance(draft_cache, token_B[:, None], state_B1H)
+            state_B1H = c.draft.step(draft_cache, token_B[:, None], state_B1H)
     return torch.stack(drafted, 1), torch.stack(drawn_from, 1) if drawn_from else None
 
 

@@ -24,7 +24,7 @@ from ..core.errors import UserError
 from ..drafts.base import Draft
 from ..models.target import Target
 from .acceptance_modes import Decoding
-from .logits_pipeline import Door
+from .logits_pipeline import LogitsPipeline
 from .sampling import Sampling
 from .speculative import Step, speculate
 
@@ -108,7 +108,7 @@ class CustomGenerate:
                 raise UserError("a streamer takes one sequence; this batch has several")
             self.streamer.put(input_ids.cpu())
         decoding = self._decoding(config)
-        door = Door(decoding.sampling, list(logits_processor or ()))
+        logits_pipeline = LogitsPipeline(decoding.sampling, list(logits_processor or ()))
         stop = _Stop(input_ids, stopping_criteria or (), config, target)
         kept = _Kept(config, len(rows))
         self.accepted[:] = [[] for _ in rows]
@@ -119,8 +119,10 @@ class CustomGenerate:
             self.k,
             decoding,
             stop,
-            door=door,
-            draft_door=door.of_draft(self.processors_on_draft, decoding.deterministic),
+            logits_pipeline=logits_pipeline,
+            draft_pipeline=logits_pipeline.of_draft(
+                self.processors_on_draft, decoding.deterministic
+            ),
             seeds=self._seeds(len(rows), decoding),
             padding=[row.padding for row in rows],
         ):

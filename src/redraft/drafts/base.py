@@ -8,7 +8,7 @@ One pair (features of position i, token i+1) is the unit of input; its output pr
 A *chain* starts at a pair i, built from the target's features, and continues on the draft's own
 states. Chain step j of start i has consumed token i+1+j and predicts token i+2+j.
 
-Shapes: B batch, T tokens, F tapped features, H draft hidden size, D draft vocabulary,
+Shapes: B batch, T tokens, F auxiliary features, H draft hidden size, D draft vocabulary,
 S chain starts.
 """
 
@@ -33,7 +33,7 @@ class Draft(nn.Module, ABC):
     kind: ClassVar[str]
     config: Any
     """Its shape, which `formats/` knows how to store."""
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     """hs[] indices of the target whose concatenation this draft reads."""
     feature_size: int
     """Width of the concatenated features, F."""
@@ -71,7 +71,7 @@ class Draft(nn.Module, ABC):
         tokens, which belong to no pair."""
 
     @abstractmethod
-    def absorb(
+    def extend(
         self,
         cache: Any,
         tokens_BT: Tensor,
@@ -85,7 +85,7 @@ class Draft(nn.Module, ABC):
         """
 
     @abstractmethod
-    def advance(self, cache: Any, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
+    def step(self, cache: Any, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
         """One chain step on the draft's own states; returns the next ones [B, 1, H]."""
 
     @abstractmethod
@@ -96,12 +96,12 @@ class Draft(nn.Module, ABC):
     def bind(self, target: Target) -> None:
         """Take over what the engines share from the target (the embedding where none is stored).
 
-        Raises UserError when hidden size, taps or vocabulary do not fit.
+        Raises UserError when hidden size, aux layers or vocabulary do not fit.
         """
 
     @abstractmethod
     def trainable_names(self) -> list[str]:
-        """Every tensor that a dedicated draft of this kind trains, by state-dict name."""
+        """Every tensor that a from-scratch draft of this kind trains, by state-dict name."""
 
     @abstractmethod
     def reinitialise(self, seed: int) -> None:
@@ -146,6 +146,6 @@ def select_columns(logits_V: Tensor, draft_vocab: Tensor | None) -> Tensor:
 def vocabulary_map(draft_vocab: Tensor, vocab_size: int) -> dict[str, Any]:
     """d2t as offsets (target id = row + d2t[row]) and t2d as a mask, as checkpoints store them."""
     rows = torch.arange(len(draft_vocab), device=draft_vocab.device)
-    spoken = torch.zeros(vocab_size, dtype=torch.bool)
-    spoken[draft_vocab.cpu()] = True
-    return {"d2t": draft_vocab - rows, "t2d": spoken}
+    in_vocab = torch.zeros(vocab_size, dtype=torch.bool)
+    in_vocab[draft_vocab.cpu()] = True
+    return {"d2t": draft_vocab - rows, "t2d": in_vocab}

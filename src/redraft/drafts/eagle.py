@@ -64,7 +64,7 @@ class EagleDraft(OneLayerDraft):
         super().__init__(config)
         H = config.hidden_size
         self.config = config
-        self.taps = ()
+        self.aux_layers = ()
         self.feature_size = H
         self.draft_vocab = None
         self.fc = nn.Linear(2 * H, H, bias=config.fc_bias)
@@ -78,16 +78,16 @@ class EagleDraft(OneLayerDraft):
         *,
         width: int | None = None,
         draft_vocab: Tensor | None = None,
-        taps: tuple[int, ...] | None = None,
+        aux_layers: tuple[int, ...] | None = None,
     ) -> EagleDraft:
         """A draft of the usual shape, not yet bound.
 
-        Raises UserError for taps or a draft vocabulary: this kind has neither.
+        Raises UserError for aux layers or a draft vocabulary: this kind has neither.
         """
-        if taps is not None or draft_vocab is not None:
+        if aux_layers is not None or draft_vocab is not None:
             raise UserError(
                 f"an {cls.kind} draft reads the target's last hidden state and speaks its whole "
-                "vocabulary: --taps and --draft-vocab belong to --kind eagle3"
+                "vocabulary: --aux-layers and --draft-vocab belong to --kind eagle3"
             )
         return cls(EagleConfig(**shape_of(target, width)))
 
@@ -117,6 +117,6 @@ class EagleDraft(OneLayerDraft):
                 f"draft's is {self.feature_size}; it was trained for another model family"
             )
         super().bind(target)
-        self.taps = (target.num_layers,)
+        self.aux_layers = (target.num_layers,)
         # Kept out of the module tree: the target's head is neither this draft's state nor moved.
         object.__setattr__(self, "head", target.head)

@@ -1,16 +1,16 @@
-"""The EAGLE-3 draft: three tapped hidden states through `fc`, one decoder layer, its own head.
+"""The EAGLE-3 draft: three auxiliary hidden states through `fc`, one decoder layer, its own head.
 
 Source: EAGLE-3 (arXiv 2503.01840) and the layout its engines agree on. For a pair i:
 
-    g_i = fc(concat of the taps at position i)             the target's features, once
+    g_i = fc(concat of the aux layers at position i)             the target's features, once
     x   = concat(input_layernorm(E[t_{i+1}]), hidden_norm(s)),  s = g_i or the chain's own state
     s'  = s + attention(x);  s'' = s' + mlp(post_attention_layernorm(s'))
     logits of t_{i+2} = lm_head(norm(s''));  the pre-norm s'' is what a chain feeds back
 
 Published variants differ in where they norm; each is a flag of the config and computed as written:
 
-    norm_before_fc         g_i = fc(input_norm(concat of the taps))
-    fc_norm                g_i = fc(concat of fc_norm.k(tap k))
+    norm_before_fc         g_i = fc(input_norm(concat of the aux layers))
+    fc_norm                g_i = fc(concat of fc_norm.k(aux layer k))
     norm_before_residual   s' = hidden_norm(s) + attention(x)
     norm_output            the chain feeds back norm(s'')
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
-from ..models.target import Target, check_taps, default_taps
+from ..models.target import Target, check_aux_layers, default_aux_layers
 from .base import vocabulary_map
 from .layers import GatedFFN, RMSNorm
 from .one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
@@ -34,14 +34,16 @@ from .one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Config(LayerShape):
-    """The shape of an EAGLE-3 draft. `feature_size` is the width of the concatenated taps."""
+    """The shape of an EAGLE-3 draft. `feature_size` is the width of the concatenated aux layers."""
 
     draft_vocab_size: int
     feature_size: int
-    taps: tuple[int, ...] | None = None  # None: the default set of whatever target it is bound to
+    aux_layers: tuple[int, ...] | None = (
+        None  # None: the default set of whatever target it is bound to
+    )
     norm_before_residual: bool = False
     norm_before_fc: bool = False
-    fc_norm: int = 0  # how many taps have a norm of their own; 0 or all of them
+    fc_norm: int = 0  # how many aux layers have a norm of their own; 0 or all of them
     norm_output: bool = False
 
 
@@ -84,7 +86,7 @@ class Eagle3Draft(OneLayerDraft):
             )
         H, F, eps = config.hidden_size, config.feature_size, config.rms_norm_eps
         self.config = config
-        self.taps = config.taps or ()
+        self.aux_layers = config.aux_layers or ()
         self.feature_size = F
         self.input_norm = RMSNorm(F, eps) if config.norm_before_fc else None
         parts = config.fc_norm
@@ -103,18 +105,20 @@ class Eagle3Draft(OneLayerDraft):
         *,
         width: int | None = None,
         draft_vocab: Tensor | None = None,
-        taps: tuple[int, ...] | None = None,
+        aux_layers: tuple[int, ...] | None = None,
     ) -> Eagle3Draft:
-        """A draft of the usual shape, not yet bound. `taps` None is the engines' default set.
+        """A draft of the usual shape, not yet bound. `aux_layers` None is the engines' default set.
 
         Raises UserError when the default set collapses in a shallow target.
         """
-        chosen = check_taps(taps or default_taps(target.num_layers), target.num_layers)
+        chosen = check_aux_layers(
+            aux_layers or default_aux_layers(target.num_layers), target.num_layers
+        )
         config = Eagle3Config(
             **shape_of(target, width),
             draft_vocab_size=target.vocab_size if draft_vocab is None else len(draft_vocab),
             feature_size=len(chosen) * target.hidden_size,
-            taps=taps,
+            aux_layers=aux_layers,
         )
         return cls(config, draft_vocab)
 
@@ -139,13 +143,13 @@ class Eagle3Draft(OneLayerDraft):
         return out
 
     def bind(self, target: Target) -> None:
-        self.taps = check_taps(
-            self.config.taps or default_taps(target.num_layers), target.num_layers
+        self.aux_layers = check_aux_layers(
+            self.config.aux_layers or default_aux_layers(target.num_layers), target.num_layers
         )
-        expected = len(self.taps) * target.hidden_size
+        expected = len(self.aux_layers) * target.hidden_size
         if expected != self.feature_size:
             raise UserError(
-                f"hidden sizes differ: {len(self.taps)} taps of a target with hidden size "
+                f"hidden sizes differ: {len(self.aux_layers)} aux layers of a target with hidden size "
                 f"{target.hidden_size} are {expected} wide, but this draft's fc.weight takes "
                 f"{self.feature_size}; was it trained for another model family?"
             )

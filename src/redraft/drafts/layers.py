@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 class GatedFFN(nn.Module):
     """down(act(gate(x)) * up(x)): a sum over neurons, so it can be widened by concatenation.
 
-    `private` is the expert beside the shared neurons: y = shared(x) + private(x).
+    `private` is the expert next to the shared neurons: y = shared(x) + private(x).
     """
 
     def __init__(self, hidden: int, width: int, activation: str):

@@ -19,7 +19,7 @@ def new_draft(
     answers: Sequence[Answer],
     *,
     kind: str = "eagle3",
-    taps: tuple[int, ...] | None = None,
+    aux_layers: tuple[int, ...] | None = None,
     draft_vocab_size: int | None = None,
     width: int | None = None,
 ) -> Draft:
@@ -37,7 +37,9 @@ def new_draft(
             f"a draft vocabulary of {size} is larger than the target's {target.vocab_size} tokens"
         )
     vocabulary = None if size == target.vocab_size else frequent_tokens(answers, size)
-    draft: Draft = KINDS[kind].for_target(target, width=width, draft_vocab=vocabulary, taps=taps)
+    draft: Draft = KINDS[kind].for_target(
+        target, width=width, draft_vocab=vocabulary, aux_layers=aux_layers
+    )
     draft.bind(target)
     return draft
 

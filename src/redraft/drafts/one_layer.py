@@ -184,7 +184,7 @@ class OneLayerDraft(Draft):
     def new_cache(self, first_B: Tensor) -> Cache:
         return Cache(len(first_B))
 
-    def absorb(
+    def extend(
         self,
         cache: Cache,
         tokens_BT: Tensor,
@@ -200,7 +200,7 @@ class OneLayerDraft(Draft):
         last_B = torch.tensor(list(counts), device=out.device) - 1
         return out[torch.arange(len(last_B), device=out.device), last_B][:, None]
 
-    def advance(self, cache: Cache, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
+    def step(self, cache: Cache, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
         out = self._decode(cache, token_B1, state_B1H)
         cache.drafted += 1
         return out

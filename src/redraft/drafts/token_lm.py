@@ -106,7 +106,7 @@ class TokenLMDraft(Draft):
     def __init__(self, config: TokenLMConfig):
         super().__init__()
         self.config = config
-        self.taps = ()
+        self.aux_layers = ()
         self.feature_size = 0
         self.hidden_size = config.hidden_size
         self.vocab_size = self.rows = config.vocab_size
@@ -130,15 +130,15 @@ class TokenLMDraft(Draft):
         *,
         width: int | None = None,
         draft_vocab: Tensor | None = None,
-        taps: tuple[int, ...] | None = None,
+        aux_layers: tuple[int, ...] | None = None,
     ) -> TokenLMDraft:
         """A small LM of the target's own architecture, half as wide, not yet bound.
 
-        Raises UserError for taps or a draft vocabulary: this kind has neither.
+        Raises UserError for aux layers or a draft vocabulary: this kind has neither.
         """
-        if taps is not None or draft_vocab is not None:
+        if aux_layers is not None or draft_vocab is not None:
             raise UserError(
-                f"a {cls.kind} draft reads tokens only and speaks its whole vocabulary: --taps and "
+                f"a {cls.kind} draft reads tokens only and speaks its whole vocabulary: --aux-layers and "
                 "--draft-vocab belong to --kind eagle3"
             )
         config = target.model.config.get_text_config()
@@ -192,7 +192,7 @@ class TokenLMDraft(Draft):
         self._read(cache, first_B[:, None], [1] * len(first_B))
         return cache
 
-    def absorb(
+    def extend(
         self,
         cache: Cache,
         tokens_BT: Tensor,
@@ -204,7 +204,7 @@ class TokenLMDraft(Draft):
         cache.drafted = 0
         return self._read(cache, tokens_BT, counts or [T] * B)
 
-    def advance(self, cache: Cache, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
+    def step(self, cache: Cache, token_B1: Tensor, state_B1H: Tensor) -> Tensor:
         cache.drafted += 1
         return self._read(cache, token_B1, [1] * len(token_B1))
 
@@ -224,11 +224,11 @@ class TokenLMDraft(Draft):
 
     def bind(self, target: Target) -> None:
         D, V = self.rows, target.vocab_size
-        spoken = token_count(target)
-        if min(spoken, V) > D or abs(D - V) > MOST_PADDING:
+        in_vocab = token_count(target)
+        if min(in_vocab, V) > D or abs(D - V) > MOST_PADDING:
             raise UserError(
                 f"vocabularies differ: target {target.name} has {V} rows"
-                f"{f' for {spoken} tokens' if spoken else ''}, this token_lm draft has {D}, and that "
+                f"{f' for {in_vocab} tokens' if in_vocab else ''}, this token_lm draft has {D}, and that "
                 "is more than padding; a draft needs the target's own tokenizer"
             )
         named = getattr(self.config.of_transformers, "max_position_embeddings", None)
@@ -413,7 +413,7 @@ def _head_name(lm: Any) -> str:
     if lm.base_model is lm or not name or "." in name or others:
         raise UserError(
             f"{type(lm).__name__} is not a body and a head ({', '.join(sorted(others)) or 'no head'} "
-            "beside them), so it cannot be a token_lm draft"
+            "next to them), so it cannot be a token_lm draft"
         )
     return name
 

@@ -3,7 +3,7 @@
 Group by group: nothing is held but the group being written, a shard of the store or a batch of another
 layout. What is there already is not read again.
 
-Shapes: B batch, T tokens, S tokens of a row, L taps, H target hidden size, P positions, V vocabulary.
+Shapes: B batch, T tokens, S tokens of a row, L aux layers, H target hidden size, P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ class Written:
 
 
 def write_features(
-    target: Target, answers: Sequence[Answer], taps: Sequence[int], plan: Plan
+    target: Target, answers: Sequence[Answer], aux_layers: Sequence[int], plan: Plan
 ) -> Written:
-    """Store hs[] of `taps` and the last state of each answer's tokens, prompt and overrun included.
+    """Store hs[] of `aux_layers` and the last state of each answer's tokens, prompt and lookahead included.
 
     Continues what an interrupted run left. Raises UserError, before the target reads anything, for
     a folder of something else, and where the predicted size is more than `max_gb` or the disk has.
     """
     norm = find_final_norm(target)
-    about = _about(target, answers, taps, plan, plan.layout != "specforge")
+    about = _about(target, answers, aux_layers, plan, plan.layout != "specforge")
 
     def read(rows: Sequence[int]) -> dict[int, Tensor]:
         some = [answers[row] for row in rows]
-        batch = collate(some, target.device, overrun=True)
-        states_BTLH = read_states(target, norm, batch.tokens_BT, taps, about.pre_norm).cpu()
+        batch = collate(some, target.device, lookahead=True)
+        states_BTLH = read_states(target, norm, batch.tokens_BT, aux_layers, about.pre_norm).cpu()
         lengths = batch.ends_B.tolist()
         return {
             r: states_BTLH[b, :n].clone()
@@ -103,7 +103,7 @@ def convert_features(
         )
     chosen = list(source.answers() if answers is None else answers)
     places = range(len(chosen)) if answers is None else _places(source, chosen)
-    about = _about(target, chosen, source.taps, plan, pre_norm)
+    about = _about(target, chosen, source.aux_layers, plan, pre_norm)
 
     def read(rows: Sequence[int]) -> dict[int, Tensor]:
         found = {}
@@ -119,13 +119,13 @@ def capture_features(
     target: Target,
     capture: Callable[[Sequence[Sequence[int]]], list[Tensor]],
     answers: Sequence[Answer],
-    taps: Sequence[int],
+    aux_layers: Sequence[int],
     plan: Plan,
     normed: Callable[[Tensor], Tensor],
 ) -> Written:
     """The same from an engine: `capture` gives the states [S, L+1, H] of rows of token ids, the last
     before the final norm. Nothing is asked of the target but what it is."""
-    about = _about(target, answers, taps, plan, plan.layout != "specforge")
+    about = _about(target, answers, aux_layers, plan, plan.layout != "specforge")
 
     def read(rows: Sequence[int]) -> dict[int, Tensor]:
         tokens = [(*answers[row].prompt, *answers[row].tokens) for row in rows]
@@ -137,31 +137,33 @@ def capture_features(
 
 @torch.no_grad()
 def read_states(
-    target: Target, norm: nn.Module, tokens_BT: Tensor, taps: Sequence[int], pre_norm: bool
+    target: Target, norm: nn.Module, tokens_BT: Tensor, aux_layers: Sequence[int], pre_norm: bool
 ) -> Tensor:
-    """[B, T, L+1, H]: hs[] of `taps`, then the state that enters the final norm or, without
+    """[B, T, L+1, H]: hs[] of `aux_layers`, then the state that enters the final norm or, without
     `pre_norm`, hs[n]."""
-    wanted = [*taps] if pre_norm else [*taps, target.num_layers]
+    wanted = [*aux_layers] if pre_norm else [*aux_layers, target.num_layers]
     with states_entering(norm) as caught:
         features_BTF = target.read(tokens_BT, wanted, keep=1).features_BTF
-    tapped_BTLH = (
+    aux_BTLH = (
         features_BTF.view(*tokens_BT.shape, len(wanted), -1) if wanted else caught[-1][:, :, :0]
     )
     if not pre_norm:
-        return tapped_BTLH
+        return aux_BTLH
     last_BT1H = caught[-1][:, :, None]
-    return torch.cat([tapped_BTLH, last_BT1H], 2) if wanted else last_BT1H
+    return torch.cat([aux_BTLH, last_BT1H], 2) if wanted else last_BT1H
 
 
 def compare_features(target: Target, rows: FeatureRows, count: int = 4) -> dict[str, float]:
     """How far stored states are from what the target says here: ||stored - own|| / ||own||, at worst of
-    `count` rows spread over the store, by tap. The last state is called 'last'."""
+    `count` rows spread over the store, by aux layer. The last state is called 'last'."""
     norm = find_final_norm(target)
-    worst = dict.fromkeys([*(f"hs[{tap}]" for tap in rows.taps), "last"], 0.0)
+    worst = dict.fromkeys([*(f"hs[{aux_layer}]" for aux_layer in rows.aux_layers), "last"], 0.0)
     spread = np.linspace(0, len(rows.tokens) - 1, min(count, len(rows.tokens))).astype(int)
     for row in spread.tolist():
         tokens_1T = torch.from_numpy(rows.tokens[row])[None].long().to(target.device)
-        own_SLH = read_states(target, norm, tokens_1T, rows.taps, rows.pre_norm)[0].float().cpu()
+        own_SLH = (
+            read_states(target, norm, tokens_1T, rows.aux_layers, rows.pre_norm)[0].float().cpu()
+        )
         stored_SLH = rows.states(row).float()
         apart_L = (stored_SLH - own_SLH).norm(dim=(0, 2)) / own_SLH.norm(dim=(0, 2))
         for name, apart in zip(worst, apart_L.tolist(), strict=True):
@@ -227,7 +229,7 @@ def _check_room(writer: FeatureWriter, size: int, plan: Plan) -> None:
 
 
 def _about(
-    target: Target, answers: Sequence[Answer], taps: Sequence[int], plan: Plan, pre_norm: bool
+    target: Target, answers: Sequence[Answer], aux_layers: Sequence[int], plan: Plan, pre_norm: bool
 ) -> FeatureAbout:
     if plan.layout not in WRITERS:
         raise UserError(f"unknown layout '{plan.layout}'; {nearest(plan.layout, WRITERS)}")
@@ -240,7 +242,7 @@ def _about(
         layers=target.num_layers,
         hidden_size=target.hidden_size,
         dtype=str(target.dtype).removeprefix("torch."),
-        taps=tuple(taps),
+        aux_layers=tuple(aux_layers),
         pre_norm=pre_norm,
         answers_hash=answers_hash(answers),
         shard_mb=plan.shard_mb,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.folders import read_json
+from ..core.renamed import with_today_keys
 from . import (
     specforge,
     speculators,
@@ -25,11 +26,11 @@ WRITERS: dict[str, type[FeatureWriter]] = {
 
 
 def open_features(
-    folder: Path, taps: Sequence[int] | None = None, *, unpickle: bool = False
+    folder: Path, aux_layers: Sequence[int] | None = None, *, unpickle: bool = False
 ) -> FeatureRows:
     """The rows of a folder, whatever layout they are in.
 
-    `taps` are the hs[] indices that a foreign layout holds, which its files do not say; a store of
+    `aux_layers` are the hs[] indices that a foreign layout holds, which its files do not say; a store of
     redraft's own says it itself. `unpickle` allows SpecForge's files, which are pickles. Raises
     UserError for a folder without features, or with damaged ones.
     """
@@ -37,17 +38,17 @@ def open_features(
         return FeatureStore(folder)
     for layout, known in (("speculators", speculators), ("specforge", specforge)):
         if known.recognises(folder):
-            if taps is None and (folder / CLAIM).is_file():
-                taps = read_json(folder / CLAIM).get("taps")
-            if taps is None:
+            if aux_layers is None and (folder / CLAIM).is_file():
+                aux_layers = with_today_keys(read_json(folder / CLAIM)).get("aux_layers")
+            if aux_layers is None:
                 raise UserError(
                     f"{folder} is in the {layout} layout, whose files do not say which layers they hold; name "
-                    "them with --taps in hs[] numbers (vLLM's layer ids, SpecForge's plus one), without the "
+                    "them with --aux-layers in hs[] numbers (vLLM's layer ids, SpecForge's plus one), without the "
                     "last state"
                 )
             if layout == "specforge":
-                return specforge.SpecForgeRows(folder, taps, unpickle=unpickle)
-            return speculators.SpeculatorsRows(folder, taps)
+                return specforge.SpecForgeRows(folder, aux_layers, unpickle=unpickle)
+            return speculators.SpeculatorsRows(folder, aux_layers)
     found = (
         ", ".join(sorted(p.name for p in folder.iterdir())[:5])
         if folder.is_dir()

@@ -1,9 +1,9 @@
 """Stored hidden states of a target, in whatever layout: what a reader of each gives.
 
-A row is one sample, a prompt with its answer. Its states are [S, L+1, H]: the tapped hs[] in
+A row is one sample, a prompt with its answer. Its states are [S, L+1, H]: the auxiliary hs[] in
 ascending order, then the last state, before the target's final norm (`pre_norm`) or after it.
 
-Shapes: S tokens of a row, L taps, H target hidden size.
+Shapes: S tokens of a row, L aux layers, H target hidden size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FeatureRows(ABC):
 
     layout: str
     folder: Path
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     pre_norm: bool
     dtype: torch.dtype
     hidden_size: int
@@ -52,15 +52,18 @@ class FeatureRows(ABC):
     def index(self) -> RowIndex:
         return RowIndex(self.tokens)
 
-    def columns(self, taps: Sequence[int]) -> list[int]:
-        """Where `taps` and the last state lie among a row's states; raises UserError if they do not."""
-        missing = [tap for tap in taps if tap not in self.taps]
+    def columns(self, aux_layers: Sequence[int]) -> list[int]:
+        """Where `aux_layers` and the last state lie among a row's states; raises UserError if they do not."""
+        missing = [aux_layer for aux_layer in aux_layers if aux_layer not in self.aux_layers]
         if missing:
             raise UserError(
-                f"{self.folder} holds {_named(self.taps)} and the last state, not {_named(missing)}; "
+                f"{self.folder} holds {_named(self.aux_layers)} and the last state, not {_named(missing)}; "
                 "write the features of this draft: redraft features --draft DRAFT"
             )
-        return [*(self.taps.index(tap) for tap in taps), len(self.taps)]
+        return [
+            *(self.aux_layers.index(aux_layer) for aux_layer in aux_layers),
+            len(self.aux_layers),
+        ]
 
 
 class RowIndex:
@@ -130,5 +133,5 @@ def _common(one: bytes, other: bytes) -> int:
     return int(differ[0]) if len(differ) else short
 
 
-def _named(taps: Sequence[int]) -> str:
-    return ", ".join(f"hs[{tap}]" for tap in taps) or "no tap"
+def _named(aux_layers: Sequence[int]) -> str:
+    return ", ".join(f"hs[{aux_layer}]" for aux_layer in aux_layers) or "no aux layer"

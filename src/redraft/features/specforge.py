@@ -9,7 +9,7 @@ made it, so it takes a flag, and then a loader that accepts nothing but tensors.
 
 Facts from SpecForge a6b6b023 (scripts/prepare_hidden_states.py, algorithms/eagle3/data.py).
 
-Shapes: S tokens of a row, L taps, H target hidden size.
+Shapes: S tokens of a row, L aux layers, H target hidden size.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class SpecForgeRows(FeatureRows):
     layout = "specforge"
     pre_norm = False
 
-    def __init__(self, folder: Path, taps: Sequence[int], *, unpickle: bool = False):
-        """`taps` are the hs[] indices that the files hold. Raises UserError without `unpickle`."""
-        self.folder, self.taps = folder, tuple(taps)
+    def __init__(self, folder: Path, aux_layers: Sequence[int], *, unpickle: bool = False):
+        """`aux_layers` are the hs[] indices that the files hold. Raises UserError without `unpickle`."""
+        self.folder, self.aux_layers = folder, tuple(aux_layers)
         self._paths = _files(folder)
         if not unpickle:
             raise UserError(
@@ -64,11 +64,11 @@ class SpecForgeRows(FeatureRows):
         first = self._load(self._paths[0])
         self.dtype, self.hidden_size = first["hidden_state"].dtype, first["hidden_state"].shape[-1]
         width = first["aux_hidden_state"].shape[-1]
-        if width != len(self.taps) * self.hidden_size:
+        if width != len(self.aux_layers) * self.hidden_size:
             raise UserError(
                 f"{self._paths[0]}: aux_hidden_state is {width} wide, {width / self.hidden_size:g} layers of "
-                f"hidden size {self.hidden_size}; got {len(self.taps)} taps ({', '.join(map(str, self.taps))}). "
-                "Name the layers with --taps in hs[] numbers: SpecForge's layer id k is hs[k+1]"
+                f"hidden size {self.hidden_size}; got {len(self.aux_layers)} aux layers ({', '.join(map(str, self.aux_layers))}). "
+                "Name the layers with --aux-layers in hs[] numbers: SpecForge's layer id k is hs[k+1]"
             )
 
     @cached_property
@@ -78,7 +78,9 @@ class SpecForgeRows(FeatureRows):
     def states(self, row: int, stop: int | None = None) -> Tensor:
         found = self._load(self._paths[row])
         aux, last = (found[key].reshape(len(self.tokens[row]), -1) for key in KEYS[2:])
-        whole = torch.cat([aux, last], -1).view(len(aux), len(self.taps) + 1, self.hidden_size)
+        whole = torch.cat([aux, last], -1).view(
+            len(aux), len(self.aux_layers) + 1, self.hidden_size
+        )
         return whole[:stop]
 
     def answers(self) -> list[Answer]:

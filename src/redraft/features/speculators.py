@@ -13,7 +13,7 @@ without a dataset.
 Facts from speculators c05b95b3 (train/data.py, data_generation/offline.py) and vLLM 0.32.0
 (example_hidden_states_connector.py); the layer ids measured against a capture.
 
-Shapes: S tokens of a row, L taps, H target hidden size.
+Shapes: S tokens of a row, L aux layers, H target hidden size.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ class SpeculatorsRows(FeatureRows):
     layout = "speculators"
     pre_norm = True
 
-    def __init__(self, folder: Path, taps: Sequence[int]):
-        """`taps` are the hs[] indices (equal to vLLM's layer ids) that the files hold, ascending.
+    def __init__(self, folder: Path, aux_layers: Sequence[int]):
+        """`aux_layers` are the hs[] indices (equal to vLLM's layer ids) that the files hold, ascending.
 
         Raises UserError for files of another shape, and for damaged ones.
         """
-        self.folder, self.taps = folder, tuple(taps)
+        self.folder, self.aux_layers = folder, tuple(aux_layers)
         self._paths = _files(folder)
         with _opened(self._paths[0]) as stream:
             shape = stream.get_slice(STATES).get_shape()
             self.dtype = stream.get_slice(STATES)[:0].dtype
-        if len(shape) != 3 or shape[1] != len(self.taps) + 1:
+        if len(shape) != 3 or shape[1] != len(self.aux_layers) + 1:
             raise UserError(
-                f"{self._paths[0]}: {STATES} of shape {shape}; expected [tokens, {len(self.taps) + 1}, "
-                f"hidden size] for the layers {', '.join(map(str, self.taps)) or '(none)'} and the last "
-                "state. The files do not say which layers they hold: name them with --taps, in vLLM's "
+                f"{self._paths[0]}: {STATES} of shape {shape}; expected [tokens, {len(self.aux_layers) + 1}, "
+                f"hidden size] for the layers {', '.join(map(str, self.aux_layers)) or '(none)'} and the last "
+                "state. The files do not say which layers they hold: name them with --aux-layers, in vLLM's "
                 "numbers and without the last"
             )
         self.hidden_size = shape[2]
@@ -97,7 +97,7 @@ class SpeculatorsRows(FeatureRows):
         for path, tokens in zip(self._paths, self.tokens, strict=True):
             row = int(path.stem.removeprefix(PREFIX))
             if row >= len(masks):
-                raise UserError(f"{path}: the dataset beside it has {len(masks)} rows only")
+                raise UserError(f"{path}: the dataset next to it has {len(masks)} rows only")
             found.append(answer_of(f"row-{row}", tokens.tolist(), masks[row]))
         return found
 

@@ -11,7 +11,7 @@ Whoever is interrupted continues after the last whole shard. A reader checks the
 shards' sizes when it opens a store, and each row's CRC-32 when it first reads it: a store of
 terabytes is never read for its checksums alone, unless `check` is asked to.
 
-Shapes: N tokens of a shard, S of a row, L taps, H target hidden size.
+Shapes: N tokens of a shard, S of a row, L aux layers, H target hidden size.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from ..core.files import (
 )
 from ..core.folders import read_file, read_json
 from ..core.records import Answer, versions
+from ..core.renamed import with_today_keys
 from .rows import STATES, TOKENS, FeatureRows, row_tokens
 from .writer import FeatureAbout, FeatureWriter, lines_of
 
@@ -98,7 +99,7 @@ class StoreWriter(FeatureWriter):
     def write(self, group: int, states: dict[int, Tensor]) -> None:
         tokens = [torch.from_numpy(row_tokens(self.answers[row])) for row in states]
         about = self.about
-        shape = (sum(map(len, tokens)), len(about.taps) + 1, about.hidden_size)
+        shape = (sum(map(len, tokens)), len(about.aux_layers) + 1, about.hidden_size)
         whole = torch.empty(shape, dtype=about.torch_dtype)
         rows, at = [], 0
         for row in list(states):
@@ -106,7 +107,9 @@ class StoreWriter(FeatureWriter):
             whole[at : at + len(one)] = one
             rows.append([row, at, len(one), _crc(one)])
             at += len(one)
-        content = save({TOKENS: torch.cat(tokens), STATES: whole}, {"taps": json.dumps(about.taps)})
+        content = save(
+            {TOKENS: torch.cat(tokens), STATES: whole}, {"aux_layers": json.dumps(about.aux_layers)}
+        )
         name = _shard(group)
         write_bytes(self.folder / name, content)
         point("features: shard written")
@@ -161,18 +164,18 @@ class FeatureStore(FeatureRows):
                 f"{folder}: no {MANIFEST}, which is written last: the store is unfinished. Run the same "
                 "redraft features command again, it continues"
             )
-        manifest = read_json(folder / MANIFEST)
+        manifest = with_today_keys(read_json(folder / MANIFEST))
         if manifest.get("format") != FORMAT:
             raise UserError(
                 f"{folder / MANIFEST}: format {manifest.get('format')}, this redraft reads {FORMAT}"
             )
         try:
             fields = {name: manifest[name] for name in FeatureAbout.__dataclass_fields__}
-            self.about = FeatureAbout(**{**fields, "taps": tuple(fields["taps"])})
+            self.about = FeatureAbout(**{**fields, "aux_layers": tuple(fields["aux_layers"])})
             self._files = dict(manifest["files"])
         except (KeyError, TypeError) as problem:
             raise UserError(f"{folder / MANIFEST} is damaged: no usable {problem}") from None
-        self.taps, self.pre_norm = self.about.taps, self.about.pre_norm
+        self.aux_layers, self.pre_norm = self.about.aux_layers, self.about.pre_norm
         self.dtype, self.hidden_size = self.about.torch_dtype, self.about.hidden_size
         self._check_small_files()
         with (folder / ANSWERS).open(encoding="utf-8") as lines:

@@ -5,9 +5,9 @@ by their tokens, and the model's own code makes logits from them: it is loaded w
 (embedding, final norm and head remain), and the stored states are put in before its final norm. So a
 target trains a draft where it would not fit, and whatever a model does after its layers it still does.
 
-What cannot be looked up cannot be had: other tokens, decoding, taps that were not stored.
+What cannot be looked up cannot be had: other tokens, decoding, aux layers that were not stored.
 
-Shapes: B batch, T tokens, L taps, H target hidden size, F = taps * H, V target vocabulary.
+Shapes: B batch, T tokens, L aux layers, H target hidden size, F = aux layers * H, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WITNESSED = {torch.float64: 1e-4, torch.float32: 1e-3}
 """How far recomputed logits may be from the target's own, as a share of the largest; else COARSE."""
 COARSE = 3e-2
 LEAST_SAID = 0.2
-"""Stored states under which fewer of the answers' tokens than this are the likeliest are not theirs."""
+"""Stored states under which fewer of the answers' tokens than this are the most likely are not theirs."""
 OF_A_LAYER = re.compile(r"\.\d+\.")
 """In the name of a tensor: it belongs to one of the layers."""
 LOOKED_AT = 8
@@ -83,7 +83,7 @@ class StoredTarget(Target):
     def read(
         self,
         tokens_BT: Tensor,
-        taps: Sequence[int],
+        aux_layers: Sequence[int],
         cache: Any = None,
         *,
         keep: Tensor | int = 0,
@@ -96,17 +96,19 @@ class StoredTarget(Target):
         """
         if cache is not None or placed:
             raise UserError(NO_LAYERS)
-        tapped = [tap for tap in taps if tap != self.num_layers]
-        states_BTLH, pre_norm = self._look_up(tokens_BT, tapped)
+        aux_states = [aux_layer for aux_layer in aux_layers if aux_layer != self.num_layers]
+        states_BTLH, pre_norm = self._look_up(tokens_BT, aux_states)
         with in_place_of(self.norm, states_BTLH[:, :, -1], pre_norm) as left, self._allowed():
             logits_BTV = self.model(
                 input_ids=tokens_BT, use_cache=False, logits_to_keep=keep
             ).logits
-        if not taps:
+        if not aux_layers:
             return Reading(logits_BTV[..., :0], logits_BTV)
         features = [
-            left[-1] if tap == self.num_layers else states_BTLH[:, :, tapped.index(tap)]
-            for tap in taps
+            left[-1]
+            if aux_layer == self.num_layers
+            else states_BTLH[:, :, aux_states.index(aux_layer)]
+            for aux_layer in aux_layers
         ]
         return Reading(torch.cat(features, dim=-1), logits_BTV)
 
@@ -120,7 +122,7 @@ class StoredTarget(Target):
         return normed
 
     def check_says(self, answers: Sequence[Answer]) -> float:
-        """Share of stored greedy answers' tokens that the stored states make the likeliest.
+        """Share of stored greedy answers' tokens that the stored states make the most likely.
 
         Raises UserError where that is hardly any: states shifted, of another layer, or of another
         model. Answers that were sampled or written by others are likelier or less, and pass.
@@ -135,7 +137,7 @@ class StoredTarget(Target):
             total += answer.length
         if total and hits < LEAST_SAID * total:
             raise UserError(
-                f"of {total} answer tokens the stored states make {hits} the likeliest: they are not the "
+                f"of {total} answer tokens the stored states make {hits} the most likely: they are not the "
                 "states that these answers came from. Is the last one stored before the final norm, at the "
                 "right layer, and are the answers this target's own?"
             )
@@ -145,14 +147,14 @@ class StoredTarget(Target):
         tokens = np.array([*answer.prompt, *answer.answer])
         return any(rows.index.find(tokens)[1] == len(tokens) for rows in self.features)
 
-    def _look_up(self, tokens_BT: Tensor, taps: Sequence[int]) -> tuple[Tensor, bool]:
+    def _look_up(self, tokens_BT: Tensor, aux_layers: Sequence[int]) -> tuple[Tensor, bool]:
         """Stored states [B, T, L+1, H] of rows, and whether the last is the one before the norm."""
         B, T = tokens_BT.shape
-        shape = (B, T, len(taps) + 1, self.hidden_size)
+        shape = (B, T, len(aux_layers) + 1, self.hidden_size)
         states = torch.zeros(shape, dtype=self.dtype)
         for b, tokens in enumerate(tokens_BT.cpu().numpy()):
             rows, row, length = self._find(tokens)
-            states[b, :length] = rows.states(row, length)[:, rows.columns(taps)]
+            states[b, :length] = rows.states(row, length)[:, rows.columns(aux_layers)]
         return states.to(self.device), self.features[0].pre_norm
 
     def _find(self, tokens: np.ndarray[Any, Any]) -> tuple[FeatureRows, int, int]:

@@ -33,7 +33,7 @@ class FeatureAbout:
     layers: int
     hidden_size: int
     dtype: str
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     pre_norm: bool
     answers_hash: str
     shard_mb: float
@@ -47,7 +47,7 @@ class FeatureAbout:
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes, its id included."""
-        return (len(self.taps) + 1) * self.hidden_size * self.torch_dtype.itemsize + 8
+        return (len(self.aux_layers) + 1) * self.hidden_size * self.torch_dtype.itemsize + 8
 
 
 class FeatureWriter(ABC):

@@ -25,6 +25,7 @@ from ..core.errors import UserError
 from ..core.files import append_lines, finish_lines, move, write_text
 from ..core.folders import read_json
 from ..core.records import Answer, Prompt
+from ..core.renamed import with_today_keys
 from ..models.target import Target
 from ..prompts.disk_list import PromptPool
 
@@ -42,14 +43,14 @@ SET_ASIDE = "set-aside"
 
 
 def answer_inputs(
-    target: Target, prompts: Sequence[Prompt], config: RegenerateConfig, overrun: int
+    target: Target, prompts: Sequence[Prompt], config: RegenerateConfig, lookahead: int
 ) -> dict[str, Any]:
     """All that an answer depends on: not who computes it, nor how many at a time."""
     settings = {k: v for k, v in asdict(config).items() if k not in NO_INPUTS}
     return {
         "target": target.fingerprint(),
         "prompts": prompts_hash(prompts),
-        "overrun": overrun,
+        "lookahead": lookahead,
         **settings,
     }
 
@@ -83,7 +84,7 @@ def claim(
                 f"{out} exists and was not written by `redraft regenerate`; name another file"
             )
         try:
-            known = read_json(record)
+            known = with_today_keys(read_json(record))
         except UserError as problem:
             raise UserError(f"{problem}; remove {out} and {record.name} to answer anew") from None
         changed = sorted(key for key in inputs if known.get(key) != inputs[key])
@@ -179,7 +180,7 @@ def _alike(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
         for record in sorted(folder.glob("*.about.json")):
             file = record.with_name(record.name.replace(".about.json", out.suffix))
             with contextlib.suppress(UserError):  # a damaged record says nothing of its answers
-                known = read_json(record)
+                known = with_today_keys(read_json(record))
                 if file != out and file.is_file() and settings.items() <= known.items():
                     yield file
 

@@ -84,7 +84,7 @@ class Findings:
 
 
 def describe(found: Findings) -> dict[str, Any]:
-    """What is recorded of a server beside its answers."""
+    """What is recorded of a server next to its answers."""
     return {
         "model": found.model,
         "version": found.server,
@@ -126,11 +126,11 @@ def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]
 
 
 async def check(
-    endpoint: Endpoint, target: Target, prompts: Sequence[Prompt], model: str, overrun: int = 0
+    endpoint: Endpoint, target: Target, prompts: Sequence[Prompt], model: str, lookahead: int = 0
 ) -> Findings:
     """Ask `endpoint` for its model named `model` ('': the only one), and compare with `target`.
 
-    `overrun` is how many lookahead tokens will be asked for. Raises UserError when it is another model,
+    `lookahead` is how many lookahead tokens will be asked for. Raises UserError when it is another model,
     tokenizer or template, or cannot be used; Trouble when it does not answer for now.
     """
     skipped: list[str] = []
@@ -140,7 +140,7 @@ async def check(
     except Refused:
         version = "unknown"
     await _compare_rendering(endpoint, target, name, skipped)
-    read = await _compare_weights(endpoint, target, prompts, name, context, skipped, overrun)
+    read = await _compare_weights(endpoint, target, prompts, name, context, skipped, lookahead)
     return Findings(name, version, context, *read, tuple(skipped))
 
 
@@ -215,10 +215,10 @@ async def _compare_weights(
     model: str,
     context: int,
     skipped: list[str],
-    overrun: int,
+    lookahead: int,
 ) -> tuple[bool, int, float | None, float]:
     """Whether token ids come back, tokens compared, mean difference and mean gap in nats."""
-    asking = Asking(target, Sampling(), PROBE_TOKENS, 0, overrun)
+    asking = Asking(target, Sampling(), PROBE_TOKENS, 0, lookahead)
     fit = (i for i, n in enumerate(lengths_of(prompts)) if asking.room_after(n, context) >= 1)
     probes = [prompts[i] for i in itertools.islice(fit, PROBES)]
     if not probes:
@@ -257,7 +257,7 @@ async def _compare_weights(
     if not complete:
         skipped.append("log-probabilities (it returns none; the words were compared)")
     _refuse_other_weights(endpoint, target, model, len(gaps), difference, gap)
-    if overrun:
+    if lookahead:
         for prompt in probes:
             await _check_ahead(endpoint, asking, prompt, model, context)
     return returns_ids, len(gaps), difference, gap
@@ -290,7 +290,7 @@ async def _check_ahead(
         raise UserError(
             f"{endpoint.url}: asked to ignore stop tokens (ignore_eos), its model '{visible(model)}' writes a "
             f"token where the target finds another more likely by {worst:.1f} nats; it may forbid stop tokens "
-            "then. Lookahead tokens (--overrun) have to come from another server (vLLM, SGLang), or leave out "
+            "then. Lookahead tokens (--lookahead) have to come from another server (vLLM, SGLang), or leave out "
             "--endpoint"
         )
 
@@ -344,7 +344,7 @@ def _key_problem(endpoint: Endpoint, problem: Refused) -> str:
 
 @torch.inference_mode()
 def _read(target: Target, prompt: Prompt, tokens: Sequence[int]) -> tuple[list[float], list[float]]:
-    """The target's log-probability of each token, and of its own likeliest token there."""
+    """The target's log-probability of each token, and of its own most likely token there."""
     row = torch.tensor([[*prompt.tokens, *tokens[:-1]]], device=target.device)
     logits_TV = target.read(row, ()).logits_BTV[0, len(prompt.tokens) - 1 :]
     logp_TV = logits_TV.float().log_softmax(-1)

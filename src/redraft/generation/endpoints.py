@@ -52,13 +52,13 @@ START_PATIENCE = 60.0
 class Endpoints:
     """The servers that `config` names, as one backend for answers of `target`.
 
-    `overrun` is how many lookahead tokens are kept past each answer's end. `about` says, for each
+    `lookahead` is how many lookahead tokens are kept past each answer's end. `about` says, for each
     server that was found to be the target, what it is; it holds no secret.
     """
 
-    def __init__(self, target: Target, config: RegenerateConfig, overrun: int = 0):
+    def __init__(self, target: Target, config: RegenerateConfig, lookahead: int = 0):
         sampling = Sampling.of(config)
-        self.asking = Asking(target, sampling, config.max_new_tokens, config.seed, overrun)
+        self.asking = Asking(target, sampling, config.max_new_tokens, config.seed, lookahead)
         self.config = config
         self.about: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Findings] = {}
@@ -187,7 +187,7 @@ class Endpoints:
         """Is this server the target, and do the prompts fit it? Raises UserError when not."""
         asking = self.asking
         found = await check(
-            *(endpoint, asking.target, prompts, self.config.endpoint_model), asking.overrun
+            *(endpoint, asking.target, prompts, self.config.endpoint_model), asking.lookahead
         )
         lengths = lengths_of(prompts)
         long = [i for i, n in enumerate(lengths) if asking.room_after(n, found.context) < 1]
@@ -196,7 +196,7 @@ class Endpoints:
                 f"{station.url} serves a context of {min(found.context, asking.target.max_positions)} "
                 f"tokens, which {len(long)} of {len(prompts)} prompts fill (first: {prompts[long[0]].id}, "
                 f"{lengths[long[0]]} tokens); serve the target with a longer one (vLLM: --max-model-len "
-                f"{max(lengths) + asking.max_new_tokens + asking.overrun})"
+                f"{max(lengths) + asking.max_new_tokens + asking.lookahead})"
             )
         first = station.url not in self._found
         station.findings = self._found[station.url] = found
@@ -252,11 +252,11 @@ class Endpoints:
         body = asking.body(prompt, found.model, found.context)
         reply = await endpoint.post("/v1/completions", body)
         heard = asking.hear(prompt, reply, body["max_tokens"])
-        if not asking.overrun:
+        if not asking.lookahead:
             return heard
-        ahead = asking.body_ahead(heard.answer, asking.overrun, found.model)
+        ahead = asking.body_ahead(heard.answer, asking.lookahead, found.model)
         reply = await endpoint.post("/v1/completions", ahead)
-        tokens = (*heard.answer.tokens, *asking.hear_ahead(reply, asking.overrun))
+        tokens = (*heard.answer.tokens, *asking.hear_ahead(reply, asking.lookahead))
         return replace(heard, answer=replace(heard.answer, tokens=tokens))
 
     def _note(self, heard: Heard) -> Answer:

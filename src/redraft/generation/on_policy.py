@@ -26,7 +26,7 @@ LOOKED_AT = 32
 LONGEST = 256
 """Tokens of an answer that are looked at, and drawn."""
 GREEDY = 0.97
-"""The share of likeliest tokens from which answers are taken for greedy ones; near-ties may fall otherwise."""
+"""The share of most likely tokens from which answers are taken for greedy ones; near-ties may fall otherwise."""
 NOTICED = 0.1
 """Nats per token above the target's own that are worth a warning, if three standard errors agree."""
 
@@ -35,7 +35,7 @@ NOTICED = 0.1
 class Cost:
     """What answers cost a target, in nats per token: `surprise` is -log p of their tokens, with its standard
     `error` over answers, `entropy` that of p at the same positions. `agreement` is the share of tokens
-    that are the target's likeliest."""
+    that are the target's most likely."""
 
     tokens: int
     surprise: float
@@ -64,7 +64,7 @@ class Ownership:
     def describe(self) -> str:
         text = (
             f"the answers' tokens cost the target {self.surprise:.2f} nats each, answers that it draws itself "
-            f"{self.expected:.2f} (+- {self.error:.2f}); {self.agreement:.0%} are its likeliest "
+            f"{self.expected:.2f} (+- {self.error:.2f}); {self.agreement:.0%} are its most likely "
             f"({self.answers} answers, {self.tokens:,} tokens)"
         )
         if self.own and self.agreement >= GREEDY:
@@ -72,7 +72,7 @@ class Ownership:
         if self.own:
             return (
                 f"{text}. They may be its own, if they were sampled at a temperature near 1; likelihood tells no "
-                "more than that. Of its greedy answers all tokens are the likeliest: if these are what somebody "
+                "more than that. Of its greedy answers all tokens are the most likely: if these are what somebody "
                 "else said, or you serve greedily, have it answer the same prompts (leave --answers out)"
             )
         return (

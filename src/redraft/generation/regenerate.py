@@ -42,7 +42,7 @@ def regenerate(
     prompts: Sequence[Prompt],
     out: Path,
     config: RegenerateConfig,
-    overrun: int = 0,
+    lookahead: int = 0,
     *,
     grow: bool = False,
 ) -> list[Answer]:
@@ -55,16 +55,16 @@ def regenerate(
     of its own, it keeps its answers to other prompts, and no other process may write it. Elsewhere the caller
     holds the folder.
     """
-    check_backend(config, overrun)
-    inputs = answer_inputs(target, prompts, config, overrun)
+    check_backend(config, lookahead)
+    inputs = answer_inputs(target, prompts, config, lookahead)
     with held(out) if grow else contextlib.nullcontext():
         asked = claim(out, inputs, prompts, grow=grow, more=kept_time(target))
         if config.answers == "original":
             return _write_originals(prompts, out, config.max_new_tokens, target)
         backend = (
-            _Served(target, config, out, overrun)
+            _Served(target, config, out, lookahead)
             if config.endpoints
-            else _Own(target, config, overrun)
+            else _Own(target, config, lookahead)
         )
         while len(asked):
             _answer_round(backend, asked, out, inputs)
@@ -138,10 +138,10 @@ def _next_round(
     return turns
 
 
-def check_backend(config: RegenerateConfig, overrun: int) -> None:
+def check_backend(config: RegenerateConfig, lookahead: int) -> None:
     """Raise UserError for settings that do not go together."""
-    if overrun < 0:
-        raise UserError(f"--overrun takes a number of tokens, 0 or more; got {overrun}")
+    if lookahead < 0:
+        raise UserError(f"--lookahead takes a number of tokens, 0 or more; got {lookahead}")
     if config.endpoints and config.answers == "original":
         raise UserError(
             "answers=original takes the answers in the prompts file, so no endpoint is asked; leave out "
@@ -152,8 +152,8 @@ def check_backend(config: RegenerateConfig, overrun: int) -> None:
 class _Own:
     """Answers from the target in this process, in batches planned from all prompts."""
 
-    def __init__(self, target: Target, config: RegenerateConfig, overrun: int):
-        self.target, self.config, self.overrun = target, config, overrun
+    def __init__(self, target: Target, config: RegenerateConfig, lookahead: int):
+        self.target, self.config, self.lookahead = target, config, lookahead
 
     def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
         """The answers to the prompts, batch by batch.
@@ -161,14 +161,14 @@ class _Own:
         Batches are filled in the order of length, so those that an interruption left are the same ones.
         """
         c = self.config
-        new_tokens = c.max_new_tokens + self.overrun
+        new_tokens = c.max_new_tokens + self.lookahead
         yield from generate_answers(
             self.target,
             prompts,
             plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens),
             sampling=Sampling.of(c),
             max_new_tokens=c.max_new_tokens,
-            overrun=self.overrun,
+            lookahead=self.lookahead,
             seed=c.seed,
         )
 
@@ -180,12 +180,12 @@ class _Own:
 
 
 class _Served:
-    """Answers from endpoints; what these are is noted beside the answers' file."""
+    """Answers from endpoints; what these are is noted next to the answers' file."""
 
-    def __init__(self, target: Target, config: RegenerateConfig, out: Path, overrun: int = 0):
+    def __init__(self, target: Target, config: RegenerateConfig, out: Path, lookahead: int = 0):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
-        self.pool, self.out = Endpoints(target, config, overrun), out
+        self.pool, self.out = Endpoints(target, config, lookahead), out
 
     def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
         """The answers to the prompts, as they come."""

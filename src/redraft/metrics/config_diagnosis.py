@@ -25,7 +25,7 @@ CLEARLY = 0.15
 def suspects(target: Target, stored: StoredDraft, answers: Sequence[Answer], k: int) -> list[str]:
     """Sentences naming what is wrong with the files, best supported first; none if all is well.
 
-    `answers` are the target's own, with K-1 tokens of overrun; fewer than FEWEST name nothing.
+    `answers` are the target's own, with K-1 tokens of lookahead; fewer than FEWEST name nothing.
     """
 
     def traces(draft: StoredDraft) -> list[StepTrace]:

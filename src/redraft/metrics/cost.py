@@ -39,20 +39,20 @@ def measure_cost(
     """Time the parts of a step after `prompt` (token ids), in turn, `rows` copies at a time."""
     tokens = torch.tensor([list(prompt)] * rows, device=target.device)
     cache, draft_cache = RowCache(target, rows), draft.new_cache(tokens[:, 0])
-    reading = cache.read(tokens, draft.taps, keep=1)
+    reading = cache.read(tokens, draft.aux_layers, keep=1)
     last = reading.logits_BTV[:, -1].argmax(-1, keepdim=True)
     following = torch.cat([tokens[:, 1:], last], 1)
-    state = draft.absorb(draft_cache, following, reading.features_BTF)
+    state = draft.extend(draft_cache, following, reading.features_BTF)
 
-    def read(count: int, taps: Sequence[int]) -> None:
-        cache.read(last.expand(-1, count), taps).logits_BTV.argmax(-1).tolist()
+    def read(count: int, aux_layers: Sequence[int]) -> None:
+        cache.read(last.expand(-1, count), aux_layers).logits_BTV.argmax(-1).tolist()
         cache.roll_back([count] * rows)
 
     def draft_step() -> None:
-        draft.logits(draft.advance(draft_cache, last, state)).argmax(-1)
+        draft.logits(draft.step(draft_cache, last, state)).argmax(-1)
 
     jobs: list[Callable[[], None]] = [lambda: read(1, ()), draft_step]
-    jobs += [lambda count=k + 1: read(count, draft.taps) for k in range(most + 1)]  # type: ignore[misc]
+    jobs += [lambda count=k + 1: read(count, draft.aux_layers) for k in range(most + 1)]  # type: ignore[misc]
     taken: list[list[float]] = [[] for _ in jobs]
     for repeat in range(repeats + 2):
         for job, seconds in zip(jobs, taken, strict=True):
@@ -62,7 +62,7 @@ def measure_cost(
                 torch.cuda.synchronize(target.device)
             if repeat >= 2:  # two rounds of warm-up
                 seconds.append(time.perf_counter() - began)
-        draft.absorb(draft_cache, last, reading.features_BTF[:, -1:])  # forgets the drafted steps
+        draft.extend(draft_cache, last, reading.features_BTF[:, -1:])  # forgets the drafted steps
     plain, drafting, *verify = map(median, taken)
     return StepCost(plain, drafting, tuple(verify), rows, len(prompt), repeats)
 

@@ -47,7 +47,7 @@ def live(
         for prompt, row_seed, decoded in zip(batch, seeds, found, strict=True):
             length = len(decoded.tokens)
             finish = "stop" if decoded.tokens[-1] in target.stop_ids else "length"
-            tokens = (*decoded.tokens, *decoded.overrun)
+            tokens = (*decoded.tokens, *decoded.lookahead)
             own = {**keyed, "seed": row_seed} if keyed else {}
             traces.append(StepTrace(prompt.id, tuple(decoded.accepted), length))
             answers.append(Answer(prompt.id, prompt.tokens, tokens, length, finish, **own))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..core.records import Lossless, Prompt
 from ..decoding.acceptance_modes import Decoding
-from ..decoding.logits_pipeline import Door
+from ..decoding.logits_pipeline import LogitsPipeline
 from ..decoding.noise import gumbel, seeds_tensor
 from ..decoding.sampling import scores
 from ..models.target import Target
@@ -122,7 +122,7 @@ def audit(
     seeds_1 = seeds_tensor([seed], target.device)
     at_1T = torch.arange(count, device=target.device)[None]
     chosen_T = decoding.rules.choose(
-        decoding.scores(Door(decoding.sampling), logits_1TV), at_1T, seeds_1
+        decoding.scores(LogitsPipeline(decoding.sampling), logits_1TV), at_1T, seeds_1
     )[0].tolist()
     margins = tuple(
         _margin(logits_1TV[0, at], token, chosen, at, decoding, seed)

@@ -118,14 +118,14 @@ def answer_all(
     target: Target,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
-    overrun: int,
+    lookahead: int,
     sampling: Sampling,
     seed: int = 0,
     batch_size: int = GENERATE_BATCH,
     batch_tokens: int = GENERATE_TOKENS,
 ) -> list[Answer]:
-    """The target's answers to all prompts, in the prompts' order, each with an overrun to replay."""
-    plan = plan_generation(prompts, batch_size, batch_tokens, max_new_tokens + overrun)
+    """The target's answers to all prompts, in the prompts' order, each with an lookahead to replay."""
+    plan = plan_generation(prompts, batch_size, batch_tokens, max_new_tokens + lookahead)
     by_index: dict[int, Answer] = {}
     with Progress("answering", len(prompts), "prompts") as progress:
         batches = generate_answers(
@@ -134,7 +134,7 @@ def answer_all(
             plan,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            overrun=overrun,
+            lookahead=lookahead,
             seed=seed,
         )
         for indices, answers in zip(plan, batches, strict=True):
@@ -149,7 +149,7 @@ def provenance(target: Target, draft: Draft, decoding: Decoding) -> dict[str, An
         "sampling": asdict(decoding.sampling),
         "target": target.name,
         "draft_kind": draft.kind,
-        "taps": list(draft.taps),
+        "aux_layers": list(draft.aux_layers),
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
         "tokenizer_hash": target.tokenizer_hash(),

@@ -4,7 +4,7 @@ The draft is run on the true tokens (its rollout), which is what decoding comput
 drafted tokens are accepted; at the first difference a step ends. So one saved set of answers
 scores any draft, K and acceptance mode without a decoding loop. Given that the target said y_j,
 
-    a draft that takes one token (its likeliest, or the one its noise picks) had it accepted exactly
+    a draft that takes one token (its most likely, or the one its noise picks) had it accepted exactly
     when that token is y_j, at any temperature;
     a draft that samples from q had y_j accepted with probability min(1, q(y_j) / p(y_j)).
 
@@ -48,7 +48,7 @@ def replay(
     """The verification steps that live decoding with this draft would take, in `answers`' order.
 
     Exactly those of the live loop, but for draft tokens that are sampled: then one walk of equal
-    probability. Raises UserError when an answer lacks the overrun (see `check_overrun`), or was not
+    probability. Raises UserError when an answer lacks the lookahead (see `check_overrun`), or was not
     sampled as `decoding` says (see `decoding_of`).
     """
     (traces,) = replay_each(
@@ -116,13 +116,13 @@ def decoding_of(answers: Sequence[Answer], mode: str = "", draft_token: str = ""
     return Decoding(mode, sampling, draft_token or "deterministic")
 
 
-def check_overrun(answers: Sequence[Answer], k: int) -> None:
+def check_lookahead(answers: Sequence[Answer], k: int) -> None:
     """Raise UserError unless each answer holds K-1 tokens past its end, so that no step is cut."""
     for answer in answers:
         if len(answer.tokens) < answer.length + k - 1:
             raise UserError(
                 f"answer {answer.id} holds {len(answer.tokens) - answer.length} tokens past its "
-                f"end, replay at K={k} needs {k - 1}; regenerate it with --overrun {k}"
+                f"end, replay at K={k} needs {k - 1}; regenerate it with --lookahead {k}"
             )
 
 
@@ -164,17 +164,17 @@ def _chances(
 ) -> Iterator[tuple[int, int, Answer, Tensor, int]]:
     """For each draft and answer: their indices, the answer, the chances [S, K] of its chain starts,
     and the first one."""
-    check_overrun(answers, k)
+    check_lookahead(answers, k)
     decoding = decoding or decoding_of(answers)
     _check_decoding(answers, decoding)
     lengths = [len(a.prompt) + a.length + k - 1 for a in answers]
     most = min(batch_tokens, max(BATCH_LOGITS // target.vocab_size, 1))
     for indices in plan_once(lengths, most):
         rows = [answers[i] for i in indices]
-        batch = collate(rows, target.device, overrun=True)
+        batch = collate(rows, target.device, lookahead=True)
         seeds_B = seeds_tensor([a.seed or 0 for a in rows], target.device)
         keep = 0 if decoding.draft_token == "sampled" else 1
-        reading = target.read(batch.tokens_BT, drafts[0].taps, keep=keep)
+        reading = target.read(batch.tokens_BT, drafts[0].aux_layers, keep=keep)
         for which, draft in enumerate(drafts):
             chance_BSK = chances(reading, draft, batch, k, decoding, seeds_B).cpu()
             for index, answer, chance_SK in zip(indices, rows, chance_BSK, strict=True):

@@ -2,7 +2,7 @@
 
 Three comparisons with the target alone, each of which a loop that loses tokens would fail:
 
-    greedy     the likeliest tokens, token for token
+    greedy     the most likely tokens, token for token
     seeded     at a temperature with one noise for both, token for token
     sampled    at a temperature with noise of their own: texts differ, refusal rates must not
 """

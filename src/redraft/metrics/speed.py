@@ -35,7 +35,7 @@ def plain(target: Target, max_new_tokens: int) -> Runner:
             [range(len(prompts))],
             sampling=Sampling(),
             max_new_tokens=max_new_tokens,
-            overrun=0,
+            lookahead=0,
             seed=0,
         )
         return [list(answer.answer) for batch in batches for answer in batch]
@@ -133,7 +133,7 @@ def forwards_timed(target: Target, draft: Draft) -> Iterator[list[float]]:
 
         return wrapper
 
-    places = [(target, "read"), *((draft, name) for name in ("absorb", "advance", "logits"))]
+    places = [(target, "read"), *((draft, name) for name in ("extend", "step", "logits"))]
     for owner, name in places:
         owner.__dict__[name] = timed(getattr(owner, name))
     try:

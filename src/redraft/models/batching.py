@@ -49,9 +49,9 @@ class Batch:
         return row[order], index[order], offset[order]
 
 
-def collate(answers: Sequence[Answer], device: torch.device, *, overrun: bool = False) -> Batch:
-    """Pad answers to one batch; with `overrun` the tokens past the stop are kept and labelled."""
-    rows = [[*a.prompt, *(a.tokens if overrun else a.answer)] for a in answers]
+def collate(answers: Sequence[Answer], device: torch.device, *, lookahead: bool = False) -> Batch:
+    """Pad answers to one batch; with `lookahead` the tokens past the stop are kept and labelled."""
+    rows = [[*a.prompt, *(a.tokens if lookahead else a.answer)] for a in answers]
     longest = max(len(row) for row in rows)
     padded = [row + [0] * (longest - len(row)) for row in rows]
     return Batch(

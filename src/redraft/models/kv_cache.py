@@ -109,7 +109,7 @@ class RowCache(Rows):
     def read(
         self,
         tokens_BT: Tensor,
-        taps: Sequence[int],
+        aux_layers: Sequence[int],
         counts: Sequence[int] | None = None,
         keep: Tensor | int = 0,
     ) -> Reading:
@@ -120,7 +120,7 @@ class RowCache(Rows):
         """
         T = tokens_BT.shape[1]
         placed = self.place(T)
-        reading = self.target.read(tokens_BT, taps, self.layers, keep=keep, **placed)
+        reading = self.target.read(tokens_BT, aux_layers, self.layers, keep=keep, **placed)
         self.grow(counts or [T] * len(self.lengths))
         return reading
 

@@ -3,7 +3,7 @@
 Hidden states use Hugging Face numbering throughout redraft: hs[0] is the embedding output, hs[k]
 the output of layer k-1, hs[n] the state after the final norm (n = number of layers).
 
-Shapes: B batch, T tokens, V target vocabulary, H target hidden size, F = taps * H.
+Shapes: B batch, T tokens, V target vocabulary, H target hidden size, F = aux layers * H.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLES, BLOCK = 64, 4096
 
 @dataclass(frozen=True)
 class Reading:
-    """One forward pass of the target: the tapped features and the next-token logits."""
+    """One forward pass of the target: the auxiliary features and the next-token logits."""
 
     features_BTF: Tensor
     logits_BTV: Tensor
@@ -120,7 +120,7 @@ class Target:
     def read(
         self,
         tokens_BT: Tensor,
-        taps: Sequence[int],
+        aux_layers: Sequence[int],
         cache: Any = None,
         *,
         keep: Tensor | int = 0,
@@ -129,8 +129,8 @@ class Target:
         """Run the target once over `tokens_BT`, continuing `cache` if one is given.
 
         Rows are read without an attention mask: pad on the right only, where causality hides the
-        padding from every real position. `taps` are hs[] indices; features are concatenated in
-        the order of `taps` (F = 0 without any). `keep` limits the logits: the last so many (0:
+        padding from every real position. `aux_layers` are hs[] indices; features are concatenated in
+        the order of `aux_layers` (F = 0 without any). `keep` limits the logits: the last so many (0:
         all), or those of the token indices given. `placed` are `position_ids` and `attention_mask`
         of rows that need them.
         """
@@ -143,13 +143,13 @@ class Target:
             input_ids=tokens_BT,
             past_key_values=cache,
             use_cache=cache is not None,
-            output_hidden_states=list(taps) or None,
+            output_hidden_states=list(aux_layers) or None,
             logits_to_keep=keep,
             **placed,
         )
-        if not taps:
+        if not aux_layers:
             return Reading(output.logits[..., :0], output.logits)
-        features = [output.hidden_states[tap] for tap in taps]
+        features = [output.hidden_states[aux_layer] for aux_layer in aux_layers]
         return Reading(torch.cat(features, dim=-1), output.logits)
 
     def logits_from(self, last_NH: Tensor, columns_D: Tensor | None = None) -> Tensor:
@@ -292,39 +292,39 @@ class Target:
         return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
-def default_taps(num_layers: int) -> tuple[int, int, int]:
+def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
     """The three hidden states every engine feeds an EAGLE-3 draft: hs[2], hs[n//2], hs[n-3].
 
     Raises UserError for fewer than 7 layers, where they collapse into each other.
     """
-    taps = (2, num_layers // 2, num_layers - 3)
-    if not taps[0] < taps[1] < taps[2]:
+    aux_layers = (2, num_layers // 2, num_layers - 3)
+    if not aux_layers[0] < aux_layers[1] < aux_layers[2]:
         raise UserError(
-            f"the default taps hs[2], hs[n//2], hs[n-3] collapse to {taps} in a target of "
-            f"{num_layers} layers (7 are needed); name three layers with --taps, for example "
-            f"--taps {','.join(str(t) for t in _spread(num_layers))}"
+            f"the default aux layers hs[2], hs[n//2], hs[n-3] collapse to {aux_layers} in a target of "
+            f"{num_layers} layers (7 are needed); name three layers with --aux-layers, for example "
+            f"--aux-layers {','.join(str(t) for t in _spread(num_layers))}"
         )
-    return taps
+    return aux_layers
 
 
-def check_taps(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
+def check_aux_layers(aux_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Ascending, distinct hs[] indices below hs[n] (engines read hs[n] before its norm, HF after).
 
-    Raises UserError naming the tap that is out of range.
+    Raises UserError naming the aux layer that is out of range.
     """
-    for tap in taps:
-        if not 0 <= tap < num_layers:
+    for aux_layer in aux_layers:
+        if not 0 <= aux_layer < num_layers:
             raise UserError(
-                f"tap {tap} is out of range: a target of {num_layers} layers has hs[0] (embeddings) "
-                f"to hs[{num_layers - 1}]; hs[{num_layers}] is left out because engines tap it "
+                f"aux layer {aux_layer} is out of range: a target of {num_layers} layers has hs[0] (embeddings) "
+                f"to hs[{num_layers - 1}]; hs[{num_layers}] is left out because engines aux layer it "
                 "before the final norm and Transformers after"
             )
-    if list(taps) != sorted(set(taps)):
+    if list(aux_layers) != sorted(set(aux_layers)):
         raise UserError(
-            f"taps {tuple(taps)} must ascend without repeats: engines sort and deduplicate them, "
+            f"aux layers {tuple(aux_layers)} must ascend without repeats: engines sort and deduplicate them, "
             "so any other order would be served differently from how it was trained"
         )
-    return tuple(taps)
+    return tuple(aux_layers)
 
 
 def fingerprint(source: str) -> str:

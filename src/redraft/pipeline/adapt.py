@@ -1,6 +1,6 @@
 """The main job, in the order it happens.
 
-    prompts -> regenerate -> select -> train -> fuse and export -> measure before/after -> report
+    prompts -> regenerate -> select -> train -> merge and export -> measure before/after -> report
 
 Each step is one function below and one stage of the run folder; each is also a command of its own.
 What is measured as "after" is the exported folder, read back as an engine would read it.
@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.table import PARTS, Method, read_method
-from ..checkpoints.adapter_folder import load_private, save_private
+from ..adapters.table import ADAPTERS, Method, read_method
+from ..checkpoints.adapter_folder import load_adapter, save_adapter
 from ..checkpoints.load import StoredDraft, load_draft, read_draft
 from ..checkpoints.routed import refuse_routed
 from ..config import AdaptConfig, RegenerateConfig, Resolved, resolve
@@ -38,7 +38,7 @@ from ..training.preconditions import check_fits
 from .auto_budget import AUTO, answer_in_rounds, in_order
 from .run_folder import RunFolder
 from .safety import OFF, measure_safety, read_safety_prompts
-from .stages import chosen_answers, fuse_draft, train_private
+from .stages import chosen_answers, merge_draft, train_adapter
 from .summary import report_of
 
 WHOLE = 1 << 30
@@ -47,10 +47,10 @@ WHOLE = 1 << 30
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """What `adapt` returns: the report, and the fused draft as it was exported."""
+    """What `adapt` returns: the report, and the merged draft as it was exported."""
 
     report: AdaptReport
-    fused: StoredDraft
+    merged: StoredDraft
     run: Path
     worked: bool  # False when every stage was done already
 
@@ -86,7 +86,7 @@ def adapt(
     `eval_prompts`, a file of its own, or on prompts kept aside from `prompts`. `off_domain` names
     further files (label -> path) that are measured but never trained on; `safety_prompts` is one more,
     on which the target's answers with the exported draft are compared with those without any. `base`
-    is the model that the target was tuned from, for the methods that compare the two (relay, refresh).
+    is the model that the target was tuned from, for the methods that compare the two (feature-map, weight-sync).
     Running again in the same folder does only what is missing. Raises UserError for bad input, for a folder
     that another process works in, and when the disk refuses a write.
     """
@@ -194,8 +194,8 @@ def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tup
 
 
 def _refuse_other_run(folder: Path, method: Method, described: dict[str, Any]) -> None:
-    """A folder that holds a private part is not trained over with another method, or for other files."""
-    if not (folder / "private").is_dir():
+    """A folder that holds an adapter is not trained over with another method, or for other files."""
+    if not (folder / "adapter").is_dir():
         return
     try:
         before = read_json(folder / "run.json")
@@ -207,8 +207,8 @@ def _refuse_other_run(folder: Path, method: Method, described: dict[str, Any]) -
     if known != method:
         raise UserError(
             f"{folder} holds a run of method {known.name}; for {method.name} name another folder with "
-            f"--out, or remove {folder / 'private'} to train anew on the same answers (parts: "
-            f"{', '.join(PARTS)})"
+            f"--out, or remove {folder / 'adapter'} to train anew on the same answers (parts: "
+            f"{', '.join(ADAPTERS)})"
         )
     if other:
         was = ", ".join(f"{name} {before[name]}" for name in other)
@@ -253,7 +253,7 @@ def _regenerate(
 
     One stage per file, so that one more file costs only itself.
 
-    What is measured is answered at `measure.temperature`, with an overrun of K, and in this process
+    What is measured is answered at `measure.temperature`, with an lookahead of K, and in this process
     unless `measure.answers` says otherwise: the words of endpoints part from the target's at near-ties.
     Safety prompts are answered greedily and here, to be compared with greedy decoding. Returns each
     file's stage key.
@@ -279,17 +279,17 @@ def _regenerate(
         },
     }
     keys = {}
-    for name, (prompts, config, overrun) in jobs.items():
+    for name, (prompts, config, lookahead) in jobs.items():
         file = f"answers/{name}.jsonl"
-        inputs = answer_inputs(target, prompts, config, overrun)
+        inputs = answer_inputs(target, prompts, config, lookahead)
 
         def work(
             file: str = file,
             prompts: Sequence[Prompt] = prompts,
             config: RegenerateConfig = config,
-            overrun: int = overrun,
+            lookahead: int = lookahead,
         ) -> None:
-            found = regenerate(target, prompts, run.path / file, config, overrun)
+            found = regenerate(target, prompts, run.path / file, config, lookahead)
             if config.answers == "original":
                 whose = ownership(target, found, config.batch_tokens)
                 run.write_json("ownership.json", asdict(whose))
@@ -352,20 +352,20 @@ def _train(
         selection = run.path / "selection.jsonl" if c.select.by == "answers" else None
         samples = chosen_answers(read_answers(run.path / "answers" / "adapt.jsonl"), selection)
         heldout = read_answers(run.path / "answers" / "heldout.jsonl")
-        part = train_private(
+        part = train_adapter(
             target, shared, samples, heldout, c.train, c.measure.k, run.path / "checkpoints", base
         )
-        save_private(run.path / "private", part)
+        save_adapter(run.path / "adapter", part)
 
     inputs = {
         "chosen": chosen,
         "shared": shared.hash(),
         "k": c.measure.k,
-        "base": base.fingerprint() if base and read_method(c.train.method).starts else None,
+        "base": base.fingerprint() if base and read_method(c.train.method).closed_form else None,
         **asdict(c.train),
     }
     # Not training.json, which holds seconds: the same tensors trained anew are the same part.
-    outputs = ["private/model.safetensors", "private/private.json"]
+    outputs = ["adapter/model.safetensors", "adapter/adapter.json"]
     return run.stage("train", inputs, outputs, work, ["checkpoints"])
 
 
@@ -373,8 +373,8 @@ def _export(
     run: RunFolder, trained: str, target: Target, shared: StoredDraft, c: AdaptConfig
 ) -> str:
     def work() -> None:
-        fused = fuse_draft(shared, load_private(run.path / "private"), target)
-        fused.save(run.path / "draft", c.export.format)
+        merged = merge_draft(shared, load_adapter(run.path / "adapter"), target)
+        merged.save(run.path / "draft", c.export.format)
 
     return run.stage("export", {"trained": trained, **asdict(c.export)}, ["draft"], work)
 

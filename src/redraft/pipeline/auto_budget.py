@@ -1,12 +1,12 @@
 """`--budget auto`: the target answers in rounds, until more answers stop paying.
 
-Each round doubles the answers and trains a private part on all of them. When held-out tau has risen by
+Each round doubles the answers and trains an adapter on all of them. When held-out tau has risen by
 less than a share of itself though the answers doubled, no further prompt is answered. Trained anew in
 each round, all rounds together cost about twice the last one's training, and no answer is given twice.
 
     rounds.json               the curve: prompts, tokens and held-out tau after each round
     answers/round-1.jsonl     the answers that a round added
-    rounds/1/                 its private part
+    rounds/1/                 its adapter
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoints.adapter_folder import load_private, read_training, save_private
+from ..checkpoints.adapter_folder import load_adapter, read_training, save_adapter
 from ..checkpoints.load import StoredDraft
 from ..config import AdaptConfig
 from ..core.console import say
@@ -28,7 +28,7 @@ from ..models.target import Target
 from ..prompts.disk_list import Picked
 from ..selection.scores import random_score
 from .run_folder import RunFolder
-from .stages import train_private
+from .stages import train_adapter
 
 AUTO = "auto"
 ANSWERS = "answers/rounds.jsonl"
@@ -40,7 +40,7 @@ FIRST = 64
 @dataclass(frozen=True)
 class Round:
     """All so far: prompts asked, tokens trained on of their answers, and the best held-out tau. `prompts` 0 is
-    the draft as it was reused."""
+    the draft as it was unadapted."""
 
     prompts: int
     tokens: int
@@ -78,7 +78,7 @@ def answer_in_rounds(
     """Answer and train until it stops paying; `prompts` are in the order in which they are asked.
 
     `heldout` is the stage key of answers/heldout.jsonl. Leaves the answers in answers/rounds.jsonl and
-    the best round's part in private/, and returns the key of the latter.
+    the best round's adapter in adapter/, and returns the key of the latter.
     """
     rounds: list[Round] = []
     keys: list[str] = []
@@ -87,7 +87,7 @@ def answer_in_rounds(
         added = Picked(prompts, range(begin, size))
         keys.append(_answered(run, target, added, number, c))
         key = _trained(run, target, shared, base, [*keys, heldout], number, c)
-        record = TrainRecord(**load_private(run.path / "rounds" / str(number)).card["train"])
+        record = TrainRecord(**load_adapter(run.path / "rounds" / str(number)).card["train"])
         rounds = rounds or [Round(0, 0, record.heldout_tau[0][1])]
         rounds.append(Round(size, record.unique_answer_tokens, record.best_tau()))
         say(
@@ -141,10 +141,10 @@ def _trained(
         answers = [a for a in _answers(run, number) if a.length >= 2]
         heldout = read_answers(run.path / "answers" / "heldout.jsonl")
         checkpoints = run.path / "checkpoints" / f"round-{number}"
-        part = train_private(
+        part = train_adapter(
             target, shared, answers, heldout, c.train, c.measure.k, checkpoints, base
         )
-        save_private(run.path / folder, part)
+        save_adapter(run.path / folder, part)
 
     inputs = {
         "answers": list(keys),
@@ -153,7 +153,7 @@ def _trained(
         "base": base.fingerprint() if base else None,
         **asdict(c.train),
     }
-    outputs = [f"{folder}/model.safetensors", f"{folder}/private.json"]
+    outputs = [f"{folder}/model.safetensors", f"{folder}/adapter.json"]
     return run.stage(
         f"train round {number}", inputs, outputs, work, [f"checkpoints/round-{number}"]
     )
@@ -166,10 +166,10 @@ def _kept(run: RunFolder, rounds: Sequence[Round], keys: Sequence[str]) -> str:
     def work() -> None:
         lines = [answer.to_line() + "\n" for answer in _answers(run, len(rounds) - 1)]
         write_text(run.path / ANSWERS, "".join(lines))
-        save_private(run.path / "private", load_private(run.path / "rounds" / str(best)))
+        save_adapter(run.path / "adapter", load_adapter(run.path / "rounds" / str(best)))
         say(f"kept round {best}, held-out tau {rounds[best].heldout_tau:.3f}")
 
-    outputs = [ANSWERS, "private/model.safetensors", "private/private.json"]
+    outputs = [ANSWERS, "adapter/model.safetensors", "adapter/adapter.json"]
     return run.stage("train", {"rounds": list(keys), "best": best}, outputs, work)
 
 

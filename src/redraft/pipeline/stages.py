@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.adapter import PrivatePart
+from ..adapters.adapter import Adapter
 from ..adapters.expert import detach
-from ..adapters.merge import fuse, home_of
+from ..adapters.merge import home_of, merge
 from ..adapters.table import EXPERT, read_method
-from ..checkpoints.adapter_folder import TRAINING, check_belongs, save_private
+from ..checkpoints.adapter_folder import TRAINING, check_belongs, save_adapter
 from ..checkpoints.load import StoredDraft, made_for, read_draft, stored
 from ..config import TrainConfig, read_width
 from ..core.console import say
@@ -29,11 +29,11 @@ from ..features.stored_target import StoredTarget
 from ..generation.answer_file import answers_for
 from ..models.target import Target
 from ..selection.select import read_selection
-from ..training.train import Trained, train, train_gang
+from ..training.train import Trained, train, train_adapters
 from ..training.widths import candidate_widths, shared_width, smallest_good
 
 
-def train_private(
+def train_adapter(
     target: Target,
     shared: StoredDraft,
     answers: Sequence[Answer],
@@ -42,39 +42,39 @@ def train_private(
     k: int,
     checkpoints: Path | None = None,
     base: Target | None = None,
-) -> PrivatePart:
-    """Train a private part beside a stored draft; tensors come back in the draft's own dtype.
+) -> Adapter:
+    """Train an adapter next to a stored draft; tensors come back in the draft's own dtype.
 
-    With `width` auto several widths are trained as a gang, and the smallest good one is taken.
+    With `width` auto several widths are trained as joint training, and the smallest good one is taken.
     """
     draft = shared.build(target, torch.float32)
     if read_width(config.width) is not None or not read_method(config.method).expert:
         trained = train(
             target, draft, answers, heldout, config, k=k, base=base, checkpoints=checkpoints
         )
-        return as_private(target, shared, trained, answers, config)
+        return as_adapter(target, shared, trained, answers, config)
     widths = candidate_widths(shared_width(draft))
     configs = [dataclasses.replace(config, width=str(width)) for width in widths]
-    gang = train_gang(
+    trained_together = train_adapters(
         target, draft, answers, heldout, configs, k=k, base=base, checkpoints=checkpoints
     )
-    taus = [trained.record.best_tau() for trained in gang]
+    taus = [trained.record.best_tau() for trained in trained_together]
     chosen = smallest_good(widths, taus)
     tried = ", ".join(f"{width}: {tau:.3f}" for width, tau in zip(widths, taus, strict=True))
     say(f"width {chosen}: the smallest within 1 % of the best held-out tau ({tried})")
     at = widths.index(chosen)
-    part = as_private(target, shared, gang[at], answers, configs[at])
+    part = as_adapter(target, shared, trained_together[at], answers, configs[at])
     part.card["widths_tried"] = dict(zip(map(str, widths), taus, strict=True))
     return part
 
 
-def as_private(
+def as_adapter(
     target: Target,
     shared: StoredDraft,
     trained: Trained,
     answers: Sequence[Answer],
     config: TrainConfig,
-) -> PrivatePart:
+) -> Adapter:
     """A trained part with its card, in the shared draft's dtypes, without what did not change."""
     tensors = {}
     for name, tensor in trained.tensors.items():
@@ -89,33 +89,33 @@ def as_private(
         "shared_widths": {
             name: shared.tensors[f"{name}.gate_proj.weight"].shape[0] for name in sorted(widened)
         },
-        "private_hash": state_hash(tensors),
+        "adapter_hash": state_hash(tensors),
         "samples": len(answers),
         "config": asdict(config),
         "train": to_json(trained.record),
         **made_for(target),
     }
-    return PrivatePart(config.method, tensors, card)
+    return Adapter(config.method, tensors, card)
 
 
-def fuse_draft(shared: StoredDraft, part: PrivatePart, target: Target | None = None) -> StoredDraft:
-    """The stock draft of a shared draft and its private part. Raises UserError if they differ."""
+def merge_draft(shared: StoredDraft, part: Adapter, target: Target | None = None) -> StoredDraft:
+    """The stock draft of a shared draft and its adapter. Raises UserError if they differ."""
     check_belongs(part, shared)
     if target is not None and part.card["tokenizer_hash"] != target.tokenizer_hash():
         raise UserError(
-            f"this private part was trained for tokenizer {part.card['tokenizer_hash']}, target "
+            f"this adapter was trained for tokenizer {part.card['tokenizer_hash']}, target "
             f"{target.name} has {target.tokenizer_hash()}"
         )
     provenance = {"method": part.method, **part.card}
     if "train" in provenance:
         provenance["train"] = TrainRecord(**provenance["train"]).lasting()
-    return shared.with_tensors(fuse(shared.tensors, part.tensors), provenance)
+    return shared.with_tensors(merge(shared.tensors, part.tensors), provenance)
 
 
 def save_fresh(folder: Path, draft: Draft, target: Target, record: TrainRecord) -> None:
     """Save a whole draft that was trained from nothing, and the record of its training.
 
-    An expert trained beside it is left out: it belongs to the target, the draft is what is shared.
+    An expert trained next to it is left out: it belongs to the target, the draft is what is shared.
     """
     detach(draft)
     made = stored(draft, target)
@@ -142,13 +142,13 @@ def train_command(
     out: Path,
     config: TrainConfig,
     k: int,
-    taps: tuple[int, ...] | None = None,
+    aux_layers: tuple[int, ...] | None = None,
     draft_vocab: int | None = None,
     draft_width: int | None = None,
     kind: str = "eagle3",
     base: Target | None = None,
 ) -> TrainRecord:
-    """Train and save; a private part, or for a method that starts fresh a whole stock draft.
+    """Train and save; an adapter, or for a method that starts fresh a whole stock draft.
 
     Raises UserError when another process works in `out`.
     """
@@ -156,29 +156,31 @@ def train_command(
     if heldout is None:
         raise UserError(
             "--heldout is needed: answers the training does not see decide when to stop; write "
-            f"some with redraft regenerate --overrun {k}"
+            f"some with redraft regenerate --lookahead {k}"
         )
     stopping = answers_for(target, heldout)
     if isinstance(target, StoredTarget):
         said = target.check_says(chosen)
-        say(f"the stored states make {said:.1%} of the answers' tokens the likeliest")
+        say(f"the stored states make {said:.1%} of the answers' tokens the most likely")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with held(out):
         if draft is not None:
             shared = read_draft(draft).fitted(target)
-            part = train_private(
+            part = train_adapter(
                 target, shared, chosen, stopping, config, k, out / "checkpoints", base
             )
-            save_private(out, part)
+            save_adapter(out, part)
             return TrainRecord(**part.card["train"])
         if not read_method(config.method).fresh:
-            raise UserError(f"--method {config.method} trains beside a draft: name it with --draft")
+            raise UserError(
+                f"--method {config.method} trains next to a draft: name it with --draft"
+            )
         fresh = new_draft(
             target,
             chosen,
             kind=kind,
-            taps=taps,
+            aux_layers=aux_layers,
             draft_vocab_size=draft_vocab,
             width=draft_width,
         )

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from ..checkpoints.adapter_folder import load_private, read_training
+from ..checkpoints.adapter_folder import load_adapter, read_training
 from ..checkpoints.load import StoredDraft
 from ..config import Resolved
 from ..core.folders import read_json
@@ -28,12 +28,12 @@ def report_of(
     safety: Safety | None = None,
 ) -> AdaptReport:
     """Make report.json and report.html anew, and return the record."""
-    part = load_private(run.path / "private")
+    part = load_adapter(run.path / "adapter")
     in_rounds = resolved.config.select.budget == AUTO
     answers = read_answers(run.path / (ANSWERS if in_rounds else "answers/adapt.jsonl"))
     files = (run.path / "answers").glob("round-*.jsonl" if in_rounds else "adapt.jsonl")
     served = {url: about for file in sorted(files) for url, about in endpoints_of(file).items()}
-    trained = TrainRecord(**read_training(run.path / "private"))
+    trained = TrainRecord(**read_training(run.path / "adapter"))
     paid = read_answers(run.path / "answers" / "heldout.jsonl")
     paid += answers if resolved.config.regenerate.answers == "regenerate" else []
     off = {
@@ -43,7 +43,7 @@ def report_of(
     report = AdaptReport(
         target=target.name,
         shared=str(shared.folder),
-        private=str(run.path / "private"),
+        adapter=str(run.path / "adapter"),
         draft=str(run.path / "draft"),
         prompts={
             "source": prompts.source,

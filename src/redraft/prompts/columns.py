@@ -11,7 +11,7 @@ from typing import Any
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "chosen_messages", "turns")
 QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "inputs", "user", "input")
-"""The first that has content is asked. `user` is a question only beside an `assistant`."""
+"""The first that has content is asked. `user` is a question only next to an `assistant`."""
 CONTEXTS = ("input", "context", "passage")
 """What is asked about: it follows the question, after an empty line."""
 ANSWERS = (

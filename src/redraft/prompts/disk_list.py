@@ -27,14 +27,14 @@ class PromptPool(Sequence[Prompt]):
 
     def __init__(self, prompts: Iterable[Prompt] = (), memory: int = MEMORY):
         self._file = tempfile.SpooledTemporaryFile(max_size=memory)  # noqa: SIM115
-        self._starts, self._lengths = array("q"), array("i")
+        self._closed_form, self._lengths = array("q"), array("i")
         self._place = threading.Lock()  # of the file's position
         for prompt in prompts:
             self.add(prompt)
 
     def add(self, prompt: Prompt) -> None:
         with self._place:
-            self._starts.append(self._file.seek(0, 2))
+            self._closed_form.append(self._file.seek(0, 2))
             self._file.write(json.dumps(prompt.to_row()).encode() + b"\n")
         self._lengths.append(len(prompt.tokens))
 
@@ -44,7 +44,7 @@ class PromptPool(Sequence[Prompt]):
         return self._lengths
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._closed_form)
 
     @overload
     def __getitem__(self, at: int) -> Prompt: ...
@@ -54,7 +54,7 @@ class PromptPool(Sequence[Prompt]):
         if isinstance(at, slice):
             return Picked(self, range(len(self))[at])
         with self._place:
-            self._file.seek(self._starts[at])
+            self._file.seek(self._closed_form[at])
             line = self._file.readline()
         return Prompt.from_row(json.loads(line))
 

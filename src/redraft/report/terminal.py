@@ -144,7 +144,7 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
         _show(out, f"              {variant}")
     sizes = ", ".join(f"{name} {value}" for name, value in found.shape.items())
     _show(out, f"  shape       {sizes or 'not readable'}")
-    _show(out, f"  taps        {found.taps}")
+    _show(out, f"  aux layers        {found.aux_layers}")
     _show(out, f"  vocabulary  {found.vocabulary}")
     _show(out, f"  tensors     {len(stored)}, {', '.join(sorted(set(stored)))}")
     if found.provenance:

@@ -177,7 +177,7 @@ def _draft_losses(samples: Sequence[Answer], models: Scorers) -> list[float]:
     """Forward KL per token of the draft's first step, as training begins with."""
     target, draft = _there(models.target), _there(models.draft)
     batch = collate(samples, target.device)
-    reading = target.read(batch.tokens_BT, draft.taps)
+    reading = target.read(batch.tokens_BT, draft.aux_layers)
     (states_BSH,) = draft.rollout(batch.tokens_BT, reading.features_BTF, batch.first, 1)
     losses = []
     for b, begin, end in _scored(samples):
@@ -193,7 +193,7 @@ def _draft_losses(samples: Sequence[Answer], models: Scorers) -> list[float]:
 
 
 def _rejections(samples: Sequence[Answer], models: Scorers) -> list[float]:
-    """By replay, with the answer's own last K-1 tokens as the overrun that its last step needs."""
+    """By replay, with the answer's own last K-1 tokens as the lookahead that its last step needs."""
     target, draft, k = _there(models.target), _there(models.draft), models.k
     shorter = [dataclasses.replace(s, length=s.length - k + 1) for s in samples]
     long = [s for s in shorter if s.length >= 2]

@@ -6,7 +6,7 @@ file is read and removed.
 
 Facts from vLLM 0.32.0 (example_hidden_states_connector.py).
 
-Shapes: S tokens of a row, L taps, H target hidden size.
+Shapes: S tokens of a row, L aux layers, H target hidden size.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ HOW = (
 
 @dataclass(frozen=True)
 class Capture:
-    """A vLLM server at `address` (http://host:port) that captures the layers `taps` and the last of
+    """A vLLM server at `address` (http://host:port) that captures the layers `aux_layers` and the last of
     `layers`. Safe to use from several threads."""
 
     address: str
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     layers: int
     dtype: torch.dtype
     concurrency: int = 32
@@ -65,7 +65,7 @@ class Capture:
 
     @property
     def how(self) -> str:
-        return HOW.format(ids=json.dumps([*self.taps, self.layers]))
+        return HOW.format(ids=json.dumps([*self.aux_layers, self.layers]))
 
     @cached_property
     def _model(self) -> str:
@@ -115,10 +115,10 @@ class Capture:
             raise UserError(
                 f"{path}: not the tokens that were sent to {self.address}; is another client capturing?"
             )
-        if states.dim() != 3 or states.shape[:2] != (len(tokens), len(self.taps) + 1):
+        if states.dim() != 3 or states.shape[:2] != (len(tokens), len(self.aux_layers) + 1):
             raise UserError(
                 f"{path}: states of shape {tuple(states.shape)}, expected [{len(tokens)}, "
-                f"{len(self.taps) + 1}, hidden size]: {self.address} captures other layers; {self.how}"
+                f"{len(self.aux_layers) + 1}, hidden size]: {self.address} captures other layers; {self.how}"
             )
         if states.dtype != self.dtype:
             raise UserError(

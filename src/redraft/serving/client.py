@@ -130,7 +130,7 @@ class Endpoint:
 
 
 def connect(url: str, concurrency: int, timeout: float) -> httpx.AsyncClient:
-    """A client for `concurrency` requests at a time to a server, and a few more beside them.
+    """A client for `concurrency` requests at a time to a server, and a few more next to them.
 
     It belongs to the event loop that uses it, and is closed by whoever made it. A server on this
     machine is reached past the proxies of the environment. Raises UserError for a proxy of no use.

@@ -29,7 +29,7 @@ from .client import Trouble, Unable
 
 UNBOUNDED = 1 << 30
 NO_IDS = (
-    "returns no token ids, and lookahead tokens (--overrun) must be those that it generated; ask a server "
+    "returns no token ids, and lookahead tokens (--lookahead) must be those that it generated; ask a server "
     "that returns them (vLLM from 0.10.2 on, a recent SGLang), or leave out --endpoint"
 )
 
@@ -53,14 +53,14 @@ class Heard:
 class Asking:
     """What every prompt of a run is asked with. The run's `seed` keys each sampled prompt's own.
 
-    `overrun` is how many lookahead tokens are kept past each answer's end.
+    `lookahead` is how many lookahead tokens are kept past each answer's end.
     """
 
     target: Target
     sampling: Sampling
     max_new_tokens: int
     seed: int
-    overrun: int = 0
+    lookahead: int = 0
 
     def room(self, prompt: Prompt, context: int = UNBOUNDED) -> int:
         """The longest answer that fits the target's context and the server's with its lookahead tokens."""
@@ -68,7 +68,7 @@ class Asking:
 
     def room_after(self, length: int, context: int = UNBOUNDED) -> int:
         """The same after a prompt of `length` tokens."""
-        most = min(self.target.max_positions, context) - length - self.overrun
+        most = min(self.target.max_positions, context) - length - self.lookahead
         return min(self.max_new_tokens, most)
 
     def body(self, prompt: Prompt, model: str, context: int = UNBOUNDED) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Asking:
         choice = first_choice(reply)
         finish = finish_of(choice)
         retold = choice.get("token_ids") is None
-        if retold and self.overrun:
+        if retold and self.lookahead:
             raise Unable(NO_IDS)
         tokens, doubtful = (
             self._from_text(choice, reply, finish == "stop")
@@ -145,13 +145,13 @@ class Asking:
         if finish == "stop":
             raise Unable(
                 f"stopped after {len(ahead)} of {count} tokens although asked to go on (ignore_eos), so it "
-                "gives no lookahead tokens (--overrun); ask a server that does (vLLM, SGLang), or leave "
+                "gives no lookahead tokens (--lookahead); ask a server that does (vLLM, SGLang), or leave "
                 "out --endpoint"
             )
         raise Trouble(f"gave {len(ahead)} of {count} tokens past an answer's end")
 
     def _stop_of(self, choice: dict[str, Any]) -> int | None:
-        """The stop token that a server names beside an answer."""
+        """The stop token that a server names next to an answer."""
         named = choice.get("stop_reason")
         return named if type(named) is int and named in self.target.stop_ids else None
 

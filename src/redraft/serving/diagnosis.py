@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def diagnose(stored: StoredDraft, target: Target, found: Verification) -> list[str]:
-    """The causes of what `found` shows, likeliest first."""
+    """The causes of what `found` shows, most likely first."""
     causes = []
     if engine_disagrees(found):
         causes.append(_other_function(found))
@@ -25,7 +25,7 @@ def diagnose(stored: StoredDraft, target: Target, found: Verification) -> list[s
 def _other_function(found: Verification) -> str:
     text = (
         "the engine computes another function from these files than redraft does: engines do not "
-        "refuse a missing tensor, a shifted tap or another norm, they only accept fewer tokens"
+        "refuse a missing tensor, a shifted aux layer or another norm, they only accept fewer tokens"
     )
     if found.findings:
         return f"{text}; in the files: {'; '.join(found.findings)}"

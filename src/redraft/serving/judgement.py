@@ -10,7 +10,7 @@ STRICT_DTYPE = "float32"
 TOLERANCE = 0.01
 HALF_TOLERANCE = 0.03
 """In half precision the engine's kernels and ours round differently, so that now and then another
-token is the draft's likeliest; in fp32 the two count the same steps."""
+token is the draft's most likely; in fp32 the two count the same steps."""
 
 
 def tolerance(dtype: str) -> float:

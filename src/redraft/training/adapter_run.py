@@ -1,4 +1,4 @@
-"""A member of a gang: one private part in training, with its own draft, optimizer and state.
+"""A member of joint training: one adapter in training, with its own draft, optimizer and state.
 
 What it shares with the others is the stream: the batches and what the target says of them.
 """
@@ -26,7 +26,7 @@ from .closed_form import Fitted
 from .flops import Flops
 from .optimizer import peak_rate, schedule
 from .precision import autocast
-from .teacher_batch import Lesson, rollout_loss
+from .teacher_batch import TeacherBatch, rollout_loss
 
 RISE = 0.001
 """Held-out tau must rise by this much to count as progress."""
@@ -37,9 +37,9 @@ class DivergedError(UserError):
 
 
 @dataclass
-class Member:
-    """`kept` are tensors of the private part that were fitted before training and stay;
-    `first_vocab` is what the draft could say before it was retargeted."""
+class AdapterRun:
+    """`kept` are tensors of the adapter that were fitted before training and stay;
+    `first_vocab` is what the draft could say before it was remapped."""
 
     draft: Draft
     method: Method
@@ -49,7 +49,7 @@ class Member:
     kept: dict[str, Tensor]
     planned: int
     first_vocab: Tensor | None = None
-    retargeted: Retargeted | None = None
+    remapped: Retargeted | None = None
     hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
     fitted: Fitted = field(default_factory=lambda: Fitted({}))
     diverged: bool = False
@@ -72,9 +72,9 @@ class Member:
     def trained_parameters(self) -> int:
         """Numbers that training moves; of a head whose new rows alone are trained, those."""
         count = sum(parameter.numel() for parameter in self.parameters)
-        if self.retargeted is not None and not self.method.owns(HEAD):
+        if self.remapped is not None and not self.method.owns(HEAD):
             head = self.draft.get_parameter(HEAD)
-            count -= (len(head) - len(self.retargeted.added)) * head.shape[1]
+            count -= (len(head) - len(self.remapped.added)) * head.shape[1]
         return count
 
     def done(self) -> bool:
@@ -87,7 +87,7 @@ class Member:
             return False
         return max(taus[-patience:]) < max(taus[:-patience]) + RISE
 
-    def learn(self, lesson: Lesson, precision: str) -> None:
+    def learn(self, teacher_batch: TeacherBatch, precision: str) -> None:
         """One optimizer step; the state moves on by one."""
         if self.optimizer is None:
             raise AssertionError("nothing to train")
@@ -96,8 +96,8 @@ class Member:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         self.optimizer.zero_grad()
-        with autocast(lesson.batch.tokens_BT.device, precision):
-            loss, count = rollout_loss(lesson, self.draft, c, state.step)
+        with autocast(teacher_batch.batch.tokens_BT.device, precision):
+            loss, count = rollout_loss(teacher_batch, self.draft, c, state.step)
         state.last_loss = loss.item()
         if not math.isfinite(state.last_loss):
             raise DivergedError(
@@ -111,7 +111,7 @@ class Member:
         state.step += 1
         state.supervised_tokens += count
         self._average()
-        state.seconds += lesson.seconds + time.monotonic() - began
+        state.seconds += teacher_batch.seconds + time.monotonic() - began
 
     def note_tau(self, tau: float) -> None:
         """Record an evaluation of the present tensors, and keep them if they are the best so far."""

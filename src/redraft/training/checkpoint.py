@@ -21,7 +21,7 @@ FILE = "checkpoint.safetensors"
 
 @dataclass
 class TrainState:
-    """Where a run stands. `best` are the private tensors with the highest held-out tau so far,
+    """Where a run stands. `best` are the adapter tensors with the highest held-out tau so far,
     `average` the running average of those that train, where one is kept."""
 
     step: int

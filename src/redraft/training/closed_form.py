@@ -1,4 +1,4 @@
-"""Starts in closed form: what `relay` and `refresh` change in a draft before anything is trained."""
+"""Starts in closed form: what `feature-map` and `weight-sync` change in a draft before anything is trained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..core.records import Answer
 from ..drafts.base import Draft
 from ..models.batching import collate
 from ..models.target import Target
-from .teacher_batch import Lesson, read_lesson, rollout_loss
+from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
 
 FITTED_ON = 32
 """Batches whose features the map is fitted on."""
@@ -50,7 +50,7 @@ class Fitted:
     seconds: float = 0.0
 
 
-def fit_starts(
+def fit_closed_form(
     target: Target,
     base: Target | None,
     draft: Draft,
@@ -66,23 +66,25 @@ def fit_starts(
     changed: dict[str, Tensor] = {}
     read = searched = 0
     began = time.monotonic()
-    if "refresh" in method.starts and base is not None:
+    if "weight-sync" in method.closed_form and base is not None:
         found = renewed(draft, base, target)
         if not found:
             say(
-                "refresh: the draft holds no copy of the base's tensors that changed; nothing to do"
+                "weight-sync: the draft holds no copy of the base's tensors that changed; nothing to do"
             )
         changed |= found
         put(draft, found)
-    if "relay" in method.starts and base is not None:
-        lessons = [_lesson(target, draft, answers, indices) for indices in plan[:FITTED_ON]]
-        sizes = [lesson.batch.tokens_BT.numel() for lesson in lessons]
+    if "feature-map" in method.closed_form and base is not None:
+        teacher_batches = [
+            _teacher_batch(target, draft, answers, indices) for indices in plan[:FITTED_ON]
+        ]
+        sizes = [teacher_batch.batch.tokens_BT.numel() for teacher_batch in teacher_batches]
         if maps_features(draft):
-            changed |= _map_features(base, draft, config, lessons)
+            changed |= _map_features(base, draft, config, teacher_batches)
             read += sum(sizes)
             searched += len(SHARES) * sum(sizes[-CHOSEN_ON:])
         if method.expert:
-            changed |= _fit_experts(draft, config, lessons)
+            changed |= _fit_experts(draft, config, teacher_batches)
             fitted = 3 * sum(sizes[:-CHOSEN_ON] or sizes)
             searched += ROUNDS * (fitted + len(LENGTHS) * sum(sizes[-CHOSEN_ON:]))
         read += sum(sizes)
@@ -90,39 +92,41 @@ def fit_starts(
     return Fitted(tensors, read, searched, time.monotonic() - began)
 
 
-def _lesson(
+def _teacher_batch(
     target: Target, draft: Draft, answers: Sequence[Answer], indices: Sequence[int]
-) -> Lesson:
+) -> TeacherBatch:
     batch = collate([answers[i] for i in indices], target.device)
-    return read_lesson(target, batch, draft.taps)
+    return read_teacher_batch(target, batch, draft.aux_layers)
 
 
 def _map_features(
-    base: Target, draft: Draft, config: TrainConfig, lessons: Sequence[Lesson]
+    base: Target, draft: Draft, config: TrainConfig, teacher_batches: Sequence[TeacherBatch]
 ) -> dict[str, Tensor]:
     """Fold the map into fc, in place, as far as it lowers the loss."""
     fc = mapped_layer(draft)
     fitted = FeatureMap(draft.feature_size)
     with torch.no_grad():
-        for lesson in lessons:
-            batch = lesson.batch
+        for teacher_batch in teacher_batches:
+            batch = teacher_batch.batch
             real = (
                 torch.arange(batch.tokens_BT.shape[1], device=base.device) < batch.ends_B[:, None]
             )
-            theirs = base.read(batch.tokens_BT, draft.taps, keep=1).features_BTF
-            x, y = (_entering(draft, fc, f) for f in (lesson.features_BTF, theirs))
+            theirs = base.read(batch.tokens_BT, draft.aux_layers, keep=1).features_BTF
+            x, y = (_entering(draft, fc, f) for f in (teacher_batch.features_BTF, theirs))
             fitted.add(x[real], y[real])
         map_FF, old = fitted.solve(), fc.weight.detach().clone()
 
         def follow(share: float) -> None:
             fc.weight.copy_(folded(old, map_FF, share) if share else old)
 
-        said = _search(follow, SHARES, draft, config, lessons)
-    say(f"relay: map of features from {fitted.positions:,} positions, loss by share {said}")
+        said = _search(follow, SHARES, draft, config, teacher_batches)
+    say(f"feature-map: map of features from {fitted.positions:,} positions, loss by share {said}")
     return {"fc.weight": fc.weight}
 
 
-def _fit_experts(draft: Draft, config: TrainConfig, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
+def _fit_experts(
+    draft: Draft, config: TrainConfig, teacher_batches: Sequence[TeacherBatch]
+) -> dict[str, Tensor]:
     """Fit the experts' down projections, in place, in ROUNDS steps each searched along."""
     downs = {
         f"{name}.private.down_proj.weight": ffn.private.down_proj
@@ -130,7 +134,7 @@ def _fit_experts(draft: Draft, config: TrainConfig, lessons: Sequence[Lesson]) -
         if ffn.private is not None
     }
     for round_ in range(ROUNDS):
-        fits = _gather(draft, config, lessons, list(downs.values()))
+        fits = _gather(draft, config, teacher_batches, list(downs.values()))
         steps = [fit.solve() for fit in fits]
         olds = [down.weight.detach().clone() for down in downs.values()]
 
@@ -139,15 +143,18 @@ def _fit_experts(draft: Draft, config: TrainConfig, lessons: Sequence[Lesson]) -
                 down.weight.copy_(old + share * step.to(old))
 
         with torch.no_grad():
-            said = _search(follow, LENGTHS, draft, config, lessons)
-        say(f"relay: expert, step {round_ + 1} of {ROUNDS}, loss by length {said}")
+            said = _search(follow, LENGTHS, draft, config, teacher_batches)
+        say(f"feature-map: expert, step {round_ + 1} of {ROUNDS}, loss by length {said}")
     return {name: down.weight for name, down in downs.items()}
 
 
 def _gather(
-    draft: Draft, config: TrainConfig, lessons: Sequence[Lesson], downs: Sequence[nn.Linear]
+    draft: Draft,
+    config: TrainConfig,
+    teacher_batches: Sequence[TeacherBatch],
+    downs: Sequence[nn.Linear],
 ) -> list[DownFit]:
-    """What each projection reads, and the loss's gradient at what it gives, over all lessons."""
+    """What each projection reads, and the loss's gradient at what it gives, over all teacher batches."""
     fits = [DownFit(down.out_features, down.in_features) for down in downs]
     hooks = []
     for down, fit in zip(downs, fits, strict=True):
@@ -161,8 +168,8 @@ def _gather(
     try:
         for down in downs:
             down.weight.requires_grad_(True)  # so that a gradient reaches what it gives
-        for lesson in lessons[:-CHOSEN_ON] or lessons:
-            loss, count = rollout_loss(lesson, draft, config)
+        for teacher_batch in teacher_batches[:-CHOSEN_ON] or teacher_batches:
+            loss, count = rollout_loss(teacher_batch, draft, config)
             torch.autograd.backward([loss * count], inputs=[down.weight for down in downs])
     finally:
         for hook in hooks:
@@ -178,13 +185,16 @@ def _search(
     shares: Sequence[float],
     draft: Draft,
     config: TrainConfig,
-    lessons: Sequence[Lesson],
+    teacher_batches: Sequence[TeacherBatch],
 ) -> str:
     """Follow a step as far as the loss of CHOSEN_ON batches is smallest; says what was tried."""
     losses = {}
     for share in shares:
         follow(share)
-        found = [float(rollout_loss(lesson, draft, config)[0]) for lesson in lessons[-CHOSEN_ON:]]
+        found = [
+            float(rollout_loss(teacher_batch, draft, config)[0])
+            for teacher_batch in teacher_batches[-CHOSEN_ON:]
+        ]
         losses[share] = sum(found) / len(found)
     follow(min(shares, key=losses.__getitem__))
     return ", ".join(f"{share:g}: {loss:.3f}" for share, loss in losses.items())

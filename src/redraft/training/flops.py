@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import TrainConfig
 from ..drafts.base import Draft
 from .losses import LOSSES
-from .teacher_batch import Lesson
+from .teacher_batch import TeacherBatch
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,27 @@ def counted(work: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def count_flops(lesson: Lesson, draft: Draft, config: TrainConfig) -> Flops:
-    """The operations of `draft` on a batch such as `lesson`'s."""
-    batch, tokens = lesson.batch, lesson.batch.tokens_BT.numel()
+def count_flops(teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig) -> Flops:
+    """The operations of `draft` on a batch such as `teacher batch`'s."""
+    batch, tokens = teacher_batch.batch, teacher_batch.batch.tokens_BT.numel()
     steps = config.rollout if draft.feeds_back else 1
     last: list[Tensor] = []
 
     def roll_out() -> None:
-        rollout = draft.rollout(batch.tokens_BT, lesson.features_BTF, batch.first, steps)
+        rollout = draft.rollout(batch.tokens_BT, teacher_batch.features_BTF, batch.first, steps)
         last.extend(states[:1, :1] for states in rollout)
 
     def one_label() -> None:
         draft.logits(last[0])
 
-    counts = [int((lesson.offset_N >= 1 + j).sum()) for j in range(steps)]
+    counts = [int((teacher_batch.offset_N >= 1 + j).sum()) for j in range(steps)]
     reads = LOSSES[config.loss].reads
     total = trained = 0.0
     for work, times in ((roll_out, 1), (one_label, sum(counts))):
         with _products_of_trained(draft) as products:
             total += times * counted(work)
         trained += times * sum(products)
-    alone = replace(lesson, hold=False)
+    alone = replace(teacher_batch, hold=False)
     head = counted(lambda: alone.teacher(draft, reads, slice(0, 1))) * counts[0]
     trains = any(parameter.requires_grad for parameter in draft.parameters())
     step = 2 * total + trained if trains else 0.0

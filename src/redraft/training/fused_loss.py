@@ -6,7 +6,7 @@ computed once per chunk and serve all rollout steps; the draft's are computed on
 chunk's gradients are taken at once and its graph is dropped. The backward pass multiplies them by
 the gradient of the loss.
 
-Source of the idea: fused linear cross-entropy (Liger Kernel, arXiv 2410.10989), here for any loss of
+Source of the idea: merged linear cross-entropy (Liger Kernel, arXiv 2410.10989), here for any loss of
 the table and several rollout steps.
 
 Shapes: N labels, M <= N labels of one rollout step (the last M), H hidden.

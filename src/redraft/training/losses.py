@@ -21,7 +21,7 @@ from ..core.errors import UserError
 LK_ETA = 3.0
 """How fast `lk` turns from KL to total variation as acceptance rises."""
 PAPER_KL = 0.1
-"""Weight of the distributions beside the states in `paper`."""
+"""Weight of the distributions next to the states in `paper`."""
 
 
 LABELS, OWN, WHOLE = "labels", "own", "whole"

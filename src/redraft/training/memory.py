@@ -22,7 +22,7 @@ from .losses import LABELS, LOSSES, OWN, WHOLE
 from .teacher_batch import HELD, VALUES
 
 if TYPE_CHECKING:
-    from .adapter_run import Member
+    from .adapter_run import AdapterRun
 
 MB = 1e6
 DRAFT_COPIES, TEACHER_COPIES = 5, {LABELS: 0, OWN: 1, WHOLE: 4}
@@ -35,7 +35,7 @@ LEAST_ROOM_MB = 512
 
 
 def predict_peak(
-    target: Target, members: Sequence[Member], batch_tokens: int, longest: int, first: int = 0
+    target: Target, runs: Sequence[AdapterRun], batch_tokens: int, longest: int, first: int = 0
 ) -> float:
     """Predicted peak in MB: what is resident now plus gradients, optimizer and activations.
 
@@ -44,17 +44,17 @@ def predict_peak(
     demanding member saves for its backward pass (counted on a short row) and one chunk of logits.
     """
     element = target.dtype.itemsize
-    parameters = [p for m in members for p in m.parameters]
+    parameters = [p for m in runs for p in m.parameters]
     optimizer = sum(p.numel() for p in parameters) * 4 * 3
     config = target.model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * target.hidden_size
-    features = batch_tokens * (members[0].draft.feature_size + target.hidden_size) * element
+    features = batch_tokens * (runs[0].draft.feature_size + target.hidden_size) * element
     layer = batch_tokens * (8 * target.hidden_size + 3 * int(inner)) * max(element, 4) // 2
     held = most = 0.0
-    for member in members:
-        most = max(most, _of_member(target, member, batch_tokens, longest, first))
-        if len(members) > 1:
-            held = max(held, min(batch_tokens * _columns(target, member.draft), HELD) * 4)
+    for run in runs:
+        most = max(most, _of_run(target, run, batch_tokens, longest, first))
+        if len(runs) > 1:
+            held = max(held, min(batch_tokens * _columns(target, run.draft), HELD) * 4)
     activations = 2 * features + max(layer, most + held)
     return current_memory(target.device) + (optimizer + activations) / MB
 
@@ -93,11 +93,9 @@ def free_memory(device: torch.device) -> float:
     return min(found)
 
 
-def _of_member(
-    target: Target, member: Member, batch_tokens: int, longest: int, first: int
-) -> float:
+def _of_run(target: Target, run: AdapterRun, batch_tokens: int, longest: int, first: int) -> float:
     """Bytes of a member's step: saved tensors, and one chunk of logits with its gradients."""
-    draft, config = member.draft, member.config
+    draft, config = run.draft, run.config
     steps = config.rollout if draft.feeds_back else 1
     saved = _saved_per_token(draft, steps)
     chained = (longest - first) / max(longest, 1)

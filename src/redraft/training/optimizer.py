@@ -1,4 +1,4 @@
-"""How private tensors are moved: AdamW, its learning rates by part, and their schedule."""
+"""How adapter tensors are moved: AdamW, its learning rates by part, and their schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..adapters.table import PARTS, Method, read_method
+from ..adapters.table import ADAPTERS, Method, read_method
 from ..config import TrainConfig, read_shares
 from ..drafts.base import Draft
 
@@ -19,7 +19,7 @@ bench (`rate` in docs/results/methods.jsonl) are two to four times those of whol
 
 
 def peak_rate(config: TrainConfig, draft: Draft) -> float:
-    whole = any(PARTS[part].whole for part in read_method(config.method).parts)
+    whole = any(ADAPTERS[part].whole for part in read_method(config.method).parts)
     return config.lr or AUTO_LR * (1.0 if whole else PRIVATE_LR) / draft.hidden_size
 
 
@@ -31,7 +31,7 @@ def make_optimizer(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable:
         zero_started = name.endswith(("private.down_proj.weight", "lora_B.weight"))
-        # What no part owns are new rows of a retargeted head, whose other rows must not move.
+        # What no part owns are new rows of a remapped head, whose other rows must not move.
         part = next((p for p in method.parts if Method("", (p,)).owns(name)), None)
         decays = parameter.dim() > 1 and not zero_started and part is not None
         decay = config.weight_decay if decays else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..adapters.adapter import check_carries
 from ..adapters.lora import check_rank, linear_layers
-from ..adapters.table import PARTS, Method, read_method
+from ..adapters.table import ADAPTERS, Method, read_method
 from ..adapters.vocabulary_remap import reduced_vocabulary
 from ..config import TrainConfig, read_shares
 from ..core.errors import UserError
@@ -18,29 +18,29 @@ def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target |
     check_carries(draft, method)
     if method.lora:
         check_rank(draft, linear_layers(draft, method), config.rank)
-    if config.vocab == "retarget":
+    if config.vocab == "remap":
         reduced_vocabulary(draft)
-        if "refresh" in method.starts:
+        if "weight-sync" in method.closed_form:
             raise UserError(
-                "refresh renews the rows of the draft's head, and train.vocab retarget exchanges them: "
+                "weight-sync renews the rows of the draft's head, and train.vocab remap exchanges them: "
                 "leave one of the two out"
             )
-    if config.loss == "paper" and draft.taps != (target.num_layers,):
+    if config.loss == "paper" and draft.aux_layers != (target.num_layers,):
         raise UserError(
             "train.loss paper compares the draft's states with the target's last hidden ones, which "
             f"a draft of kind {draft.kind} does not have; use kl, tv, lk or ce"
         )
-    if not config.epochs and not method.starts:
+    if not config.epochs and not method.closed_form:
         raise UserError(
             f"train.epochs 0 trains nothing, and method {method.name} fits nothing in closed form; "
-            "name some passes, or a method with relay or refresh"
+            "name some passes, or a method with feature-map or weight-sync"
         )
     _check_shares(method, config)
     _check_base(method, target, base)
 
 
 def _check_shares(method: Method, config: TrainConfig) -> None:
-    trained = [part for part in method.parts if not PARTS[part].start]
+    trained = [part for part in method.parts if not ADAPTERS[part].closed_form]
     strangers = [part for part in read_shares(config.lr_parts) if part not in trained]
     if strangers:
         raise UserError(
@@ -50,7 +50,7 @@ def _check_shares(method: Method, config: TrainConfig) -> None:
 
 
 def _check_base(method: Method, target: Target, base: Target | None) -> None:
-    if not method.starts:
+    if not method.closed_form:
         return
     if base is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A lesson: the target's output on one batch, read once for every private part that trains on it.
+"""A teacher batch: the target's output on one batch, read once for every adapter that trains on it.
 
 Of the target only features and final states are kept. Logits are made from the states a few labels
 at a time, by the model's own code (see `Target.logits_from`).
@@ -27,13 +27,13 @@ from .losses import LABELS, LOSSES, OWN, Teacher
 VALUES = 1 << 24
 """Logits held at once, of the target and of a draft: labels are taken so many at a time (one at least)."""
 HELD = 1 << 26
-"""Probabilities held for all labels of a batch, where several private parts train on it."""
+"""Probabilities held for all labels of a batch, where several adapters train on it."""
 PUBLISHED_LENGTH = 512
 """Feature noise is given for sequences of this length, as EAGLE's training code scales it."""
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherBatch:
     """`logits` gives the target's logits at a slice of the labels: [n, V], or [n, D] of the token ids
     given.
 
@@ -104,9 +104,9 @@ def rows_at_once(width: int) -> int:
 
 
 @torch.no_grad()
-def read_lesson(
-    target: Target, batch: Batch, taps: tuple[int, ...], *, hold: bool = False
-) -> Lesson:
+def read_teacher_batch(
+    target: Target, batch: Batch, aux_layers: tuple[int, ...], *, hold: bool = False
+) -> TeacherBatch:
     """Run the target over a batch. It computes as it will be served, also under autocast.
 
     Features of padding are zeros, whether the target is run or its stored features are read.
@@ -120,7 +120,7 @@ def read_lesson(
         )
     last, H = target.num_layers, target.hidden_size
     with torch.autocast(target.device.type, enabled=False):
-        asked = taps if last in taps else (*taps, last)
+        asked = aux_layers if last in aux_layers else (*aux_layers, last)
         reading = target.read(batch.tokens_BT, asked, keep=1)
         features, at = reading.features_BTF, asked.index(last) * H
         states_BTH = features[..., at : at + H]
@@ -130,8 +130,10 @@ def read_lesson(
     def logits(labels: slice, columns: Tensor | None) -> Tensor:
         return target.logits_from(states_NH[labels], columns)
 
-    features = features[..., : len(taps) * H]
-    return Lesson(batch, _unpadded(batch, features), row_N, label_N, offset_N, logits, hold=hold)
+    features = features[..., : len(aux_layers) * H]
+    return TeacherBatch(
+        batch, _unpadded(batch, features), row_N, label_N, offset_N, logits, hold=hold
+    )
 
 
 def _check_logits(target: Target, states_BH: Tensor, logits_BV: Tensor) -> None:
@@ -152,35 +154,38 @@ def _unpadded(batch: Batch, features_BTF: Tensor) -> Tensor:
 
 
 def rollout_loss(
-    lesson: Lesson, draft: Draft, config: TrainConfig, step: int = 0
+    teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig, step: int = 0
 ) -> tuple[Tensor, int]:
     """The loss per supervised token over all rollout steps, weighted by step_decay ** j.
 
     `step` keys the feature noise. Returns the loss and the number of supervised tokens (those of
     rollout step 0).
     """
-    features_BTF, first = _noised(lesson.features_BTF, config, step), lesson.batch.first
+    features_BTF, first = (
+        _noised(teacher_batch.features_BTF, config, step),
+        teacher_batch.batch.first,
+    )
     states: list[Tensor] = []
     steps = config.rollout if draft.feeds_back else 1
     for j, states_BSH in enumerate(
-        draft.rollout(lesson.batch.tokens_BT, features_BTF, first, steps)
+        draft.rollout(teacher_batch.batch.tokens_BT, features_BTF, first, steps)
     ):
-        begin = int((lesson.offset_N < 1 + j).sum())
-        if begin == len(lesson.label_N):
+        begin = int((teacher_batch.offset_N < 1 + j).sum())
+        if begin == len(teacher_batch.label_N):
             break
-        start_N = lesson.label_N[begin:] - 2 - j - first
-        states.append(states_BSH[lesson.row_N[begin:], start_N])
+        start_N = teacher_batch.label_N[begin:] - 2 - j - first
+        states.append(states_BSH[teacher_batch.row_N[begin:], start_N])
     loss = LOSSES[config.loss]
     weights = [config.step_decay**j for j in range(len(states))]
-    fused = Fused(
+    merged = Fused(
         loss,
-        lambda labels: lesson.teacher(draft, loss.reads, labels),
+        lambda labels: teacher_batch.teacher(draft, loss.reads, labels),
         draft.logits,
         weights,
-        rows_at_once(lesson.width(draft, loss.reads)),
+        rows_at_once(teacher_batch.width(draft, loss.reads)),
     )
     weight = sum(w * len(s) for w, s in zip(weights, states, strict=True))
-    return fused_loss(fused, states) / weight, len(lesson.label_N)
+    return fused_loss(merged, states) / weight, len(teacher_batch.label_N)
 
 
 def _noised(features_BTF: Tensor, config: TrainConfig, step: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""Training private parts: one loop with explicit arguments, for one part or a gang of them.
+"""Training adapters: one loop with explicit arguments, for one part or joint training of them.
 
-The target runs inside the loop and its features are streamed; beside stored ones (`stored_target.py`)
+The target runs inside the loop and its features are streamed; next to stored ones (`stored_target.py`)
 they are read instead. Each draft is rolled
 out over several steps on the true tokens and its own states, and each step's distribution is
 pulled towards the target's. Batches, learning rates and evaluations are decided by step numbers,
 never by the clock, so that a resumed run ends where an uninterrupted one does.
 
-A gang is several private parts of one shared draft on one stream of batches: the target reads each
+A joint training is several adapters of one shared draft on one stream of batches: the target reads each
 batch once, and every member takes its own step on it. Its members end as they would alone in the
 same precision.
 """
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters.adapter import declare, fused_parameters, prepare, put
+from ..adapters.adapter import declare, merged_parameters, prepare, put
 from ..adapters.table import Method, read_method
-from ..adapters.vocabulary_remap import HEAD, Retargeted, retarget, row_mask
+from ..adapters.vocabulary_remap import HEAD, Retargeted, remap, row_mask
 from ..config import TrainConfig, read_width
 from ..core.console import Progress, say
 from ..core.errors import UserError
@@ -39,28 +39,28 @@ from ..core.folders import state_hash
 from ..core.records import Answer, TrainRecord
 from ..drafts.base import Draft
 from ..metrics.acceptance import pooled_tau
-from ..metrics.replay import check_overrun, replay_each
+from ..metrics.replay import check_lookahead, replay_each
 from ..models.batching import collate, plan_epochs
 from ..models.target import Target
-from .adapter_run import DivergedError, Member
+from .adapter_run import AdapterRun, DivergedError
 from .checkpoint import load_checkpoint, save_checkpoint
-from .closed_form import fit_starts
+from .closed_form import fit_closed_form
 from .flops import count_flops, counted
 from .memory import check_room, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizer
 from .precision import choose_precision
 from .preconditions import check_fits
-from .teacher_batch import Lesson, read_lesson, rollout_loss
+from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
 from .widths import resolve_width, shared_width
 
 CALIBRATION_BATCHES = 4
 STREAM = ("epochs", "batch_tokens", "evaluations", "precision", "seed")
-"""Settings that members of a gang have in common."""
+"""Settings that adapters of a joint training have in common."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The private tensors at the best held-out tau (float32, CPU), and the record of the run."""
+    """The adapter tensors at the best held-out tau (float32, CPU), and the record of the run."""
 
     tensors: dict[str, Tensor]
     record: TrainRecord
@@ -77,17 +77,17 @@ def train(
     base: Target | None = None,
     checkpoints: Path | None = None,
 ) -> Trained:
-    """Train `config.method`'s private part of `draft` (float32, bound to `target`) in place.
+    """Train `config.method`'s adapter of `draft` (float32, bound to `target`) in place.
 
-    `heldout` answers, with K-1 tokens of overrun, decide when to stop and which step is best.
-    `base` is the model that the target was tuned from; only relay and refresh look at it.
+    `heldout` answers, with K-1 tokens of lookahead, decide when to stop and which step is best.
+    `base` is the model that the target was tuned from; only feature-map and weight-sync look at it.
     Raises UserError when the loss stops being finite; the last checkpoint is kept.
     """
     (trained,) = _train(target, [draft], answers, heldout, [config], k, base, checkpoints)
     return trained
 
 
-def train_gang(
+def train_adapters(
     target: Target,
     draft: Draft,
     answers: Sequence[Answer],
@@ -98,7 +98,7 @@ def train_gang(
     base: Target | None = None,
     checkpoints: Path | None = None,
 ) -> list[Trained]:
-    """Train several private parts of one draft, which is left as it is, on one stream of batches.
+    """Train several adapters of one draft, which is left as it is, on one stream of batches.
 
     Raises UserError for configurations that differ in how the stream is made (see STREAM).
     """
@@ -106,15 +106,15 @@ def train_gang(
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:
             raise UserError(
-                f"a gang trains on one stream of batches, so {name} must be the same for all; got "
+                f"joint training trains on one stream of batches, so {name} must be the same for all; got "
                 f"{', '.join(map(str, sorted(values)))}"
             )
     drafts = []
     for config in configs:
         method = read_method(config.method)
-        altered = method.starts or config.vocab != "keep"
+        altered = method.closed_form or config.vocab != "keep"
         own = [n for n in draft.trainable_names() if altered or method.trains_in_place(n)]
-        own += ["embed_tokens.weight"] if method.starts else []
+        own += ["embed_tokens.weight"] if method.closed_form else []
         drafts.append(draft.copy_sharing(own))
     return _train(target, drafts, answers, heldout, configs, k, base, checkpoints)
 
@@ -136,11 +136,11 @@ def _train(
             f"{len(answers)} answers to train on and {len(heldout)} held out: both are needed, with "
             "two tokens or more (the first comes from the prefill); does the target answer at all?"
         )
-    check_overrun(heldout, k)
+    check_lookahead(heldout, k)
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
-    stream = _Stream(target, drafts[0].taps, answers, plan, hold=len(drafts) > 1)
+    stream = _Stream(target, drafts[0].aux_layers, answers, plan, hold=len(drafts) > 1)
     keys = [
         _key(config, plan, target, base, draft, answers, heldout, k)
         for draft, config in zip(drafts, configs, strict=True)
@@ -148,52 +148,54 @@ def _train(
     for draft, config in zip(drafts, configs, strict=True):
         check_fits(draft, config, target, base)
     restart_peak(target.device)
-    members = [_member(stream, d, config, base) for d, config in zip(drafts, configs, strict=True)]
-    folders = [_folder(checkpoints, i, len(members)) for i in range(len(members))]
-    for member, folder, key in zip(members, folders, keys, strict=True):
-        if folder and member.optimizer:
-            found = load_checkpoint(folder, member.trainable, member.optimizer, key)
-            member.state = found or member.state
-    precision = _precision(stream, members)
-    del stream.first_lessons
-    predicted = _predicted(target, members, answers, plan)
+    runs = [_run(stream, d, config, base) for d, config in zip(drafts, configs, strict=True)]
+    folders = [_folder(checkpoints, i, len(runs)) for i in range(len(runs))]
+    for run, folder, key in zip(runs, folders, keys, strict=True):
+        if folder and run.optimizer:
+            found = load_checkpoint(folder, run.trainable, run.optimizer, key)
+            run.state = found or run.state
+    precision = _precision(stream, runs)
+    del stream.first_teacher_batches
+    predicted = _predicted(target, runs, answers, plan)
     check_room(target, predicted, c.batch_tokens, max(lengths))
-    _announce(members, plan, precision, predicted)
+    _announce(runs, plan, precision, predicted)
 
-    def evaluate(some: Sequence[Member]) -> None:
+    def evaluate(some: Sequence[AdapterRun]) -> None:
         _evaluate(target, some, heldout, k)
-        for member, folder, key in zip(members, folders, keys, strict=True):
-            if folder and member in some and member.optimizer:
-                save_checkpoint(folder, member.state, member.trainable, member.optimizer, key)
+        for run, folder, key in zip(runs, folders, keys, strict=True):
+            if folder and run in some and run.optimizer:
+                save_checkpoint(folder, run.state, run.trainable, run.optimizer, key)
 
-    if fresh := [member for member in members if not member.state.heldout_tau]:
+    if fresh := [run for run in runs if not run.state.heldout_tau]:
         evaluate(fresh)  # what training has to beat
     every = math.ceil(len(plan) / c.evaluations)
-    at = min(member.state.step for member in members)
+    at = min(run.state.step for run in runs)
     with Progress("training", len(plan), "steps") as progress:
         progress.advance(at)
-        while active := [m for m in members if not m.done()]:
-            at = min(member.state.step for member in active)
-            lesson = stream.lesson(at)
-            active = [member for member in active if member.state.step == at]
-            for member in active:
-                _learn(member, lesson, precision, len(members))
+        while active := [m for m in runs if not m.done()]:
+            at = min(run.state.step for run in active)
+            teacher_batch = stream.teacher_batch(at)
+            active = [run for run in active if run.state.step == at]
+            for run in active:
+                _learn(run, teacher_batch, precision, len(runs))
             if (at + 1) % every == 0 or at + 1 == len(plan):
                 evaluate(active)
             point("training: after a step")
-            progress.advance(1, _note(members))
-    return [_finished(stream, member, len(members), precision, predicted) for member in members]
+            progress.advance(1, _note(runs))
+    return [_finished(stream, run, len(runs), precision, predicted) for run in runs]
 
 
-def _learn(member: Member, lesson: Lesson, precision: str, gang: int) -> None:
-    """A step. A member of a gang that diverges ends where it was best; alone, that is an error."""
+def _learn(
+    run: AdapterRun, teacher_batch: TeacherBatch, precision: str, trained_together: int
+) -> None:
+    """A step. A member of joint training that diverges ends where it was best; alone, that is an error."""
     try:
-        member.learn(lesson, precision)
+        run.learn(teacher_batch, precision)
     except DivergedError as problem:
-        if gang == 1:
+        if trained_together == 1:
             raise
-        member.diverged = True
-        say(f"{member.config.method}: {problem}; the others go on")
+        run.diverged = True
+        say(f"{run.config.method}: {problem}; the others go on")
 
 
 class _Stream:
@@ -202,32 +204,32 @@ class _Stream:
     def __init__(
         self,
         target: Target,
-        taps: tuple[int, ...],
+        aux_layers: tuple[int, ...],
         answers: Sequence[Answer],
         plan: list[list[int]],
         hold: bool,
     ):
-        self.target, self.taps, self.answers, self.plan = target, taps, answers, plan
+        self.target, self.aux_layers, self.answers, self.plan = target, aux_layers, answers, plan
         self.hold = hold
 
     @functools.cached_property
     def flops_per_token(self) -> float:
         """Operations of the target's layers, counted on the first batch."""
         batch = collate([self.answers[i] for i in self.plan[0]], self.target.device)
-        read = counted(lambda: read_lesson(self.target, batch, self.taps))
+        read = counted(lambda: read_teacher_batch(self.target, batch, self.aux_layers))
         return read / batch.tokens_BT.numel()
 
     @functools.cached_property
-    def first_lessons(self) -> list[Lesson]:
+    def first_teacher_batches(self) -> list[TeacherBatch]:
         """What members look at before they train, read once for all."""
-        return [self.lesson(at) for at in range(min(CALIBRATION_BATCHES, len(self.plan)))]
+        return [self.teacher_batch(at) for at in range(min(CALIBRATION_BATCHES, len(self.plan)))]
 
-    def lesson(self, at: int) -> Lesson:
+    def teacher_batch(self, at: int) -> TeacherBatch:
         began = time.monotonic()
         indices = self.plan[at % len(self.plan)]
         batch = collate([self.answers[i] for i in indices], self.target.device)
-        lesson = read_lesson(self.target, batch, self.taps, hold=self.hold)
-        return dataclasses.replace(lesson, seconds=time.monotonic() - began)
+        teacher_batch = read_teacher_batch(self.target, batch, self.aux_layers, hold=self.hold)
+        return dataclasses.replace(teacher_batch, seconds=time.monotonic() - began)
 
     def length(self, steps: int) -> int:
         """Real tokens of the first steps."""
@@ -238,20 +240,20 @@ class _Stream:
         )
 
 
-def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None) -> Member:
-    """A draft with its private part attached, at its start."""
+def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None) -> AdapterRun:
+    """A draft with its adapter attached, at its start."""
     method = read_method(config.method)
-    lessons = stream.first_lessons
+    teacher_batches = stream.first_teacher_batches
 
     @torch.no_grad()
     def calibrate() -> None:
         steps = config.rollout if draft.feeds_back else 1
-        for lesson in lessons:
-            batch = lesson.batch
-            for _ in draft.rollout(batch.tokens_BT, lesson.features_BTF, batch.first, steps):
+        for teacher_batch in teacher_batches:
+            batch = teacher_batch.batch
+            for _ in draft.rollout(batch.tokens_BT, teacher_batch.features_BTF, batch.first, steps):
                 pass
 
-    first = draft.draft_vocab if config.vocab == "retarget" else None
+    first = draft.draft_vocab if config.vocab == "remap" else None
     trainable = prepare(
         draft,
         method,
@@ -261,12 +263,14 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
         seed=config.seed,
         calibrate=calibrate,
     )
-    retargeted = hook = None
+    remapped = hook = None
     if first is not None:
-        retargeted, hook = _retarget(stream, draft, method, len(first), trainable)
-    fitted = fit_starts(stream.target, base, draft, method, config, stream.answers, stream.plan)
+        remapped, hook = _remap(stream, draft, method, len(first), trainable)
+    fitted = fit_closed_form(
+        stream.target, base, draft, method, config, stream.answers, stream.plan
+    )
     trained = {name for name, _ in trainable}
-    member = Member(
+    run = AdapterRun(
         draft,
         method,
         config,
@@ -275,25 +279,25 @@ def _member(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | N
         {name: tensor for name, tensor in fitted.tensors.items() if name not in trained},
         len(stream.plan) if trainable and config.epochs else 0,
         first,
-        retargeted,
+        remapped,
         hook,
         fitted,
     )
-    member.flops = count_flops(lessons[0], draft, config)
-    return member
+    run.flops = count_flops(teacher_batches[0], draft, config)
+    return run
 
 
 def _width(draft: Draft, config: TrainConfig) -> int:
     width = read_width(config.width)
     if width is None:
         raise UserError(
-            "train.width auto compares several experts beside one draft; name a width here, for "
+            "train.width auto compares several experts next to one draft; name a width here, for "
             "example 64"
         )
     return resolve_width(width, shared_width(draft))
 
 
-def _retarget(
+def _remap(
     stream: _Stream,
     draft: Draft,
     method: Method,
@@ -301,7 +305,7 @@ def _retarget(
     trainable: list[tuple[str, nn.Parameter]],
 ) -> tuple[Retargeted, RemovableHandle | None]:
     """Exchange tokens; new rows join `trainable`, and a hook holds the head's other rows in place."""
-    found = retarget(draft, stream.target, stream.answers)
+    found = remap(draft, stream.target, stream.answers)
     say(
         f"vocabulary: {len(found.added)} of {size} tokens exchanged; the answers' share outside it "
         f"{found.missed_before:.1%} -> {found.missed_after:.1%}"
@@ -318,71 +322,68 @@ def _retarget(
 
 
 def _finished(
-    stream: _Stream, member: Member, gang: int, precision: str, predicted: float
+    stream: _Stream, run: AdapterRun, trained_together: int, precision: str, predicted: float
 ) -> Trained:
     """The best tensors, put back into the draft, and the record.
 
     Seconds are those of its start, its steps, the readings of the batches it stepped on, and its
     share of the evaluations.
     """
-    state, draft, flops = member.state, member.draft, member.flops
+    state, draft, flops = run.state, run.draft, run.flops
     put(draft, state.best)
     read = stream.length(state.step)
-    if member.hook is not None:
-        member.hook.remove()
+    if run.hook is not None:
+        run.hook.remove()
     record = TrainRecord(
-        method=member.config.method,
-        trained_parameters=member.trained_parameters(),
-        draft_parameters=fused_parameters(draft),
+        method=run.config.method,
+        trained_parameters=run.trained_parameters(),
+        draft_parameters=merged_parameters(draft),
         steps=state.step,
-        planned_steps=member.planned,
+        planned_steps=run.planned,
         supervised_tokens=state.supervised_tokens,
         unique_answer_tokens=sum(a.length for a in stream.answers),
         final_loss=state.last_loss if math.isfinite(state.last_loss) else 0.0,
         heldout_tau=tuple(state.heldout_tau),
         best_step=state.best_step,
-        seconds=state.seconds + state.evaluation_seconds + member.fitted.seconds,
+        seconds=state.seconds + state.evaluation_seconds + run.fitted.seconds,
         tokens_per_second=read / max(state.seconds, 1e-9),
         precision=precision,
         predicted_peak_mb=predicted,
         peak_mb=peak_memory(stream.target.device),
-        stopped_early=state.step < member.planned,
-        gang=gang,
-        miss_rate=(member.retargeted.missed_before, member.retargeted.missed_after)
-        if member.retargeted
-        else None,
-        target_flops=stream.flops_per_token * (read + member.fitted.target_tokens)
-        + flops.head * read,
-        draft_flops=flops.step * read + flops.rollout * member.fitted.draft_tokens,
+        stopped_early=state.step < run.planned,
+        trained_together=trained_together,
+        miss_rate=(run.remapped.missed_before, run.remapped.missed_after) if run.remapped else None,
+        target_flops=stream.flops_per_token * (read + run.fitted.target_tokens) + flops.head * read,
+        draft_flops=flops.step * read + flops.rollout * run.fitted.draft_tokens,
     )
     return Trained(state.best, record)
 
 
 def _predicted(
-    target: Target, members: Sequence[Member], answers: Sequence[Answer], plan: list[list[int]]
+    target: Target, runs: Sequence[AdapterRun], answers: Sequence[Answer], plan: list[list[int]]
 ) -> float:
     """The peak in MB that the largest batch of the plan makes."""
     longest = [max(len(answers[i].prompt) + answers[i].length for i in batch) for batch in plan]
     at = max(range(len(plan)), key=lambda i: longest[i] * len(plan[i]))
     tokens = longest[at] * len(plan[at])
     first = max(min(len(answers[i].prompt) for i in plan[at]) - 1, 0)
-    return predict_peak(target, members, tokens, longest[at], first)
+    return predict_peak(target, runs, tokens, longest[at], first)
 
 
 def _announce(
-    members: Sequence[Member], plan: list[list[int]], precision: str, predicted: float
+    runs: Sequence[AdapterRun], plan: list[list[int]], precision: str, predicted: float
 ) -> None:
-    for member in members:
-        say(f"training {member.trained_parameters():,} parameters ({member.config.method})")
-        if member.state.step:
-            say(f"continuing at step {member.state.step} of {len(plan)}")
-    steps = max(member.planned for member in members)
+    for run in runs:
+        say(f"training {run.trained_parameters():,} parameters ({run.config.method})")
+        if run.state.step:
+            say(f"continuing at step {run.state.step} of {len(plan)}")
+    steps = max(run.planned for run in runs)
     say(f"{steps} steps, {precision}, about {predicted:,.0f} MB at the peak")
 
 
-def _precision(stream: _Stream, members: Sequence[Member]) -> str:
+def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
     """Decided once, by the first member that trains: a resumed run computes as it began."""
-    training = [member for member in members if member.planned]
+    training = [run for run in runs if run.planned]
     if not training:
         return "fp32"
     first = training[0]
@@ -390,40 +391,42 @@ def _precision(stream: _Stream, members: Sequence[Member]) -> str:
     if precision == "auto":
 
         def step(at: int) -> None:
-            lesson = stream.lesson(at)
-            rollout_loss(lesson, first.draft, first.config)[0].backward()  # type: ignore[no-untyped-call]
+            teacher_batch = stream.teacher_batch(at)
+            rollout_loss(teacher_batch, first.draft, first.config)[0].backward()  # type: ignore[no-untyped-call]
             for parameter in first.parameters:
                 parameter.grad = None
 
         precision = choose_precision(stream.target.device, step)
-    for member in training:
-        member.state.precision = precision
+    for run in training:
+        run.state.precision = precision
     return precision
 
 
-def _evaluate(target: Target, members: Sequence[Member], heldout: Sequence[Answer], k: int) -> None:
+def _evaluate(
+    target: Target, runs: Sequence[AdapterRun], heldout: Sequence[Answer], k: int
+) -> None:
     """Held-out tau of each member; of its averaged weights too, of which the better counts."""
 
-    def taus(some: Sequence[Member]) -> list[float]:
+    def taus(some: Sequence[AdapterRun]) -> list[float]:
         found = replay_each(target, [m.draft for m in some], heldout, k)
         return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
 
     began = time.monotonic()
-    found = taus(members)
-    for member in members:
-        member.state.evaluation_seconds += (time.monotonic() - began) / len(members)
-    for member, tau in zip(members, found, strict=True):
-        if member.state.average:
-            with member.averaged():
-                (averaged,) = taus([member])
+    found = taus(runs)
+    for run in runs:
+        run.state.evaluation_seconds += (time.monotonic() - began) / len(runs)
+    for run, tau in zip(runs, found, strict=True):
+        if run.state.average:
+            with run.averaged():
+                (averaged,) = taus([run])
                 if averaged > tau:
-                    member.note_tau(averaged)
+                    run.note_tau(averaged)
                     continue
-        member.note_tau(tau)
+        run.note_tau(tau)
 
 
-def _note(members: Sequence[Member]) -> str:
-    training = [member for member in members if member.planned]
+def _note(runs: Sequence[AdapterRun]) -> str:
+    training = [run for run in runs if run.planned]
     best = max(training, key=lambda m: m.state.heldout_tau[-1][1] if m.state.heldout_tau else 0.0)
     state = best.state
     note = f"loss {state.last_loss:.3f}"
@@ -432,8 +435,8 @@ def _note(members: Sequence[Member]) -> str:
     return f"{note}  held-out tau {state.heldout_tau[-1][1]:.3f}"
 
 
-def _folder(checkpoints: Path | None, i: int, members: int) -> Path | None:
-    if checkpoints is None or members == 1:
+def _folder(checkpoints: Path | None, i: int, runs: int) -> Path | None:
+    if checkpoints is None or runs == 1:
         return checkpoints
     return checkpoints / f"member-{i}"
 
@@ -453,8 +456,8 @@ def _key(
         asdict(config),
         plan,
         target.fingerprint(),
-        base.fingerprint() if base and read_method(config.method).starts else None,
-        draft.taps,
+        base.fingerprint() if base and read_method(config.method).closed_form else None,
+        draft.aux_layers,
         state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
     ]
     digest = hashlib.sha256(json.dumps(about)[:-1].encode())

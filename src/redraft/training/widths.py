@@ -18,7 +18,7 @@ def shared_width(draft: Draft) -> int:
 
 
 def candidate_widths(shared: int) -> list[int]:
-    """Ascending widths to try beside `shared` neurons."""
+    """Ascending widths to try next to `shared` neurons."""
     return sorted({max(1, round(shared * share)) for share in SHARES})
 
 
