@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 ENGINE := .venv-vllm
 
-.PHONY: install demo test test-benches test-engines test-engines-full engine check format docs clean
+.PHONY: install demo test test-benches test-engines test-engines-full engine check format docs docs-site clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,10 @@ format: install
 
 docs: install
 	$(BIN)/python docs/generate.py
+
+# The pages as a site in build/site; a broken link is an error.
+docs-site: install
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf demo build $(VENV) $(ENGINE)

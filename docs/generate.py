@@ -3,8 +3,8 @@
 docs/cli.md      the command reference, from each command's own --help
 docs/engines.md  which engine serves what, from docs/results/engines.json and the rules of `inspect`
 docs/config.md   every setting with its default, from the dataclasses in config.py
-README.md        the file tree, from the first line of each module's docstring; the demo's output and
-                 the measured table, from the records in docs/results/
+README.md        the end of a run and the measured table, from the records in docs/results/
+docs/architecture.md  every file with the first line of its docstring
 docs/results/repair.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
 docs/results/positions.md  recovery by position and temperature, from the cells there; with a figure
@@ -25,7 +25,7 @@ from decode_page import decode_page
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
-from repair_page import demo_output, measured_table, results_page
+from repair_page import measured_table, results_page, run_output
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
@@ -39,15 +39,15 @@ ROOT = Path(__file__).parents[1]
 
 def generated() -> dict[Path, str]:
     """Each generated file with the text it should have."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, content in (
-        ("demo", f"```\n{demo_output()}```"),
-        ("measured", measured_table()),
-        ("tree", f"```\n{tree()}```"),
-    ):
-        text = between(text, name, content)
+    parts = {
+        "run": f"```\n{run_output()}```",
+        "measured": measured_table(),
+        "tree": f"```\n{tree()}```",
+    }
+    pages = (ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md")
     return {
+        page: between(page.read_text(encoding="utf-8"), parts) for page in pages
+    } | {
         ROOT / "docs" / "results" / "repair.md": results_page(),
         ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "results" / "methods.md": methods_page(),
@@ -57,16 +57,18 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "engines.md": engines_page(),
         ROOT / "docs" / "config.md": config_reference(),
-        readme: text,
     }
 
 
-def between(text: str, name: str, content: str) -> str:
-    """`text` with the part between two named marks replaced."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    return f"{before}{begin}\n{content}\n{end}{after}"
+def between(text: str, parts: dict[str, str]) -> str:
+    """`text` with the parts between named marks replaced, where it has these marks."""
+    for name, content in parts.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            _, _, after = rest.partition(end)
+            text = f"{before}{begin}\n{content}\n{end}{after}"
+    return text
 
 
 def cli_reference() -> str:
@@ -123,18 +125,18 @@ def config_reference() -> str:
 
 
 def tree() -> str:
-    """The package, one line per file: its name and the first sentence it says of itself."""
-    lines = ["src/redraft/"]
-    package = ROOT / "src" / "redraft"
-    files = sorted(p for p in package.rglob("*.py") if p.name != "__main__.py")
-    top = [p for p in files if p.parent == package and p.name != "__init__.py"]
-    for path in top:
-        lines.append(f"  {path.name:20} {_says(path)}")
-    for folder in sorted({p.parent for p in files} - {package}):
-        lines.append(f"  {folder.name + '/':20} {_says(folder / '__init__.py')}")
-        for path in files:
-            if path.parent == folder and path.name != "__init__.py":
-                lines.append(f"    {path.name:18} {_says(path)}")
+    """Both packages, one line per file: its name and the first sentence of its docstring."""
+    lines = []
+    for package in (ROOT / "src" / "redraft", ROOT / "experiments" / "redraft_experiments"):
+        lines.append(f"{package.relative_to(ROOT)}/")
+        files = sorted(p for p in package.rglob("*.py") if p.name != "__main__.py")
+        for path in (p for p in files if p.parent == package and p.name != "__init__.py"):
+            lines.append(f"  {path.name:24} {_says(path)}")
+        for folder in sorted({p.parent for p in files} - {package}):
+            lines.append(f"  {folder.name + '/':24} {_says(folder / '__init__.py')}")
+            for path in files:
+                if path.parent == folder and path.name != "__init__.py":
+                    lines.append(f"    {path.name:22} {_says(path)}")
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from redraft_experiments.demo import print_demo
+from redraft.core.records import AdaptReport
+from redraft.report.terminal import print_report
 
 RESULTS = Path(__file__).parent / "results"
 DRAFTS = ("unadapted", "adapted", "from-scratch")
@@ -34,10 +35,12 @@ def records() -> dict[str, dict[str, Any]]:
     return found
 
 
-def demo_output() -> str:
-    """What the demo printed, from its record."""
+def run_output() -> str:
+    """What `redraft adapt` printed at the end of a run on SmolLM2, from its report."""
+    record = json.loads((RESULTS / "adapt-smollm2.json").read_text(encoding="utf-8"))
     shown = io.StringIO()
-    print_demo(records()["nano"], Console(file=shown, width=88, highlight=False))
+    console = Console(file=shown, width=100, highlight=False)
+    print_report(AdaptReport.from_json(record), console)
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines()) + "\n"
 
 
