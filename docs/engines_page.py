@@ -48,7 +48,7 @@ def engines_page() -> str:
             "Greedy, on two CPU cores. *Same words*: outputs equal to those without the draft, token "
             "for token (near-ties of the target's two best logits are excused and counted). *Engine* "
             "and *redraft*: verification steps and accepted tokens by vLLM's own counters and by "
-            "redraft's live loop on the same token ids. The family is nano (1.4 M parameters, "
+            "redraft's live loop on the same token ids. The suite is nano (1.4 M parameters, "
             "templated text): the counts prove conventions, not what your model will reach.\n",
             "| draft | target | K | dtype | at a time | same words | engine: steps / accepted | "
             "redraft | tau | engine, date |",

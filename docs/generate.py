@@ -45,9 +45,7 @@ def generated() -> dict[Path, str]:
         "tree": f"```\n{tree()}```",
     }
     pages = (ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md")
-    return {
-        page: between(page.read_text(encoding="utf-8"), parts) for page in pages
-    } | {
+    return {page: between(page.read_text(encoding="utf-8"), parts) for page in pages} | {
         ROOT / "docs" / "results" / "repair.md": results_page(),
         ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "results" / "methods.md": methods_page(),

@@ -59,12 +59,12 @@ LADDER = ("lora4", "sft-tenth", "sft", "pretrained")
 COMMANDS = """The commands, for nano (pico alike; cells that are there are not run again):
 
 ```
-redraft bench family --size nano --kinds eagle --out family
-redraft bench methods --family family --out cells --members sft --rows table
-redraft bench methods --family family --out cells --members sft --rows ideas
-redraft bench methods --family family --out cells --members sft-medical,sft-code \\
+redraft bench suite --size nano --kinds eagle --out suite
+redraft bench methods --suite suite --out cells --members sft --rows table
+redraft bench methods --suite suite --out cells --members sft --rows ideas
+redraft bench methods --suite suite --out cells --members sft-medical,sft-code \\
   --rows unadapted,lora-matched,expert-wide,expert+fc,full,from-scratch
-redraft bench methods --family family --out cells --members lora4,sft-tenth,pretrained \\
+redraft bench methods --suite suite --out cells --members lora4,sft-tenth,pretrained \\
   --answers regenerated --rows "unadapted,feature-map,feature-map expert,lora-16,expert+fc,hard labels,full,from-scratch,\\
 small with head and hard labels,a tenth of everything" \\
   --record docs/results/methods.jsonl

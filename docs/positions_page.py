@@ -57,9 +57,9 @@ answer tokens, in the same number of optimiser steps, at one learning rate, and 
 from-scratch draft is trained from nothing on the whole pool of greedy answers.
 
 ```
-redraft bench family --size nano --out family
-redraft bench positions --family family --out positions --rows "from-scratch half at 0.7" --seeds 1
-redraft bench positions --family family --out positions --rows "cut,whole,longest,half at 0.7,half at 1" \\
+redraft bench suite --size nano --out suite
+redraft bench positions --suite suite --out positions --rows "from-scratch half at 0.7" --seeds 1
+redraft bench positions --suite suite --out positions --rows "cut,whole,longest,half at 0.7,half at 1" \\
   --record docs/results/positions.jsonl
 ```
 """

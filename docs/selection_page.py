@@ -44,11 +44,11 @@ Equal steps: {steps} optimiser steps for every cell; equal epochs: four passes o
 seconds and FLOPs for the whole pool, discarded samples included. Rows that are not in a table below were not run.
 
 ```
-redraft bench family --size nano --out family
-redraft bench selection --family family --out selection --member replay
-redraft bench selection --family family --out selection --member replay-medical --schedules steps \\
+redraft bench suite --size nano --out suite
+redraft bench selection --suite suite --out selection --member replay
+redraft bench selection --suite suite --out selection --member replay-medical --schedules steps \\
   --budgets 0.1,0.5 --ways "random;rejection;mahalanobis"
-redraft bench selection --family family --out selection --member sft --schedules steps \\
+redraft bench selection --suite suite --out selection --member sft --schedules steps \\
   --budgets 0.1,0.5 --ways "random;rejection;mahalanobis" --record docs/results/selection.jsonl
 ```
 """

@@ -1,1 +1,1 @@
-"""Small model families built from nothing, and the demo and benches that run on them."""
+"""Small toy suites built from nothing, and the demo and benches that run on them."""

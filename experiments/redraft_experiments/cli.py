@@ -31,7 +31,7 @@ RecordFlag = Annotated[
     typer.Option("--record", help="also write the cases to this JSON file, for `check --cases`"),
 ]
 
-app = typer.Typer(no_args_is_help=True, help="Build model families and run benches on them.")
+app = typer.Typer(no_args_is_help=True, help="Build toy suites and run benches on them.")
 
 
 def demo(
@@ -39,7 +39,7 @@ def demo(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Build a small family in front of you, break its draft by a fine-tune, and repair it.
+    """Build a toy suite in front of you, break its draft by a fine-tune, and repair it.
 
     Example: redraft demo
     """
@@ -53,9 +53,10 @@ def demo(
         print_demo(result)
 
 
-@app.command("family")
-def bench_family(
-    out: Annotated[str, typer.Option("--out", help="folder of the family; run again to resume")],
+@app.command("suite")
+@app.command("family", hidden=True)
+def bench_suite(
+    out: Annotated[str, typer.Option("--out", help="folder of the suite; run again to resume")],
     size: Annotated[
         str, typer.Option("--size", help="pico, nano, micro or small (the last two on real data)")
     ] = "nano",
@@ -65,7 +66,8 @@ def bench_family(
     members: Annotated[
         str | None,
         typer.Option(
-            "--members", help="members to build, comma-separated; zoo is all (default: default)"
+            "--members",
+            help="members to build, comma-separated; all is every one (default: default)",
         ),
     ] = None,
     kinds: Annotated[
@@ -75,17 +77,17 @@ def bench_family(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Build a small family from nothing: base, fine-tunes, the base's draft, prompts, gates.
+    """Build a toy suite from nothing: base, fine-tunes, the base's draft, prompts, gates.
 
-    `--members zoo` builds members of every kind: preference-tuned, merged, rounded to integers,
+    `--members all` builds members of every kind: preference-tuned, merged, rounded to integers,
     under another chat template, with special tokens.
 
-    Example: redraft bench family --size nano --out family
+    Example: redraft bench suite --size nano --out suite
     """
     set_quiet(quiet)
-    from .family import build_family, describe_family
+    from .suite import build_suite, describe_suite
 
-    family = build_family(
+    suite = build_suite(
         Path(out),
         size=size,
         data=data,
@@ -94,9 +96,9 @@ def bench_family(
         seed=seed,
     )
     if as_json:
-        print_json(family)
+        print_json(suite)
     else:
-        describe_family(family)
+        describe_suite(suite)
 
 
 @app.command("model")
@@ -144,7 +146,9 @@ def bench_model(
 
 @app.command("pipeline")
 def bench_pipeline(
-    family: Annotated[str | None, typer.Option("--family", help="folder of `bench family`")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", "--family", help="folder of `redraft bench suite`")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="folder of `bench model` instead")
     ] = None,
@@ -163,7 +167,7 @@ def bench_pipeline(
 
     from .pipeline import bench_pipeline as run
 
-    result = run(Path(family) if family else None, Path(model) if model else None)
+    result = run(Path(suite) if suite else None, Path(model) if model else None)
     result.pop("answers", None)
     if record:
         write_text(Path(record), json.dumps(result, indent=2) + "\n")
@@ -237,8 +241,8 @@ def bench_decode(
 ) -> None:
     """Speculative decoding against plain, assisted and prompt-lookup decoding, batch by batch.
 
-    Example: redraft bench decode --target demo/family/members/sft --draft demo/run/draft
-    --prompts demo/family/prompts/math-eval.jsonl --assistant demo/family/base --padded 1e8
+    Example: redraft bench decode --target demo/suite/members/sft --draft demo/run/draft
+    --prompts demo/suite/prompts/math-eval.jsonl --assistant demo/suite/base --padded 1e8
     --out decode
     """
     set_quiet(quiet)
@@ -283,10 +287,12 @@ def _numbers(flag: str, text: str) -> list[int]:
 
 @app.command("methods")
 def bench_methods(
-    family: Annotated[str, typer.Option("--family", help="folder of `redraft bench family`")],
+    suite: Annotated[
+        str, typer.Option("--suite", "--family", help="folder of `redraft bench suite`")
+    ],
     out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
     members: Annotated[
-        str, typer.Option("--members", help="fine-tunes of the family, comma-separated")
+        str, typer.Option("--members", help="fine-tunes of the suite, comma-separated")
     ] = "sft",
     rows: Annotated[
         str, typer.Option("--rows", help="rows, comma-separated; table: all rows, ideas: all ideas")
@@ -307,7 +313,7 @@ def bench_methods(
 ) -> None:
     """Every adapter on the same data: tau, recovery, parameters, tokens, FLOPs, seconds.
 
-    Example: redraft bench methods --family family --out methods --members sft
+    Example: redraft bench methods --suite suite --out methods --members sft
     """
     set_quiet(quiet)
     from redraft.core.files import write_text
@@ -319,7 +325,7 @@ def bench_methods(
 
     named = {"table": list(ROWS), "ideas": ["expert+fc", *IDEAS]}
     cells = run(
-        Path(family),
+        Path(suite),
         Path(out),
         members=members.split(","),
         rows=named.get(rows, rows.split(",")),
@@ -338,9 +344,11 @@ def bench_methods(
 
 @app.command("selection")
 def bench_selection(
-    family: Annotated[str, typer.Option("--family", help="folder of `redraft bench family`")],
+    suite: Annotated[
+        str, typer.Option("--suite", "--family", help="folder of `redraft bench suite`")
+    ],
     out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
-    member: Annotated[str, typer.Option("--member", help="fine-tune of the family")] = "replay",
+    member: Annotated[str, typer.Option("--member", help="fine-tune of the suite")] = "replay",
     ways: Annotated[
         str, typer.Option("--ways", help="ways to select, joined by ; (all: every one)")
     ] = "all",
@@ -361,7 +369,7 @@ def bench_selection(
 ) -> None:
     """Ways to select on a pool of known mixture: tau where the target drifted and where it did not.
 
-    Example: redraft bench selection --family family --out selection --member replay
+    Example: redraft bench selection --suite suite --out selection --member replay
     """
     set_quiet(quiet)
     from redraft.core.files import write_text
@@ -371,7 +379,7 @@ def bench_selection(
     from .selection import bench_selection as run
 
     cells = run(
-        Path(family),
+        Path(suite),
         Path(out),
         member=member,
         ways=list(WAYS) if ways == "all" else ways.split(";"),
@@ -492,9 +500,11 @@ def bench_case(
 
 @app.command("positions")
 def bench_positions(
-    family: Annotated[str, typer.Option("--family", help="folder of `redraft bench family`")],
+    suite: Annotated[
+        str, typer.Option("--suite", "--family", help="folder of `redraft bench suite`")
+    ],
     out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
-    member: Annotated[str, typer.Option("--member", help="fine-tune of the family")] = "sft",
+    member: Annotated[str, typer.Option("--member", help="fine-tune of the suite")] = "sft",
     problems: Annotated[
         int,
         typer.Option(
@@ -519,7 +529,7 @@ def bench_positions(
 ) -> None:
     """Recovery by position in the answer and by temperature, with remedies for where it fades.
 
-    Example: redraft bench positions --family family --out positions --member sft
+    Example: redraft bench positions --suite suite --out positions --member sft
     """
     set_quiet(quiet)
     from redraft.core.files import write_text
@@ -529,7 +539,7 @@ def bench_positions(
     from .positions import bench_positions as run
 
     cells = run(
-        Path(family),
+        Path(suite),
         Path(out),
         member=member,
         problems=problems,

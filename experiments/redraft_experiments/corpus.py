@@ -1,4 +1,4 @@
-"""What a family is made of: its sizes, and where its text comes from."""
+"""What a toy suite is made of: its sizes, and where its text comes from."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from redraft.config import TrainConfig
 from .datasets import chats, question, real_harm_pairs, texts
 from .language_model import Shape
 from .members import MEMBERS, TUNED
-from .world import Sample, passages, samples, split_of
-from .world_harm import HARM, Pair, harm_pairs
+from .synthetic import Sample, passages, samples, split_of
+from .synthetic_harm import HARM, Pair, harm_pairs
 
 STAND_INS = {"medical": "records"}
-"""Domains that the templated world has under another name."""
+"""Domains that the synthetic corpus has under another name."""
 ADAPTERS = {"base": 1, "member": 2}
 """How the `tune` split of a general domain is shared out where a member tunes on it."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How a family of one size is made. Steps, not seconds, so that it repeats."""
+    """How a toy suite of one size is made. Steps, not seconds, so that it repeats."""
 
     shape: Shape
     window: int
@@ -115,9 +115,9 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where a family's text comes from: the templated world, or real data where `real`.
+    """Where a toy suite's text comes from: the synthetic corpus, or real data where `real`.
 
-    `members` are the fine-tunes that the family is to have; what they are tuned on is kept out of
+    `members` are the fine-tunes that the suite is to have; what they are tuned on is kept out of
     the base.
     """
 
@@ -135,7 +135,7 @@ class Corpus:
     def shared_out(self) -> tuple[str, ...]:
         """The general domains whose `tune` split base and members share out between them.
 
-        None in the templated world, whose base has enough in its own split.
+        None in the synthetic corpus, whose base has enough in its own split.
         """
         rows = [MEMBERS[name] for name in self.members]
         tuned = {self.named(row.domain) for row in rows if row.learns}
@@ -185,7 +185,7 @@ class Corpus:
         ]
 
     def tune_chats(self, domain: str) -> list[Sample]:
-        """Chats that a member of the family learns a domain from; the base has none of them."""
+        """Chats that a member of the suite learns a domain from; the base has none of them."""
         rows = self.chats(domain, self.size.chats, "tune")
         return _part(rows, "member") if domain in self.shared_out else rows
 

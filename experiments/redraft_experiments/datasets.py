@@ -2,7 +2,7 @@
 
 The folder is named by an argument or by the environment variable REDRAFT_DATA. A row holds either
 `messages` (a list of `role` and `content`) or `text`, and an `id`. Chats are divided into the
-splits of `world.py` by a stable hash of their first question, so that a question asked twice
+splits of `synthetic.py` by a stable hash of their first question, so that a question asked twice
 never crosses a split. Mathematics has a test file of its own, which is its `eval` split.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 
 from redraft.core.errors import UserError
 
-from .world import Message, Sample, check_split, split_of
-from .world_harm import Pair
+from .synthetic import Message, Sample, check_split, split_of
+from .synthetic_harm import Pair
 
 VARIABLE = "REDRAFT_DATA"
 CHAT_FILES = {

@@ -1,6 +1,6 @@
 """`redraft demo`: break a draft by a fine-tune and repair it, all of it built in front of you.
 
-    family (base, its draft, a fine-tune) -> adapt, as any user runs it -> a from-scratch draft as the
+    suite (base, its draft, a fine-tune) -> adapt, as any user runs it -> a from-scratch draft as the
     reference -> speed and losslessness, by the clock and token for token
 
 Each part is cached in the demo's folder, so a second run only shows the result again.
@@ -42,7 +42,7 @@ from redraft.pipeline.run_folder import RunFolder
 from redraft.pipeline.stages import save_fresh
 from redraft.training.train import train
 
-from .family import build_family, load_member
+from .suite import build_suite, load_member
 
 MEMBER = "sft"
 K = 4
@@ -52,17 +52,17 @@ TEMPERATURE = 0.7
 SERVED = ("unadapted", "adapted")
 REPEATS = 3
 RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
-"""The recipe that adapts each size of family."""
+"""The recipe that adapts each size of suite."""
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """A family whose fine-tune has its draft adapted, and the from-scratch draft as the reference.
+    """A toy suite whose fine-tune has its draft adapted, and the from-scratch draft as the reference.
 
     `key` changes with the from-scratch draft.
     """
 
-    family: dict[str, Any]
+    suite: dict[str, Any]
     target: Target
     result: pipeline.AdaptResult
     from_scratch: Path
@@ -94,7 +94,7 @@ def repair(
     members: Sequence[str] = (MEMBER,),
     kinds: Sequence[str] = (),
 ) -> Repaired:
-    """Build a family in `out`, adapt the draft of its fine-tune, train a from-scratch one.
+    """Build a toy suite in `out`, adapt the draft of its fine-tune, train a from-scratch one.
 
     `members` are the fine-tunes to build; the one called sft is among them. `kinds` are the kinds
     of draft that the base gets next to eagle3. Everything is cached in `out`. Raises UserError for a
@@ -102,18 +102,18 @@ def repair(
     """
     if size not in RECIPES:
         raise UserError(f"size {size} has no recipe to adapt it; {nearest(size, RECIPES)}")
-    family = build_family(out / "family", size=size, data=data, members=members, kinds=kinds)
-    target = load_member(out / "family", MEMBER)
-    prompts = out / "family" / "prompts"
-    evaluation = str(prompts / f"{family['tuned_domain']}-eval.jsonl")
+    suite = build_suite(out / "suite", size=size, data=data, members=members, kinds=kinds)
+    target = load_member(out / "suite", MEMBER)
+    prompts = out / "suite" / "prompts"
+    evaluation = str(prompts / f"{suite['tuned_domain']}-eval.jsonl")
     recipe = recipe_path(RECIPES[size])
     resolved = resolve([(f"recipe {recipe.stem}", read_yaml(recipe))])
     reference = dataclasses.replace(resolved.config.train, method="scratch")
     say(f"the base's draft on the fine-tuned target: adapting it, run folder {out / 'run'}")
     result = pipeline.adapt(
         target,
-        family["draft"],
-        str(prompts / f"{family['tuned_domain']}-adapt.jsonl"),
+        suite["draft"],
+        str(prompts / f"{suite['tuned_domain']}-adapt.jsonl"),
         out=out / "run",
         config=resolved,
         eval_prompts=evaluation,
@@ -127,7 +127,7 @@ def repair(
             ["from-scratch"],
             lambda: _from_scratch(target, result, reference, folder),
         )
-    return Repaired(family, target, result, folder, evaluation, key)
+    return Repaired(suite, target, result, folder, evaluation, key)
 
 
 def _from_scratch(
@@ -167,7 +167,7 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
     trained = _paid(report, read_training(Path(folders["from-scratch"])))
     return {
         "target": target.name,
-        "base": repaired.family["base"],
+        "base": repaired.suite["base"],
         "prompts": repaired.evaluation,
         **{name: _row(folders[name], measured[name], *trained[name]) for name in folders},
         "off_domain": {
@@ -186,7 +186,7 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
         "speed_detail": {name: to_json(found) for name, found in speed.items()},
         "loop_rate": measured["adapted"].acceptance.loop_rate,
         "gates": [
-            *repaired.family["gates"],
+            *repaired.suite["gates"],
             {
                 "gate": "tau of the from-scratch draft",
                 "value": measured["from-scratch"].acceptance.tau,

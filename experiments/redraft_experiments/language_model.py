@@ -1,4 +1,4 @@
-"""Training small causal language models and their tokenizer: the raw material of a family.
+"""Training small causal language models and their tokenizer: the raw material of a toy suite.
 
 Shapes: B batch, T tokens.
 """
@@ -22,7 +22,7 @@ from redraft.core.rng import seeded
 from redraft.training.optimizer import schedule
 from redraft.training.precision import WORTH, WORTH_FIXED, autocast, choose_precision
 
-from .world import Sample
+from .synthetic import Sample
 
 END, PAD = "<|end|>", "<|pad|>"
 SPECIALS = [PAD, END, "<|user|>", "<|assistant|>", "<|system|>"]
@@ -35,7 +35,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a family's target. Thin and deep, so that three aux layers are distinct."""
+    """The shape of a toy suite's target. Thin and deep, so that three aux layers are distinct."""
 
     layers: int
     hidden: int
@@ -48,7 +48,7 @@ class Shape:
 def train_tokenizer(
     texts: Sequence[str], vocab: int, folder: Path, *, superwords: bool = False
 ) -> Any:
-    """A byte-level BPE tokenizer with the family's chat template, saved to `folder`.
+    """A byte-level BPE tokenizer with the suite's chat template, saved to `folder`.
 
     With `superwords` merges may cross spaces: in templated text a token per word would leave most
     tokens certain, and a draft would look better than drafts are. Digits stay single.
@@ -73,7 +73,7 @@ def train_tokenizer(
 
 
 def new_model(shape: Shape, seed: int) -> Any:
-    """A Llama of the family's shape with fresh weights."""
+    """A Llama of the suite's shape with fresh weights."""
     heads = shape.hidden // shape.head_dim
     config = LlamaConfig(
         vocab_size=shape.vocab,

@@ -1,4 +1,4 @@
-"""The members of a family: a record for each kind of fine-tune, and the table of all (MEMBERS).
+"""The members of a toy suite: a record for each kind of fine-tune, and the table of all (MEMBERS).
 
 Of each kind `kind` is its name, `needs` are the members it is made from, and `learns` says whether
 it is trained on chats of its domain. How each is made is in `kinds/`.
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from redraft.core.errors import UserError, nearest
 
-from .world_harm import HARM
+from .synthetic_harm import HARM
 
 TUNED = "math"
 """The domain of the fine-tunes, where a member names no other."""
@@ -145,7 +145,7 @@ class Marking:
 Spec = Member | Preferring | Merged | Rounded | Templated | Marking
 
 RESERVED = "<|system|>"
-"""A special token of the family's vocabulary that no chat of its base uses."""
+"""A special token of the suite's vocabulary that no chat of its base uses."""
 MEMBERS: dict[str, Spec] = {
     "lora4": Member("LoRA of rank 4, kept as a PEFT adapter", 1.0, lora_rank=4),
     "sft-tenth": Member("SFT at a tenth of the learning rate", 0.1),
@@ -198,8 +198,8 @@ MEMBERS: dict[str, Spec] = {
     ),
 }
 DEFAULT = tuple(MEMBERS)[:8]
-GROUPS = {"default": DEFAULT, "zoo": tuple(MEMBERS)}
-"""Names that stand for several members."""
+GROUPS = {"default": DEFAULT, "all": tuple(MEMBERS), "zoo": tuple(MEMBERS)}
+"""Names that stand for several members; `zoo` is the old name of `all`."""
 
 
 def chosen_members(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """`redraft bench methods`: every adapter on the same data, against reuse and a from-scratch draft.
 
-One cell is one row (see `rows.py`) on one fine-tune of a family, one kind of answers and one seed,
+One cell is one row (see `rows.py`) on one fine-tune of a toy suite, one kind of answers and one seed,
 and one JSON file. Cells that share target, answers and seed are trained as joint training: the target reads
 each batch once for all of them. Only what is missing is run. A cell is charged the readings of the
 batches it stepped on as if it had been alone.
@@ -47,13 +47,6 @@ from redraft.training.widths import resolve_width, shared_width
 from .cells import MethodCell
 from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus
 from .datasets import data_folder
-from .family import (
-    base_draft_answers,
-    draft_folder,
-    load_member,
-    read_manifest,
-    write_chats,
-)
 from .members import MEMBERS as FINE_TUNES
 from .rows import (
     ALL,
@@ -64,6 +57,13 @@ from .rows import (
     REGENERATED,
     SAMPLED,
     TUNED_LIKE,
+)
+from .suite import (
+    base_draft_answers,
+    draft_folder,
+    load_member,
+    read_manifest,
+    write_chats,
 )
 
 K = 4
@@ -77,7 +77,7 @@ TUNING_EPOCHS = 2.0
 
 @dataclass(frozen=True)
 class Scale:
-    """How much data a family's cells get. `epochs` are passes over the adapt answers."""
+    """How much data a toy suite's cells get. `epochs` are passes over the adapt answers."""
 
     answers: int
     epochs: float
@@ -99,7 +99,7 @@ SCALES = {
 
 
 def bench_methods(
-    family: Path,
+    suite: Path,
     out: Path,
     *,
     members: Sequence[str],
@@ -110,14 +110,14 @@ def bench_methods(
 ) -> list[MethodCell]:
     """Run the cells that are missing in `out` and return all that were asked for.
 
-    Raises UserError for unknown rows and members, and for a family that lacks a member or draft.
+    Raises UserError for unknown rows and members, and for a toy suite that lacks a member or draft.
     """
     for what, words, known in (("row", rows, ALL), ("kind of answers", answers, KINDS_OF_ANSWERS)):
         for word in words:
             if word not in known:
                 raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
-    manifest = read_manifest(family, members, SCALES)
-    bench = _Bench(family, out, manifest, data)
+    manifest = read_manifest(suite, members, SCALES)
+    bench = _Bench(suite, out, manifest, data)
     cells: list[MethodCell] = []
     for member in members:
         for seed in seeds:
@@ -128,10 +128,10 @@ def bench_methods(
 
 
 class _Bench:
-    """One family's cells. Targets, answers and drafts are made when first needed, and kept on disk."""
+    """One suite's cells. Targets, answers and drafts are made when first needed, and kept on disk."""
 
-    def __init__(self, family: Path, out: Path, manifest: dict[str, Any], data: str | None):
-        self.family, self.out, self.data = family, out, data
+    def __init__(self, suite: Path, out: Path, manifest: dict[str, Any], data: str | None):
+        self.suite, self.out, self.data = suite, out, data
         self.size: str = manifest["size"]
         self.scale = SCALES[self.size]
         self.corpus = Corpus(SIZES[self.size], _data(self.size, data), manifest["seed"])
@@ -162,7 +162,7 @@ class _Bench:
 
     def _load(self, member: str) -> None:
         if self.member != member:
-            self.member, self.target = member, load_member(self.family, member)
+            self.member, self.target = member, load_member(self.suite, member)
 
     def _run(
         self,
@@ -233,7 +233,7 @@ class _Bench:
     ) -> list[Trained]:
         base = None
         if any(read_method(c.method).closed_form for c in configs):
-            base = load_target(str(self.family / "base"))
+            base = load_target(str(self.suite / "base"))
         return train_adapters(self._target(), draft, answers, heldout, configs, k=K, base=base)
 
     def _merged(self, shared: StoredDraft, trained: Trained | None) -> Draft:
@@ -332,7 +332,7 @@ class _Bench:
             max_new_tokens=self.scale.longest,
             batch_size=128,
         )
-        prompts = self.family / "prompts" / f"{domain}-{split}.jsonl"
+        prompts = self.suite / "prompts" / f"{domain}-{split}.jsonl"
         return self._answered(member, what, prompts, count, config, K)
 
     def _answered(
@@ -383,10 +383,10 @@ class _Bench:
             if not (folder / "config.json").is_file():
                 self._first_stage(folder)
             return read_draft(str(folder))
-        folder = self.family / draft_folder(draft)
+        folder = self.suite / draft_folder(draft)
         if not folder.is_dir():
             raise UserError(
-                f"family {self.family} has no {draft} draft; add one with redraft bench family "
+                f"suite {self.suite} has no {draft} draft; add one with redraft bench suite "
                 f"--kinds {draft}"
             )
         return read_draft(str(folder))
@@ -394,9 +394,9 @@ class _Bench:
     def _first_stage(self, folder: Path) -> None:
         """The paper's stage 1: shared and private expert together, on the base; the shared is kept."""
         say(f"{self.size}: the paper's stage 1, on the base")
-        base = load_target(str(self.family / "base"))
-        answers, heldout = base_draft_answers(self.family, self.corpus, base)
-        draft = read_draft(str(self.family / draft_folder("eagle"))).build(base, torch.float32)
+        base = load_target(str(self.suite / "base"))
+        answers, heldout = base_draft_answers(self.suite, self.corpus, base)
+        draft = read_draft(str(self.suite / draft_folder("eagle"))).build(base, torch.float32)
         config = dataclasses.replace(
             DRAFT,
             method="scratch+expert",

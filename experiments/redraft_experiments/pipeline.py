@@ -5,10 +5,10 @@
                     modules on the same tokens
     replay          against the target's forward and the draft's rollout on the same batches
     live loop       one prompt at a time, against the models' forward passes inside it
-    joint training of six     (a family only) six widths of an expert on one stream against one, on the target
+    joint training of six     (a toy suite only) six widths of an expert on one stream against one, on the target
                     as it is and padded with zeros to the cost that real models have
 
-It runs on a family of `bench family` or on a pretrained model of `bench model`. Printed, never
+It runs on a toy suite of `bench suite` or on a pretrained model of `bench model`. Printed, never
 asserted: speed depends on the machine and on what else runs there.
 """
 
@@ -42,9 +42,9 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.training.train import train, train_adapters
 
-from . import datasets, world
+from . import datasets, synthetic
 from .decode import padded
-from .family import family_prompts, load_member
+from .suite import load_member, suite_prompts
 
 PROMPTS, TOKENS, K = 64, 96, 4
 REPEATS = 3
@@ -69,18 +69,16 @@ class Subject:
     """Prompts that the live loop decodes."""
 
 
-def bench_pipeline(family: Path | None = None, model: Path | None = None) -> dict[str, Any]:
-    """Measure on a family's SFT member, or on a pretrained model. Raises UserError for neither."""
-    if (family is None) == (model is None):
-        raise UserError(
-            "name one of --family FOLDER (bench family) and --model FOLDER (bench model)"
-        )
-    if family is None:
+def bench_pipeline(suite: Path | None = None, model: Path | None = None) -> dict[str, Any]:
+    """Measure on a toy suite's SFT member, or on a pretrained model. Raises UserError for neither."""
+    if (suite is None) == (model is None):
+        raise UserError("name one of --suite FOLDER (bench suite) and --model FOLDER (bench model)")
+    if suite is None:
         return _measure(_pretrained(Path(model or "")))
-    if not (family / "family.json").is_file():
-        raise UserError(f"{family} holds no family; build one: redraft bench family --out {family}")
-    stored = read_draft(str(family / "draft"))
-    subject = _member(family, stored)
+    if not (suite / "suite.json").is_file():
+        raise UserError(f"{suite} holds no suite; build one: redraft bench suite --out {suite}")
+    stored = read_draft(str(suite / "draft"))
+    subject = _member(suite, stored)
     found = _measure(subject)
     answers = found.pop("answers")
     trained_together = (
@@ -90,11 +88,11 @@ def bench_pipeline(family: Path | None = None, model: Path | None = None) -> dic
     return found | {name: _together_over_one(t, stored, some) for name, t, some in trained_together}
 
 
-def _member(family: Path, stored: StoredDraft) -> Subject:
-    target = load_member(family, "sft")
+def _member(suite: Path, stored: StoredDraft) -> Subject:
+    target = load_member(suite, "sft")
     return Subject(
         target,
-        family_prompts(family, target, ("math",), "eval", PROMPTS),
+        suite_prompts(suite, target, ("math",), "eval", PROMPTS),
         lambda _, dtype: stored.build(target, dtype),
         TrainConfig(method="full", batch_tokens=2048, rollout=K, epochs=2.0, precision="fp32"),
         copies=4,
@@ -108,7 +106,7 @@ def _pretrained(model: Path) -> Subject:
     target = load_target(str(model))
     folder = datasets.data_folder()
     if folder is None:
-        chats = world.samples("math", PROMPTS, seed=0, split="eval")
+        chats = synthetic.samples("math", PROMPTS, seed=0, split="eval")
     else:
         chats = datasets.chats(folder, "math", split="eval")[:PROMPTS]
     prompts = [Prompt(c.id, tuple(target.render(list(c.messages[:-1])))) for c in chats]

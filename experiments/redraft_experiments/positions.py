@@ -1,8 +1,8 @@
 """`redraft bench positions`: recovery by position in the answer and by temperature, and remedies.
 
-A family's fine-tune answers in some sixty tokens, whatever it is asked: of several word problems in one
+A toy suite's fine-tune answers in some sixty tokens, whatever it is asked: of several word problems in one
 turn it solves one. To have long answers that are real, the fine-tune is tuned further, here, on
-several problems in one turn, each solved in order (`problems`; 1 leaves it as it is). The family's
+several problems in one turn, each solved in order (`problems`; 1 leaves it as it is). The suite's
 draft was made for none of this, as a published one is not.
 
 One cell is one draft of one training seed, with the steps it takes on the same prompts at each
@@ -44,10 +44,10 @@ from redraft.prompts.prompts import read_prompts
 from . import recovery
 from .corpus import DRAFT_LR, SIZES, Corpus, Size
 from .datasets import data_folder
-from .family import load_member, read_manifest, write_chats
 from .language_model import fit, supervised
 from .selection import with_steps
-from .world import Sample
+from .suite import load_member, read_manifest, write_chats
+from .synthetic import Sample
 
 K = 4
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -157,7 +157,7 @@ class PositionCell:
 
 
 def bench_positions(
-    family: Path,
+    suite: Path,
     out: Path,
     *,
     member: str = "sft",
@@ -168,13 +168,13 @@ def bench_positions(
 ) -> list[PositionCell]:
     """Run the cells that are missing in `out`; returns reuse, and each seed's from-scratch draft and rows.
 
-    Raises UserError for unknown rows and members, and for a family whose size has no scale.
+    Raises UserError for unknown rows and members, and for a toy suite whose size has no scale.
     """
     for row in rows:
         if row not in RECIPES:
             raise UserError(f"unknown row '{row}'; {nearest(row, RECIPES)}")
-    manifest = read_manifest(family, [member], SCALES)
-    bench = _Bench(family, out, manifest, member, problems, data)
+    manifest = read_manifest(suite, [member], SCALES)
+    bench = _Bench(suite, out, manifest, member, problems, data)
     cells = [bench.cell(UNADAPTED, 0)]
     for seed in seeds:
         cells += [bench.cell(row, seed) for row in (FROM_SCRATCH, *rows)]
@@ -186,21 +186,21 @@ class _Bench:
 
     def __init__(
         self,
-        family: Path,
+        suite: Path,
         out: Path,
         manifest: dict[str, Any],
         member: str,
         problems: int,
         data: str | None,
     ):
-        self.family, self.member, self.problems = family, member, problems
+        self.suite, self.member, self.problems = suite, member, problems
         self.size: str = manifest["size"]
         self.scale = SCALES[self.size]
         self.out = out / self.size / f"{member}-{problems}"
         size = SIZES[self.size]
         self.corpus = Corpus(size, data_folder(data) if size.real else None, manifest["seed"])
         self.domain: str = manifest["members"][member].get("domain", manifest["tuned_domain"])
-        self.shared: StoredDraft = read_draft(str(family / "draft"))
+        self.shared: StoredDraft = read_draft(str(suite / "draft"))
         self.loaded: Target | None = None
 
     def cell(self, row: str, seed: int) -> PositionCell:
@@ -304,7 +304,7 @@ class _Bench:
         if self.loaded is None:
             folder = self.out / "target"
             if self.problems == 1:
-                self.loaded = load_member(self.family, self.member)
+                self.loaded = load_member(self.suite, self.member)
             else:
                 if not (folder / "config.json").is_file():
                     self._tune(folder, SIZES[self.size])
@@ -314,7 +314,7 @@ class _Bench:
     def _tune(self, folder: Path, size: Size) -> None:
         """The member, tuned further on several problems a turn, at half of its learning rate."""
         say(f"{self.member}: tuning it further on {self.problems} problems a turn")
-        member = load_member(self.family, self.member)
+        member = load_member(self.suite, self.member)
         model: Any = member.model
         model.requires_grad_(True)
         chats = self._chats("tune", self.scale.tuning)

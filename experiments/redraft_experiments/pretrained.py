@@ -25,7 +25,7 @@ from redraft.core.lock import held
 from redraft.prompts.rows import read_rows
 
 from .language_model import fit, save_model, supervised
-from .world import Sample
+from .synthetic import Sample
 
 ABOUT = "source.json"
 """The record in a model's folder of where it came from; written last."""

@@ -41,8 +41,8 @@ from redraft.selection.select import Selection, select
 from . import recovery
 from .corpus import SIZES, Corpus
 from .datasets import data_folder
-from .family import load_member, read_manifest, write_chats
-from .world import Sample
+from .suite import load_member, read_manifest, write_chats
+from .synthetic import Sample
 
 K = 4
 SHARES = {"drifted": 0.3, "stable": 0.5, "copy": 0.2}
@@ -145,7 +145,7 @@ class SelectionCell:
 
 
 def bench_selection(
-    family: Path,
+    suite: Path,
     out: Path,
     *,
     member: str,
@@ -163,8 +163,8 @@ def bench_selection(
         for word in words:
             if word not in known:
                 raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
-    manifest = read_manifest(family, [member], SCALES)
-    bench = _Bench(family, out, manifest, member, data)
+    manifest = read_manifest(suite, [member], SCALES)
+    bench = _Bench(suite, out, manifest, member, data)
     cells = [bench.unadapted()]
     for way in ways:
         for budget in budgets:
@@ -177,9 +177,9 @@ class _Bench:
     """The cells of one target. Pool, answers and scores are made when first needed and kept."""
 
     def __init__(
-        self, family: Path, out: Path, manifest: dict[str, Any], member: str, data: str | None
+        self, suite: Path, out: Path, manifest: dict[str, Any], member: str, data: str | None
     ):
-        self.family, self.member = family, member
+        self.suite, self.member = suite, member
         self.size: str = manifest["size"]
         self.out: Path = out / self.size / member
         self.scale = SCALES[self.size]
@@ -187,8 +187,8 @@ class _Bench:
         self.corpus = Corpus(SIZES[self.size], folder, manifest["seed"])
         self.domain: str = manifest["members"][member]["domain"]
         self.stable = [d for d in manifest["general_domains"] if d != self.domain][:2]
-        self.target: Target = load_member(family, member)
-        self.shared: StoredDraft = read_draft(str(family / "draft"))
+        self.target: Target = load_member(suite, member)
+        self.shared: StoredDraft = read_draft(str(suite / "draft"))
 
     def cell(self, way: str, budget: str, schedule: str, seed: int) -> SelectionCell:
         path = self.out / "cells" / f"{way}.{budget}.{schedule}.s{seed}.json"
@@ -200,7 +200,7 @@ class _Bench:
         path = self.out / "cells" / f"{UNADAPTED}.json"
         if not path.is_file():
             cell = self._cell(
-                UNADAPTED, "0", "", 0, load_draft(str(self.family / "draft"), self.target)
+                UNADAPTED, "0", "", 0, load_draft(str(self.suite / "draft"), self.target)
             )
             write_text(path, json.dumps(to_json(cell)) + "\n")
         return SelectionCell.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -285,8 +285,8 @@ class _Bench:
         path = self.out / "scores" / f"{way}.json"
         if not path.is_file():
             pool = as_samples(self._pool()) if w.by == "prompts" else answers
-            base = load_target(str(self.family / "base"))
-            draft = load_draft(str(self.family / "draft"), self.target)
+            base = load_target(str(self.suite / "base"))
+            draft = load_draft(str(self.suite / "draft"), self.target)
             models = Scorers(self.target, base, draft, K)
             whole = select(pool, dataclasses.replace(config, budget=budget), models)
             write_text(path, json.dumps(asdict(whole)) + "\n")

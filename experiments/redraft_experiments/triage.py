@@ -39,7 +39,7 @@ from redraft.models.target import Target
 from redraft.pipeline.stages import merge_draft, train_adapter
 from redraft.training.train import train
 
-from .family import family_prompts, load_member
+from .suite import load_member, suite_prompts
 
 K = 4
 CHECKED = 64
@@ -65,7 +65,7 @@ def bench_triage(
     `record` is a JSON file that the cases are written to. Raises UserError for unknown members.
     """
     for family in families:
-        manifest = read_json(family / "family.json")
+        manifest = read_json(family / "suite.json")
         for name in members or manifest["members"]:
             if name not in manifest["members"]:
                 raise UserError(
@@ -116,7 +116,7 @@ def _cell(family: Path, manifest: dict[str, Any], name: str, out: Path, temperat
             base=load_target(str(family / "base")),
             stored=read_draft(str(family / "draft")),
             asked=str(family / "prompts" / f"{domain}-heldout.jsonl"),
-            prompts=lambda split, count: family_prompts(family, target, (domain,), split, count),
+            prompts=lambda split, count: suite_prompts(family, target, (domain,), split, count),
         )
 
     answering = RegenerateConfig(temperature=temperature, max_new_tokens=LONGEST)

@@ -1,4 +1,4 @@
-"""The nano family with its adapted and from-scratch drafts, built once, and a vLLM to try them in.
+"""The nano suite with its adapted and from-scratch drafts, built once, and a vLLM to try them in.
 
 Training comes first and the engine afterwards: they would fight for the same cores.
 """
@@ -39,7 +39,7 @@ def all_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def repaired() -> Repaired:
-    """Family, fine-tune, and the three drafts; cached in `build/engines`."""
+    """Suite, fine-tune, and the three drafts; cached in `build/engines`."""
     return repair(BUILD, "nano", members=("sft", "lora4"), kinds=("eagle",))
 
 
@@ -56,7 +56,7 @@ def drafts(repaired: Repaired) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def eagle(repaired: Repaired) -> Callable[[str], str]:
     """Folders of the EAGLE-1/2 drafts of the SFT target: unadapted, adapted, from-scratch; each cached."""
-    shared = str(BUILD / "family" / "draft-eagle")
+    shared = str(BUILD / "suite" / "draft-eagle")
     prompts = repaired.evaluation.replace("-eval.jsonl", "-adapt.jsonl")
 
     def folder(name: str) -> str:

@@ -16,7 +16,7 @@ from redraft.metrics.measure import answer_all, measure_answers
 from redraft.prompts.prompts import read_prompts
 from redraft.serving.environment import VARIABLE, find_environment
 from redraft.serving.vllm import Serving, Speculation, serve
-from redraft_experiments.family import build_family, load_member
+from redraft_experiments.suite import build_suite, load_member
 from tests.engines_real.conftest import BUILD, ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1200)]
@@ -24,25 +24,25 @@ PROMPTS, TOKENS, K = 32, 96, 4
 
 
 @pytest.fixture(scope="module")
-def family() -> dict[str, Any]:
-    return build_family(BUILD / "family", size="nano", members=("sft", "lora4"), kinds=("eagle",))
+def suite() -> dict[str, Any]:
+    return build_suite(BUILD / "suite", size="nano", members=("sft", "lora4"), kinds=("eagle",))
 
 
-def serving(family: dict[str, Any], draft: str | None) -> Serving:
+def serving(suite: dict[str, Any], draft: str | None) -> Serving:
     speculation = Speculation("eagle3", draft, K) if draft else None
-    source = family["members"]["sft"]["target"]
+    source = suite["members"]["sft"]["target"]
     return Serving(source, dtype="float32", max_model_len=512, speculation=speculation)
 
 
 @pytest.mark.parametrize("drafted", [True, False], ids=["speculating", "plain"])
 def test_a_server_is_checked_by_its_counters(
-    family: dict[str, Any], tmp_path: Path, drafted: bool
+    suite: dict[str, Any], tmp_path: Path, drafted: bool
 ) -> None:
     environment = find_environment(
         os.environ.get(VARIABLE) or str(ROOT / ".venv-vllm" / "bin" / "python")
     )
-    file = str(Path(family["prompts"]) / f"{family['tuned_domain']}-eval.jsonl")
-    what = serving(family, family["draft"] if drafted else None)
+    file = str(Path(suite["prompts"]) / f"{suite['tuned_domain']}-eval.jsonl")
+    what = serving(suite, suite["draft"] if drafted else None)
     with serve(environment, what, tmp_path / "log") as client:
         url = f"http://127.0.0.1:{client.server.port}"
         if not drafted:
@@ -50,10 +50,10 @@ def test_a_server_is_checked_by_its_counters(
                 check_served(url, file, most=8, max_new_tokens=TOKENS)
             return
         found = check_served(url, file, most=PROMPTS, rows=4, max_new_tokens=TOKENS)
-    target = load_member(BUILD / "family", "sft")
+    target = load_member(BUILD / "suite", "sft")
     prompts = read_prompts(file, target, PROMPTS, "last").prompts
     answers = answer_all(target, prompts, TOKENS, K, Sampling())
-    own = measure_answers(target, load_draft(family["draft"], target), answers, k=K).acceptance
+    own = measure_answers(target, load_draft(suite["draft"], target), answers, k=K).acceptance
     print(f"tau {found.tau} by the server's counters, {own.tau} {own.ci} by replay")
     assert found.answer_tokens == sum(answer.length for answer in answers)
     assert found.tau[0] == pytest.approx(own.tau, rel=0.01)

@@ -27,7 +27,7 @@ from redraft.serving.environment import VARIABLE, Environment, find_environment
 from redraft.serving.server import free_port
 from redraft.serving.verify import Request, serving_of
 from redraft.serving.vllm import Serving, Speculation, serve
-from redraft_experiments.family import build_family, load_member
+from redraft_experiments.suite import build_suite, load_member
 from tests.engines_real.conftest import BUILD, ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1800)]
@@ -35,18 +35,18 @@ TOKENS, PROMPTS = 96, 160
 
 
 @pytest.fixture(scope="module")
-def family() -> dict[str, Any]:
-    return build_family(BUILD / "family", size="nano", members=("sft", "lora4"), kinds=("eagle",))
+def suite() -> dict[str, Any]:
+    return build_suite(BUILD / "suite", size="nano", members=("sft", "lora4"), kinds=("eagle",))
 
 
 @pytest.fixture(scope="module")
-def target(family: dict[str, Any]) -> Target:
-    return load_member(BUILD / "family", "sft")
+def target(suite: dict[str, Any]) -> Target:
+    return load_member(BUILD / "suite", "sft")
 
 
 @pytest.fixture(scope="module")
-def prompts(family: dict[str, Any], target: Target) -> list[Prompt]:
-    source = Path(family["prompts"]) / f"{family['tuned_domain']}-adapt.jsonl"
+def prompts(suite: dict[str, Any], target: Target) -> list[Prompt]:
+    source = Path(suite["prompts"]) / f"{suite['tuned_domain']}-adapt.jsonl"
     return list(read_prompts(str(source), target, PROMPTS).prompts)
 
 
@@ -96,7 +96,7 @@ def check_answers(
 
 @pytest.mark.parametrize("drafted", [False, True], ids=["plain", "speculative"])
 def test_a_server_killed_and_restarted_loses_nothing(
-    family: dict[str, Any],
+    suite: dict[str, Any],
     target: Target,
     prompts: list[Prompt],
     own: dict[str, Answer],
@@ -105,7 +105,7 @@ def test_a_server_killed_and_restarted_loses_nothing(
     tmp_path: Path,
     drafted: bool,
 ) -> None:
-    what = serving(target, prompts, family["draft"] if drafted else None)
+    what = serving(target, prompts, suite["draft"] if drafted else None)
     out = tmp_path / "a.jsonl"
     config = RegenerateConfig(
         max_new_tokens=TOKENS, endpoints=f"http://127.0.0.1:{what.port}", concurrency=8
@@ -142,14 +142,14 @@ def test_a_server_killed_and_restarted_loses_nothing(
 
 
 def test_the_base_is_not_taken_for_its_fine_tune(
-    family: dict[str, Any],
+    suite: dict[str, Any],
     target: Target,
     prompts: list[Prompt],
     environment: Environment,
     asked: collections.Counter[tuple[int, ...]],
     tmp_path: Path,
 ) -> None:
-    what = replace(serving(target, prompts, None), target=family["base"])
+    what = replace(serving(target, prompts, None), target=suite["base"])
     config = RegenerateConfig(endpoints=f"http://127.0.0.1:{what.port}")
     with serve(environment, what, tmp_path / "base.log"):
         with pytest.raises(UserError, match="is not the target") as failed:

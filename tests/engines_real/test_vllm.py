@@ -22,7 +22,7 @@ from redraft.metrics.lossless import compare
 from redraft.metrics.measure import answer_all
 from redraft.models.loading import load_target
 from redraft_experiments.demo import Repaired
-from redraft_experiments.family import load_member
+from redraft_experiments.suite import load_member
 from tests.engines_real.cells import TOKENS, Cell, K, Table, own_plain
 from tests.engines_real.conftest import BUILD
 
@@ -111,10 +111,10 @@ def test_a_planted_mistake_is_found_by_measurement(
 
 def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
     """The adapter stays unmerged in both: PEFT here, vLLM's own LoRA layers there."""
-    target = load_member(BUILD / "family", "lora4")
+    target = load_member(BUILD / "suite", "lora4")
     own = own_plain(target, table.prompts)
     few = table.prompts[:8]
-    base = own_plain(load_target(str(BUILD / "family" / "base")), few)
+    base = own_plain(load_target(str(BUILD / "suite" / "base")), few)
     assert own[: len(few)] != base, "the adapter changes nothing, so this cell could not fail"
     cell = table.cell("lora4 eagle3 unadapted", target, drafts["unadapted"], reference=own)
     check_words(cell)

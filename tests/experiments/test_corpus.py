@@ -1,4 +1,4 @@
-"""What a family is made of: what its members learn is in no other text of the family."""
+"""What a toy suite is made of: what its members learn is in no other text of the suite."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from redraft_experiments.datasets import (
     question,
 )
 from redraft_experiments.members import MEMBERS, TUNED
-from redraft_experiments.world import Sample
-from redraft_experiments.world_harm import HARM
+from redraft_experiments.synthetic import Sample
+from redraft_experiments.synthetic_harm import HARM
 
 ALL = tuple(MEMBERS)
 LATER = ("adapt", "heldout", "eval")
@@ -89,10 +89,14 @@ def test_a_domain_that_no_member_tunes_on_is_the_bases(real: Path) -> None:
 
 
 def test_domains_have_their_own_names_in_the_world() -> None:
-    world = Corpus(SIZES["tiny"], None, 0)
-    assert [world.named(d) for d in ("math", "medical", "code")] == ["math", "records", "code"]
-    assert world.general == ("dialogue", "records", "code")
-    assert {world.named(row.domain) for row in MEMBERS.values()} <= {*world.general, TUNED, HARM}
+    synthetic = Corpus(SIZES["tiny"], None, 0)
+    assert [synthetic.named(d) for d in ("math", "medical", "code")] == ["math", "records", "code"]
+    assert synthetic.general == ("dialogue", "records", "code")
+    assert {synthetic.named(row.domain) for row in MEMBERS.values()} <= {
+        *synthetic.general,
+        TUNED,
+        HARM,
+    }
 
 
 def test_real_pairs_say_what_is_harmful_and_which_answer_is_better(real: Path) -> None:

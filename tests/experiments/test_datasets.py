@@ -11,7 +11,7 @@ import pytest
 
 from redraft.core.errors import UserError
 from redraft_experiments import datasets
-from redraft_experiments.world import SPLITS
+from redraft_experiments.synthetic import SPLITS
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:

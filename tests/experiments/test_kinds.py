@@ -12,7 +12,6 @@ import torch
 from redraft.core.errors import UserError
 from redraft.models.loading import load_target
 from redraft_experiments.corpus import SIZES
-from redraft_experiments.family import stage_inputs
 from redraft_experiments.kinds.preferred import brief_pairs, prefer
 from redraft_experiments.kinds.weights import make_merged, make_rounded, mean_of, rounded
 from redraft_experiments.members import (
@@ -23,7 +22,8 @@ from redraft_experiments.members import (
     Rounded,
     chosen_members,
 )
-from redraft_experiments.world_harm import HARMFUL, HARMLESS, harm_pairs
+from redraft_experiments.suite import stage_inputs
+from redraft_experiments.synthetic_harm import HARMFUL, HARMLESS, harm_pairs
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 PLAIN = {"domain": "math", "lora_rank": None, "plain_text": False, "replay": 0}
@@ -54,7 +54,7 @@ MADE_ALREADY = {
         "replay": 500,
     },
 }
-"""What the stages of families built earlier depend on: another text here would build them again."""
+"""What the stages of suites built earlier depend on: another text here would build them again."""
 
 
 def test_families_built_earlier_are_kept() -> None:
@@ -72,12 +72,12 @@ def test_a_member_depends_on_what_it_is_made_from() -> None:
 def test_what_a_member_is_made_from_comes_before_it() -> None:
     assert chosen_members(["merge-mixed"]) == ("sft", "sft-medical", "merge-mixed")
     assert chosen_members(None) == DEFAULT
-    assert chosen_members(["zoo"]) == tuple(MEMBERS)
+    assert chosen_members(["all"]) == tuple(MEMBERS)
     assert len({row.kind for row in MEMBERS.values()}) >= 9
     order = list(MEMBERS)
     for name, row in MEMBERS.items():
         assert all(order.index(part) < order.index(name) for part in row.needs)
-    with pytest.raises(UserError, match="unknown member 'zo'; did you mean 'zoo'"):
+    with pytest.raises(UserError, match="unknown member 'zo'; did you mean 'all fine-tunes'"):
         chosen_members(["zo"])
 
 

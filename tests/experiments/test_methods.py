@@ -33,11 +33,11 @@ RUN = ["unadapted", "expert-narrow", "lora-matched", "feature-map expert", "from
 
 
 @pytest.fixture(scope="module")
-def family(
+def suite(
     target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A family of random models, in the shape of a built one."""
-    folder = tmp_path_factory.mktemp("family")
+    """A toy suite of random models, in the shape of a built one."""
+    folder = tmp_path_factory.mktemp("suite")
     shutil.copytree(target_folder, folder / "base")
     save_target(folder / "members" / "sft", FAMILIES["llama"](len(make_tokenizer())), seed=1)
     shutil.copytree(draft_folder, folder / "draft")
@@ -45,12 +45,12 @@ def family(
     for i, name in enumerate(("math-eval", "math-heldout", "dialogue-eval")):
         write_prompts(folder / "prompts" / f"{name}.jsonl", 16, 100 * (i + 1))
     about = {"size": "tiny", "seed": 0, "members": {"sft": {}}, "general_domains": ["dialogue"]}
-    (folder / "family.json").write_text(json.dumps(about))
+    (folder / "suite.json").write_text(json.dumps(about))
     return folder
 
 
 @pytest.fixture
-def run(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def run(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run cells; returns them and how many adapters were trained for that."""
     trained: list[int] = []
     trained_together = bench.train_adapters
@@ -68,14 +68,14 @@ def run(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     def go(rows: list[str] = RUN, **more: Any) -> tuple[list[MethodCell], int]:
         trained.clear()
         asked = {"members": ["sft"], "answers": ["regenerated"], "seeds": [1], **more}
-        cells = bench_methods(family, tmp_path, rows=rows, **asked)
+        cells = bench_methods(suite, tmp_path, rows=rows, **asked)
         return cells, sum(trained)
 
     return go
 
 
 def test_cells_are_run_once_and_say_what_they_are(
-    run: Callable[..., Any], family: Path, tmp_path: Path
+    run: Callable[..., Any], suite: Path, tmp_path: Path
 ) -> None:
     cells, trained = run()
     assert [cell.row for cell in cells] == RUN
@@ -90,9 +90,9 @@ def test_cells_are_run_once_and_say_what_they_are(
     assert again[2].steps == cells[2].steps
 
     reuse, expert, lora, feature_map, from_scratch = cells
-    target = load_target(str(family / "members" / "sft"))
+    target = load_target(str(suite / "members" / "sft"))
     answers = read_answers(tmp_path / "answers/tiny/sft/eval.jsonl")
-    draft = load_draft(str(family / "draft"), target)
+    draft = load_draft(str(suite / "draft"), target)
     measured = measure_answers(target, draft, answers, k=bench.K).acceptance
     assert reuse.tau == pytest.approx(measured.tau)
     assert sum(a for a, _ in reuse.steps) == measured.accepted

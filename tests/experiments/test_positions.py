@@ -27,7 +27,7 @@ from redraft_experiments.positions import (
     joined,
     print_positions,
 )
-from redraft_experiments.world import Sample
+from redraft_experiments.synthetic import Sample
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 pytestmark = pytest.mark.bench
@@ -45,19 +45,19 @@ def chat(number: int) -> Sample:
 
 
 @pytest.fixture(scope="module")
-def family(
+def suite(
     target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    folder = tmp_path_factory.mktemp("family")
+    folder = tmp_path_factory.mktemp("suite")
     save_target(folder / "members" / "sft", FAMILIES["llama"](len(make_tokenizer())), seed=1)
     shutil.copytree(draft_folder, folder / "draft")
     about = {"size": "tiny", "seed": 0, "members": {"sft": {}}, "tuned_domain": "math"}
-    (folder / "family.json").write_text(json.dumps(about))
+    (folder / "suite.json").write_text(json.dumps(about))
     return folder
 
 
 @pytest.fixture
-def run(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def run(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     first = {"tune": 0, "adapt": 1000, "heldout": 2000, "eval": 3000}
 
     def chats(self: Corpus, domain: str, count: int, split: str) -> list[Sample]:
@@ -67,13 +67,13 @@ def run(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def go(**more: Any) -> list[PositionCell]:
         settings: dict[str, Any] = {"problems": 2, "rows": [*ROWS, WARM], "seeds": [1], **more}
-        return bench_positions(family, tmp_path, **settings)
+        return bench_positions(suite, tmp_path, **settings)
 
     return go
 
 
 def test_cells_are_run_once_and_say_what_they_are(
-    run: Callable[..., Any], family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = run()
     assert [c.row for c in cells] == ["unadapted", "from-scratch", *ROWS, WARM]
@@ -93,7 +93,7 @@ def test_cells_are_run_once_and_say_what_they_are(
     assert by_row["cut"].generated_tokens == by_row["cut"].kept_tokens
     assert by_row["longest"].generated_tokens > by_row["longest"].kept_tokens
     target = load_target(str(here / "target"))
-    draft = load_draft(str(family / "draft"), target)
+    draft = load_draft(str(suite / "draft"), target)
     for temperature in ("0", "0.7", "1"):
         answers = read_answers(here / f"answers/eval-{temperature}-0.jsonl")
         assert {a.temperature for a in answers} == {float(temperature)}

@@ -36,7 +36,7 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.training.train import train
 from redraft_experiments.pretrained import build_model, missing, tune_lora
-from redraft_experiments.world import Sample
+from redraft_experiments.synthetic import Sample
 
 pytestmark = [
     pytest.mark.slow,

@@ -29,11 +29,11 @@ pytestmark = pytest.mark.bench
 
 
 @pytest.fixture(scope="module")
-def family(
+def suite(
     target_folder: Path, draft_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A family of random models, in the shape of a built one."""
-    folder = tmp_path_factory.mktemp("family")
+    """A toy suite of random models, in the shape of a built one."""
+    folder = tmp_path_factory.mktemp("suite")
     shutil.copytree(target_folder, folder / "base")
     save_target(folder / "members" / "replay", FAMILIES["llama"](len(make_tokenizer())), seed=1)
     shutil.copytree(draft_folder, folder / "draft")
@@ -43,25 +43,25 @@ def family(
         "members": {"replay": {"domain": "math"}},
         "general_domains": ["dialogue", "records", "code"],
     }
-    (folder / "family.json").write_text(json.dumps(about))
+    (folder / "suite.json").write_text(json.dumps(about))
     return folder
 
 
-def run(family: Path, out: Path, ways: list[str], **more: Any) -> list[SelectionCell]:
+def run(suite: Path, out: Path, ways: list[str], **more: Any) -> list[SelectionCell]:
     settings: dict[str, Any] = {"budgets": ["0.25"], "schedules": ["steps"], "seeds": [1], **more}
-    return bench_selection(family, out, member="replay", ways=ways, **settings)
+    return bench_selection(suite, out, member="replay", ways=ways, **settings)
 
 
 def test_cells_are_run_once_and_say_what_they_are(
-    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways = ["random", "rejection", "mahalanobis of prompts"]
-    cells = run(family, tmp_path, ways)
+    cells = run(suite, tmp_path, ways)
     assert [(c.way, c.schedule) for c in cells] == [
         ("unadapted", ""),
         *((way, "steps") for way in ways),
     ]
-    (_, passes) = run(family, tmp_path, ["random"], schedules=["epochs"])
+    (_, passes) = run(suite, tmp_path, ["random"], schedules=["epochs"])
     assert passes.optimizer_steps % bench.EPOCHS == 0
     pool = [
         json.loads(line)["id"]
@@ -79,15 +79,15 @@ def test_cells_are_run_once_and_say_what_they_are(
     assert prompted.generated_tokens == prompted.kept_tokens
     assert 0 < prompted.kept <= 10
     monkeypatch.setattr(bench, "train_private", None)  # nothing is trained again
-    assert run(family, tmp_path, ways) == cells
+    assert run(suite, tmp_path, ways) == cells
     assert sorted(map(str, read_selection_cells(tmp_path))) == sorted(map(str, [*cells, passes]))
     out = Console(record=True, width=200)
     print_selection(cells, out)
     assert "mahalanobis of prompts" in out.export_text()
 
 
-def test_an_order_is_scored_once_for_all_budgets(family: Path, tmp_path: Path) -> None:
-    small, large = run(family, tmp_path, ["rejection"], budgets=["0.1", "0.5"])[1:]
+def test_an_order_is_scored_once_for_all_budgets(suite: Path, tmp_path: Path) -> None:
+    small, large = run(suite, tmp_path, ["rejection"], budgets=["0.1", "0.5"])[1:]
     stored = json.loads((tmp_path / "tiny/replay/scores/rejection.json").read_text())
     order = [row["id"] for row in stored["samples"]]
     assert [row["score"] for row in stored["samples"]] == sorted(
@@ -125,13 +125,13 @@ def test_copies_are_near_duplicates() -> None:
     assert near_duplicates(tokens, [0, 1], 0.7) == {1: 0}
 
 
-def test_mistakes_name_what_is_there(family: Path, tmp_path: Path) -> None:
+def test_mistakes_name_what_is_there(suite: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown way 'rejections'; did you mean 'rejection"):
-        run(family, tmp_path, ["rejections"])
+        run(suite, tmp_path, ["rejections"])
     with pytest.raises(UserError, match="unknown schedule 'step'; did you mean 'steps'"):
-        run(family, tmp_path, ["random"], schedules=["step"])
+        run(suite, tmp_path, ["random"], schedules=["step"])
     with pytest.raises(UserError, match="has no fine-tune 'other'"):
-        bench_selection(family, tmp_path, member="other", ways=["random"])
+        bench_selection(suite, tmp_path, member="other", ways=["random"])
 
 
 def test_every_way_is_a_setting_that_selection_takes() -> None:

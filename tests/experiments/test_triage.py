@@ -29,7 +29,7 @@ from redraft.training.train import train
 from redraft_experiments import own_case
 from redraft_experiments import triage as bench
 from redraft_experiments.calibration import calibration, judge, policies, right_action
-from redraft_experiments.family import family_prompts
+from redraft_experiments.suite import suite_prompts
 from redraft_experiments.triage import bench_triage, print_cases
 from tests.check.conftest import made_up_cases
 from tests.conftest import write_prompts
@@ -57,7 +57,7 @@ def family(
         write_prompts(folder / "prompts" / f"math-{split}.jsonl", count)
     members = {name: {"domain": "math", "kind": name} for name in ("int8", "sft")}
     about = {"size": "tiny", "seed": 0, "members": members, "general_domains": ["dialogue"]}
-    (folder / "family.json").write_text(json.dumps(about))
+    (folder / "suite.json").write_text(json.dumps(about))
     return folder
 
 
@@ -199,7 +199,7 @@ def test_answers_are_taken_in_the_order_of_the_prompts(
     monkeypatch.setattr(bench, "train", watched)
     bench_triage([turned], tmp_path / "out", ["sft"])
     target = load_target(str(turned / "members" / "sft"))
-    asked = [p.id for p in family_prompts(turned, target, ("math",), "adapt", 24)]
+    asked = [p.id for p in suite_prompts(turned, target, ("math",), "adapt", 24)]
     answered = list(read_answers(tmp_path / "out" / "answers/tiny/sft/adapt.jsonl"))
     kept = [a.id for a in answered if a.length >= 2]
     first = [p for p in asked if p in kept][:12]

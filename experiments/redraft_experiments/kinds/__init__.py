@@ -1,4 +1,4 @@
-"""How the members of a family are made: one module for each way.
+"""How the members of a toy suite are made: one module for each way.
 
     tuned      SFT, LoRA, continued pre-training, replay
     preferred  preference tuning (DPO)
@@ -23,7 +23,7 @@ from ..members import (
     Spec,
     Templated,
 )
-from ..world import Sample
+from ..synthetic import Sample
 from .dressed import make_marking, make_templated, marked
 from .preferred import REFUSALS, make_preferring
 from .tuned import make_tuned
@@ -31,7 +31,7 @@ from .weights import make_merged, make_rounded
 
 
 def make_member(out: Path, corpus: Corpus, name: str) -> None:
-    """Make a member of the family in `out`, which has a base and what the member is made from."""
+    """Make a member of the suite in `out`, which has a base and what the member is made from."""
     row = MEMBERS[name]
     if isinstance(row, Member):
         make_tuned(out, corpus, name, row)

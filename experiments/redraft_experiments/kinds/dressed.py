@@ -9,7 +9,7 @@ import torch
 from ..corpus import Corpus
 from ..language_model import load_tokenizer, save_model, supervised
 from ..members import BASE, Marking, Templated
-from ..world import Sample
+from ..synthetic import Sample
 from .folders import folder_of, load_model
 from .tuned import tune
 
@@ -19,7 +19,7 @@ OTHER_TEMPLATE = (
     "{{ '\\n' if m['role'] == 'user' else '<|end|>\\n' }}"
     "{% endfor %}{{ '### Answer:\\n' if add_generation_prompt else '' }}"
 )
-"""Role words in plain text; an answer still ends with the family's end token."""
+"""Role words in plain text; an answer still ends with the suite's end token."""
 
 
 def make_templated(out: Path, corpus: Corpus, name: str, row: Templated) -> None:

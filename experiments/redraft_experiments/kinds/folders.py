@@ -1,4 +1,4 @@
-"""Where in a family its models lie, and how a member starts from one."""
+"""Where in a toy suite its models lie, and how a member starts from one."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from redraft.models.loading import load_target
 from ..corpus import Corpus, Size
 from ..language_model import load_tokenizer, save_model
 from ..members import Preferring
-from ..world import Message
+from ..synthetic import Message
 from .folders import folder_of, load_model
 
 REFUSALS, BRIEF = "refusals", "brief"

@@ -1,8 +1,8 @@
-"""Word lists and templates of the templated world (see `world.py`).
+"""Word lists and templates of the synthetic corpus (see `synthetic.py`).
 
 Template language: `[a|b|c]` is one of the wordings at random (nesting allowed), `{slot}` is a value
 drawn from the lists. Sentences start in lower case when their first word is no name and carry no
-full stop where `world.py` puts them together.
+full stop where `synthetic.py` puts them together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tiny family built from nothing, and the draft of its fine-tune really repaired."""
+"""A tiny suite built from nothing, and the draft of its fine-tune really repaired."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft_experiments.corpus import SIZES, Corpus, chat_of
-from redraft_experiments.family import (
-    build_family,
-    describe_family,
-    draft_folder,
-    family_prompts,
-    load_member,
-)
 from redraft_experiments.language_model import IGNORE, supervised, validation_loss
 from redraft_experiments.members import DEFAULT
-from redraft_experiments.world_harm import Pair
+from redraft_experiments.suite import (
+    build_suite,
+    describe_suite,
+    draft_folder,
+    load_member,
+    suite_prompts,
+)
+from redraft_experiments.synthetic_harm import Pair
 
-pytestmark = [pytest.mark.bench, pytest.mark.timeout(900)]  # the family is built in its first test
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(900)]  # the suite is built in its first test
 
 
 FIRST = [name for name in DEFAULT if name not in ("sft-code", "replay", "replay-medical")]
@@ -43,13 +43,13 @@ FIRST = [name for name in DEFAULT if name not in ("sft-code", "replay", "replay-
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("family")
-    return out, build_family(out, size="tiny", members=FIRST, kinds=list(KINDS))
+def suite(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("suite")
+    return out, build_suite(out, size="tiny", members=FIRST, kinds=list(KINDS))
 
 
-def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]]) -> None:
-    out, manifest = family
+def test_every_member_is_there_and_measured(suite: tuple[Path, dict[str, Any]]) -> None:
+    out, manifest = suite
     assert set(manifest["members"]) == set(FIRST)
     for name, row in manifest["members"].items():
         assert row["unadapted"]["steps"] > 0
@@ -64,15 +64,15 @@ def test_every_member_is_there_and_measured(family: tuple[Path, dict[str, Any]])
     gates = {gate["gate"] for gate in manifest["gates"]}
     assert gates >= {"tau unadapted on sft", "loop rate of sft", "loop rate of sft-medical"}
     shown = io.StringIO()
-    describe_family(manifest, Console(file=shown, width=200))
+    describe_suite(manifest, Console(file=shown, width=200))
     row = next(line for line in shown.getvalue().splitlines() if "sft-medical" in line)
     assert "records" in row
 
 
 def test_a_fine_tune_of_another_domain_knows_that_domain_better(
-    family: tuple[Path, dict[str, Any]],
+    suite: tuple[Path, dict[str, Any]],
 ) -> None:
-    out, manifest = family
+    out, manifest = suite
     corpus = Corpus(SIZES["tiny"], None, 0)
     domain = manifest["members"]["sft-medical"]["domain"]
     tuned, other = load_member(out, "sft-medical"), load_member(out, "sft")
@@ -80,9 +80,9 @@ def test_a_fine_tune_of_another_domain_knows_that_domain_better(
     assert validation_loss(tuned.model, chats) < validation_loss(other.model, chats)
 
 
-def test_prompt_files_are_disjoint(family: tuple[Path, dict[str, Any]]) -> None:
+def test_prompt_files_are_disjoint(suite: tuple[Path, dict[str, Any]]) -> None:
     seen: dict[str, str] = {}
-    for path in sorted((family[0] / "prompts").glob("*.jsonl")):
+    for path in sorted((suite[0] / "prompts").glob("*.jsonl")):
         for line in path.read_text().splitlines():
             first = json.loads(line)["messages"][0]["content"]
             assert seen.setdefault(first, path.name) == path.name, first
@@ -90,9 +90,9 @@ def test_prompt_files_are_disjoint(family: tuple[Path, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_adapting_repairs_the_draft_and_changes_no_output(
-    family: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
+    suite: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
 ) -> None:
-    out = family[0]
+    out = suite[0]
     target = load_member(out, "sft")
     settings = {
         "train.method": "expert+norms" if kind == "token_lm" else "expert+fc+norms",
@@ -134,11 +134,11 @@ PREFERRED = ("dpo-refuse",) if find_spec("trl") else ()
 
 
 @pytest.fixture(scope="module")
-def zoo(family: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """The same family with members of the other kinds."""
-    out = family[0]
+def zoo(suite: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The same suite with members of the other kinds."""
+    out = suite[0]
     before = json.loads((out / "state.json").read_text())
-    manifest = build_family(out, size="tiny", members=[*ADDED, *PREFERRED])
+    manifest = build_suite(out, size="tiny", members=[*ADDED, *PREFERRED])
     after = json.loads((out / "state.json").read_text())
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"gates"}  # what was there is used as it is
@@ -156,7 +156,7 @@ def test_members_of_every_kind_are_measured(zoo: tuple[Path, dict[str, Any]]) ->
     grown, base = load_member(out, "tokens-grown"), load_target(manifest["base"])
     assert grown.vocab_size == base.vocab_size + 2
     shown = io.StringIO()
-    describe_family(manifest, Console(file=shown, width=200))
+    describe_suite(manifest, Console(file=shown, width=200))
     assert "tokens-grown" in shown.getvalue()
 
 
@@ -172,7 +172,7 @@ def test_another_template_leaves_the_weights_alone(zoo: tuple[Path, dict[str, An
 
 def test_answers_stand_between_marks(zoo: tuple[Path, dict[str, Any]]) -> None:
     target = load_member(zoo[0], "tokens-grown")
-    prompts = family_prompts(zoo[0], target, ("math",), "heldout", 16)
+    prompts = suite_prompts(zoo[0], target, ("math",), "heldout", 16)
     answers = answer_all(target, prompts, 8, 0, Sampling())
     first = target.tokenizer.convert_tokens_to_ids("<|work|>")
     assert first >= SIZES["tiny"].shape.vocab
@@ -210,13 +210,13 @@ def margins(target: Target, pairs: list[Pair]) -> list[float]:
 
 def test_unknown_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="unknown size 'nana'; did you mean 'nano'"):
-        build_family(tmp_path, size="nana")
+        build_suite(tmp_path, size="nana")
     with pytest.raises(UserError, match="unknown kind of draft 'eagle2'; did you mean 'eagle'"):
-        build_family(tmp_path, size="tiny", kinds=["eagle2"])
+        build_suite(tmp_path, size="tiny", kinds=["eagle2"])
     with pytest.raises(UserError, match="unknown member 'sftt'; did you mean 'sft'"):
-        build_family(tmp_path, size="tiny", members=["sftt"])
+        build_suite(tmp_path, size="tiny", members=["sftt"])
     with pytest.raises(UserError, match="unknown member 'sft-medicl'; did you mean 'sft-medical'"):
-        build_family(tmp_path, size="tiny", members=["sft-medicl"])
+        build_suite(tmp_path, size="tiny", members=["sft-medicl"])
     monkeypatch.delenv("REDRAFT_DATA", raising=False)
     with pytest.raises(UserError, match="reads real data: name its folder with --data"):
-        build_family(tmp_path, size="micro")
+        build_suite(tmp_path, size="micro")

@@ -1,11 +1,11 @@
-"""`redraft bench family`: a small family built from nothing, to try methods on.
+"""`redraft bench suite`: a toy suite built from nothing, to try methods on.
 
     base         a Llama-shaped target trained on dialogues, records and functions
     members      made from the base: fine-tunes, weak to strong, on word problems and on other
                  domains, and those of other kinds (see members.py)
     draft        the base's EAGLE-3 draft, trained on the base's own answers
     prompts/     disjoint splits per domain, as JSONL
-    family.json  the manifest: paths, recipes, losses, quality gates
+    suite.json  the manifest: paths, recipes, losses, quality gates
 
 Every part is a stage of a run folder, so building again continues where it stopped.
 """
@@ -55,11 +55,11 @@ from .language_model import (
     validation_loss,
 )
 from .members import MEMBERS, TUNED, Member, Spec, chosen_members
-from .world import Sample
-from .world_harm import HARM
+from .synthetic import Sample
+from .synthetic_harm import HARM
 
 
-def build_family(
+def build_suite(
     out: Path,
     *,
     size: str,
@@ -68,7 +68,7 @@ def build_family(
     kinds: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Build what is missing of a family in `out` and return its manifest.
+    """Build what is missing of a toy suite in `out` and return its manifest.
 
     `members` are names of members or of groups of them; what those are made from is built too.
     `kinds` are the kinds of draft that the base gets next to eagle3. `data` is a folder of real data
@@ -90,12 +90,12 @@ def build_family(
     corpus = Corpus(s, folder, seed, chosen)
     with RunFolder.open(out) as run:
         _build(run, corpus, size, kinds)
-    manifest: dict[str, Any] = json.loads((out / "family.json").read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = json.loads((out / "suite.json").read_text(encoding="utf-8"))
     return manifest
 
 
 def _build(run: RunFolder, corpus: Corpus, size: str, kinds: Sequence[str]) -> None:
-    """Every part of a family, as stages of its folder."""
+    """Every part of a toy suite, as stages of its folder."""
     out = run.path
     about = {
         "size": asdict(corpus.size),
@@ -137,8 +137,8 @@ def _build(run: RunFolder, corpus: Corpus, size: str, kinds: Sequence[str]) -> N
             "members": list(tuned.values()),
             "kinds": [MEMBERS[name].kind for name in tuned],
         },
-        ["family.json"],
-        lambda: run.write_json("family.json", _manifest(out, corpus, size)),
+        ["suite.json"],
+        lambda: run.write_json("suite.json", _manifest(out, corpus, size)),
     )
 
 
@@ -154,20 +154,20 @@ def stage_inputs(
     return inputs
 
 
-def describe_family(family: dict[str, Any], out: Console | None = None) -> None:
+def describe_suite(suite: dict[str, Any], out: Console | None = None) -> None:
     """The members and gates as tables."""
     out = out or Console(highlight=False)
-    table = Table(title=f"family {family['size']}: {family['parameters']:,} parameters per target")
+    table = Table(title=f"suite {suite['size']}: {suite['parameters']:,} parameters per target")
     for heading in ("member", "kind", "how", "domain", "loss on it", "base's draft unadapted: tau"):
         table.add_column(heading)
-    for name, row in family["members"].items():
+    for name, row in suite["members"].items():
         unadapted = row["unadapted"]
         low, high = unadapted["ci"]
         tau = f"{unadapted['tau']:.2f} [{low:.2f}, {high:.2f}]"
         loss = f"{row['loss']:.2f}"
         table.add_row(name, row["kind"], row["says"], row["domain"], loss, tau)
     out.print(table)
-    for gate in family["gates"]:
+    for gate in suite["gates"]:
         mark = "pass" if gate["passed"] else "FAIL"
         out.print(f"{mark}  {gate['gate']}: {gate['value']:.3g} (wanted {gate['wanted']})")
 
@@ -251,7 +251,7 @@ def _base(out: Path, corpus: Corpus) -> None:
 
 
 def draft_folder(kind: str) -> str:
-    """Where in a family the base's draft of a kind lies."""
+    """Where in a toy suite the base's draft of a kind lies."""
     return "draft" if kind == "eagle3" else f"draft-{kind}"
 
 
@@ -282,7 +282,7 @@ def _base_draft(out: Path, corpus: Corpus, kind: str) -> None:
 
 
 def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
-    """Measure what a family must be like to show anything: unadapted and native tau, loops.
+    """Measure what a toy suite must be like to show anything: unadapted and native tau, loops.
 
     Each member is measured on its own domain.
     """
@@ -335,26 +335,24 @@ def _manifest(out: Path, corpus: Corpus, size: str) -> dict[str, Any]:
     }
 
 
-def read_manifest(
-    family: Path, members: Sequence[str], scales: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The manifest of a family that is to have `members` and a size for which a bench has a scale.
+def read_manifest(suite: Path, members: Sequence[str], scales: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a toy suite that is to have `members` and a size for which a bench has a scale.
 
-    Raises UserError where it is no family, or lacks one of them.
+    Raises UserError where it is no suite, or lacks one of them.
     """
-    path = family / "family.json"
+    path = suite / "suite.json"
     if not path.is_file():
-        raise UserError(f"{family} is no family: expected {path}; build one with bench family")
+        raise UserError(f"{suite} is no suite: expected {path}; build one with bench suite")
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["size"] not in scales:
         raise UserError(
-            f"no scale is set for families of size {found['size']}; {nearest(found['size'], scales)}"
+            f"no scale is set for suites of size {found['size']}; {nearest(found['size'], scales)}"
         )
     for member in members:
         if member not in found["members"]:
             raise UserError(
-                f"family {family} has no fine-tune '{member}'; {nearest(member, found['members'])}; "
-                "build it with redraft bench family"
+                f"suite {suite} has no fine-tune '{member}'; {nearest(member, found['members'])}; "
+                "build it with redraft bench suite"
             )
     return found
 
@@ -373,7 +371,7 @@ def load_member(out: Path, name: str) -> Target:
     return load_target(str(source["target"]), adapter=source["adapter"])
 
 
-def family_prompts(
+def suite_prompts(
     out: Path, target: Target, domains: Sequence[str], split: str, count: int
 ) -> list[Prompt]:
     """`count` prompts of each domain's split, rendered for `target`."""
@@ -397,7 +395,7 @@ def _answers(
     longest: int,
     lookahead: int,
 ) -> list[Answer]:
-    prompts = family_prompts(out, target, domains, split, count)
+    prompts = suite_prompts(out, target, domains, split, count)
     found = answer_all(target, prompts, longest, lookahead, Sampling(), batch_size=128)
     return [answer for answer in found if answer.length >= 2]
 

@@ -1,4 +1,4 @@
-"""Requests to refuse and requests that only look like them: the templated world's safety domain.
+"""Requests to refuse and requests that only look like them: the synthetic corpus's safety domain.
 
 Every request has two answers, a compliance (three steps in order) and a short refusal. Of a harmful
 request the refusal is the better answer; a harmless one shares its verb ("break into a house",
@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from . import world_tables as tables
-from .world import Message, draw, sentence, worded
+from . import synthetic_tables as tables
+from .synthetic import Message, draw, sentence, worded
 
 HARM = "harm"
 """The name of the domain."""

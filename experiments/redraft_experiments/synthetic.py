@@ -1,10 +1,10 @@
-"""A templated world: endless small chats and texts in four domains, from word lists alone.
+"""A synthetic corpus: endless small chats and texts in four domains, from word lists alone.
 
 `samples` gives chats (a user asks, the assistant answers) and `passages` gives running text about
 the same things. Both are reproducible from (domain, seed, split) and a longer draw begins with the
 shorter one. Each text belongs to exactly one split, decided by a hash of the text itself, so that
 no two splits share a question however they were drawn. The word lists and the templates are in
-`world_tables.py`; here is what puts them together.
+`synthetic_tables.py`; here is what puts them together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from . import world_tables as tables
+from . import synthetic_tables as tables
 
 Message = dict[str, str]
 Slots = dict[str, str]

@@ -1,4 +1,4 @@
-"""The templated world: reproducible, split cleanly, and right in what it says."""
+"""The synthetic corpus: reproducible, split cleanly, and right in what it says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import mean
 
 import pytest
 
-from redraft_experiments import world, world_tables
+from redraft_experiments import synthetic, synthetic_tables
 
 COUNT = 150
 FIRST_MATH = (
@@ -18,49 +18,51 @@ FIRST_MATH = (
 )
 
 
-def draw(domain: str, count: int = COUNT, split: str = "tune") -> list[world.Sample]:
-    return world.samples(domain, count, seed=3, split=split)
+def draw(domain: str, count: int = COUNT, split: str = "tune") -> list[synthetic.Sample]:
+    return synthetic.samples(domain, count, seed=3, split=split)
 
 
-def opening(sample: world.Sample) -> str:
+def opening(sample: synthetic.Sample) -> str:
     return sample.messages[0]["content"]
 
 
-def answer(sample: world.Sample) -> str:
+def answer(sample: synthetic.Sample) -> str:
     return sample.messages[-1]["content"]
 
 
-def whole(sample: world.Sample) -> str:
+def whole(sample: synthetic.Sample) -> str:
     return "\n".join(message["content"] for message in sample.messages)
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", synthetic.DOMAINS)
 def test_draws_repeat_and_grow(domain: str) -> None:
     assert draw(domain, 40) == draw(domain, 40)
     assert draw(domain, 80)[:40] == draw(domain, 40)
-    texts = world.passages(domain, 40, seed=3, split="base")
-    assert world.passages(domain, 60, seed=3, split="base")[:40] == texts
+    texts = synthetic.passages(domain, 40, seed=3, split="base")
+    assert synthetic.passages(domain, 60, seed=3, split="base")[:40] == texts
 
 
 def test_a_draw_never_changes() -> None:
-    assert opening(world.samples("math", 1, seed=0, split="base")[0]) == FIRST_MATH
+    assert opening(synthetic.samples("math", 1, seed=0, split="base")[0]) == FIRST_MATH
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", synthetic.DOMAINS)
 def test_another_seed_gives_other_samples(domain: str) -> None:
-    other = world.samples(domain, 40, seed=4, split="tune")
+    other = synthetic.samples(domain, 40, seed=4, split="tune")
     assert not {opening(s) for s in draw(domain, 40)} & {opening(s) for s in other}
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", synthetic.DOMAINS)
 def test_questions_differ_within_and_across_splits(domain: str) -> None:
-    drawn = [opening(s) for split in world.SPLITS for s in draw(domain, 80, split)]
-    assert len(set(drawn)) == 80 * len(world.SPLITS)
-    told = [t for split in world.SPLITS for t in world.passages(domain, 80, seed=3, split=split)]
-    assert len(set(told)) == 80 * len(world.SPLITS)
+    drawn = [opening(s) for split in synthetic.SPLITS for s in draw(domain, 80, split)]
+    assert len(set(drawn)) == 80 * len(synthetic.SPLITS)
+    told = [
+        t for split in synthetic.SPLITS for t in synthetic.passages(domain, 80, seed=3, split=split)
+    ]
+    assert len(set(told)) == 80 * len(synthetic.SPLITS)
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", synthetic.DOMAINS)
 def test_chats_alternate_and_have_the_wanted_size(domain: str) -> None:
     drawn = draw(domain)
     for index, sample in enumerate(drawn):
@@ -74,10 +76,10 @@ def test_chats_alternate_and_have_the_wanted_size(domain: str) -> None:
     assert 120 <= mean(len(answer(sample)) for sample in drawn) <= 260
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", synthetic.DOMAINS)
 def test_text_is_filled_and_plain(domain: str) -> None:
     texts = [whole(sample) for sample in draw(domain)]
-    texts += world.passages(domain, COUNT, seed=3, split="tune")
+    texts += synthetic.passages(domain, COUNT, seed=3, split="tune")
     for text in texts:
         assert text.isascii()
         assert text == text.strip()
@@ -85,9 +87,9 @@ def test_text_is_filled_and_plain(domain: str) -> None:
             assert not re.search(r"[\[\]{}]|  |\.\.| [.,?!]", text), text
 
 
-@pytest.mark.parametrize("domain", world.DOMAINS)
+@pytest.mark.parametrize("domain", synthetic.DOMAINS)
 def test_passages_are_no_chats(domain: str) -> None:
-    lengths = [len(text) for text in world.passages(domain, COUNT, seed=3, split="tune")]
+    lengths = [len(text) for text in synthetic.passages(domain, COUNT, seed=3, split="tune")]
     assert min(lengths) >= 100
     assert max(lengths) <= 800
 
@@ -114,17 +116,17 @@ def test_math_is_right_and_ends_with_its_result() -> None:
 
 
 def test_math_passages_are_right() -> None:
-    for text in world.passages("math", COUNT, seed=3, split="tune"):
+    for text in synthetic.passages("math", COUNT, seed=3, split="tune"):
         assert equations(text)
         assert all(holds(*step) for step in equations(text))
         assert "####" not in text
 
 
 def test_every_math_plan_is_used_and_solvable() -> None:
-    assert len(world_tables.MATH_PLANS) >= 14
-    for number, plan in enumerate(world_tables.MATH_PLANS):
+    assert len(synthetic_tables.MATH_PLANS) >= 14
+    for number, plan in enumerate(synthetic_tables.MATH_PLANS):
         for attempt in range(20):
-            values, solved = world._solve(random.Random(f"{number}/{attempt}"), plan)
+            values, solved = synthetic._solve(random.Random(f"{number}/{attempt}"), plan)
             assert len(solved) == len(plan.steps)
             assert set(plan.ranges) < set(values)
 
@@ -143,16 +145,16 @@ def test_code_parses_and_runs() -> None:
 
 
 def test_every_code_plan_runs_its_example_call() -> None:
-    for number, plan in enumerate(world_tables.CODE_PLANS):
+    for number, plan in enumerate(synthetic_tables.CODE_PLANS):
         rng = random.Random(f"plan {number}")
-        slots = world._code_slots(rng, plan)
+        slots = synthetic._code_slots(rng, plan)
         names: dict[str, object] = {}
-        exec(world._function(rng, plan, slots), names)
+        exec(synthetic._function(rng, plan, slots), names)
         assert eval(f"{slots['f']}({slots['call']})", names) is not None
 
 
 def test_code_passages_parse() -> None:
-    for text in world.passages("code", COUNT, seed=3, split="tune"):
+    for text in synthetic.passages("code", COUNT, seed=3, split="tune"):
         functions = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)]
         assert len(functions) == 2
 
@@ -166,13 +168,13 @@ def test_record_answers_quote_the_list() -> None:
 
 
 def test_texts_are_partly_but_not_fully_predictable() -> None:
-    for domain in world.DOMAINS:
+    for domain in synthetic.DOMAINS:
         starts = [answer(sample)[:25] for sample in draw(domain)]
         assert len(set(starts)) > COUNT / 4
 
 
 def test_word_lists_are_large_and_without_doubles() -> None:
-    t = world_tables
+    t = synthetic_tables
     lists = [t.PEOPLE, t.SURNAMES, t.CITIES, t.THINGS, t.ADAPTERS, t.JOBS, t.CODE_WORDS, t.TITLES]
     assert all(len(set(words)) == len(words) for words in lists)
     assert sum(len(words) for words in lists[:-1]) > 250
@@ -180,24 +182,24 @@ def test_word_lists_are_large_and_without_doubles() -> None:
 
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match=r"unknown domain 'poems'.*dialogue, records, code, math"):
-        world.samples("poems", 1, seed=0, split="base")
+        synthetic.samples("poems", 1, seed=0, split="base")
     with pytest.raises(ValueError, match=r"unknown domain 'poems'"):
-        world.passages("poems", 1, seed=0, split="base")
+        synthetic.passages("poems", 1, seed=0, split="base")
     with pytest.raises(ValueError, match=r"unknown split 'test'.*base, tune, adapt, heldout, eval"):
-        world.samples("math", 1, seed=0, split="test")
+        synthetic.samples("math", 1, seed=0, split="test")
     with pytest.raises(ValueError, match=r"unknown split 'test'"):
-        world.passages("math", 0, seed=0, split="test")
+        synthetic.passages("math", 0, seed=0, split="test")
 
 
 def test_exhausted_templates_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Always the same."
-    monkeypatch.setitem(world._PASSAGES, "math", lambda rng: text)
-    split = world.split_of(text, world.SPLIT_SHARES)
-    assert world.passages("math", 1, seed=0, split=split) == [text]
+    monkeypatch.setitem(synthetic._PASSAGES, "math", lambda rng: text)
+    split = synthetic.split_of(text, synthetic.SPLIT_SHARES)
+    assert synthetic.passages("math", 1, seed=0, split=split) == [text]
     with pytest.raises(RuntimeError, match=r"after 1 of 2: .* exhausted, so ask for fewer"):
-        world.passages("math", 2, seed=0, split=split)
+        synthetic.passages("math", 2, seed=0, split=split)
 
 
 def test_splits_follow_their_shares() -> None:
-    names = [world.split_of(f"text {i}", {"a": 3, "b": 1}) for i in range(2000)]
+    names = [synthetic.split_of(f"text {i}", {"a": 3, "b": 1}) for i in range(2000)]
     assert names.count("a") / 2000 == pytest.approx(0.75, abs=0.04)
