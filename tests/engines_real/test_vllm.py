@@ -17,7 +17,7 @@ import pytest
 
 from redraft.checkpoints.load import read_draft
 from redraft.decoding.sampling import Sampling
-from redraft.metrics.config_diagnosis import suspects
+from redraft.metrics.config_diagnosis import better_variants
 from redraft.metrics.lossless import compare
 from redraft.metrics.measure import answer_all
 from redraft.models.loading import load_target
@@ -102,7 +102,7 @@ def test_a_planted_mistake_is_found_by_measurement(
     good = read_draft(drafts["adapted"])
     config = dataclasses.replace(good.config, **planted)
     answers = answer_all(repaired.target, table.prompts, TOKENS, K, Sampling())
-    found = suspects(repaired.target, dataclasses.replace(good, config=config), answers, K)
+    found = better_variants(repaired.target, dataclasses.replace(good, config=config), answers, K)
     if named is None:
         assert found == []
     else:

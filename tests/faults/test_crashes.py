@@ -138,7 +138,7 @@ def test_a_full_disk_is_one_sentence_and_resumes_to_the_same_bytes(
         count += len(until_done(run, tries, UserError))
         for sentence in said:
             assert "No space left on device; everything finished so far is kept" in sentence
-            assert "make room on the disk and run the same command again" in sentence
+            assert "free space on the disk and run the same command again" in sentence
             assert str(out) in sentence
         assert differences(out, expected) == []
         chains += 1
@@ -401,7 +401,7 @@ def test_a_read_only_folder_is_one_sentence(
     ("number", "remedy"),
     [
         (errno.EROFS, "make the folder writable"),
-        (errno.EDQUOT, "make room in the disk quota"),
+        (errno.EDQUOT, "free space in the disk quota"),
         (errno.EACCES, "make the folder writable"),
         (errno.EIO, "mend that"),
     ],

@@ -16,7 +16,7 @@ from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt
 from redraft.decoding.sampling import Sampling
 from redraft.generation import on_policy as module
-from redraft.generation.on_policy import Ownership, cost, ownership
+from redraft.generation.on_policy import OnPolicy, check_on_policy, cost
 from redraft.metrics.measure import answer_all
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
@@ -50,9 +50,9 @@ def test_it_is_cost_and_entropy(target: Target, sampled: list[Answer]) -> None:
             spent -= row[ids[0, at]]
             entropy -= sum(math.exp(x) * x for x in row)
     assert found.tokens == sum(a.length for a in sampled[:2])
-    assert found.surprise == pytest.approx(spent / found.tokens, rel=1e-4)
+    assert found.nll == pytest.approx(spent / found.tokens, rel=1e-4)
     assert found.entropy == pytest.approx(entropy / found.tokens, rel=1e-4)
-    assert found.entropy != pytest.approx(found.surprise, rel=1e-4)
+    assert found.entropy != pytest.approx(found.nll, rel=1e-4)
 
 
 def test_answers_of_a_calibrated_stranger_are_noticed(
@@ -64,36 +64,36 @@ def test_answers_of_a_calibrated_stranger_are_noticed(
         module,
         "cost",
         lambda target, answers: dataclasses.replace(
-            unsure, surprise=3.1 if answers[0] is sampled[0] else 2.0, entropy=3.3, error=0.02
+            unsure, nll=3.1 if answers[0] is sampled[0] else 2.0, entropy=3.3, error=0.02
         ),
     )
-    found = ownership(target, sampled)
+    found = check_on_policy(target, sampled)
     assert not found.own
-    assert (found.surprise, found.expected) == (3.1, 2.0)
+    assert (found.nll, found.expected) == (3.1, 2.0)
 
 
 def test_own_answers_pass_and_others_are_noticed(
     target: Target, answers: list[Answer], sampled: list[Answer]
 ) -> None:
-    greedy = ownership(target, answers)
+    greedy = check_on_policy(target, answers)
     assert greedy.own
     assert greedy.agreement == 1
-    assert greedy.surprise < greedy.expected
-    own = ownership(target, sampled)
+    assert greedy.nll < greedy.expected
+    own = check_on_policy(target, sampled)
     assert own.own
-    assert abs(own.surprise - own.expected) < 4 * own.error
-    foreign = ownership(target, strangers(sampled))
+    assert abs(own.nll - own.expected) < 4 * own.error
+    foreign = check_on_policy(target, strangers(sampled))
     assert not foreign.own
-    assert foreign.surprise > foreign.expected + 5 * foreign.error
+    assert foreign.nll > foreign.expected + 5 * foreign.error
     assert foreign.describe().startswith("warning: the answers' tokens cost the target")
     assert "leave --answers out" in foreign.describe()
     assert "warning" not in own.describe()
 
 
 def test_a_small_excess_or_an_uncertain_one_is_no_warning() -> None:
-    assert Ownership(64, 1000, 1.05, 1.0, 0.001, 0.5).own
-    assert Ownership(4, 40, 1.5, 1.0, 0.2, 0.5).own
-    assert not Ownership(64, 1000, 1.5, 1.0, 0.1, 0.5).own
+    assert OnPolicy(64, 1000, 1.05, 1.0, 0.001, 0.5).own
+    assert OnPolicy(4, 40, 1.5, 1.0, 0.2, 0.5).own
+    assert not OnPolicy(64, 1000, 1.5, 1.0, 0.1, 0.5).own
 
 
 def test_given_answers_are_trained_on_as_they_are(

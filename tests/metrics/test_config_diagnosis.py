@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from redraft.checkpoints.config_variants import misreadings
+from redraft.checkpoints.config_variants import config_variants
 from redraft.checkpoints.load import read_draft, stored
 from redraft.core.records import Answer, StepTrace
 from redraft.drafts.base import Draft
@@ -64,7 +64,7 @@ def test_the_reading_that_accepts_more_is_named(
     stored(draft, target).save(tmp_path / "d")
     edit(tmp_path / "d", **changes)
     monkeypatch.setattr(module, "replay", scripted(accepted))
-    found = module.suspects(target, read_draft(str(tmp_path / "d")), answers, 4)
+    found = module.better_variants(target, read_draft(str(tmp_path / "d")), answers, 4)
     if named is None or accepted == 0:
         assert found == []
     else:
@@ -87,12 +87,14 @@ def test_little_is_no_evidence(
     wrong = dataclasses.replace(draft.config, norm_before_residual=True)  # type: ignore[call-arg]
     monkeypatch.setattr(module, "replay", scripted(1, steps))
     draft = dataclasses.replace(draft, config=wrong)
-    assert len(module.suspects(target, draft, answers[:count], 4)) == named
+    assert len(module.better_variants(target, draft, answers[:count], 4)) == named
 
 
 def test_readings_that_cannot_be_are_not_tried(target: Target) -> None:
     causes = {
-        name: [m.cause for m in misreadings(stored(fresh_draft(target, **options), target), target)]
+        name: [
+            m.cause for m in config_variants(stored(fresh_draft(target, **options), target), target)
+        ]
         for name, options in {
             "default": {},
             "last": {"aux_layers": (1, 3, 7)},

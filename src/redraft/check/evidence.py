@@ -28,7 +28,7 @@ from ..generation.on_policy import cost
 from ..generation.regenerate import regenerate
 from ..metrics import intervals
 from ..metrics.acceptance import pooled_tau, prompt_counts, summarise
-from ..metrics.config_diagnosis import suspects
+from ..metrics.config_diagnosis import better_variants
 from ..metrics.replay import decoding_of, replay, replay_each
 from ..models.target import Target
 from ..pipeline.stages import merge_draft, train_adapter
@@ -150,7 +150,7 @@ def gather(
         entropy=cost(target, answers).entropy,
         answer_tokens=sum(answer.length for answer in answers),
         answer_rate=rate,
-        suspects=tuple(suspects(target, stored, answers, k)),
+        suspects=tuple(better_variants(target, stored, answers, k)),
         cut=sum(answer.finish == "length" for answer in answers),
     )
     if base is None or on_its_base is None:

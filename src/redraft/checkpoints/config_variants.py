@@ -24,7 +24,7 @@ class Misreading:
     draft: StoredDraft
 
 
-def misreadings(stored: StoredDraft, target: Target) -> Iterator[Misreading]:
+def config_variants(stored: StoredDraft, target: Target) -> Iterator[Misreading]:
     """Every other reading of `stored` that its tensors allow."""
     stored = stored.fitted(target)
     c = stored.config

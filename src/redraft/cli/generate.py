@@ -34,10 +34,10 @@ from .flags import (
     print_json,
 )
 
-COLOURS = {"first": "", "accepted": "green", "corrected": "red", "bonus": "cyan"}
+COLOURS = {"first": "", "accepted": "green", "recovered": "red", "bonus": "cyan"}
 WORDS = {
     "accepted": "drafted and accepted",
-    "corrected": "the target's, where it rejected the draft",
+    "recovered": "the target's, where it rejected the draft",
     "bonus": "the target's, after all drafted tokens were accepted",
 }
 

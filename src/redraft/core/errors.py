@@ -1,6 +1,6 @@
 """The two ways a command can end badly, kept apart.
 
-`UserError` is the user's mistake: one sentence that says what was looked at, what was expected,
+`UserError` is the user's mistake: one sentence that names what was looked at, what was expected,
 what was found and what to do. The command line prints it without a traceback and exits with 2.
 Anything else that escapes is our fault and exits with 1.
 """
@@ -35,7 +35,7 @@ def as_sentence(what: str) -> Iterator[None]:
 
 
 def reason(problem: BaseException) -> str:
-    """A library's message in one line, shortened, after the error's class where that says more."""
+    """A library's message in one line, shortened, after the error's class where that adds something."""
     if isinstance(problem, KeyError):
         return f"no entry {problem}"
     text = " ".join(str(problem).split()) or type(problem).__name__

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 BLOCK = 1 << 16
 """Bytes read at a time, from the end, to find a file's last line."""
 REMEDIES = {
-    errno.ENOSPC: "make room on the disk",
-    errno.EDQUOT: "make room in the disk quota",
+    errno.ENOSPC: "free space on the disk",
+    errno.EDQUOT: "free space in the disk quota",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "make the folder writable",
     errno.EACCES: "make the folder writable",
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole as it is; its folder is made if need be."""
+    """Write a file whole and unchanged; its folder is made if need be."""
     _write_whole(path, content, "text")
 
 
@@ -125,19 +125,19 @@ def move(path: Path, to: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, verb: str = "written") -> Iterator[None]:
-    """Turn what the system says about a failed write of `path` into a UserError."""
+    """Turn the system's error of a failed write of `path` into a UserError."""
     try:
         yield
     except OSError as problem:
-        remedy = REMEDIES.get(problem.errno or 0, "mend that")
+        remedy = REMEDIES.get(problem.errno or 0, "fix that")
         raise _refused(path, verb, problem.strerror or str(problem), remedy) from None
     except SafetensorError as problem:
-        raise _refused(path, verb, str(problem), "make room on the disk") from None
+        raise _refused(path, verb, str(problem), "free space on the disk") from None
 
 
-def _refused(path: Path, verb: str, said: str, remedy: str) -> UserError:
+def _refused(path: Path, verb: str, problem: str, remedy: str) -> UserError:
     return UserError(
-        f"{path} cannot be {verb}: {said}; everything finished so far is kept, so {remedy} and run "
+        f"{path} cannot be {verb}: {problem}; everything finished so far is kept, so {remedy} and run "
         "the same command again"
     )
 
@@ -155,7 +155,7 @@ def _write_whole(path: Path, content: bytes, kind: str) -> None:
             _sync_names(path.parent)
         except OSError:
             with contextlib.suppress(OSError):  # the first error is the one to tell
-                scratch.unlink()  # a full disk needs the room
+                scratch.unlink()  # a full disk needs the space
             raise
         point(f"{kind}: renamed")
 

@@ -35,12 +35,14 @@ def find_folder(source: str, *, unpickle: bool = False) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    beside = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]
-    wanted = [*beside, "*.safetensors", *(["*.bin"] if unpickle else [])]
+    companions = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+    wanted = [*companions, "*.safetensors", *(["*.bin"] if unpickle else [])]
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except Exception as problem:  # noqa: BLE001 - the Hub's client and its HTTP library raise many kinds
-        raise UserError(f"draft {source} is no local folder, and the Hub said: {problem}") from None
+        raise UserError(
+            f"draft {source} is no local folder, and the Hub reported: {problem}"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..models.batching import lengths_of, plan_in_order, plan_once
 from ..models.kv_cache import keep_rows, new_cache
 from ..models.target import Target
 from .acceptance_modes import MODES
-from .context_room import check_prompts
+from .context_length import check_prompts
 from .noise import seeds_tensor
 from .sampling import Sampling, scores
 
@@ -65,7 +65,7 @@ def generate_answers(
     """The target's answers, batch by batch of the plan.
 
     Each answer ends with a stop token or after `max_new_tokens` (or the context), and is followed
-    by `lookahead` further tokens of the target's own. Raises UserError for prompts that leave no room.
+    by `lookahead` further tokens of the target's own. Raises UserError for prompts that fill the context.
     """
     for indices in plan:
         batch = [prompts[i] for i in indices]
@@ -76,7 +76,7 @@ def generate_answers(
                 prompt,
                 row,
                 target.stop_ids,
-                _room(target, prompt, max_new_tokens, lookahead),
+                _space(target, prompt, max_new_tokens, lookahead),
                 lookahead,
                 sampling,
                 derived_seed(seed, "answer", prompt.id),
@@ -97,8 +97,8 @@ def _decode(
     """Token ids of each row, up to `lookahead` past its stop."""
     device = target.device
     longest = max(len(p.tokens) for p in batch)
-    room = [_room(target, p, max_new_tokens, lookahead) + lookahead for p in batch]
-    steps = max(room)
+    limits = [_space(target, p, max_new_tokens, lookahead) + lookahead for p in batch]
+    steps = max(limits)
     padding = [longest - len(p.tokens) for p in batch]
     window = torch.tensor(
         [[0] * pad + list(p.tokens) for pad, p in zip(padding, batch, strict=True)], device=device
@@ -109,7 +109,7 @@ def _decode(
     stop_ids = torch.tensor(target.stop_ids, device=device)
     cache = new_cache(target)
     output_BT = torch.zeros(len(batch), steps, dtype=torch.long, device=device)
-    left_B = torch.tensor(room, device=device)  # tokens still to come; shrinks at a row's stop
+    left_B = torch.tensor(limits, device=device)  # tokens still to come; shrinks at a row's stop
     rows_B = torch.arange(len(batch), device=device)
     for step in range(steps):
         logits_BV = _forward(target, window, pad_B, longest + step, cache)
@@ -129,10 +129,10 @@ def _decode(
             keep_rows(cache, keep)
             pad_B, left_B, rows_B, token_B = (x[keep] for x in (pad_B, left_B, rows_B, token_B))
         window = token_B[:, None]
-    return [row[:most] for row, most in zip(output_BT.tolist(), room, strict=True)]
+    return [row[:most] for row, most in zip(output_BT.tolist(), limits, strict=True)]
 
 
-def _room(target: Target, prompt: Prompt, max_new_tokens: int, lookahead: int) -> int:
+def _space(target: Target, prompt: Prompt, max_new_tokens: int, lookahead: int) -> int:
     """The longest answer to a prompt that leaves its lookahead inside the context."""
     return min(max_new_tokens, max(target.max_positions - len(prompt.tokens) - lookahead, 1))
 

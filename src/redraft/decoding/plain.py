@@ -9,7 +9,7 @@ import torch
 from ..models.kv_cache import new_cache
 from ..models.target import Target
 from .acceptance_modes import Decoding
-from .context_room import check_prompts
+from .context_length import check_prompts
 from .logits_pipeline import LogitsPipeline
 from .noise import seeds_tensor
 

@@ -1,6 +1,6 @@
 """The slow, readable reference implementation of speculative decoding: one prompt, no cache, no batch, one token at a time.
 
-It says what `speculative.py` computes, and the tests hold the two equal. Every distribution is taken
+It defines what `speculative.py` computes, and the tests hold the two equal. Every distribution is taken
 from a whole pass over the prefix, and the rules are written out on plain numbers. What is shared is
 the noise of a position and the logits pipeline from logits to probabilities, which define the result.
 """
@@ -92,7 +92,7 @@ class Reference:
         return self._inverse(q, self._uniform(at, DRAFT)), q
 
     def _draft_logits(self, text: list[int], drafted: list[int]) -> torch.Tensor:
-        """The draft's logits after `drafted`, its chain begun anew on the whole text."""
+        """The draft's logits after `drafted`, its chain started again on the whole text."""
         device = self.target.device
         features = self.target.read(
             torch.tensor([text[:-1]], device=device), self.draft.aux_layers

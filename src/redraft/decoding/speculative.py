@@ -1,7 +1,7 @@
 """Speculative decoding with a chain of K drafted tokens, for a batch of prompts.
 
-One step: the draft proposes K tokens, the target reads them in one pass, the acceptance mode says
-how many are accepted and which token follows, both caches forget the rest, and the draft reads the
+One step: the draft proposes K tokens, the target reads them in one pass, the acceptance mode decides
+how many are accepted and which token follows, both caches drop the rest, and the draft reads the
 accepted tokens again from the target's true features. Every row accepts its own number of tokens,
 keeps its own length, and leaves the batch when it is done.
 
@@ -24,7 +24,7 @@ from ..models.cache_checks import why_alone
 from ..models.kv_cache import RowCache
 from ..models.target import Target
 from .acceptance_modes import Decoding
-from .context_room import check_prompts
+from .context_length import check_prompts
 from .logits_pipeline import LogitsPipeline
 from .noise import seeds_tensor
 from .sampling import NEVER
@@ -65,11 +65,11 @@ class Step:
     processed_BJV: Tensor
 
     def kinds(self, b: int) -> list[str]:
-        """Where a row's tokens come from: first, accepted, corrected (after a rejection), bonus."""
+        """Where a row's tokens come from: first, accepted, recovered (after a rejection), bonus."""
         if not self.drafted:
             return ["first"]
         n = self.accepted[b]
-        return ["accepted"] * n + ["bonus" if n == self.drafted else "corrected"]
+        return ["accepted"] * n + ["bonus" if n == self.drafted else "recovered"]
 
 
 def decode_speculative(
@@ -109,14 +109,14 @@ def stop_at(
     """Answers end as `decode_speculative` says, with one token at least."""
     stop_ids = set(target.stop_ids)
     context = target.max_positions - reserve
-    room = [min(max_new_tokens, max(context - len(prompt), 1)) for prompt in prompts]
+    limits = [min(max_new_tokens, max(context - len(prompt), 1)) for prompt in prompts]
 
     def stop(request: int, tokens: list[int], new: int) -> int | None:
         begin = len(tokens) - new
-        for position in range(begin, min(len(tokens), room[request])):
+        for position in range(begin, min(len(tokens), limits[request])):
             if tokens[position] in stop_ids:
                 return position + 1
-        return room[request] if len(tokens) >= room[request] else None
+        return limits[request] if len(tokens) >= limits[request] else None
 
     return stop
 

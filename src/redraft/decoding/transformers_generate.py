@@ -56,7 +56,7 @@ def generate(
     """What `model.generate` takes as `custom_generate`, with K drafted tokens per step.
 
     `draft` is a loaded draft, or a folder or Hub id that is loaded for the model at first use.
-    Sampling (`do_sample=True`) is `seeded` unless `acceptance` says `sampled`: with `seed`, row r
+    Sampling (`do_sample=True`) is `seeded` unless `acceptance` is `sampled`: with `seed`, row r
     gives what `seed + r` alone gives, whatever the draft, K and batch; a sequence names each row's.
     Without a seed one is drawn from torch's generator, so `torch.manual_seed` decides. A `streamer`
     belongs here, since `generate` does not pass its own on. `processors_on_draft` sends the draft's
@@ -154,7 +154,7 @@ class CustomGenerate:
         if not config.do_sample:
             if self.acceptance not in ("", "greedy"):
                 raise UserError(
-                    f"acceptance mode {self.acceptance} samples, and generate was not told to: pass "
+                    f"acceptance mode {self.acceptance} samples, but generate was not asked to sample: pass "
                     "do_sample=True"
                 )
             return Decoding("greedy", draft_token=self.draft_token)
@@ -212,11 +212,11 @@ class _Stop:
                 self.others.append(criterion)
         if target.max_positions < longest < 1 << 30:
             say(f"max_length {longest} is past the context: answers end at {target.max_positions}")
-        self.room = min(longest, target.max_positions) - input_ids.shape[1]
+        self.space = min(longest, target.max_positions) - input_ids.shape[1]
 
     def __call__(self, request: int, tokens: list[int], new: int) -> int | None:
         for length in range(len(tokens) - new + 1, len(tokens) + 1):
-            if tokens[length - 1] in self.eos or length >= self.room:
+            if tokens[length - 1] in self.eos or length >= self.space:
                 return length
             if self.others and self._says(request, tokens[:length]):
                 return length
@@ -245,8 +245,8 @@ class _Kept:
         fresh: list[int] = []
         for b, request in enumerate(step.requests):
             answer, length = self.answers[request], step.lengths[b]
-            room = len(step.tokens[b]) if length is None else length - len(answer)
-            fresh = step.tokens[b][:room]
+            space = len(step.tokens[b]) if length is None else length - len(answer)
+            fresh = step.tokens[b][:space]
             answer += fresh
             for kept, of_BPV in (
                 (self.scores, step.processed_BJV),

@@ -89,9 +89,9 @@ def convert_features(
     plan: Plan,
     normed: Callable[[Tensor], Tensor],
 ) -> Written:
-    """Write stored features anew in another layout, without the target's layers.
+    """Write stored features in another layout, without the target's layers.
 
-    `answers` says which rows, all without it (see `FeatureRows.answers`). `normed` gives hs[n] of the
+    `answers` are the rows wanted, all by default (see `FeatureRows.answers`). `normed` gives hs[n] of the
     state before the final norm, for a layout that wants it. Raises UserError for a layout that wants the
     state before the norm where the source holds the one after: a norm cannot be undone.
     """
@@ -154,7 +154,7 @@ def read_states(
 
 
 def compare_features(target: Target, rows: FeatureRows, count: int = 4) -> dict[str, float]:
-    """How far stored states are from what the target says here: ||stored - own|| / ||own||, at worst of
+    """How far stored states are from what the target computes here: ||stored - own|| / ||own||, at worst of
     `count` rows spread over the store, by aux layer. The last state is called 'last'."""
     norm = find_final_norm(target)
     worst = dict.fromkeys([*(f"hs[{aux_layer}]" for aux_layer in rows.aux_layers), "last"], 0.0)
@@ -191,7 +191,7 @@ def _fill(
     with held(plan.out):
         writer = WRITERS[plan.layout](plan.out, about, answers)
         size = writer.size()
-        _check_room(writer, size, plan)
+        _check_space(writer, size, plan)
         writer.begin()
         left = [group for group in range(len(writer.groups)) if not writer.has(group)]
         tokens = sum(writer.lengths)
@@ -212,7 +212,7 @@ def _fill(
         return Written(len(answers), tokens, size, writer.present())
 
 
-def _check_room(writer: FeatureWriter, size: int, plan: Plan) -> None:
+def _check_space(writer: FeatureWriter, size: int, plan: Plan) -> None:
     if size > plan.max_gb * GB:
         raise UserError(
             f"these features take about {size / GB:,.3f} GB, more than --max-gb {plan.max_gb:g}; store fewer "
@@ -223,7 +223,7 @@ def _check_room(writer: FeatureWriter, size: int, plan: Plan) -> None:
     if need > free:
         raise UserError(
             f"these features need about {need / GB:,.3f} GB more, and the disk of {plan.out} has "
-            f"{max(free, 0) / GB:,.3f} GB to spare; make room, name another disk with --out, or train "
+            f"{max(free, 0) / GB:,.3f} GB to spare; free space, name another disk with --out, or train "
             "without --features, which needs none"
         )
 

@@ -31,7 +31,7 @@ def open_features(
     """The rows of a folder, whatever layout they are in.
 
     `aux_layers` are the hs[] indices that a foreign layout holds, which its files do not say; a store of
-    redraft's own says it itself. `unpickle` allows SpecForge's files, which are pickles. Raises
+    redraft's own records it. `unpickle` allows SpecForge's files, which are pickles. Raises
     UserError for a folder without features, or with damaged ones.
     """
     if (folder / MANIFEST).is_file() or (folder / ABOUT).is_file():

@@ -104,7 +104,7 @@ def loss_mask(answer: Answer) -> list[int]:
 def answer_of(id: str, tokens: Sequence[int], mask: Sequence[int]) -> Answer:
     """The answer that a loss mask marks: its last run of ones, what is before it being the prompt.
 
-    A mask says nothing of how the answer was sampled or ended: it counts as greedy, and as cut.
+    A mask does not record how the answer was sampled or ended: it counts as greedy, and as cut.
     Raises UserError for a mask without ones.
     """
     marked = np.flatnonzero(np.asarray(mask))

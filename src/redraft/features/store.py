@@ -121,17 +121,17 @@ class StoreWriter(FeatureWriter):
     def finish(self, witness: Callable[[], Mapping[str, Tensor]]) -> None:
         if (self.folder / MANIFEST).is_file():
             return
-        said = witness()
-        if said:
-            write_tensors(self.folder / WITNESS, said)
-        beside = [name for name in (ANSWERS, SHARDS, WITNESS) if (self.folder / name).is_file()]
+        logits = witness()
+        if logits:
+            write_tensors(self.folder / WITNESS, logits)
+        companions = [name for name in (ANSWERS, SHARDS, WITNESS) if (self.folder / name).is_file()]
         manifest = {
             "format": FORMAT,
             **asdict(self.about),
             "samples": len(self.answers),
             "tokens": sum(self.lengths),
             "bytes": self.present(),
-            "files": {name: _sha256((self.folder / name).read_bytes()) for name in beside},
+            "files": {name: _sha256((self.folder / name).read_bytes()) for name in companions},
             "versions": versions(),
         }
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -203,7 +203,7 @@ class FeatureStore(FeatureRows):
         return found[:stop]
 
     def witness(self) -> dict[str, Tensor]:
-        """What the target itself said at some positions (see `StoredTarget`); empty where not known."""
+        """What the target itself logits at some positions (see `StoredTarget`); empty where not known."""
         path = self.folder / WITNESS
         return read_file(path) if path.is_file() else {}
 

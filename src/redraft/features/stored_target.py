@@ -1,4 +1,4 @@
-"""The target without its layers: what they said is read from stored features.
+"""The target without its layers: their states are read from stored features.
 
 Everything that trains or replays asks a target to `read` rows of tokens. Here the rows are looked up
 by their tokens, and the model's own code makes logits from them: it is loaded with no layers at all
@@ -40,7 +40,7 @@ from .rows import FeatureRows
 from .store import FeatureStore
 
 NO_LAYERS = (
-    "this target was loaded without its layers (--features): it knows the stored rows and nothing else, so "
+    "this target was loaded without its layers (--features): it has the stored rows and nothing else, so "
     "it cannot decode or read on; leave --features out for that"
 )
 WITNESSED = {torch.float64: 1e-4, torch.float32: 1e-3}
@@ -190,7 +190,7 @@ class StoredTarget(Target):
             if ours != theirs:
                 raise UserError(
                     f"{rows.folder} holds states of {what} {theirs}, expected {ours} for target "
-                    f"{self.name}; load it in the stored dtype (--dtype), or write its features anew"
+                    f"{self.name}; load it in the stored dtype (--dtype), or write its features again"
                 )
         if isinstance(rows, FeatureStore):
             self._check_store(rows)
@@ -215,7 +215,7 @@ class StoredTarget(Target):
             raise UserError(
                 f"{rows.folder}: logits made from the stored states differ from the target's own by "
                 f"{worst:.1e} of the largest: its final norm or head are not those that the store was "
-                "written with; write it anew with redraft features"
+                "written with; write it again with redraft features"
             )
 
 
@@ -242,12 +242,12 @@ def load_stored_target(
         _check_adapter(adapter)
     config = read_config(source)
     whole = _take_layers_out(config.get_text_config())
-    told = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list every tensor of the layers as not used
     try:
         model = read_model(source, config, torch_dtype, lambda name: bool(OF_A_LAYER.search(name)))
     finally:
-        logging.set_verbosity(told)
+        logging.set_verbosity(verbosity)
     for key, value in whole.items():  # what reads the configuration reads the target's
         setattr(model.config.get_text_config(), key, value)
     tokenizer = read_tokenizer(source)
@@ -257,13 +257,13 @@ def load_stored_target(
 
 
 def _take_layers_out(config: Any) -> dict[str, Any]:
-    """Make it a configuration of no layers; returns what it said before, by layer and of their number."""
+    """Make it a configuration of no layers; returns what it held before, by layer and of their number."""
     n = config.num_hidden_layers
-    said = {k: v for k, v in vars(config).items() if isinstance(v, list) and len(v) == n}
-    for key in said:
+    listed = {k: v for k, v in vars(config).items() if isinstance(v, list) and len(v) == n}
+    for key in listed:
         setattr(config, key, [])
     config.num_hidden_layers = 0
-    return {**said, "num_hidden_layers": n}
+    return {**listed, "num_hidden_layers": n}
 
 
 def _check_adapter(adapter: str) -> None:

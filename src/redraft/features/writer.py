@@ -51,7 +51,7 @@ class FeatureAbout:
 
 
 class FeatureWriter(ABC):
-    """Writes rows group by group; a group that is there already is left as it is."""
+    """Writes rows group by group; a group that is there already is left unchanged."""
 
     claim: ClassVar[str] = CLAIM
     groups: list[list[list[int]]]
@@ -95,14 +95,14 @@ class FeatureWriter(ABC):
     def _check_claim(self) -> None:
         path = self.folder / self.claim
         about = json.loads(json.dumps(asdict(self.about)))
-        about.pop("target")  # by whatever path; `target_hash` says which
+        about.pop("target")  # by whatever path; `target_hash` identifies it
         if path.is_file():
             known = read_json(path)
             changed = sorted(key for key in about if known.get(key) != about[key])
             if changed:
                 raise UserError(
                     f"{self.folder} holds features made with other {', '.join(changed)}; name another "
-                    "folder, or remove it to write them anew"
+                    "folder, or remove it to write them again"
                 )
             return
         others = [p.name for p in self.folder.glob("[!.]*")] if self.folder.is_dir() else ["a file"]

@@ -33,37 +33,37 @@ NOTICED = 0.1
 
 @dataclass(frozen=True)
 class Cost:
-    """What answers cost a target, in nats per token: `surprise` is -log p of their tokens, with its standard
+    """What answers cost a target, in nats per token: `nll` is -log p of their tokens, with its standard
     `error` over answers, `entropy` that of p at the same positions. `agreement` is the share of tokens
     that are the target's most likely."""
 
     tokens: int
-    surprise: float
+    nll: float
     error: float
     entropy: float
     agreement: float
 
 
 @dataclass(frozen=True)
-class Ownership:
-    """`surprise` is what the answers cost, `expected` what those cost that the target drew itself, in nats
+class OnPolicy:
+    """`nll` is what the answers cost, `expected` what those cost that the target drew itself, in nats
     per token; `error` is the standard error of their difference. `agreement` as in `Cost`."""
 
     answers: int
     tokens: int
-    surprise: float
+    nll: float
     expected: float
     error: float
     agreement: float
 
     @property
     def own(self) -> bool:
-        excess = self.surprise - self.expected
+        excess = self.nll - self.expected
         return excess <= max(NOTICED, 3 * self.error)
 
     def describe(self) -> str:
         text = (
-            f"the answers' tokens cost the target {self.surprise:.2f} nats each, answers that it draws itself "
+            f"the answers' tokens cost the target {self.nll:.2f} nats each, answers that it draws itself "
             f"{self.expected:.2f} (+- {self.error:.2f}); {self.agreement:.0%} are its most likely "
             f"({self.answers} answers, {self.tokens:,} tokens)"
         )
@@ -71,9 +71,9 @@ class Ownership:
             return f"{text}: they are its own greedy ones, or nearly"
         if self.own:
             return (
-                f"{text}. They may be its own, if they were sampled at a temperature near 1; likelihood tells no "
+                f"{text}. They may be its own, if they were sampled at a temperature near 1; likelihood shows no "
                 "more than that. Of its greedy answers all tokens are the most likely: if these are what somebody "
-                "else said, or you serve greedily, have it answer the same prompts (leave --answers out)"
+                "else wrote, or you serve greedily, have it answer the same prompts (leave --answers out)"
             )
         return (
             f"warning: {text}. They are not this target's own: a draft trained on them learns what "
@@ -81,9 +81,9 @@ class Ownership:
         )
 
 
-def ownership(
+def check_on_policy(
     target: Target, answers: Sequence[Answer], batch_tokens: int = GENERATE_TOKENS
-) -> Ownership:
+) -> OnPolicy:
     """Read up to 32 of the answers, which are not empty, and as many that the target draws, in batches
     of at most `batch_tokens` (see `plan_generation`)."""
     step = max(len(answers) / LOOKED_AT, 1.0)
@@ -95,7 +95,7 @@ def ownership(
     )
     given, own = cost(target, some), cost(target, drawn)
     error = math.hypot(given.error, own.error)
-    return Ownership(len(some), given.tokens, given.surprise, own.surprise, error, given.agreement)
+    return OnPolicy(len(some), given.tokens, given.nll, own.nll, error, given.agreement)
 
 
 @torch.inference_mode()

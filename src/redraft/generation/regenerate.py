@@ -24,7 +24,7 @@ from ..models.target import Target
 from ..prompts.clock import kept_time
 from ..prompts.disk_list import Picked, PromptPool
 from ..prompts.stopping import unfinished_note
-from ..prompts.turns import check_room, next_turn
+from ..prompts.turns import check_context, next_turn
 from .answer_file import (
     answer_inputs,
     claim,
@@ -125,7 +125,7 @@ def _next_round(
         try:
             turn = next_turn(prompt, said[prompt.id], target)
             if turn is not None:
-                check_room(turn.tokens, context, "the endpoints' context")
+                check_context(turn.tokens, context, "the endpoints' context")
         except ValueError as problem:
             ended.append(str(problem))
             continue

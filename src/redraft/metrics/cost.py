@@ -62,7 +62,7 @@ def measure_cost(
                 torch.cuda.synchronize(target.device)
             if repeat >= 2:  # two rounds of warm-up
                 seconds.append(time.perf_counter() - began)
-        draft.extend(draft_cache, last, reading.features_BTF[:, -1:])  # forgets the drafted steps
+        draft.extend(draft_cache, last, reading.features_BTF[:, -1:])  # drops the drafted steps
     plain, drafting, *verify = map(median, taken)
     return StepCost(plain, drafting, tuple(verify), rows, len(prompt), repeats)
 

@@ -2,7 +2,7 @@
 
 The draft is run on the true tokens (its rollout), which is what decoding computes as long as the
 drafted tokens are accepted; at the first difference a step ends. So one saved set of answers
-scores any draft, K and acceptance mode without a decoding loop. Given that the target said y_j,
+scores any draft, K and acceptance mode without a decoding loop. Given that the target wrote y_j,
 
     a draft that takes one token (its most likely, or the one its noise picks) had it accepted exactly
     when that token is y_j, at any temperature;

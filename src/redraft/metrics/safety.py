@@ -136,9 +136,9 @@ def _same(
     drafted: Sequence[Answer],
     decoding: Decoding,
 ) -> Lossless:
-    alone, beside = ([answer.answer for answer in some] for some in (plain, drafted))
+    plain_texts, drafted_texts = ([answer.answer for answer in some] for some in (plain, drafted))
     seeds = [answer.seed or 0 for answer in plain]
-    return compare(target, prompts, alone, beside, decoding, seeds)
+    return compare(target, prompts, plain_texts, drafted_texts, decoding, seeds)
 
 
 def _refused(target: Target, answers: Sequence[Answer], samples: int) -> list[list[bool]]:

@@ -52,7 +52,7 @@ def check_rolls_back(model: Any, name: str) -> None:
     if not far <= UNSTEADY and parameter.dtype in (torch.float32, torch.float64):
         raise UserError(
             f"{name}: after its cache was rolled back its model answers the same token with logits that "
-            f"differ by {far:.1e} of their size; speculative decoding needs a cache that forgets exactly"
+            f"differ by {far:.1e} of their size; speculative decoding needs a cache that rolls back exactly"
         )
 
 

@@ -25,11 +25,11 @@ def find_final_norm(target: Target) -> nn.Module:
 
     Raises UserError for a model that does something else between its layers and its head.
     """
-    said: list[tuple[nn.Module, Tensor]] = []
+    outputs: list[tuple[nn.Module, Tensor]] = []
     entering: list[Tensor] = []
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
-        said.append((module, output))
+        outputs.append((module, output))
 
     norms = [
         module
@@ -43,12 +43,12 @@ def find_final_norm(target: Target) -> nn.Module:
     finally:
         for hook in hooks:
             hook.remove()
-    for module, output in reversed(said):
+    for module, output in reversed(outputs):
         if entering and torch.equal(output, entering[-1]):
             return module
     raise UserError(
         f"target {target.name} ({type(target.model).__name__}) has no final norm whose output enters "
-        "its head as it is, so its last state cannot be stored; train without --features, which reads "
+        "its head unchanged, so its last state cannot be stored; train without --features, which reads "
         "the target itself"
     )
 

@@ -69,7 +69,7 @@ class Rows:
         self.lengths = [0] * rows
 
     def place(self, count: int) -> dict[str, Any]:
-        """Make room for `count` tokens after each row's own; what else the model's call needs."""
+        """Prepare `count` tokens after each row's own; what else the model's call needs."""
         begins = list(self.lengths)
         uneven = min(begins) != max(begins)
         for layer in self.layers.layers:
@@ -89,7 +89,7 @@ class Rows:
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
 
     def roll_back(self, tokens: Sequence[int]) -> None:
-        """Forget the last tokens of each row."""
+        """Drop the last tokens of each row."""
         self.lengths = [n - t for n, t in zip(self.lengths, tokens, strict=True)]
 
     def keep_rows(self, rows: Sequence[int]) -> None:
@@ -113,7 +113,7 @@ class RowCache(Rows):
         counts: Sequence[int] | None = None,
         keep: Tensor | int = 0,
     ) -> Reading:
-        """Read tokens that follow each row's own; `counts` says how many of the T are real.
+        """Read tokens that follow each row's own; `counts` are how many of the T are real.
 
         The rest is padding on the right: it is hidden from every real token and overwritten. `keep`
         are the token indices whose logits are wanted (a whole number: that many last ones).

@@ -1,4 +1,4 @@
-"""Loading a target: a causal LM whose every weight comes from its files, or one sentence that says why not.
+"""Loading a target: a causal LM whose every weight comes from its files, or one sentence with the reason.
 
 Transformers fills weights that it does not find with random numbers and passes over those that it does not
 know, with a warning. Both make another model, whose figures look like any others. Here they are refused.
@@ -104,7 +104,7 @@ def read_model(
 ) -> Any:
     """The model of `config` with the weights in its files.
 
-    `absent` says which stored tensors the caller left out of the model on purpose. Raises UserError
+    `absent` names the stored tensors that the caller left out of the model on purpose. Raises UserError
     naming the first weight that is missing, surplus or of another shape.
     """
     from transformers import AutoModelForCausalLM
@@ -134,7 +134,7 @@ def read_tokenizer(source: str) -> Any:
 def on_device(model: Any, device: str | None, name: str) -> Any:
     """The model on its device (default: the first GPU, else the CPU).
 
-    Raises UserError where there is no such device, no room, or no arithmetic in the model's dtype.
+    Raises UserError where there is no such device, not enough memory, or no arithmetic in the model's dtype.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -275,7 +275,7 @@ def _with_adapter(model: Any, adapter: str) -> Any:
     if settings.is_prompt_learning:
         raise UserError(
             f"--target-adapter {adapter}: {settings.peft_type.value} puts virtual tokens before the prompt, "
-            "which engines and drafts do not see; adapters that change weights are read (LoRA and its kin)"
+            "which engines and drafts do not see; adapters that change weights are read (LoRA and the like)"
         )
     with as_sentence(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of missing weights, which are refused below
@@ -294,13 +294,13 @@ def _check_adapter_weights(adapter: str, adapted: Any, path: Path) -> None:
         stored = set(stream.keys())
     missing = sorted(wanted - stored)
     surplus = sorted(stored - wanted - set(adapted.state_dict()))
-    for names, says in (
+    for names, what in (
         (missing, "weights of this adapter are not in its file"),
         (surplus, "tensors of its file find no place in this target"),
     ):
         if names:
             raise UserError(
-                f"--target-adapter {adapter}: {len(names)} {says}, first {names[0]}; was it trained for "
+                f"--target-adapter {adapter}: {len(names)} {what}, first {names[0]}; was it trained for "
                 "another model, or saved from inside a wrapper?"
             )
 

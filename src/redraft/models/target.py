@@ -222,8 +222,8 @@ class Target:
             template = self.tokenizer.get_chat_template(self.template, tools=how["tools"])
             if "strftime_now" in template:
                 template = FIXED_TIME + template
-                signs = {sign: self.rendered_at.strftime(sign) for sign in DIRECTIVES}
-                how = {**how, "rendered_at": signs}
+                times = {name: self.rendered_at.strftime(name) for name in DIRECTIVES}
+                how = {**how, "rendered_at": times}
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=template,
@@ -246,7 +246,7 @@ class Target:
             try:
                 return str(self._apply(form, how, tokenize=False))
             except ValueError:
-                return None  # where both are refused, rendering the first says why
+                return None  # where both are refused, rendering the first raises the reason
 
         objects, texts = forms(messages)
         first = rendered(objects)
@@ -285,7 +285,7 @@ class Target:
     def tokenizer_hash(self, without: int = 0) -> str:
         """Identifies the mapping from token to id, whatever files it is stored in.
 
-        `without` leaves out so many of the highest ids, to see what a grown vocabulary grew from.
+        `without` leaves out so many of the highest ids, to compare an extended vocabulary with the one before.
         """
         tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         vocabulary = json.dumps(sorted(tokens[: len(tokens) - without]))

@@ -26,7 +26,7 @@ FIXED_TIME = """\
 {{- written.text -}}
 {%- endmacro -%}
 {{- "" }}"""
-"""Put before a chat template that writes the time: it is told `rendered_at` in place of the clock's."""
+"""Put before a chat template that writes the time: it gets `rendered_at` in place of the clock's."""
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:

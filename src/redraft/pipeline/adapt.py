@@ -25,7 +25,7 @@ from ..core.folders import read_json
 from ..core.records import Acceptance, AdaptReport, Answer, Prompt, to_json
 from ..drafts.base import Draft
 from ..generation.answer_file import answer_inputs, prompts_hash, read_answers
-from ..generation.on_policy import ownership
+from ..generation.on_policy import check_on_policy
 from ..generation.regenerate import check_backend, regenerate
 from ..metrics.measure import measure_answers
 from ..models.target import Target
@@ -291,8 +291,8 @@ def _regenerate(
         ) -> None:
             found = regenerate(target, prompts, run.path / file, config, lookahead)
             if config.answers == "original":
-                whose = ownership(target, found, config.batch_tokens)
-                run.write_json("ownership.json", asdict(whose))
+                whose = check_on_policy(target, found, config.batch_tokens)
+                run.write_json("on_policy.json", asdict(whose))
                 say(whose.describe())
 
         keys[name] = run.stage(f"regenerate {name}", inputs, [file], work, keeps=[file])

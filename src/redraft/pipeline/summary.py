@@ -51,7 +51,7 @@ def report_of(
             "left_out": prompts.left_out_count,
             "answered": len(answers),
             "trained_on": part.card["samples"],
-            **_ownership(run, resolved),
+            **_on_policy(run, resolved),
             **({"answered_by_endpoints": served} if served else {}),
         },
         before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
@@ -81,8 +81,8 @@ def _choice_cost(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
     return {"scored": read_json(run.path / "selection.cost.json")}
 
 
-def _ownership(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
+def _on_policy(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
     """What was measured of answers that were taken as they are."""
     if resolved.config.regenerate.answers != "original":
         return {}
-    return {"given_answers": read_json(run.path / "ownership.json")}
+    return {"given_answers": read_json(run.path / "on_policy.json")}

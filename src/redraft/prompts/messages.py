@@ -32,7 +32,7 @@ TEXTS = {"text": ("text", "value"), "input_text": ("text",), "output_text": ("te
 CALLS = ("tool_call", "tool_use", "function_call")
 """Types of the parts that are tool calls."""
 WEIGHTS = ("weight", "train", "loss", "loss_weight")
-"""Keys by which a turn says whether it is learned (OpenAI, axolotl, ms-swift, LLaMA-Factory)."""
+"""Keys that mark whether a turn is learned (OpenAI, axolotl, ms-swift, LLaMA-Factory)."""
 READ = {"role", "from", "content", "value", "text", "name", *REASONING, *WEIGHTS}
 READ |= {"tool_calls", "function_call", "tool_call_id"}
 """The keys of a turn that are understood."""

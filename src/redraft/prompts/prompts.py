@@ -23,7 +23,7 @@ from .disk_list import Picked, PromptPool
 from .messages import Message
 from .rows import read_rows
 from .stopping import end_of_turn_note
-from .turns import check_room, first_turn
+from .turns import check_context, first_turn
 
 GIVEN_NAME = re.compile(r"#\d+$|^line-\d+$")
 """How later turns (see `turns.py`) and rows without an id are named; a row's own name of that form is
@@ -211,7 +211,7 @@ class PromptReader:
                 f"input_ids go from {min(both)} to {max(both)}, the target's vocabulary has {rows}: "
                 "they are another model's"
             )
-        return Prompt(name, check_room(tokens, self.target.max_positions), answer)
+        return Prompt(name, check_context(tokens, self.target.max_positions), answer)
 
     def _of_text(self, name: str, text: str) -> Prompt:
         """Text is taken as rendered already: the target continues it, after the last place where
@@ -222,7 +222,7 @@ class PromptReader:
         at = text.rfind(asks) + len(asks) if asks and asks in text else len(text)
         tokens = tuple(encode(self.target, text[:at]))
         reply = encode(self.target, text[at:], begins=False)
-        return Prompt(name, check_room(tokens, self.target.max_positions), reply or None)
+        return Prompt(name, check_context(tokens, self.target.max_positions), reply or None)
 
 
 def _parts(found: Understood) -> Iterator[str]:

@@ -112,10 +112,10 @@ def render_prompt(
 ) -> Sequence[int]:
     """Token ids of what is asked; `how` are arguments of `Target.render`. Raises ValueError when too little
     of the context is left."""
-    return check_room(tuple(target.render(messages, **how)), target.max_positions)
+    return check_context(tuple(target.render(messages, **how)), target.max_positions)
 
 
-def check_room(
+def check_context(
     tokens: Sequence[int], context: int, whose: str = "the target's context"
 ) -> Sequence[int]:
     """The tokens of a prompt. Raises ValueError for none, and when too little of the context is left."""

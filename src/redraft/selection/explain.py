@@ -1,4 +1,4 @@
-"""Why a selection is as it is: samples from its top, its middle and its bottom, as text."""
+"""What a selection kept and left out: samples from its top, its middle and its bottom, as text."""
 
 from __future__ import annotations
 

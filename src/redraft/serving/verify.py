@@ -20,7 +20,7 @@ from ..core.console import say
 from ..core.errors import UserError, nearest
 from ..core.records import Acceptance, EngineSpeed, Prompt, Verification, versions
 from ..decoding.sampling import Sampling
-from ..metrics.config_diagnosis import suspects
+from ..metrics.config_diagnosis import better_variants
 from ..metrics.lossless import compare
 from ..metrics.measure import Measured, answer_all, measure
 from ..models.target import Target
@@ -86,7 +86,7 @@ def verify(
     found = dataclasses.replace(
         _compared(environment, target, stored, prompts, plain, drafted, own, request),
         recorded=recorded,
-        findings=(*findings, *suspects(target, stored, answers, request.k)),
+        findings=(*findings, *better_variants(target, stored, answers, request.k)),
         seconds=time.monotonic() - began,
     )
     reasons = judge(found)

@@ -1,4 +1,4 @@
-"""Whether prompts leave room for an answer."""
+"""Whether prompts leave space for an answer in the context."""
 
 from __future__ import annotations
 
