@@ -1,0 +1,251 @@
+"""Commands whose flags come from one schema: the names of their parameters.
+
+A parameter of a command function is one of three things:
+
+    a name in FLAGS          the flag of that name (`flag_table.py`); the function gives type and default
+    a bundle of flags        a dataclass whose fields are names in FLAGS, such as `TargetFlags`
+    `config: Resolved`       the settings of the stages that the command names; each may be a flag too
+
+Every command also takes `--config FILE` and `--set KEY=VALUE`. Their keys are settings (`train.lr`) and
+the command's own flags (`target`, `max-new-tokens`); a flag on the command line goes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ..config import STAGES, parse_set, read_yaml, recipe_path, resolve, stage_fields
+from ..core.errors import UserError, nearest
+from .flag_table import FLAGS, OUTPUT, SETTING_GROUPS, Flag
+
+KINDS = {"int": int, "float": float, "str": str}
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists its flags by group, without the old names of flags."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            argument = parameter.param_type_name == "argument"
+            group = "Arguments" if argument else getattr(parameter, "rich_help_panel", None)
+            flag = FLAGS.get(str(parameter.name))
+            head = record[0]
+            for old in flag.old if flag else ():
+                head = head.replace(f", {old}", "")
+            groups.setdefault(group or "Other", []).append((head, record[1]))
+        for group, rows in sorted(groups.items(), key=lambda item: item[0] == OUTPUT):
+            with formatter.section(group):
+                formatter.write_dl(rows)
+
+
+class Group(TyperGroup):
+    """A group of commands whose list shows each one's first sentence whole."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                rows.append((name, command.get_short_help_str(limit=400)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def add_command(
+    app: typer.Typer,
+    function: Callable[..., None],
+    *,
+    name: str | None = None,
+    settings: tuple[str, ...] = (),
+    flags_of: tuple[str, ...] | None = None,
+    help: Mapping[str, str] | None = None,
+) -> None:
+    """Register a command function (see above).
+
+    `settings` are stages whose settings the command uses; those of `flags_of` (default: the same) are
+    flags. `help` replaces the help of single flags where this command means something special.
+    Raises KeyError for a parameter that is no flag.
+    """
+    wrapped = _with_flags(
+        function, settings, settings if flags_of is None else flags_of, help or {}
+    )
+    app.command(name or function.__name__, cls=GroupedCommand)(wrapped)
+
+
+def _with_flags(
+    function: Callable[..., None],
+    settings: tuple[str, ...],
+    flags_of: tuple[str, ...],
+    help: Mapping[str, str],
+) -> Callable[..., None]:
+    signature = inspect.signature(function, eval_str=True)
+    bundles: dict[str, Any] = {}
+    parameters: dict[str, inspect.Parameter] = {}
+    for name, parameter in signature.parameters.items():
+        kind: Any = parameter.annotation
+        if dataclasses.is_dataclass(kind) and name != "config":
+            bundles[name] = kind
+            for one in inspect.signature(bundles[name], eval_str=True).parameters.values():
+                parameters[one.name] = _flag(one, help)
+        elif name != "config":
+            parameters[name] = _flag(parameter, help)
+    by_name = {
+        key.replace(".", "__"): key for key in stage_fields() if key.split(".")[0] in flags_of
+    }
+    parameters |= {name: _setting_flag(name, key) for name, key in by_name.items()}
+    parameters |= {parameter.name: parameter for parameter in (_CONFIG, _ASSIGNMENTS)}
+
+    @functools.wraps(function)
+    def wrapper(**given: Any) -> None:
+        file, assigned = given.pop("config_file"), given.pop("assignments")
+        flags = {key: joined(given.pop(name)) for name, key in by_name.items()}
+        resolved = resolve(_layers(file, assigned, flags, settings, function.__name__))
+        for name, bundle in bundles.items():
+            names = [field.name for field in dataclasses.fields(bundle)]
+            given[name] = bundle(**{one: given.pop(one) for one in names})
+        if "config" in signature.parameters:
+            given["config"] = resolved
+        function(**given)
+
+    wrapper.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {name: p.annotation for name, p in parameters.items()}
+    return wrapper
+
+
+def _flag(parameter: inspect.Parameter, help: Mapping[str, str]) -> inspect.Parameter:
+    """A parameter as Typer has it, with the names, bounds, help and group of its flag."""
+    flag: Flag = FLAGS[parameter.name]
+    text = help.get(parameter.name, flag.help)
+    if flag.argument:
+        info: Any = typer.Argument(help=text)
+    else:
+        names = (flag.name or "--" + parameter.name.replace("_", "-"), *flag.old)
+        info = typer.Option(
+            *names,
+            help=text,
+            min=flag.low,
+            max=flag.high,
+            rich_help_panel=flag.group,
+        )
+    return parameter.replace(
+        kind=inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[parameter.annotation, info]
+    )
+
+
+def _setting_flag(name: str, key: str) -> inspect.Parameter:
+    """The flag of a setting; not given, it is None."""
+    field = stage_fields()[key][1]
+    many = field.metadata.get("many")
+    choices = field.metadata.get("choices")
+    text = f"{field.metadata['help']} [default: {field.default}]"
+    text += f" (one of: {', '.join(choices)})" if choices else ""
+    text += "; repeatable" if many else ""
+    group = SETTING_GROUPS[key.split(".")[0]]
+    flag = typer.Option(flag_of(key), help=text, show_default=False, rich_help_panel=group)
+    kind: Any = list[str] if many else KINDS[str(field.type)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, flag]
+    )
+
+
+def flag_of(key: str) -> str:
+    """The flag of a setting that is named by its dotted key."""
+    field = stage_fields()[key][1]
+    return "--" + str(field.metadata.get("flag", field.name)).replace("_", "-")
+
+
+def joined(given: Any) -> Any:
+    """A repeatable flag as the setting's text; no flag at all as None."""
+    return ",".join(given) or None if isinstance(given, list) else given
+
+
+def _file_defaults(context: typer.Context, value: str | None) -> str | None:
+    """Take the flags in a `--config` file as defaults of this command's. Others' are passed over."""
+    if value is not None:
+        path = recipe_path(value)
+        for key, given in read_yaml(path).items():
+            if key not in STAGES:
+                _default(context, str(path), key, given, "file")
+    return value
+
+
+def _set_defaults(context: typer.Context, value: list[str] | None) -> list[str] | None:
+    """Take `--set FLAG=VALUE` as a default of this command's flag."""
+    for key, given in parse_set(value or []).items():
+        if "." not in key:
+            _default(context, "--set", key, given, "set")
+    return value
+
+
+def _default(context: typer.Context, origin: str, key: str, given: Any, way: str) -> None:
+    own = {flag.lstrip("-"): p.name for p in context.command.params for flag in p.opts}
+    everyone = {
+        (flag.name or f"--{name}").lstrip("-").replace("_", "-") for name, flag in FLAGS.items()
+    }
+    name = key.replace("_", "-")
+    if name not in own and (way == "set" or name not in everyone):
+        raise UserError(
+            f"{origin}: unknown key '{key}'; {nearest(name, sorted(own))}; settings have a dot, as train.lr"
+        )
+    if name in own:
+        before = context.default_map or {}
+        new = {own[name]: given}
+        context.default_map = {**before, **new} if way == "set" else {**new, **before}
+
+
+def _layers(
+    file: str | None,
+    assigned: list[str] | None,
+    flags: Mapping[str, Any],
+    used: tuple[str, ...],
+    command: str,
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The settings that were given, later layers winning."""
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if file is not None:
+        path = recipe_path(file)
+        stages = {key: value for key, value in read_yaml(path).items() if key in STAGES}
+        layers.append((str(path), stages))
+    named = {key: value for key, value in parse_set(assigned or []).items() if "." in key}
+    for key in named:
+        if key.split(".")[0] in STAGES and key.split(".")[0] not in used:
+            raise UserError(
+                f"--set {key}: redraft {command} does not use it; it uses the settings of "
+                f"{', '.join(used) or 'no stage'}"
+            )
+    given = {key: value for key, value in flags.items() if value is not None}
+    return [*layers, ("--set", named), ("flag", given)]
+
+
+def _common(name: str, kind: Any, flag: str, help: str, callback: Callable[..., Any]) -> Any:
+    info = typer.Option(flag, help=help, rich_help_panel=OUTPUT, is_eager=True, callback=callback)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
+
+
+_CONFIG = _common(
+    "config_file",
+    str,
+    "--config",
+    "recipe name or YAML file of settings and flags",
+    _file_defaults,
+)
+_ASSIGNMENTS = _common(
+    "assignments",
+    list[str],
+    "--set",
+    "one setting or flag, e.g. train.lr=1e-3; repeatable",
+    _set_defaults,
+)

@@ -1,0 +1,103 @@
+"""Every flag that is no setting: its help, once, by the name of the parameter that takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MODELS, DATA, SAMPLING, OUTPUT = "Models", "Data", "Decoding", "Output"
+RUN = "This run"
+SETTING_GROUPS = {
+    "regenerate": "Answers",
+    "select": "Selection",
+    "train": "Training",
+    "measure": "Measuring",
+    "safety": "Safety prompts",
+    "export": "Export",
+}
+"""The heading of each stage's settings in a command's help."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`name` where it is not that of the parameter; `old` are names of before, which are still read."""
+
+    help: str
+    group: str = RUN
+    name: str = ""
+    old: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    argument: bool = False
+
+
+FLAGS: dict[str, Flag] = {
+    # models
+    "target": Flag("target model: folder or Hub id", MODELS),
+    "target_adapter": Flag("PEFT adapter on top of the target", MODELS),
+    "base": Flag("the model that the target was fine-tuned from: folder or Hub id", MODELS),
+    "draft": Flag("draft model: folder or Hub id", MODELS),
+    "adapter": Flag("adapter to merge in", MODELS, old=("--private",)),
+    "chat_template": Flag("Jinja file, where the tokenizer has none", MODELS),
+    "template_arg": Flag(
+        "variable for the chat template, e.g. enable_thinking=false; repeatable", MODELS
+    ),
+    "dtype": Flag("target's dtype: auto (as stored), float32, bfloat16, ...", MODELS),
+    "kind": Flag("kind of a new draft", MODELS),
+    "aux_layers": Flag(
+        "hs[] indices of the target's layers, e.g. 2,14,25", MODELS, old=("--taps",)
+    ),
+    "draft_vocab": Flag("tokens of a new draft's vocabulary", MODELS, low=1),
+    "draft_width": Flag("FFN neurons of a new draft", MODELS, low=1),
+    "allow_pickle": Flag(
+        "open pickles, which can run code; only tensors are accepted from them", MODELS
+    ),
+    "path": Flag("draft: folder or Hub id", argument=True),
+    # data
+    "prompts": Flag(
+        "prompts file (JSONL, JSON, Parquet; .gz is fine), or a data set on the Hub", DATA
+    ),
+    "prompt": Flag("the user's message", DATA),
+    "answers": Flag("answers file of `redraft regenerate`", DATA),
+    "heldout": Flag("answers (with --lookahead K) for early stopping", DATA),
+    "eval_prompts": Flag("measure on this file, not on a part of --prompts", DATA),
+    "off_domain": Flag("name=FILE of prompts measured but not trained on; repeatable", DATA),
+    "safety_prompts": Flag(
+        "prompts on which the answers with the adapted draft are compared with those without", DATA
+    ),
+    "selection": Flag("selection file of `redraft select`", DATA),
+    "limit": Flag("use only the first N prompts", DATA, low=1),
+    "features": Flag(
+        "stored features of the answers: the target's layers are not loaded; repeatable", DATA
+    ),
+    "feature_aux_layers": Flag(
+        "hs[] indices that foreign features hold, whose files do not name them, e.g. 2,14,25",
+        DATA,
+        old=("--feature-taps",),
+    ),
+    "rows": Flag("rows to show rendered", DATA, low=0),
+    "source": Flag(
+        "take stored or captured features instead of running the target", DATA, "--from"
+    ),
+    "capture": Flag("address of a running vLLM that captures hidden states", DATA),
+    # decoding
+    "k": Flag("draft tokens per step", SAMPLING),
+    "temperature": Flag("sampling temperature; 0 is greedy", SAMPLING, low=0.0),
+    "top_k": Flag("keep the k most likely tokens; 0 keeps all", SAMPLING, low=0),
+    "top_p": Flag("nucleus mass; 1 keeps all", SAMPLING, low=1e-6, high=1.0),
+    "min_p": Flag(
+        "keep tokens this likely against the most likely one", SAMPLING, low=0.0, high=1.0
+    ),
+    "acceptance": Flag("acceptance mode: greedy, seeded or sampled", SAMPLING),
+    "draft_token": Flag(
+        "how the draft picks a token: deterministic, coupled (seeded), sampled (sampled)", SAMPLING
+    ),
+    "seed": Flag("seed of sampled answers", SAMPLING),
+    "max_new_tokens": Flag("longest answer, in tokens", SAMPLING, low=1),
+    "lookahead": Flag(
+        "tokens kept past each answer's end, for replay at K", SAMPLING, old=("--overrun",), low=0
+    ),
+    # output
+    "out": Flag("what to write; run again to resume", OUTPUT),
+    "as_json": Flag("print one JSON object on stdout", OUTPUT, "--json"),
+    "quiet": Flag("no progress on stderr", OUTPUT, "--quiet", old=("-q",)),
+}
