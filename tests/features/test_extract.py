@@ -181,7 +181,7 @@ def test_another_job_is_not_continued(
     target: Target, answers: list[Answer], store: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UserError, match="holds features made with other answers_hash, aux layers; name"
+        UserError, match="holds features made with other answers_hash, aux_layers; name"
     ):
         write_features(target, answers[:3], (2, 3, 4), plan(store))
     (tmp_path / "notes.txt").touch()

@@ -43,7 +43,7 @@ class GroupedCommand(TyperCommand):
             head = record[0]
             for old in flag.old if flag else ():
                 head = head.replace(f", {old}", "")
-            groups.setdefault(group or "Other", []).append((head, record[1]))
+            groups.setdefault(group or OUTPUT, []).append((head, record[1]))
         for group, rows in sorted(groups.items(), key=lambda item: item[0] == OUTPUT):
             with formatter.section(group):
                 formatter.write_dl(rows)
