@@ -12,7 +12,8 @@ import typer
 
 from ..core.console import say, set_quiet
 from ..core.errors import UserError, nearest
-from ..core.records import Acceptance, AdaptReport, Prompt, to_json
+from ..core.records import Acceptance, Prompt, to_json
+from ..core.report_record import AdaptReport
 from .flags import (
     AdapterFlag,
     DtypeFlag,

@@ -481,39 +481,6 @@ class Safety:
         return Safety(**row)
 
 
-@dataclass(frozen=True)
-class AdaptReport:
-    """One adaptation, as report.json holds it and the terminal and HTML report show it.
-
-    `cost` counts what was paid: unique target-generated tokens (answers discarded by the selection
-    included), training tokens, seconds per stage.
-    """
-
-    target: str
-    shared: str
-    private: str
-    draft: str
-    prompts: dict[str, Any]
-    before: Acceptance
-    after: Acceptance
-    off_domain: dict[str, Acceptance]
-    train: TrainRecord
-    cost: dict[str, Any]
-    config: dict[str, Any]
-    origins: dict[str, str]
-    versions: dict[str, str]
-    safety: Safety | None = None  # where safety prompts were named
-
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> AdaptReport:
-        row = dict(row)
-        row["safety"] = Safety.from_json(row["safety"]) if row.get("safety") else None
-        row["before"], row["after"] = acceptance(row["before"]), acceptance(row["after"])
-        row["off_domain"] = {k: acceptance(v) for k, v in row["off_domain"].items()}
-        row["train"] = TrainRecord(**row["train"])
-        return AdaptReport(**row)
-
-
 def acceptance(row: dict[str, Any]) -> Acceptance:
     """An `Acceptance` from its JSON form."""
     low, high = row["ci"]
