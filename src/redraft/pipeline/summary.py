@@ -79,7 +79,7 @@ def report_of(
         origins=resolved.origins,
         versions=run.versions(),
         safety=safety,
-        changes=_changes(steps, before.k),
+        changes=measured_changes(steps, before.k),
         shown=choose_answers(
             read_answers(run.path / "answers" / "eval.jsonl"),
             steps["eval-before"],
@@ -99,7 +99,7 @@ def accepted_by_step(traces: Sequence[Steps]) -> list[tuple[int, ...]]:
     return [trace.accepted for trace in traces if isinstance(trace, StepTrace)]
 
 
-def _changes(steps: dict[str, list[list[int]]], k: int) -> dict[str, Change]:
+def measured_changes(steps: dict[str, list[list[int]]], k: int) -> dict[str, Change]:
     """By how much each measured set changed, on the same answers."""
 
     def counts(name: str) -> list[list[tuple[float, float]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -14,7 +13,8 @@ from .terminal import report_rows, tau
 
 WIDTH = 360
 BAR = 14
-LABEL = 17
+GAP = 3
+LABEL = 18
 STAGES = {
     "regenerate": "answers",
     "select": "selection",
@@ -54,12 +54,17 @@ class Chart:
         step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= least * (1 - 1e-9))
         return [i * step for i in range(math.ceil(most / step - 1e-9) + 1)]
 
+    @property
+    def marks(self) -> list[tuple[float, str]]:
+        """Where each tick stands, and its number."""
+        return [(self.x(tick), _short(tick)) for tick in self.ticks]
+
     def x(self, value: float) -> float:
         return 4 + (WIDTH - 4 - self.room) * value / self.ticks[-1]
 
     @property
     def height(self) -> int:
-        return sum(LABEL + (BAR + 2) * len(bars) + 4 for _, bars in self.groups) + 36
+        return sum(LABEL + (BAR + GAP) * len(bars) + 4 for _, bars in self.groups) + 36
 
 
 def tau_chart(report: AdaptReport) -> Chart:
@@ -80,20 +85,27 @@ def tau_chart(report: AdaptReport) -> Chart:
 
 def position_charts(report: AdaptReport) -> tuple[Chart, Chart]:
     """Acceptance rate by position, then conditional acceptance."""
+    sides = {"before": report.before, "after": report.after}
+    rates, conditional = [], []
+    for j in range(report.after.k):
+        shares = {when: acceptance_rates(m)[j] for when, m in sides.items()}
+        bars = (Bar(when, 100 * share, f"{100 * share:.1f} %") for when, share in shares.items())
+        rates.append((f"position {j + 1}", tuple(bars)))
+        bars = (_conditional(when, m, j) for when, m in sides.items())
+        conditional.append((f"position {j + 1}", tuple(bars)))
     return (
-        _positions(
+        Chart(
             "Acceptance rate by position",
             "% of all steps that accepted the token at this position",
-            report,
-            acceptance_rates(report.before),
-            acceptance_rates(report.after),
+            tuple(rates),
+            100,
         ),
-        _positions(
+        Chart(
             "Conditional acceptance by position",
             "% of the steps that reached this position",
-            report,
-            report.before.per_position,
-            report.after.per_position,
+            tuple(conditional),
+            100,
+            112,
         ),
     )
 
@@ -103,20 +115,12 @@ def acceptance_rates(measured: Acceptance) -> tuple[float, ...]:
     return tuple(accumulate(measured.per_position, mul))
 
 
-def _positions(
-    title: str, axis: str, report: AdaptReport, before: Sequence[float], after: Sequence[float]
-) -> Chart:
-    groups = tuple(
-        (
-            f"position {position}",
-            (
-                Bar("before", 100 * was, f"{100 * was:.1f} %"),
-                Bar("after", 100 * now, f"{100 * now:.1f} %"),
-            ),
-        )
-        for position, (was, now) in enumerate(zip(before, after, strict=True), 1)
-    )
-    return Chart(title, axis, groups, 100)
+def _conditional(when: str, measured: Acceptance, j: int) -> Bar:
+    reached = measured.steps * (1.0, *acceptance_rates(measured))[j]
+    if reached < 0.5:
+        return Bar(when, 0.0, "not reached")
+    share = measured.per_position[j]
+    return Bar(when, 100 * share, f"{100 * share:.1f} % of {reached:,.0f}")
 
 
 def cost_charts(report: AdaptReport) -> list[Chart]:
@@ -155,3 +159,11 @@ def cost_charts(report: AdaptReport) -> list[Chart]:
 def _plain(title: str, axis: str, values: dict[str, float], form: str) -> Chart:
     groups = tuple((n, (Bar("plain", v, form.format(v)),)) for n, v in values.items())
     return Chart(title, axis, groups, max(values.values(), default=0.0), 84)
+
+
+def _short(number: float) -> str:
+    """A round number for an axis: 12.5M, 500k, 0.5."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:g}{unit}"
+    return f"{number:g}"

@@ -6,17 +6,20 @@ controls text.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..core.files import write_text
+from ..core.folders import read_json
+from ..core.records import Verification, to_json
 from ..core.report_record import AdaptReport
 from ..core.visible import visible
 from .answers import coloured, tau_of
-from .charts import BAR, LABEL, WIDTH, cost_charts, position_charts, tau_chart
-from .served import read_speed, verify_command
+from .charts import BAR, GAP, LABEL, WIDTH, cost_charts, position_charts, tau_chart
+from .served import RECORD, read_speed, verify_command
 from .terminal import change, compared, decoded, losses, refusal_cells, report_rows, tau
 
 CURVE_WIDTH, CURVE_HEIGHT = 360, 150
@@ -50,7 +53,7 @@ def write_page(path: Path, report: AdaptReport) -> None:
         position_charts=position_charts(report),
         cost_charts=cost_charts(report),
         seconds=sum(report.cost["seconds"].values()),
-        sizes={"width": WIDTH, "bar": BAR, "label": LABEL},
+        sizes={"width": WIDTH, "bar": BAR, "gap": GAP, "label": LABEL},
         width=CURVE_WIDTH,
         height=CURVE_HEIGHT,
         settings=[
@@ -60,6 +63,12 @@ def write_page(path: Path, report: AdaptReport) -> None:
         ],
     )
     write_text(path, page)
+
+
+def keep_verification(run: Path, found: Verification) -> None:
+    """Write what `redraft verify` found into the run folder, and the page anew with its speed-up."""
+    write_text(run / RECORD, json.dumps(to_json(found), indent=2) + "\n")
+    write_page(run / "report.html", AdaptReport.from_json(read_json(run / "report.json")))
 
 
 def _finalize(value: Any) -> Any:

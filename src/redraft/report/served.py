@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import UserError
-from ..core.files import write_text
 from ..core.folders import read_json
-from ..core.records import Acceptance, Verification, to_json
+from ..core.records import Acceptance, Verification
 from ..core.report_record import AdaptReport
 
 RECORD = "verify/verification.json"
@@ -26,11 +24,6 @@ class Speed:
 
     found: Verification
     expected_before: float | None
-
-
-def keep_verification(run: Path, found: Verification) -> None:
-    """Write the record into the run folder, where the page finds it."""
-    write_text(run / RECORD, json.dumps(to_json(found), indent=2) + "\n")
 
 
 def read_speed(run: Path, report: AdaptReport) -> Speed | None:
