@@ -205,9 +205,11 @@ def test_a_report_of_before_still_gives_a_page(
     page = written(found, tmp_path)
     assert "This run kept no steps of its answers." in page
     assert f"{report.before.tau:.2f} → {report.after.tau:.2f}" in first_screen(page)
-    assert "Less acceptance off domain: chat" in first_screen(page)
+    assert "Off domain: chat, acceptance fell" in first_screen(page)
     print_report(found)
-    assert "Less acceptance off domain: chat" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.startswith(f"The adapted draft yields {report.after.tau:.2f} tokens per target pass")
+    assert "Off domain: chat, acceptance fell" in out
 
 
 def test_a_loss_is_on_the_first_screen(
@@ -220,12 +222,12 @@ def test_a_loss_is_on_the_first_screen(
         f"{end:+.2f}" for end in (-report.changes["eval"].high, -report.changes["eval"].low)
     )
     said = (
-        f"Less acceptance off domain: chat: tau {was.tau:.2f} [{was.ci[0]:.2f}, {was.ci[1]:.2f}] "
-        f"before, {now.tau:.2f} [{now.ci[0]:.2f}, {now.ci[1]:.2f}] after, 16 prompts; "
-        f"change {now.tau - was.tau:+.2f} [{low}, {high}]"
+        f"Off domain: chat, acceptance fell from tau {was.tau:.2f} [{was.ci[0]:.2f}, {was.ci[1]:.2f}] "
+        f"to {now.tau:.2f} [{now.ci[0]:.2f}, {now.ci[1]:.2f}] on 16 prompts. "
+        f"Change {now.tau - was.tau:+.2f} [{low}, {high}]"
     )
     assert f'<p class="lost">{said}.</p>' in screen
-    assert "off domain: code" not in screen
+    assert "domain: code" not in screen
     assert "No off-domain" not in screen
     print_report(worse)
     assert said in " ".join(capsys.readouterr().out.split())
@@ -234,7 +236,7 @@ def test_a_loss_is_on_the_first_screen(
     )
     slightly = [*steps_of((0, 0, 0, 1))[:1], *BEFORE[1:]]
     screen = first_screen(written(changed(report, x=(BEFORE, slightly)), tmp_path))
-    assert "off domain: x" in screen
+    assert "Off domain: x, acceptance fell" in screen
     assert ", which includes 0." in screen
 
 
@@ -272,7 +274,7 @@ def test_a_speed_up_is_shown_only_where_it_was_measured(
 
     screen = with_record()
     expected = 1.6 * report.before.tau / report.after.tau
-    assert f"<b>{expected:.2f}× → 1.60×</b>" in screen
+    assert f"<b>≈ {expected:.2f}× → 1.60×</b>" in screen
     assert "measured in vllm 0.32.0, 1.60× at 1 request at a time, 1.25× at 4 requests" in screen
     assert "expected" in screen
     screen = with_record(k=K + 1)

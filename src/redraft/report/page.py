@@ -20,7 +20,7 @@ from ..core.visible import visible
 from .answers import coloured, tau_of
 from .charts import BAR, GAP, LABEL, WIDTH, cost_charts, position_charts, tau_chart
 from .served import RECORD, read_speed, verify_command
-from .terminal import change, compared, decoded, losses, refusal_cells, report_rows, tau
+from .terminal import change, compared, decoded, headline, losses, refusal_cells, report_rows, tau
 
 CURVE_WIDTH, CURVE_HEIGHT = 360, 150
 
@@ -37,6 +37,7 @@ def write_page(path: Path, report: AdaptReport) -> None:
     )
     page = environment.get_template("page.html.j2").render(
         r=report,
+        headline=headline,
         tau=tau,
         change=change,
         decoded=decoded,

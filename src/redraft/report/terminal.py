@@ -18,6 +18,7 @@ from ..core.records import (
 )
 from ..core.report_record import AdaptReport, Change
 from ..core.visible import visible
+from .served import verify_command
 
 
 def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
@@ -31,13 +32,14 @@ def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
         f"{measured.accepted:,.0f} accepted in {measured.steps:,.0f} steps",
     )
     rates = _rates(measured.per_position)
-    _show(out, f"accepted at position 1..{measured.k}, of the steps that got there: {rates}")
+    _show(out, f"conditional acceptance at position 1..{measured.k}: {rates}")
     _show(out, f"loop rate {measured.loop_rate:.1%}, {measured.seconds:.1f} s")
 
 
 def print_report(report: AdaptReport, out: Console | None = None) -> None:
     """Before and after, what was trained, and what it cost."""
     out = out or Console(highlight=False)
+    _show(out, headline(report))
     how = f"{report.train.method}; K={report.before.k}, {decoded(report.before)}"
     table = Table(title=_cell(f"{report.target}: draft before and after ({how})"))
     for heading in ("prompts", "before: tau [95 %]", "after: tau [95 %]", "n"):
@@ -77,6 +79,15 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
             f"{rounds['pool']} prompts not asked, about {rounds['tokens_saved']:,} tokens saved",
         )
     _show(out, f"draft  {report.draft}\nreport {report.draft.removesuffix('draft')}report.html")
+    _show(out, f"next   {verify_command(report)} measures the speed-up in the engine")
+
+
+def headline(report: AdaptReport) -> str:
+    """The result in a sentence."""
+    return (
+        f"The adapted draft yields {report.after.tau:.2f} tokens per target pass, the unadapted "
+        f"draft {report.before.tau:.2f}."
+    )
 
 
 class Row(NamedTuple):
@@ -102,8 +113,8 @@ def report_rows(report: AdaptReport) -> list[Row]:
 def losses(report: AdaptReport) -> list[str]:
     """A sentence for each measured set on which the adapted draft accepts less."""
     return [
-        f"Less acceptance {row.name}: tau {tau(row.before)} before, {tau(row.after)} after, "
-        f"{row.after.prompts} prompts" + (f"; change {change(row.change)}" if row.change else "")
+        f"{row.name[0].upper()}{row.name[1:]}, acceptance fell from tau {tau(row.before)} to {tau(row.after)} on "
+        f"{row.after.prompts} prompts{f'. Change {change(row.change)}' if row.change else ''}"
         for row in report_rows(report)
         if row.after.tau < row.before.tau
     ]
@@ -217,7 +228,7 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
         f"({found.own.accepted:,} in {found.own.steps:,})",
     )
     for name, rates in (("engine", found.tau.per_position), ("redraft", found.own.per_position)):
-        _show(out, f"accepted at position 1..{found.k}, {name:7}: " + _rates(rates))
+        _show(out, f"conditional acceptance at position 1..{found.k}, {name:7}: " + _rates(rates))
     if found.recorded is not None:
         _show(out, f"recorded by the run: {tau(found.recorded)} at K={found.recorded.k}")
     _show(out, f"without a draft, engine against redraft: {compared(found.against_redraft)}")
