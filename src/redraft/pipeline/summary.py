@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ..checkpoints.adapter_folder import load_private, read_training
@@ -84,7 +85,7 @@ def report_of(
             read_answers(run.path / "answers" / "eval.jsonl"),
             steps["eval-before"],
             steps["eval-after"],
-            target.tokenizer.decode,
+            partial(target.tokenizer.decode, clean_up_tokenization_spaces=False),
         )
         if steps
         else (),
