@@ -24,7 +24,8 @@ from redraft.checkpoints.load import load_draft, read_draft
 from redraft.config import TrainConfig, read_yaml, recipe_path, resolve
 from redraft.core.console import say
 from redraft.core.errors import UserError, nearest
-from redraft.core.records import AdaptReport, Prompt, to_json, versions
+from redraft.core.records import Prompt, to_json, versions
+from redraft.core.report_record import AdaptReport
 from redraft.decoding.acceptance_modes import Decoding
 from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling

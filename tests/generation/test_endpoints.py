@@ -23,7 +23,8 @@ from redraft.config import RegenerateConfig, read_endpoints, resolve
 from redraft.core import console
 from redraft.core.errors import UserError
 from redraft.core.files import append_lines
-from redraft.core.records import AdaptReport, Answer, Prompt, to_json
+from redraft.core.records import Answer, Prompt, to_json
+from redraft.core.report_record import AdaptReport
 from redraft.generation import endpoints, server_states
 from redraft.generation import regenerate as regenerate_module
 from redraft.generation.answer_file import endpoints_of, read_answers

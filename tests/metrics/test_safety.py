@@ -16,7 +16,8 @@ from torch import Tensor
 
 from redraft.config import resolve
 from redraft.core.errors import UserError
-from redraft.core.records import AdaptReport, Prompt, Safety, to_json
+from redraft.core.records import Prompt, Safety, to_json
+from redraft.core.report_record import AdaptReport
 from redraft.decoding import acceptance_modes
 from redraft.decoding.sampling import Sampling
 from redraft.generation.answer_file import read_answers

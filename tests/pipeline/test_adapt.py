@@ -16,7 +16,8 @@ from redraft.config import Resolved, resolve
 from redraft.core.console import set_quiet
 from redraft.core.errors import UserError
 from redraft.core.folders import read_file, tensor_hash
-from redraft.core.records import AdaptReport, to_json
+from redraft.core.records import to_json
+from redraft.core.report_record import AdaptReport
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.report.page import write_page

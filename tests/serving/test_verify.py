@@ -257,6 +257,7 @@ def test_verify_a_run(redraft: Any, fake: FakeEngine, finished_run: Path, target
     assert found.recorded is not None
     assert (found.tau.drafts, found.tau.accepted) == (found.recorded.steps, found.recorded.accepted)
     assert (finished_run / "verify" / "draft.log").is_file()
+    assert f"{found.speed[0].ratio:.2f}× at 1 request" in (finished_run / "report.html").read_text()
 
 
 def test_a_draft_not_fit_to_serve_exits_with_3(

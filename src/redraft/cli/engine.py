@@ -12,7 +12,8 @@ import typer
 
 from ..core.console import say, set_quiet
 from ..core.errors import UserError, nearest
-from ..core.records import Acceptance, AdaptReport, Prompt, to_json
+from ..core.records import Acceptance, Prompt, to_json
+from ..core.report_record import AdaptReport
 from .flags import (
     AdapterFlag,
     DtypeFlag,
@@ -119,6 +120,7 @@ def verify(
     from ..checkpoints.inspect import REFUSED, inspect_draft
     from ..checkpoints.load import read_draft
     from ..models.loading import load_target
+    from ..report.page import keep_verification
     from ..report.terminal import print_verification
     from ..serving.environment import find_environment
     from ..serving.verify import Request
@@ -155,6 +157,8 @@ def verify(
         recorded=finished.after if finished else None,
         findings=findings,
     )
+    if finished and draft == finished.draft:
+        keep_verification(finished.folder, found)
     if as_json:
         print_json(to_json(found))
     else:

@@ -152,7 +152,8 @@ def report(
     """
     set_quiet(quiet)
     from ..core.folders import read_json
-    from ..core.records import AdaptReport, to_json
+    from ..core.records import to_json
+    from ..core.report_record import AdaptReport
     from ..report.page import write_page
     from ..report.terminal import print_report
 

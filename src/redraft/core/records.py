@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-from .renamed import with_today_keys
 from .tokens import Tokens, plain
 
 CLOCKED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
@@ -480,39 +479,6 @@ class Safety:
         row["refusals"] = tuple(_refusal_rates(rates) for rates in row["refusals"])
         row["notes"] = tuple(row["notes"])
         return Safety(**row)
-
-
-@dataclass(frozen=True)
-class AdaptReport:
-    """One adaptation, as report.json holds it and the terminal and HTML report show it.
-
-    `cost` counts what was paid: unique target-generated tokens (answers discarded by the selection
-    included), training tokens, seconds per stage.
-    """
-
-    target: str
-    shared: str
-    adapter: str
-    draft: str
-    prompts: dict[str, Any]
-    before: Acceptance
-    after: Acceptance
-    off_domain: dict[str, Acceptance]
-    train: TrainRecord
-    cost: dict[str, Any]
-    config: dict[str, Any]
-    origins: dict[str, str]
-    versions: dict[str, str]
-    safety: Safety | None = None  # where safety prompts were named
-
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> AdaptReport:
-        row = with_today_keys(row)
-        row["safety"] = Safety.from_json(row["safety"]) if row.get("safety") else None
-        row["before"], row["after"] = acceptance(row["before"]), acceptance(row["after"])
-        row["off_domain"] = {k: acceptance(v) for k, v in row["off_domain"].items()}
-        row["train"] = TrainRecord(**with_today_keys(row["train"]))
-        return AdaptReport(**row)
 
 
 def acceptance(row: dict[str, Any]) -> Acceptance:

@@ -9,6 +9,7 @@ What is measured as "after" is the exported folder, read back as an engine would
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from ..checkpoints.routed import refuse_routed
 from ..config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from ..core.console import say
 from ..core.errors import UserError
+from ..core.files import write_text
 from ..core.folders import read_json
-from ..core.records import Acceptance, AdaptReport, Answer, Prompt, to_json
+from ..core.records import Acceptance, Answer, Prompt, to_json
+from ..core.report_record import AdaptReport
 from ..drafts.base import Draft
 from ..generation.answer_file import answer_inputs, prompts_hash, read_answers
 from ..generation.on_policy import check_on_policy
@@ -39,7 +42,7 @@ from .auto_budget import AUTO, answer_in_rounds, in_order
 from .run_folder import RunFolder
 from .safety import OFF, measure_safety, read_safety_prompts
 from .stages import chosen_answers, merge_draft, train_adapter
-from .summary import report_of
+from .summary import STEPS, accepted_by_step, report_of
 
 WHOLE = 1 << 30
 """As `max_new_tokens`: answers are as long as they are, within the target's context."""
@@ -390,12 +393,15 @@ def _measure(
     measured = {n: k for n, k in answered.items() if n == "eval" or n.startswith("off-")}
 
     def work() -> None:
+        steps = {}
         for when, source in (("before", str(shared.folder)), ("after", str(run.path / "draft"))):
             draft = load_draft(source, target)
             for name in measured:
                 answers = read_answers(run.path / "answers" / f"{name}.jsonl")
                 found = measure_answers(target, draft, answers, k=c.measure.k)
                 run.write_json(f"measure/{name}-{when}.json", to_json(found.acceptance))
+                steps[f"{name}-{when}"] = accepted_by_step(found.traces)
+        write_text(run.path / STEPS, json.dumps(steps, separators=(",", ":")))
 
     inputs = {"exported": exported, "answers": measured, "k": c.measure.k}
     run.stage("measure", inputs, ["measure"], work)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ..checkpoints.adapter_folder import load_adapter, read_training
 from ..checkpoints.load import StoredDraft
 from ..config import Resolved
 from ..core.folders import read_json
-from ..core.records import AdaptReport, Safety, TrainRecord, acceptance, to_json
+from ..core.records import Safety, StepTrace, TrainRecord, acceptance, to_json
+from ..core.report_record import AdaptReport, Change
 from ..generation.answer_file import endpoints_of, read_answers
+from ..metrics import intervals
+from ..metrics.acceptance import Steps
 from ..models.target import Target
 from ..prompts.prompts import PromptSet
+from ..report.answers import choose_answers
 from ..report.page import write_page
 from .auto_budget import ANSWERS, AUTO, trained_in_all
 from .run_folder import RunFolder
+
+STEPS = "measure/steps.json"
+"""The accepted tokens of each step, by measurement, then answer by answer."""
 
 
 def report_of(
@@ -40,6 +49,8 @@ def report_of(
         path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
         for path in sorted((run.path / "measure").glob("off-*.json"))
     }
+    before = acceptance(json.loads((run.path / "measure/eval-before.json").read_text()))
+    steps = read_json(run.path / STEPS) if (run.path / STEPS).exists() else {}
     report = AdaptReport(
         target=target.name,
         shared=str(shared.folder),
@@ -49,12 +60,13 @@ def report_of(
             "source": prompts.source,
             "kept": len(prompts.prompts),
             "left_out": prompts.left_out_count,
+            "left_out_rows": [list(row) for row in prompts.left_out],
             "answered": len(answers),
             "trained_on": part.card["samples"],
             **_on_policy(run, resolved),
             **({"answered_by_endpoints": served} if served else {}),
         },
-        before=acceptance(json.loads((run.path / "measure/eval-before.json").read_text())),
+        before=before,
         after=acceptance(json.loads((run.path / "measure/eval-after.json").read_text())),
         off_domain=off,
         train=trained,
@@ -68,10 +80,35 @@ def report_of(
         origins=resolved.origins,
         versions=run.versions(),
         safety=safety,
+        changes=measured_changes(steps, before.k),
+        shown=choose_answers(
+            read_answers(run.path / "answers" / "eval.jsonl"),
+            steps["eval-before"],
+            steps["eval-after"],
+            partial(target.tokenizer.decode, clean_up_tokenization_spaces=False),
+        )
+        if steps
+        else (),
     )
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)
     return report
+
+
+def accepted_by_step(traces: Sequence[Steps]) -> list[tuple[int, ...]]:
+    """What STEPS keeps of replayed answers."""
+    return [trace.accepted for trace in traces if isinstance(trace, StepTrace)]
+
+
+def measured_changes(steps: dict[str, list[list[int]]], k: int) -> dict[str, Change]:
+    """By how much each measured set changed, on the same answers."""
+
+    def counts(name: str) -> list[list[tuple[float, float]]]:
+        return [[(sum(accepted), len(accepted)) for accepted in steps[name] if accepted]]
+
+    names = [name.removesuffix("-after") for name in sorted(steps) if name.endswith("-after")]
+    found = {n: intervals.difference(counts(f"{n}-after"), counts(f"{n}-before"), k) for n in names}
+    return {name: Change(each.value, each.low, each.high) for name, each in found.items()}
 
 
 def _choice_cost(run: RunFolder, resolved: Resolved) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -9,13 +11,14 @@ from rich.table import Table
 from ..checkpoints.inspect import AS_IT_IS, Inspection, engines
 from ..core.records import (
     Acceptance,
-    AdaptReport,
     Lossless,
     RefusalRates,
     Safety,
     Verification,
 )
+from ..core.report_record import AdaptReport, Change
 from ..core.visible import visible
+from .served import verify_command
 
 
 def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
@@ -29,20 +32,24 @@ def print_acceptance(measured: Acceptance, out: Console | None = None) -> None:
         f"{measured.accepted:,.0f} accepted in {measured.steps:,.0f} steps",
     )
     rates = _rates(measured.per_position)
-    _show(out, f"accepted at position 1..{measured.k}, of the steps that got there: {rates}")
+    _show(out, f"conditional acceptance at position 1..{measured.k}: {rates}")
     _show(out, f"loop rate {measured.loop_rate:.1%}, {measured.seconds:.1f} s")
 
 
 def print_report(report: AdaptReport, out: Console | None = None) -> None:
     """Before and after, what was trained, and what it cost."""
     out = out or Console(highlight=False)
+    _show(out, headline(report))
     how = f"{report.train.method}; K={report.before.k}, {decoded(report.before)}"
     table = Table(title=_cell(f"{report.target}: draft before and after ({how})"))
     for heading in ("prompts", "before: tau [95 %]", "after: tau [95 %]", "n"):
         table.add_column(heading)
-    for name, before, after in report_rows(report):
-        table.add_row(_cell(name), _cell(tau(before)), _cell(tau(after)), str(after.prompts))
+    for row in report_rows(report):
+        cells = (row.name, tau(row.before), tau(row.after), str(row.after.prompts))
+        table.add_row(*map(_cell, cells))
     out.print(table)
+    for loss in losses(report):
+        _show(out, loss, style="red")
     if report.safety:
         print_safety(report.safety, out)
     t = report.train
@@ -72,18 +79,51 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
             f"{rounds['pool']} prompts not asked, about {rounds['tokens_saved']:,} tokens saved",
         )
     _show(out, f"draft  {report.draft}\nreport {report.draft.removesuffix('draft')}report.html")
+    _show(out, f"next   {verify_command(report)} measures the speed-up in the engine")
 
 
-def report_rows(report: AdaptReport) -> list[tuple[str, Acceptance, Acceptance]]:
+def headline(report: AdaptReport) -> str:
+    """The result in a sentence."""
+    return (
+        f"The adapted draft yields {report.after.tau:.2f} tokens per target pass, the unadapted "
+        f"draft {report.before.tau:.2f}."
+    )
+
+
+class Row(NamedTuple):
+    """A measured set before and after; `change` is None where the run kept no steps."""
+
+    name: str
+    before: Acceptance
+    after: Acceptance
+    change: Change | None
+
+
+def report_rows(report: AdaptReport) -> list[Row]:
     """What was measured before and after, by name; how, where it is not as in domain."""
-    rows = [("in domain", report.before, report.after)]
+    rows = [Row("in domain", report.before, report.after, report.changes.get("eval"))]
     for name in sorted({name.rsplit("-", 1)[0] for name in report.off_domain}):
         before, after = (report.off_domain[f"{name}-{when}"] for when in ("before", "after"))
         same = before.temperature == report.before.temperature
-        rows.append(
-            (f"off domain: {name}" + ("" if same else f" ({decoded(before)})"), before, after)
-        )
+        label = f"off domain: {name}" + ("" if same else f" ({decoded(before)})")
+        rows.append(Row(label, before, after, report.changes.get(f"off-{name}")))
     return rows
+
+
+def losses(report: AdaptReport) -> list[str]:
+    """A sentence for each measured set on which the adapted draft accepts less."""
+    return [
+        f"{row.name[0].upper()}{row.name[1:]}, acceptance fell from tau {tau(row.before)} to {tau(row.after)} on "
+        f"{row.after.prompts} prompts{f'. Change {change(row.change)}' if row.change else ''}"
+        for row in report_rows(report)
+        if row.after.tau < row.before.tau
+    ]
+
+
+def change(found: Change) -> str:
+    """A change of tau with its interval, and whether that includes no change."""
+    text = f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    return text + (", which includes 0" if found.low <= 0 <= found.high else "")
 
 
 def decoded(measured: Acceptance) -> str:
@@ -188,7 +228,7 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
         f"({found.own.accepted:,} in {found.own.steps:,})",
     )
     for name, rates in (("engine", found.tau.per_position), ("redraft", found.own.per_position)):
-        _show(out, f"accepted at position 1..{found.k}, {name:7}: " + _rates(rates))
+        _show(out, f"conditional acceptance at position 1..{found.k}, {name:7}: " + _rates(rates))
     if found.recorded is not None:
         _show(out, f"recorded by the run: {tau(found.recorded)} at K={found.recorded.k}")
     _show(out, f"without a draft, engine against redraft: {compared(found.against_redraft)}")
