@@ -23,10 +23,12 @@ from . import (
     recipes,
     stages,
 )
+from .command import Group, add_command
 from .extensions import add_extensions
 
 app = typer.Typer(
     name="redraft",
+    cls=Group,
     help="Re-align a speculative-decoding draft model with a fine-tuned LLM, and prove it.",
     no_args_is_help=True,
     add_completion=False,
@@ -41,13 +43,13 @@ for command in (
     features.features,
     stages.train,
     stages.measure,
-    generate.generate,
     drafts.inspect,
     drafts.export,
     engine.verify,
     job.report,
 ):
     app.command()(command)
+add_command(app, generate.generate)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(recipes.app, name="recipes")
 add_extensions(app)

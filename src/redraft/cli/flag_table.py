@@ -52,6 +52,7 @@ FLAGS: dict[str, Flag] = {
         "open pickles, which can run code; only tensors are accepted from them", MODELS
     ),
     "path": Flag("draft: folder or Hub id", argument=True),
+    "file": Flag("prompts file, or a data set on the Hub", argument=True),
     # data
     "prompts": Flag(
         "prompts file (JSONL, JSON, Parquet; .gz is fine), or a data set on the Hub", DATA
@@ -96,6 +97,8 @@ FLAGS: dict[str, Flag] = {
     "lookahead": Flag(
         "tokens kept past each answer's end, for replay at K", SAMPLING, old=("--overrun",), low=0
     ),
+    "show_drafts": Flag("colour tokens by where they come from", OUTPUT),
+    "turns": Flag("of a conversation: all user turns, or the last", DATA),
     # output
     "out": Flag("what to write; run again to resume", OUTPUT),
     "as_json": Flag("print one JSON object on stdout", OUTPUT, "--json"),

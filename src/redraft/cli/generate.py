@@ -5,34 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from ..core.console import say, set_quiet
+from ..core.console import say
 from ..core.errors import UserError
 from ..core.visible import visible
-from .flags import (
-    AcceptanceFlag,
-    AdapterFlag,
-    DraftFlag,
-    DraftTokenFlag,
-    DtypeFlag,
-    JsonFlag,
-    KFlag,
-    MinPFlag,
-    QuietFlag,
-    TargetFlag,
-    TemperatureFlag,
-    TemplateArgFlag,
-    TemplateFlag,
-    TopKFlag,
-    TopPFlag,
-    decoding_from,
-    k_from,
-    load,
-    print_json,
-)
+from .bundles import OutputFlags, SamplingFlags, TargetFlags, k_from, print_json
 
 COLOURS = {"first": "", "accepted": "green", "recovered": "red", "bonus": "cyan"}
 WORDS = {
@@ -43,52 +23,34 @@ WORDS = {
 
 
 def generate(
-    target: TargetFlag,
-    draft: DraftFlag,
-    prompt: Annotated[str, typer.Option("--prompt", help="what the user says")],
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")
-    ] = 256,
-    k: KFlag = "auto",
-    temperature: TemperatureFlag = 0.0,
-    top_k: TopKFlag = 0,
-    top_p: TopPFlag = 1.0,
-    min_p: MinPFlag = 0.0,
-    acceptance: AcceptanceFlag = "",
-    draft_token: DraftTokenFlag = "",
-    seed: Annotated[int, typer.Option("--seed", help="same seed, same words, any draft")] = 0,
-    show_drafts: Annotated[
-        bool, typer.Option("--show-drafts", help="colour tokens by where they come from")
-    ] = False,
-    target_adapter: AdapterFlag = None,
-    chat_template: TemplateFlag = None,
-    template_arg: TemplateArgFlag = None,
-    dtype: DtypeFlag = "auto",
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
+    models: TargetFlags,
+    draft: str,
+    prompt: str,
+    sampling: SamplingFlags,
+    output: OutputFlags,
+    max_new_tokens: int = 256,
+    k: str = "auto",
+    acceptance: str = "",
+    draft_token: str = "",
+    seed: int = 0,
+    show_drafts: bool = False,
 ) -> None:
-    """Answer a prompt with the draft's help; the words are the target's own.
+    """Answer a prompt with the draft's help; the text is the target's own.
 
-    Sampling is seeded unless --acceptance says sampled: the seed alone decides the words.
+    Sampling is seeded unless --acceptance is sampled: the seed alone decides the text.
 
     Example: redraft generate --target ./my-model --draft run/draft --prompt "What is 7 x 8?"
     --show-drafts
     """
-    set_quiet(quiet)
-    decoding = decoding_from(
-        acceptance or ("seeded" if temperature else "greedy"),
-        draft_token,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-    )
     chosen = k_from(k)
     from ..checkpoints.load import load_draft
     from ..core.records import Prompt
+    from ..decoding.acceptance_modes import Decoding
     from ..metrics.cost import auto_k
 
-    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
+    mode = acceptance or ("seeded" if sampling.temperature else "greedy")
+    decoding = Decoding(mode, sampling.sampling(), draft_token)
+    loaded = models.load()
     proposer = load_draft(draft, loaded)
     try:
         tokens = loaded.render([{"role": "user", "content": prompt}])
@@ -99,21 +61,21 @@ def generate(
         chosen = choice.k
         say(choice.explain())
     began = time.monotonic()
-    said = _Said()
+    decoded = _Decoded()
     for text, kind in _decode(
-        loaded, proposer, tokens, chosen, max_new_tokens, decoding, seed, said
+        loaded, proposer, tokens, chosen, max_new_tokens, decoding, seed, decoded
     ):
-        if not as_json:
+        if not output.as_json:
             colour = (COLOURS[kind] if show_drafts else "") or None
             typer.secho(visible(text), fg=colour, nl=False)
     seconds = time.monotonic() - began
-    steps = len(said.accepted)
-    tau = 1 + sum(said.accepted) / steps if steps else None
-    if as_json:
+    steps = len(decoded.accepted)
+    tau = 1 + sum(decoded.accepted) / steps if steps else None
+    if output.as_json:
         print_json(
             {
-                "text": "".join(text for text, _ in said.pieces),
-                **asdict(said),
+                "text": "".join(text for text, _ in decoded.pieces),
+                **asdict(decoded),
                 "k": chosen,
                 "acceptance": decoding.mode,
                 "draft_token": decoding.draft_token,
@@ -126,13 +88,13 @@ def generate(
     typer.echo()
     if show_drafts:
         say("  ".join(f"{COLOURS[kind]}: {meaning}" for kind, meaning in WORDS.items()))
-    rate = len(said.tokens) / seconds
+    rate = len(decoded.tokens) / seconds
     shown = "no step" if tau is None else f"tau {tau:.2f}"
-    say(f"{len(said.tokens)} tokens in {steps} steps, {shown}, {rate:.0f} tokens/s")
+    say(f"{len(decoded.tokens)} tokens in {steps} steps, {shown}, {rate:.0f} tokens/s")
 
 
 @dataclass
-class _Said:
+class _Decoded:
     """What was decoded: ids, accepted tokens by step, pieces of text with the kind of their last token."""
 
     tokens: list[int] = field(default_factory=list)
@@ -148,24 +110,24 @@ def _decode(
     max_new_tokens: int,
     decoding: Any,
     seed: int,
-    said: _Said,
+    decoded: _Decoded,
 ) -> Iterator[tuple[str, str]]:
-    """Pieces of text as they come, each with the kind of token that completed it; notes all in `said`."""
+    """Pieces of text as they come, each with the kind of token that completed it; recorded in `decoded`."""
     from ..decoding.speculative import speculate, stop_at
 
     shown = 0
     stop = stop_at(target, [prompt], max_new_tokens)
     for step in speculate(target, draft, [prompt], k, decoding, stop, seeds=[seed]):
         if step.drafted:
-            said.accepted += step.accepted
+            decoded.accepted += step.accepted
         ended = step.lengths[0]
-        room = len(step.tokens[0]) if ended is None else ended - len(said.tokens)
+        room = len(step.tokens[0]) if ended is None else ended - len(decoded.tokens)
         for token, kind in zip(step.tokens[0][:room], step.kinds(0), strict=False):
-            said.tokens.append(token)
-            text = target.tokenizer.decode(said.tokens, skip_special_tokens=True)
-            last = len(said.tokens) == ended
+            decoded.tokens.append(token)
+            text = target.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
+            last = len(decoded.tokens) == ended
             if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
                 continue  # half a character: its other bytes come with the next token
-            said.pieces.append((text[shown:], kind))
-            yield said.pieces[-1]
+            decoded.pieces.append((text[shown:], kind))
+            yield decoded.pieces[-1]
             shown = len(text)

@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from ..core.console import set_quiet
 from ..core.visible import visible
-from .flags import (
-    AdapterFlag,
-    DtypeFlag,
-    JsonFlag,
-    LimitFlag,
-    QuietFlag,
-    TargetFlag,
-    TemplateArgFlag,
-    TemplateFlag,
-    load,
-    print_json,
-)
+from .bundles import OutputFlags, TargetFlags, print_json
+from .command import Group, add_command
 
 if TYPE_CHECKING:
     from ..prompts.inspection import Inspection, Span
 
-app = typer.Typer(help="Look at prompts before anything is paid for.", no_args_is_help=True)
+app = typer.Typer(help="Look at a prompts file before anything is paid for.", cls=Group)
 
 
 @app.callback()
 def root() -> None:
-    """Look at prompts before anything is paid for."""
+    """Look at a prompts file before anything is paid for."""
 
 
-@app.command()
 def inspect(
-    prompts: Annotated[str, typer.Argument(help="prompts file, or a data set on the Hub")],
-    target: TargetFlag,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="rows to show rendered")] = 3,
-    turns: Annotated[
-        str, typer.Option("--turns", help="of a conversation: all user turns, or the last")
-    ] = "all",
-    target_adapter: AdapterFlag = None,
-    chat_template: TemplateFlag = None,
-    template_arg: TemplateArgFlag = None,
-    dtype: DtypeFlag = "auto",
-    limit: LimitFlag = None,
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
+    file: str,
+    models: TargetFlags,
+    output: OutputFlags,
+    rows: int = 3,
+    turns: str = "all",
+    limit: int | None = None,
 ) -> None:
     """Show what is understood of a prompts file: rendered rows, special tokens, and mistakes.
 
     Example: redraft prompts inspect prompts.jsonl --target ./my-model
     """
-    set_quiet(quiet)
     from ..config import check_value, stage_fields
     from ..core.errors import UserError
     from ..prompts.inspection import inspect_prompts
@@ -63,12 +43,15 @@ def inspect(
         check_value(stage_fields()["regenerate.turns"][1], turns)
     except ValueError as problem:
         raise UserError(f"--turns {problem}") from None
-    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
-    found = inspect_prompts(read_prompts(prompts, loaded, limit, turns), loaded, rows)
-    if as_json:
+    loaded = models.load()
+    found = inspect_prompts(read_prompts(file, loaded, limit, turns), loaded, rows)
+    if output.as_json:
         print_json(asdict(found))
     else:
         _print(found)
+
+
+add_command(app, inspect)
 
 
 def _print(found: Inspection) -> None:

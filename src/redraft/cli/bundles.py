@@ -1,0 +1,125 @@
+"""Bundles of flags that several commands share, and what becomes of them.
+
+Each field is a name in `flag_table.FLAGS`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from ..core.console import set_quiet
+from ..core.errors import UserError
+
+
+@dataclass(frozen=True)
+class TargetFlags:
+    """A target and how it is loaded."""
+
+    target: str
+    target_adapter: str | None = None
+    chat_template: str | None = None
+    template_arg: list[str] | None = None
+    dtype: str = "auto"
+
+    def load(self, **more: Any) -> Any:
+        """The target. Raises UserError for what is none."""
+        from ..models.loading import load_target
+
+        given = template_args_from(self.template_arg)  # first: a slip should not cost loading
+        return load_target(
+            self.target,
+            adapter=self.target_adapter,
+            chat_template=self.chat_template,
+            template_args=given,
+            dtype=self.dtype,
+            **more,
+        )
+
+    def load_plain(self, source: str | None) -> Any:
+        """Another model in this dtype, such as the base; None for None."""
+        return TargetFlags(source, dtype=self.dtype).load() if source else None
+
+
+@dataclass(frozen=True)
+class MaybeTargetFlags:
+    """As `TargetFlags`, for commands that can do without a target."""
+
+    target: str | None = None
+    target_adapter: str | None = None
+    chat_template: str | None = None
+    template_arg: list[str] | None = None
+    dtype: str = "auto"
+
+    def named(self) -> TargetFlags | None:
+        """The flags of a target that was named."""
+        if self.target is None:
+            return None
+        return TargetFlags(
+            self.target, self.target_adapter, self.chat_template, self.template_arg, self.dtype
+        )
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are drawn."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def sampling(self) -> Any:
+        from ..decoding.sampling import Sampling
+
+        return Sampling.of(self)
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """What is printed, and how."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        set_quiet(self.quiet)
+
+    def finish(self, text: str, content: dict[str, Any]) -> None:
+        """The result, as text or as one JSON object."""
+        if self.as_json:
+            print_json(content)
+        else:
+            typer.echo(text)
+
+
+def template_args_from(given: list[str] | None) -> dict[str, Any]:
+    """The variables of `--template-arg key=value`; a value that is JSON (false, 3) is taken as JSON."""
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise UserError(
+                f"--template-arg takes NAME=VALUE, for example enable_thinking=false; got '{text}'"
+            )
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def k_from(text: str) -> int | None:
+    """The number that --k names; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or not 1 <= int(text) <= 16:
+        raise UserError(f"--k takes a whole number from 1 to 16, or auto; got '{text}'")
+    return int(text)
+
+
+def print_json(content: Any) -> None:
+    typer.echo(json.dumps(content))
