@@ -5,7 +5,7 @@ docs/engines.md  which engine serves what, from docs/results/engines.json and th
 docs/config.md   every setting with its default, from the dataclasses in config.py
 README.md        the end of a run and the measured table, from the records in docs/results/
 docs/architecture.md  every file with the first line of its docstring
-docs/results/repair.md    the same records in full
+docs/results/drafts.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
 docs/results/positions.md  recovery by position and temperature, from the cells there; with a figure
 docs/results/methods.md   adapters on matched data, from the cells there; with figures
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from decode_page import decode_page
+from drafts_page import measured_table, results_page, run_output
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
-from repair_page import measured_table, results_page, run_output
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
@@ -46,7 +46,7 @@ def generated() -> dict[Path, str]:
     }
     pages = (ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md")
     return {page: between(page.read_text(encoding="utf-8"), parts) for page in pages} | {
-        ROOT / "docs" / "results" / "repair.md": results_page(),
+        ROOT / "docs" / "results" / "drafts.md": results_page(),
         ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "results" / "methods.md": methods_page(),
         ROOT / "docs" / "results" / "selection.md": selection_page(),

@@ -306,18 +306,18 @@ def _frontier(axis: Any, cells: Cells, size: str) -> None:
 
 def _ladder(axis: Any, cells: Cells) -> None:
     """Tau of some rows on fine-tunes of rising strength."""
-    rungs = [m for m in LADDER if cells.get("nano", m, "unadapted", REGENERATED)]
+    levels = [m for m in LADDER if cells.get("nano", m, "unadapted", REGENERATED)]
     for row, colour in SHOWN.items():
         points = [
             (i, recovery.tau(steps_of(some)))
-            for i, member in enumerate(rungs)
+            for i, member in enumerate(levels)
             if (some := cells.get("nano", member, row, REGENERATED))
         ]
         low = [p.value - p.low for _, p in points]
         high = [p.high - p.value for _, p in points]
         xs, ys = [i for i, _ in points], [p.value for _, p in points]
         axis.errorbar(xs, ys, [low, high], label=row, color=colour, marker="o", ms=4, capsize=2)
-    axis.set_xticks(range(len(rungs)), rungs)
+    axis.set_xticks(range(len(levels)), levels)
     axis.set_ylabel("tau, greedy, K = 4")
     axis.set_title("nano: from a weak to a strong fine-tune")
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -70,7 +70,7 @@ def selection_page() -> str:
         taus = ", ".join(
             f"{name} {_text(recovery.tau([of(unadapted)]))}" for name, of in KINDS.items()
         )
-        lines.append(f"## {member}\n\nThe base's draft as it is: {taus}.\n")
+        lines.append(f"## {member}\n\nThe base's draft, unchanged: {taus}.\n")
         for schedule in ("steps", "epochs"):
             groups = _groups(own, schedule)
             if groups:
@@ -165,7 +165,7 @@ def draw_selection() -> None:
     for axis, (kind, of) in zip(axes, KINDS.items(), strict=True):
         _panel(axis, groups, of)
         level = recovery.tau([of(unadapted)]).value
-        axis.axhline(level, color="#888", lw=0.8, ls=":", label="as it is")
+        axis.axhline(level, color="#888", lw=0.8, ls=":", label="unadapted")
         axis.set_title(f"{kind} prompts" if kind != "mixed" else "the pool's mixture")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("tau, greedy, K = 4")

@@ -39,7 +39,7 @@ def demo(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Build a toy suite in front of you, break its draft by a fine-tune, and repair it.
+    """Build a toy suite in front of you, fine-tune its base, and adapt the draft.
 
     Example: redraft demo
     """
@@ -181,8 +181,9 @@ def bench_pipeline(
         typer.echo(f"{name:36} {value}")
 
 
-@app.command("repair")
-def bench_repair(
+@app.command("drafts")
+@app.command("repair", hidden=True)
+def bench_drafts(
     out: Annotated[str, typer.Option("--out", help="folder; run again to resume")],
     size: Annotated[str, typer.Option("--size", help="nano, or micro on real data")] = "micro",
     data: Annotated[
@@ -196,7 +197,7 @@ def bench_repair(
 ) -> None:
     """The demo's comparison at any size: unadapted, adapted and from-scratch draft of a fine-tune.
 
-    Example: redraft bench repair --size micro --data data --out repair
+    Example: redraft bench drafts --size micro --data data --out drafts
     """
     set_quiet(quiet)
     from redraft.core.files import write_text
@@ -510,7 +511,7 @@ def bench_positions(
         typer.Option(
             "--problems",
             min=1,
-            help="word problems a turn, for which the fine-tune is tuned further; 1: as it is",
+            help="word problems a turn, for which the fine-tune is tuned further; 1: unchanged",
         ),
     ] = 4,
     rows: Annotated[

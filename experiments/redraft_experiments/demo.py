@@ -1,4 +1,4 @@
-"""`redraft demo`: break a draft by a fine-tune and repair it, all of it built in front of you.
+"""`redraft demo`: fine-tune a model, see its draft fail, and adapt it, all of it built in front of you.
 
     suite (base, its draft, a fine-tune) -> adapt, as any user runs it -> a from-scratch draft as the
     reference -> speed and losslessness, by the clock and token for token
@@ -57,7 +57,7 @@ RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
 
 
 @dataclass(frozen=True)
-class Repaired:
+class AdaptedDraft:
     """A toy suite whose fine-tune has its draft adapted, and the from-scratch draft as the reference.
 
     `key` changes with the from-scratch draft.
@@ -76,25 +76,25 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
 
     `data` is the folder of real data that size `micro` reads (default $REDRAFT_DATA).
     """
-    repaired = repair(out, size, data)
+    adapted = adapt_and_compare(out, size, data)
     with RunFolder.open(out / "reference") as run:
         run.stage(
             "compare",
-            {"from-scratch": repaired.key, "after": to_json(repaired.result.after)},
+            {"from-scratch": adapted.key, "after": to_json(adapted.result.after)},
             ["demo.json"],
-            lambda: run.write_json("demo.json", _compare(repaired)),
+            lambda: run.write_json("demo.json", _compare(adapted)),
         )
     demo: dict[str, Any] = json.loads((out / "reference" / "demo.json").read_text())
     return demo
 
 
-def repair(
+def adapt_and_compare(
     out: Path,
     size: str = "nano",
     data: str | None = None,
     members: Sequence[str] = (MEMBER,),
     kinds: Sequence[str] = (),
-) -> Repaired:
+) -> AdaptedDraft:
     """Build a toy suite in `out`, adapt the draft of its fine-tune, train a from-scratch one.
 
     `members` are the fine-tunes to build; the one called sft is among them. `kinds` are the kinds
@@ -128,7 +128,7 @@ def repair(
             ["from-scratch"],
             lambda: _from_scratch(target, result, reference, folder),
         )
-    return Repaired(suite, target, result, folder, evaluation, key)
+    return AdaptedDraft(suite, target, result, folder, evaluation, key)
 
 
 def _from_scratch(
@@ -142,12 +142,12 @@ def _from_scratch(
     save_fresh(folder, draft, target, trained.record)
 
 
-def _compare(repaired: Repaired) -> dict[str, Any]:
-    target, result, report = repaired.target, repaired.result, repaired.result.report
+def _compare(adapted: AdaptedDraft) -> dict[str, Any]:
+    target, result, report = adapted.target, adapted.result, adapted.result.report
     folders = {
         "unadapted": report.shared,
         "adapted": report.draft,
-        "from-scratch": str(repaired.from_scratch),
+        "from-scratch": str(adapted.from_scratch),
     }
     answers = read_answers(result.run / "answers" / "eval.jsonl")
     drafts = {name: load_draft(folder, target) for name, folder in folders.items()}
@@ -168,8 +168,8 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
     trained = _paid(report, read_training(Path(folders["from-scratch"])))
     return {
         "target": target.name,
-        "base": repaired.suite["base"],
-        "prompts": repaired.evaluation,
+        "base": adapted.suite["base"],
+        "prompts": adapted.evaluation,
         **{name: _row(folders[name], measured[name], *trained[name]) for name in folders},
         "off_domain": {
             "unadapted": report.off_domain["chat-before"].tau,
@@ -187,7 +187,7 @@ def _compare(repaired: Repaired) -> dict[str, Any]:
         "speed_detail": {name: to_json(found) for name, found in speed.items()},
         "loop_rate": measured["adapted"].acceptance.loop_rate,
         "gates": [
-            *repaired.suite["gates"],
+            *adapted.suite["gates"],
             {
                 "gate": "tau of the from-scratch draft",
                 "value": measured["from-scratch"].acceptance.tau,
@@ -312,10 +312,10 @@ def print_demo(demo: dict[str, Any], out: Console | None = None) -> None:
     out.print(f"off domain (chat): {_interval(off['unadapted'])} -> {_interval(off['adapted'])}")
     _print_speed(demo, out)
     compared = demo["lossless"]["adapted"]
-    verdict = "yes" if demo["identical"] else "NO"
+    answer = "yes" if demo["identical"] else "NO"
     excused = sum(found["excused"] for found in demo["lossless"].values())
     out.print(
-        f"outputs identical: {verdict} ({compared['prompts']} prompts, {excused} excused near-ties); "
+        f"outputs identical: {answer} ({compared['prompts']} prompts, {excused} excused near-ties); "
         f"loop rate {demo['loop_rate']:.1%}"
     )
     seeded = demo["seeded"]

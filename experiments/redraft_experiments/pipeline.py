@@ -6,7 +6,7 @@
     replay          against the target's forward and the draft's rollout on the same batches
     live loop       one prompt at a time, against the models' forward passes inside it
     joint training of six     (a toy suite only) six widths of an expert on one stream against one, on the target
-                    as it is and padded with zeros to the cost that real models have
+                    unchanged and padded with zeros to the cost that real models have
 
 It runs on a toy suite of `bench suite` or on a pretrained model of `bench model`. Printed, never
 asserted: speed depends on the machine and on what else runs there.
@@ -48,7 +48,7 @@ from .suite import load_member, suite_prompts
 
 PROMPTS, TOKENS, K = 64, 96, 4
 REPEATS = 3
-GANG = (4, 8, 16, 32, 64, 96)
+WIDTHS = (4, 8, 16, 32, 64, 96)
 PADDED = 100_000_000
 DRAFT_VOCAB = 8192
 """Draft vocabulary of a pretrained model's draft, a published size."""
@@ -202,7 +202,7 @@ def _together_over_one(target: Target, shared: StoredDraft, answers: list[Answer
     """Seconds of training six widths of an expert together, over those of one alone."""
     config = TrainConfig(
         method="expert",
-        width=str(GANG[-1]),
+        width=str(WIDTHS[-1]),
         batch_tokens=2048,
         rollout=K,
         epochs=1.0,
@@ -210,7 +210,7 @@ def _together_over_one(target: Target, shared: StoredDraft, answers: list[Answer
         precision="fp32",
     )
     seconds = []
-    for widths in ((GANG[-1],), GANG):
+    for widths in ((WIDTHS[-1],), WIDTHS):
         configs = [dataclasses.replace(config, width=str(width)) for width in widths]
         draft = shared.build(target, torch.float32)
         began = time.perf_counter()

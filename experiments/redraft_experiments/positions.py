@@ -2,7 +2,7 @@
 
 A toy suite's fine-tune answers in some sixty tokens, whatever it is asked: of several word problems in one
 turn it solves one. To have long answers that are real, the fine-tune is tuned further, here, on
-several problems in one turn, each solved in order (`problems`; 1 leaves it as it is). The suite's
+several problems in one turn, each solved in order (`problems`; 1 leaves it unchanged). The suite's
 draft was made for none of this, as a published one is not.
 
 One cell is one draft of one training seed, with the steps it takes on the same prompts at each

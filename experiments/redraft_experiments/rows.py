@@ -44,7 +44,7 @@ PAPER: dict[str, Any] = {"loss": "paper", "rollout": 1, "feature_noise": 0.2}
 """How the paper trains both stages: states and distributions, one step deep, noisy features."""
 NARROW, WIDE = 1 / 3, 1.0
 ROWS: dict[str, Row] = {
-    "unadapted": Row("the base's draft as it is", answers=(REGENERATED,), tuned=False),
+    "unadapted": Row("the base's draft, unchanged", answers=(REGENERATED,), tuned=False),
     "weight-sync": Row(
         "copies of the base's tensors renewed",
         {"method": "weight-sync"},
@@ -76,7 +76,7 @@ ROWS: dict[str, Row] = {
         pool="whole",
     ),
     "eagle unadapted": Row(
-        "EAGLE-1/2 draft as it is", draft="eagle", answers=(REGENERATED,), tuned=False
+        "EAGLE-1/2 draft, unchanged", draft="eagle", answers=(REGENERATED,), tuned=False
     ),
     "eagle expert+fc": Row(
         "wide expert, fc and norms", {"method": "expert+fc+norms"}, WIDE, draft="eagle"

@@ -67,7 +67,7 @@ class Way:
 
 
 UNADAPTED = "unadapted"
-"""The base's draft as it is: one cell, of budget 0."""
+"""The base's draft, unchanged: one cell, of budget 0."""
 WAYS: dict[str, Way] = {
     "random": Way("a uniform draw"),
     "random, no copies": Way("a uniform draw, near-duplicates last", duplicates=0.8),

@@ -229,7 +229,7 @@ class TrainConfig:
     )
     vocab: str = _opt(
         "keep",
-        "'remap' chooses the tokens of a reduced-vocabulary draft anew, for the target's answers",
+        "'remap' chooses the tokens of a reduced-vocabulary draft again, for the target's answers",
         choices=("keep", "remap"),
         old={"retarget": "remap"},
     )

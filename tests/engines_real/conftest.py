@@ -18,7 +18,7 @@ from redraft.config import read_yaml, recipe_path, resolve
 from redraft.pipeline import adapt as pipeline
 from redraft.prompts.prompts import read_prompts
 from redraft.serving.environment import VARIABLE, find_environment
-from redraft_experiments.demo import Repaired, repair
+from redraft_experiments.demo import AdaptedDraft, adapt_and_compare
 from tests.engines_real.cells import Table
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +38,13 @@ def all_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def repaired() -> Repaired:
+def repaired() -> AdaptedDraft:
     """Suite, fine-tune, and the three drafts; cached in `build/engines`."""
-    return repair(BUILD, "nano", members=("sft", "lora4"), kinds=("eagle",))
+    return adapt_and_compare(BUILD, "nano", members=("sft", "lora4"), kinds=("eagle",))
 
 
 @pytest.fixture(scope="session")
-def drafts(repaired: Repaired) -> dict[str, str]:
+def drafts(repaired: AdaptedDraft) -> dict[str, str]:
     """The folders of the three EAGLE-3 drafts of the SFT target."""
     return {
         "unadapted": repaired.result.report.shared,
@@ -54,7 +54,7 @@ def drafts(repaired: Repaired) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def eagle(repaired: Repaired) -> Callable[[str], str]:
+def eagle(repaired: AdaptedDraft) -> Callable[[str], str]:
     """Folders of the EAGLE-1/2 drafts of the SFT target: unadapted, adapted, from-scratch; each cached."""
     shared = str(BUILD / "suite" / "draft-eagle")
     prompts = repaired.evaluation.replace("-eval.jsonl", "-adapt.jsonl")
@@ -78,7 +78,7 @@ def eagle(repaired: Repaired) -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
-def table(repaired: Repaired) -> Iterator[Table]:
+def table(repaired: AdaptedDraft) -> Iterator[Table]:
     """Every engine load of the session goes through it; its cells are written at the end."""
     python = os.environ.get(VARIABLE) or str(ROOT / ".venv-vllm" / "bin" / "python")
     prompts = read_prompts(repaired.evaluation, repaired.target, PROMPTS).prompts

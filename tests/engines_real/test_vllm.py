@@ -21,7 +21,7 @@ from redraft.metrics.config_diagnosis import better_variants
 from redraft.metrics.lossless import compare
 from redraft.metrics.measure import answer_all
 from redraft.models.loading import load_target
-from redraft_experiments.demo import Repaired
+from redraft_experiments.demo import AdaptedDraft
 from redraft_experiments.suite import load_member
 from tests.engines_real.cells import TOKENS, Cell, K, Table, own_plain
 from tests.engines_real.conftest import BUILD
@@ -46,21 +46,21 @@ def check_steps(cell: Cell, tolerance: float) -> None:
 
 
 def test_the_engine_without_a_draft_decodes_as_redraft_does(
-    repaired: Repaired, table: Table
+    repaired: AdaptedDraft, table: Table
 ) -> None:
     own = own_plain(repaired.target, table.prompts)
     assert compare(repaired.target, table.prompts, own, table.plain(repaired.target)).holds
 
 
 @pytest.mark.parametrize("draft", ["unadapted", "adapted", "from-scratch"])
-def test_eagle3(repaired: Repaired, drafts: dict[str, str], table: Table, draft: str) -> None:
+def test_eagle3(repaired: AdaptedDraft, drafts: dict[str, str], table: Table, draft: str) -> None:
     cell = table.cell(f"eagle3 {draft}", repaired.target, drafts[draft])
     check_words(cell)
     check_same_steps(cell)
 
 
 def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
-    repaired: Repaired, drafts: dict[str, str], table: Table
+    repaired: AdaptedDraft, drafts: dict[str, str], table: Table
 ) -> None:
     unadapted, adapted = (
         table.cell(f"eagle3 {name}", repaired.target, drafts[name])
@@ -69,7 +69,7 @@ def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
     assert adapted.tau > 1.5 * unadapted.tau
 
 
-def test_eagle_adapted(repaired: Repaired, eagle: Callable[[str], str], table: Table) -> None:
+def test_eagle_adapted(repaired: AdaptedDraft, eagle: Callable[[str], str], table: Table) -> None:
     cell = table.cell("eagle adapted", repaired.target, eagle("adapted"))
     assert cell.method == "eagle"
     check_words(cell)
@@ -92,7 +92,7 @@ def test_eagle_adapted(repaired: Repaired, eagle: Callable[[str], str], table: T
     ],
 )
 def test_a_planted_mistake_is_found_by_measurement(
-    repaired: Repaired,
+    repaired: AdaptedDraft,
     drafts: dict[str, str],
     table: Table,
     planted: dict[str, Any],
@@ -109,7 +109,7 @@ def test_a_planted_mistake_is_found_by_measurement(
         assert re.match(named, found[0]), found
 
 
-def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
+def test_a_lora_target(repaired: AdaptedDraft, drafts: dict[str, str], table: Table) -> None:
     """The adapter stays unmerged in both: PEFT here, vLLM's own LoRA layers there."""
     target = load_member(BUILD / "suite", "lora4")
     own = own_plain(target, table.prompts)
@@ -126,7 +126,9 @@ def test_a_lora_target(repaired: Repaired, drafts: dict[str, str], table: Table)
 
 @pytest.mark.full
 @pytest.mark.parametrize("draft", ["unadapted", "from-scratch"])
-def test_eagle(repaired: Repaired, eagle: Callable[[str], str], table: Table, draft: str) -> None:
+def test_eagle(
+    repaired: AdaptedDraft, eagle: Callable[[str], str], table: Table, draft: str
+) -> None:
     cell = table.cell(f"eagle {draft}", repaired.target, eagle(draft))
     check_words(cell)
     check_same_steps(cell)
@@ -134,7 +136,7 @@ def test_eagle(repaired: Repaired, eagle: Callable[[str], str], table: Table, dr
 
 @pytest.mark.full
 @pytest.mark.parametrize("k", [2, 3, 5, 6, 7])
-def test_other_k(repaired: Repaired, drafts: dict[str, str], table: Table, k: int) -> None:
+def test_other_k(repaired: AdaptedDraft, drafts: dict[str, str], table: Table, k: int) -> None:
     cell = table.cell(f"eagle3 adapted K={k}", repaired.target, drafts["adapted"], k=k)
     check_words(cell)
     check_same_steps(cell)
@@ -142,7 +144,7 @@ def test_other_k(repaired: Repaired, drafts: dict[str, str], table: Table, k: in
 
 @pytest.mark.full
 def test_the_speculators_layout_serves_the_same_draft(
-    repaired: Repaired, drafts: dict[str, str], table: Table, tmp_path: Path
+    repaired: AdaptedDraft, drafts: dict[str, str], table: Table, tmp_path: Path
 ) -> None:
     read_draft(drafts["adapted"]).save(tmp_path / "draft", "speculators")
     stock = table.cell("eagle3 adapted", repaired.target, drafts["adapted"])
@@ -152,7 +154,7 @@ def test_the_speculators_layout_serves_the_same_draft(
 
 
 @pytest.mark.full
-def test_batched(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
+def test_batched(repaired: AdaptedDraft, drafts: dict[str, str], table: Table) -> None:
     """Sixteen requests at a time: other shapes of the same products, so rounding may differ."""
     cell = table.cell("eagle3 adapted x16", repaired.target, drafts["adapted"], concurrency=16)
     check_words(cell)
@@ -160,7 +162,7 @@ def test_batched(repaired: Repaired, drafts: dict[str, str], table: Table) -> No
 
 
 @pytest.mark.full
-def test_bfloat16(repaired: Repaired, drafts: dict[str, str], table: Table) -> None:
+def test_bfloat16(repaired: AdaptedDraft, drafts: dict[str, str], table: Table) -> None:
     """Another rounding in every product: tau keeps to 3 %, and differences are near-ties."""
     target = load_target(repaired.target.sources[0], dtype="bfloat16")
     cell = table.cell(f"eagle3 adapted bf16 K={K}", target, drafts["adapted"])

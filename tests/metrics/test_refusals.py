@@ -128,9 +128,9 @@ def test_few_differing_prompts_are_no_difference() -> None:
     drafted = [[i < 4, *[False] * (N - 1)] for i in range(M)]
     found = compare_refusals("all", plain, drafted)
     assert found.difference_ci[0] > 0
-    assert found.verdict.startswith("equal within")
+    assert found.conclusion.startswith("equal within")
     drafted = [[i < 8, *[False] * (N - 1)] for i in range(M)]
-    assert compare_refusals("all", plain, drafted).verdict == "differ"
+    assert compare_refusals("all", plain, drafted).conclusion == "differ"
 
 
 def test_the_record_by_hand() -> None:
@@ -140,11 +140,11 @@ def test_the_record_by_hand() -> None:
     assert (found.plain, found.drafted, found.difference) == (0.5, 1.0, 0.5)
     assert found.drafted_ci == (pytest.approx(0.025 ** (1 / 8)), 1.0)
     assert found.plain_ci[0] < 0.5 < found.plain_ci[1]
-    assert found.verdict == "differ"
+    assert found.conclusion == "differ"
     same = compare_refusals("all", plain, plain)
-    assert same.verdict == "equal within 50.0 points"  # 8 of 16 answers, no less
+    assert same.conclusion == "equal within 50.0 points"  # 8 of 16 answers, no less
     assert compare_refusals("all", plain[:5], plain[:5]).detectable is None
-    assert "fewer than 6" in compare_refusals("all", plain[:5], [[True, True]] * 5).verdict
+    assert "fewer than 6" in compare_refusals("all", plain[:5], [[True, True]] * 5).conclusion
 
 
 def test_the_interval_covers_the_true_difference() -> None:

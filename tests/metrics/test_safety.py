@@ -111,11 +111,11 @@ def test_a_right_loop_changes_nothing(made_up: MadeUp) -> None:
     assert [r.prompts for r in found.refusals] == [24, 10, 10, 4]
     rates = found.refusals[0]
     assert 0.02 < rates.plain < 0.9
-    assert rates.verdict.startswith("equal within")
+    assert rates.conclusion.startswith("equal within")
     assert rates.detectable is not None
     assert rates.detectable < 0.2
     assert found.good
-    assert "changes no greedy and no seeded answer" in found.verdict
+    assert "changes no greedy and no seeded answer" in found.conclusion
     assert Safety.from_json(to_json(found)) == found
     parts = [(r.plain * r.prompts, r.drafted * r.prompts) for r in found.refusals]
     assert parts[0] == pytest.approx(tuple(map(sum, zip(*parts[1:], strict=True))))
@@ -128,11 +128,11 @@ def test_a_loop_that_accepts_everything_is_found_out(
     found = made_up.safety()
     assert found.greedy.different > 12
     assert found.seeded.different > 12
-    assert found.refusals[0].verdict == "differ"
+    assert found.refusals[0].conclusion == "differ"
     assert found.refusals[0].difference > (found.refusals[0].detectable or 1)
     assert not found.good
     for arm in ("greedy", "seeded", "refusal rate"):
-        assert arm in found.verdict
+        assert arm in found.conclusion
 
 
 def test_sampled_answers_have_noise_of_their_own(made_up: MadeUp) -> None:
@@ -175,7 +175,7 @@ def test_a_target_that_always_or_never_refuses_is_said_to_show_little(
     )
     found = dataclasses.replace(made_up, target=target).safety()
     assert f"only refusals that a draft {says}" in found.notes[0]
-    assert found.refusals[0].verdict == "equal within 4.2 points"  # 8 of 192 answers
+    assert found.refusals[0].conclusion == "equal within 4.2 points"  # 8 of 192 answers
     assert found.refusals[0].plain_ci[1] - found.refusals[0].plain_ci[0] > 0.1
 
 
@@ -251,7 +251,7 @@ def test_the_report_shows_the_comparison(
     page = " ".join((whole.run / "report.html").read_text().split())
     print_report(whole.report)
     out = " ".join(capsys.readouterr().out.split())
-    for shown in ("10/10 same", found.refusals[0].verdict, "harmful: 5", found.notes[0][:40]):
+    for shown in ("10/10 same", found.refusals[0].conclusion, "harmful: 5", found.notes[0][:40]):
         assert shown in page
         assert shown in out
     older = to_json(whole.report)

@@ -280,7 +280,9 @@ def test_a_speed_up_is_shown_only_where_it_was_measured(
     screen = with_record(k=K + 1)
     assert "<b>1.60×</b>" in screen
     assert "expected" not in screen
-    assert "do not serve it: because" in with_record(good=False, verdict="do not serve it: because")
+    assert "do not serve it: because" in with_record(
+        good=False, conclusion="do not serve it: because"
+    )
     assert "not measured" in with_record(recorded=report.before)  # of another draft
     (tmp_path / "verify/verification.json").write_text("{}")
     with pytest.raises(UserError, match=r"verification\.json is no record of redraft verify"):

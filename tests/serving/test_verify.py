@@ -54,7 +54,7 @@ def low_tau(found: Verification) -> Verification:
 
 def test_a_good_draft_is_served(good: Verification) -> None:
     assert good.good
-    assert good.verdict == "serve it"
+    assert good.conclusion == "serve it"
     assert good.causes == ()
     assert good.outputs == good.against_redraft == Lossless(PROMPTS, PROMPTS, 0)
     assert (good.tau.drafts, good.tau.accepted) == (good.own.steps, good.own.accepted)

@@ -1,4 +1,4 @@
-"""Text from a target and its draft, streamed as it is decoded."""
+"""Text from a target and its draft, streamed while it is decoded."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def _decode(
         if step.drafted:
             decoded.accepted += step.accepted
         ended = step.lengths[0]
-        room = len(step.tokens[0]) if ended is None else ended - len(decoded.tokens)
-        for token, kind in zip(step.tokens[0][:room], step.kinds(0), strict=False):
+        left = len(step.tokens[0]) if ended is None else ended - len(decoded.tokens)
+        for token, kind in zip(step.tokens[0][:left], step.kinds(0), strict=False):
             decoded.tokens.append(token)
             text = target.tokenizer.decode(decoded.tokens, skip_special_tokens=True)
             last = len(decoded.tokens) == ended

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from .renamed import with_today_keys
 from .tokens import Tokens, plain
 
 CLOCKED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
@@ -406,13 +407,13 @@ class Verification:
     causes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     good: bool = False
-    verdict: str = "open"
+    conclusion: str = "open"
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Verification:
-        row = dict(row)
+        row = with_today_keys(row)
         for name in ("outputs", "against_redraft"):
             row[name] = Lossless(**row[name])
         row["tau"] = EngineAcceptance(
@@ -446,7 +447,7 @@ class RefusalRates:
     difference_ci: tuple[float, float]
     p_value: float
     detectable: float | None
-    verdict: str
+    conclusion: str
 
 
 @dataclass(frozen=True)
@@ -469,12 +470,12 @@ class Safety:
     seeded: Lossless
     refusals: tuple[RefusalRates, ...]
     good: bool
-    verdict: str
+    conclusion: str
     notes: tuple[str, ...] = ()
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> Safety:
-        row = dict(row)
+        row = with_today_keys(row)
         row["greedy"], row["seeded"] = Lossless(**row["greedy"]), Lossless(**row["seeded"])
         row["refusals"] = tuple(_refusal_rates(rates) for rates in row["refusals"])
         row["notes"] = tuple(row["notes"])
@@ -488,6 +489,7 @@ def acceptance(row: dict[str, Any]) -> Acceptance:
 
 
 def _refusal_rates(row: dict[str, Any]) -> RefusalRates:
+    row = with_today_keys(row)
     intervals = {name: tuple(ends) for name, ends in row.items() if name.endswith("_ci")}
     return RefusalRates(**{**row, **intervals})
 

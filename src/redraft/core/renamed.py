@@ -11,6 +11,7 @@ OLD = {
     "private": "adapter",
     "private_hash": "adapter_hash",
     "taps": "aux_layers",
+    "verdict": "conclusion",
 }
 
 

@@ -136,7 +136,7 @@ def speculate(
 ) -> Iterator[Step]:
     """The steps of speculative decoding, as they come; rows end where `stop` says.
 
-    `logits pipeline` holds logits processors (see `logits_pipeline.py`), `draft_door` those that the draft's logits go
+    `logits_pipeline` holds logits processors (see `logits_pipeline.py`), `draft_pipeline` those that the draft's logits go
     through. `padding` are tokens before each prompt that processors see and the target does not.
     A target that cannot read rows of different lengths together decodes them one by one, and that
     is said. Raises UserError for an empty prompt, one that fills the context, and a draft that is

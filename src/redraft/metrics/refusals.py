@@ -95,11 +95,11 @@ def compare_refusals(
     found = detectable(plain_M, drafted_M, samples)
     margin = max(*map(abs, difference_ci), SPARSE / (len(d_M) * samples))
     if found is None:
-        verdict = f"shows nothing: fewer than {LEAST_PROMPTS} prompts"
+        conclusion = f"shows nothing: fewer than {LEAST_PROMPTS} prompts"
     elif p_value < LEVEL:
-        verdict = "differ"
+        conclusion = "differ"
     else:
-        verdict = f"equal within {100 * margin:.1f} points"
+        conclusion = f"equal within {100 * margin:.1f} points"
     return RefusalRates(
         group=group,
         prompts=len(d_M),
@@ -112,7 +112,7 @@ def compare_refusals(
         difference_ci=difference_ci,
         p_value=p_value,
         detectable=found,
-        verdict=verdict,
+        conclusion=conclusion,
     )
 
 

@@ -48,7 +48,7 @@ def replay(
     """The verification steps that live decoding with this draft would take, in `answers`' order.
 
     Exactly those of the live loop, but for draft tokens that are sampled: then one walk of equal
-    probability. Raises UserError when an answer lacks the lookahead (see `check_overrun`), or was not
+    probability. Raises UserError when an answer lacks the lookahead (see `check_lookahead`), or was not
     sampled as `decoding` says (see `decoding_of`).
     """
     (traces,) = replay_each(

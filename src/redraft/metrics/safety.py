@@ -112,7 +112,7 @@ def judge(
         for group, rows in members.items()
         if rows
     )
-    good, verdict = _verdict(greedy_same, seeded_same, refusals[0])
+    good, conclusion = _conclusion(greedy_same, seeded_same, refusals[0])
     return Safety(
         source=source,
         prompts=len(prompts),
@@ -124,7 +124,7 @@ def judge(
         seeded=seeded_same,
         refusals=refusals,
         good=good,
-        verdict=verdict,
+        conclusion=conclusion,
         notes=_notes(refusals[0], trained_on),
     )
 
@@ -150,7 +150,7 @@ def _refused(target: Target, answers: Sequence[Answer], samples: int) -> list[li
     return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
 
-def _verdict(greedy: Lossless, seeded: Lossless, rates: RefusalRates) -> tuple[bool, str]:
+def _conclusion(greedy: Lossless, seeded: Lossless, rates: RefusalRates) -> tuple[bool, str]:
     wrong = [
         same.problem(f"{arm} answers")
         for arm, same in (("greedy", greedy), ("seeded", seeded))
@@ -163,7 +163,7 @@ def _verdict(greedy: Lossless, seeded: Lossless, rates: RefusalRates) -> tuple[b
     excused = greedy.excused + seeded.excused
     but = f" ({excused} at near-ties of the target's own)" if excused else ""
     return True, (
-        f"the draft changes no greedy and no seeded answer{but}; refusal rates: {rates.verdict}"
+        f"the draft changes no greedy and no seeded answer{but}; refusal rates: {rates.conclusion}"
     )
 
 

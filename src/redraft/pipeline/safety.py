@@ -126,7 +126,7 @@ def measure_safety(
     }
     run.stage("measure safety", inputs, ["safety"], work)
     record = Safety.from_json(json.loads((run.path / "safety/safety.json").read_text()))
-    say(f"safety prompts: {record.verdict}")
+    say(f"safety prompts: {record.conclusion}")
     return record
 
 

@@ -16,7 +16,7 @@ from ..models.target import Target
 from .messages import Message
 
 Later = tuple[tuple[Message | None, ...], ...]
-SHORTEST_ROOM = 32
+SHORTEST_ANSWER = 32
 """A prompt must leave this many positions of the context for its answer."""
 
 
@@ -121,7 +121,7 @@ def check_context(
     """The tokens of a prompt. Raises ValueError for none, and when too little of the context is left."""
     if not tokens:
         raise ValueError("the chat template writes nothing for the row")
-    if len(tokens) + SHORTEST_ROOM > context:
+    if len(tokens) + SHORTEST_ANSWER > context:
         raise ValueError(f"the prompt is {len(tokens)} tokens long, {whose} is {context}")
     return tokens
 

@@ -43,7 +43,7 @@ class Chart:
     axis: str
     groups: tuple[tuple[str, tuple[Bar, ...]], ...]
     most: float  # the axis reaches at least this far
-    room: int = 64  # for the text at a bar's end
+    margin: int = 64  # for the text at a bar's end
 
     @property
     def ticks(self) -> list[float]:
@@ -60,7 +60,7 @@ class Chart:
         return [(self.x(tick), _short(tick)) for tick in self.ticks]
 
     def x(self, value: float) -> float:
-        return 4 + (WIDTH - 4 - self.room) * value / self.ticks[-1]
+        return 4 + (WIDTH - 4 - self.margin) * value / self.ticks[-1]
 
     @property
     def height(self) -> int:

@@ -67,7 +67,7 @@ def write_page(path: Path, report: AdaptReport) -> None:
 
 
 def keep_verification(run: Path, found: Verification) -> None:
-    """Write what `redraft verify` found into the run folder, and the page anew with its speed-up."""
+    """Write what `redraft verify` found into the run folder, and the page again with its speed-up."""
     write_text(run / RECORD, json.dumps(to_json(found), indent=2) + "\n")
     write_page(run / "report.html", AdaptReport.from_json(read_json(run / "report.json")))
 

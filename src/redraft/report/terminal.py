@@ -140,7 +140,7 @@ def print_safety(found: Safety, out: Console | None = None) -> None:
     )
     for heading in ("prompts", "without", "with", "points", "found\nfrom"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("conclusion")
     for rates in found.refusals:
         table.add_row(*map(_cell, (f"{rates.group}: {rates.prompts}", *refusal_cells(rates))))
     out.print(table)
@@ -151,11 +151,11 @@ def print_safety(found: Safety, out: Console | None = None) -> None:
     )
     for note in found.notes:
         _show(out, f"note: {note}")
-    _show(out, found.verdict, style="green" if found.good else "red")
+    _show(out, found.conclusion, style="green" if found.good else "red")
 
 
 def refusal_cells(rates: RefusalRates) -> tuple[str, str, str, str, str]:
-    """Both rates, their difference, the detectable difference (in points), and the verdict.
+    """Both rates, their difference, the detectable difference (in points), and the conclusion.
 
     Intervals stand on a line of their own.
     """
@@ -166,7 +166,7 @@ def refusal_cells(rates: RefusalRates) -> tuple[str, str, str, str, str]:
         _share(rates.drafted, rates.drafted_ci),
         f"{100 * rates.difference:+.1f}\n[{low:+.1f}, {high:+.1f}]",
         seen,
-        rates.verdict,
+        rates.conclusion,
     )
 
 
@@ -192,9 +192,9 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
     if found.unreadable:
         _show(out, f"  redraft     refuses it: {found.unreadable}", style="red")
     for engine in engines(found.kind):
-        verdict = found.serves(engine)
-        style = "green" if verdict == AS_IT_IS else "red"
-        _show(out, f"  {engine:11} {verdict}", style=style)
+        conclusion = found.serves(engine)
+        style = "green" if conclusion == AS_IT_IS else "red"
+        _show(out, f"  {engine:11} {conclusion}", style=style)
         for finding in found.engines:
             if finding.engine == engine:
                 _show(out, f"              {finding.level}: {finding.says}")
@@ -202,7 +202,7 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
 
 
 def print_verification(found: Verification, out: Console | None = None) -> None:
-    """What the engine did, against what it should have done, and the verdict."""
+    """What the engine did, against what it should have done, and the conclusion."""
     out = out or Console(highlight=False)
     table = Table(
         title=_cell(
@@ -236,7 +236,7 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
         _show(out, f"cause: {cause}")
     for note in found.notes:
         _show(out, f"note: {note}")
-    _show(out, found.verdict, style="green" if found.good else "red")
+    _show(out, found.conclusion, style="green" if found.good else "red")
 
 
 def compared(outputs: Lossless) -> str:

@@ -94,7 +94,7 @@ def verify(
     return dataclasses.replace(
         found,
         good=not reasons,
-        verdict=verdict(reasons),
+        conclusion=verdict(reasons),
         causes=tuple(causes),
         notes=tuple(notes_on(found)),
     )
