@@ -103,7 +103,7 @@ def test_cells_are_run_once_and_say_what_they_are(
             measured.accepted,
             measured.steps,
         )
-    for name in ("train_private", "regenerate", "fit"):
+    for name in ("train_adapter", "regenerate", "fit"):
         monkeypatch.setattr(bench, name, None)  # nothing is made again
     assert run() == cells
     assert sorted(map(str, bench.read_position_cells(tmp_path))) == sorted(map(str, cells))

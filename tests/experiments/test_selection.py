@@ -78,7 +78,7 @@ def test_cells_are_run_once_and_say_what_they_are(
     prompted = by_way["mahalanobis of prompts", "steps"]
     assert prompted.generated_tokens == prompted.kept_tokens
     assert 0 < prompted.kept <= 10
-    monkeypatch.setattr(bench, "train_private", None)  # nothing is trained again
+    monkeypatch.setattr(bench, "train_adapter", None)  # nothing is trained again
     assert run(suite, tmp_path, ways) == cells
     assert sorted(map(str, read_selection_cells(tmp_path))) == sorted(map(str, [*cells, passes]))
     out = Console(record=True, width=200)
