@@ -16,6 +16,7 @@ from . import (
     check,
     drafts,
     engine,
+    env,
     features,
     generate,
     job,
@@ -46,6 +47,7 @@ for command in (
     drafts.export,
     engine.verify,
     job.report,
+    env.env,
 ):
     app.command()(command)
 app.add_typer(prompts.app, name="prompts")
