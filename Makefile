@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 ENGINE := .venv-vllm
 
-.PHONY: install demo test test-benches test-engines test-engines-full engine check format docs docs-site clean
+.PHONY: install demo test test-package test-benches test-engines test-engines-full engine check format docs docs-site clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Both distributions built, checked, and installed into empty environments of the Pythons that are here.
+test-package: install
+	$(BIN)/python -m pytest -n 0 -rs -m package tests/packaging
 
 # The toy suite, built and adapted, and the benches on it: what `make test` leaves out.
 test-benches: install
@@ -65,4 +69,4 @@ docs-site: install
 	$(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf demo build $(VENV) $(ENGINE)
+	rm -rf demo build dist $(VENV) $(ENGINE)
