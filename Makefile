@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 
 ENGINE := .venv-vllm
 
-.PHONY: install demo test test-benches test-engines test-engines-full engine check format docs docs-site clean
+PACKAGE = mkdir -p build && $(BIN)/python -m pytest -n 0 -rs tests/packaging --basetemp build/package -o tmp_path_retention_policy=failed
+
+.PHONY: install demo test test-package test-package-full test-benches test-engines test-engines-full engine check format docs docs-site clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +26,14 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Both distributions built, checked, and installed into empty environments of the Pythons that are here.
+test-package: install
+	$(PACKAGE) -m 'package and not full'
+
+# PyTorch in each of these environments: where it is a CUDA build, 5 GB for each.
+test-package-full: install
+	$(PACKAGE) -m package
 
 # The toy suite, built and adapted, and the benches on it: what `make test` leaves out.
 test-benches: install
@@ -65,4 +75,4 @@ docs-site: install
 	$(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf demo build $(VENV) $(ENGINE)
+	rm -rf demo build dist $(VENV) $(ENGINE)

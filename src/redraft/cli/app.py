@@ -16,6 +16,7 @@ from . import (
     check,
     drafts,
     engine,
+    env,
     features,
     generate,
     job,
@@ -47,6 +48,7 @@ for command in (
     drafts.export,
     engine.verify,
     job.report,
+    env.env,
 ):
     app.command()(command)
 add_command(app, generate.generate)

