@@ -174,7 +174,7 @@ def test_an_interrupted_stage_keeps_what_was_paid_for(
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "train_private", broken)
+    monkeypatch.setattr(pipeline, "train_adapter", broken)
     with pytest.raises(KeyboardInterrupt):
         pipeline.adapt(*arguments, out=tmp_path / "run", config=settings())
     monkeypatch.undo()

@@ -81,7 +81,7 @@ def test_prompts_are_answered_until_it_stops_paying(
     found = result.report.cost["rounds"]
     assert [r["prompts"] for r in found["rounds"]] == [0, 8, 16, 28][: 4 if asked == 28 else 3]
     assert found["rounds"][0]["tokens"] == 0
-    answered = read_answers(tmp_path / "run" / "answers" / "auto_budget.jsonl")
+    answered = read_answers(tmp_path / "run" / "answers" / "rounds.jsonl")
     assert len(answered) == len({a.id for a in answered}) == asked
     assert found["prompts_saved"] == 28 - asked
     cost = result.report.cost
@@ -98,9 +98,9 @@ def test_prompts_are_answered_until_it_stops_paying(
     assert "answered in rounds (prompts: held-out tau): 0: " in capsys.readouterr().out
     assert not run().worked
     (tmp_path / "run" / "rounds" / "2" / "model.safetensors").unlink()
-    before = read_json(tmp_path / "run" / "auto_budget.json")
+    before = read_json(tmp_path / "run" / "rounds.json")
     assert run().worked
-    assert read_json(tmp_path / "run" / "auto_budget.json") == before
+    assert read_json(tmp_path / "run" / "rounds.json") == before
     assert json.loads((tmp_path / "run" / "report.json").read_text())["cost"]["rounds"] == before
 
 
@@ -115,7 +115,7 @@ def test_a_budget_and_rounds_in_one_folder_keep_each_others_answers(
         pipeline.adapt(target, str(draft_folder), prompts, out=tmp_path / "run", config=config)
         files = (tmp_path / "run" / "answers").glob("*.jsonl")
         now = {file.name: file.read_bytes() for file in files}
-        assert now.items() >= {n: b for n, b in paid.items() if n != "auto_budget.jsonl"}.items()
+        assert now.items() >= {n: b for n, b in paid.items() if n != "rounds.jsonl"}.items()
         paid |= now
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from redraft.metrics.replay import replay
 from redraft.models.target import Target
 from redraft.pipeline.stages import as_adapter, merge_draft, train_adapter, train_command
 from redraft.training import train as train_module
-from redraft.training.adapter_run import Member
+from redraft.training.adapter_run import AdapterRun
 from redraft.training.train import Trained, train
 from tests.adapters.test_expert import CARRIED
 from tests.conftest import fresh_draft
@@ -59,10 +59,10 @@ class Made:
     folder: Path
 
 
-def rising(target: Target, members: Sequence[Member], heldout: object, k: int) -> None:
+def rising(target: Target, runs: Sequence[AdapterRun], heldout: object, k: int) -> None:
     """An evaluation that finds each step better than the one before: the last one is kept."""
-    for member in members:
-        member.note_tau(float(member.state.step))
+    for run in runs:
+        run.note_tau(float(run.state.step))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def made(target: Target, answers: list[Answer], tmp_path_factory: pytest.TempPat
     def make(kind: str, method: str) -> Made:
         shared = shared_of(kind)
         draft = shared.build(target, torch.float32)
-        config = TrainConfig(**{**vars(CONFIG), "method": method})
+        config = replace(CONFIG, method=method)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_module, "_evaluate", rising)
             trained = train(target, draft, answers[:6], answers[:2], config, k=3)
@@ -181,7 +181,7 @@ def test_a_part_that_changed_nothing_is_saved_and_fused(
     target: Target, made: Make, answers: list[Answer], tmp_path: Path
 ) -> None:
     shared = made("eagle3", "fc").shared
-    config = TrainConfig(**{**vars(CONFIG), "method": "weight-sync"})
+    config = replace(CONFIG, method="weight-sync")
     part = train_adapter(target, shared, answers[:6], answers[:2], config, 3, base=target)
     assert part.tensors == {}
     save_adapter(tmp_path / "part", part)
@@ -197,7 +197,7 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
     for name, count in (("a.jsonl", 8), ("h.jsonl", 2)):
         lines = [json.dumps(to_json(answer)) for answer in answers[:count]]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
-    config = TrainConfig(**{**vars(CONFIG), "method": method})
+    config = replace(CONFIG, method=method)
     command: dict[str, Any] = {
         "answers": tmp_path / "a.jsonl",
         "heldout": tmp_path / "h.jsonl",
@@ -224,7 +224,7 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
             "train.width auto compares several experts",
         ),
     ):
-        command["config"] = TrainConfig(**{**vars(CONFIG), **changes})
+        command["config"] = replace(CONFIG, **changes)
         with pytest.raises(UserError, match=message):
             train_command(target, draft=None, out=tmp_path / "no", **command)
 
@@ -240,7 +240,7 @@ def test_a_retargeted_vocabulary_goes_all_the_way(
     draft.draft_vocab = missing  # a vocabulary made for other text
     stored(draft, target).save(tmp_path / "shared")
     shared = read_draft(str(tmp_path / "shared"))
-    config = TrainConfig(**{**vars(CONFIG), "method": method, "vocab": "remap", "epochs": 4})
+    config = replace(CONFIG, method=method, vocab="remap", epochs=4)
     part = train_adapter(target, shared, answers, answers[:4], config, 3)
     before, after = part.card["train"]["miss_rate"]
     assert before == 1.0

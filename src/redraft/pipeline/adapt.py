@@ -128,7 +128,7 @@ def adapt(
     asked = _ask(target, everything, eval_prompts, elsewhere, c)
     with RunFolder.open(out) as run:
         described = _describe(target, shared, everything, resolved)
-        _refuse_other_run(run.path, read_method(c.train.method), described)
+        _refuse_other_run(run.path, c.train.method_value, described)
         run.write_json("run.json", described)
         if c.select.budget == AUTO:
             answered = _regenerate(run, target, (), asked[1:], elsewhere, c)
@@ -361,7 +361,7 @@ def _train(
         "chosen": chosen,
         "shared": shared.hash(),
         "k": c.measure.k,
-        "base": base.fingerprint() if base and read_method(c.train.method).closed_form else None,
+        "base": base.fingerprint() if base and c.train.method_value.closed_form else None,
         **asdict(c.train),
     }
     # Not training.json, which holds seconds: the same tensors trained anew are the same part.

@@ -13,10 +13,10 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.expert import detach
 from ..adapters.merge import home_of, merge
-from ..adapters.table import EXPERT, read_method
+from ..adapters.table import EXPERT
 from ..checkpoints.adapter_folder import TRAINING, check_belongs, save_adapter
 from ..checkpoints.load import StoredDraft, made_for, read_draft, stored
-from ..config import TrainConfig, read_width
+from ..config import TrainConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import write_text, writing
@@ -48,7 +48,7 @@ def train_adapter(
     With `width` auto several widths are trained as joint training, and the smallest good one is taken.
     """
     draft = shared.build(target, torch.float32)
-    if read_width(config.width) is not None or not read_method(config.method).expert:
+    if config.width_value is not None or not config.method_value.expert:
         trained = train(
             target, draft, answers, heldout, config, k=k, base=base, checkpoints=checkpoints
         )
@@ -172,7 +172,7 @@ def train_command(
             )
             save_adapter(out, part)
             return TrainRecord(**part.card["train"])
-        if not read_method(config.method).fresh:
+        if not config.method_value.fresh:
             raise UserError(
                 f"--method {config.method} trains next to a draft: name it with --draft"
             )
