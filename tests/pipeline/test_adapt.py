@@ -19,6 +19,7 @@ from redraft.core.folders import read_file, tensor_hash
 from redraft.core.records import AdaptReport, to_json
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
+from redraft.pipeline import stages
 from redraft.report.page import write_page
 from redraft.report.terminal import print_report
 from tests.conftest import write_prompts
@@ -174,7 +175,7 @@ def test_an_interrupted_stage_keeps_what_was_paid_for(
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "train_adapter", broken)
+    monkeypatch.setattr(stages, "train_adapter", broken)
     with pytest.raises(KeyboardInterrupt):
         pipeline.adapt(*arguments, out=tmp_path / "run", config=settings())
     monkeypatch.undo()

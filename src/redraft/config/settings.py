@@ -134,12 +134,12 @@ class TrainConfig:
     init: str = _opt(
         "active",
         "start of the expert: 'active' copies the most active shared neurons (training starts "
-        "exactly at reuse), 'random' is a random expert as in the paper",
+        "exactly at the unadapted draft), 'random' is a random expert as in the paper",
         choices=("active", "random"),
     )
     vocab: str = _opt(
         "keep",
-        "'remap' chooses the tokens of a reduced-vocabulary draft anew, for the target's answers",
+        "'remap' exchanges the tokens of a reduced draft vocabulary for those of the target's answers",
         choices=("keep", "remap"),
         old={"retarget": "remap"},
     )
@@ -156,7 +156,7 @@ class TrainConfig:
     )
     lr_parts: str = _opt(
         "",
-        "learning rates of single parts, as multiples of lr: 'expert=2,fc=0.5'",
+        "learning rates of single adapters, as multiples of lr: 'expert=2,fc=0.5'",
         check=read_shares,
     )
     epochs: float = _opt(

@@ -68,14 +68,14 @@ def read_shares(text: str) -> dict[str, float]:
     """`train.lr_parts` by adapter."""
     shares: dict[str, float] = {}
     for pair in filter(None, text.split(",")):
-        part, _, number = pair.partition("=")
+        adapter, _, number = pair.partition("=")
         try:
-            shares[part] = float(number)
+            shares[adapter] = float(number)
         except ValueError:
-            shares[part] = 0.0
-        if part not in ADAPTERS or not 0 < shares[part] < math.inf:
+            shares[adapter] = 0.0
+        if adapter not in ADAPTERS or not 0 < shares[adapter] < math.inf:
             raise ValueError(
-                f"takes part=multiple pairs ('expert=2,fc=0.5') of {', '.join(ADAPTERS)}; got '{pair}'"
+                f"takes adapter=multiple pairs ('expert=2,fc=0.5') of {', '.join(ADAPTERS)}; got '{pair}'"
             )
     return shares
 

@@ -16,7 +16,8 @@ from ..config import Budget, SelectConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import write_text
-from ..core.records import Answer
+from ..core.records import Answer, Prompt
+from ..prompts.disk_list import Picked
 from .near_duplicates import clusters, near_duplicates
 from .scoring import Scorers, score
 
@@ -115,6 +116,31 @@ def read_selection(path: Path) -> list[Scored]:
         raise UserError(
             f"{path} is damaged ({problem}); write it again with redraft select"
         ) from None
+
+
+def kept_answers(answers: Sequence[Answer], selection: Path | None) -> list[Answer]:
+    """The answers to train on: of those that a selection file keeps, if any, the ones of two tokens or more.
+
+    Raises UserError when the selection keeps others.
+    """
+    kept = _kept([a.id for a in answers], selection) if selection else range(len(answers))
+    return [answers[i] for i in kept if answers[i].length >= 2]
+
+
+def kept_prompts(prompts: Sequence[Prompt], selection: Path) -> Sequence[Prompt]:
+    """The prompts that a selection file keeps. Raises UserError when it keeps others."""
+    return Picked(prompts, _kept([prompt.id for prompt in prompts], selection))
+
+
+def _kept(ids: Sequence[str], selection: Path) -> list[int]:
+    kept = {sample.id for sample in read_selection(selection) if sample.kept}
+    found = [i for i, name in enumerate(ids) if name in kept]
+    if len(found) < len(kept):
+        raise UserError(
+            f"{selection} keeps {len(kept)} samples, of which {len(found)} are here; name the file that "
+            "was chosen from"
+        )
+    return found
 
 
 def within_budget(lengths: Sequence[int], budget: Budget) -> list[int]:
