@@ -2,8 +2,8 @@
 
     prompts -> answers -> select -> train -> merge and export -> measure before/after -> report
 
-Each step is one function below or in `stages.py` and one stage of the run folder; each is also a command of
-its own. What is measured as "after" is the exported folder, read back as an engine would read it.
+Each step is one function of `stages.py` and one stage of the run folder; each is also a command of its own.
+What is measured as "after" is the exported folder, read back as an engine would read it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..checkpoints.load import StoredDraft, read_draft
 from ..config import Resolved, resolve
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.records import Acceptance, AdaptReport
+from ..core.records import Acceptance, AdaptReport, Safety
 from ..drafts.base import Draft
 from ..generation.answer_file import prompts_hash, read_answers
 from ..models.target import Target
@@ -26,7 +26,7 @@ from ..selection.scoring import as_samples
 from ..selection.select import kept_prompts
 from .auto_budget import train_in_rounds
 from .job import Job, check_job, record_job
-from .job_prompts import JobPrompts, Sources, check_names, read_job_prompts
+from .job_prompts import JobPrompts, Sources, read_job_prompts
 from .run_folder import RunFolder
 from .safety import OFF, measure_safety
 from .stages import SELECTION, answer, export, measure, select, train
@@ -88,30 +88,32 @@ def adapt(
     resolved = config or resolve([("argument", {"train.method": method} if method else {})])
     file, resolved = _source(prompts, answers, resolved)
     sources = Sources(file, limit, eval_prompts, off_domain, safety_prompts)
-    # What does not fit is refused before anything is paid for.
-    check_names(sources)
     unadapted = read_draft(_folder_of(draft)).fitted(target)
-    check_job(target, unadapted, base, resolved.config)
+    check_job(target, unadapted, base, resolved.config)  # before anything is paid for
     continue_time(target, [Path(out) / "run.json"])
     asked = read_job_prompts(target, sources, resolved.config)
     with RunFolder.open(out) as run:
         job = Job(run, target, unadapted, base, resolved.config)
         record_job(job, asked.whole, resolved)
-        aside = _answer_aside(job, asked)
-        if job.config.select.budget_value.auto:
-            trained = train_in_rounds(job, asked.adapt, aside["heldout"])
-        else:
-            chosen = _answer_and_select(job, asked)
-            selection = run.path / SELECTION if job.config.select.by == "answers" else None
-            trained = train(job, ["adapt"], [chosen, aside["heldout"]], selection=selection)
-        exported = export(job, trained)
-        measure(job, exported, {name: aside[name] for name in asked.measured})
-        safety = None
-        if asked.safety:
-            pool = asked.whole.prompts
-            safety = measure_safety(job, asked.safety, pool, exported, aside[OFF])
+        safety = _run_stages(job, asked)
         report = report_of(run, target, unadapted, asked.whole, resolved, safety)
         return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
+
+
+def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
+    """Every stage that is not done yet; returns what was found on safety prompts, if there are any."""
+    aside = _answer_aside(job, asked)
+    if job.config.select.budget_value.auto:
+        trained = train_in_rounds(job, asked.adapt, aside["heldout"])
+    else:
+        chosen = _answer_and_select(job, asked)
+        selection = job.run.path / SELECTION if job.config.select.by == "answers" else None
+        trained = train(job, ["adapt"], [chosen, aside["heldout"]], selection=selection)
+    exported = export(job, trained)
+    measure(job, exported, {name: aside[name] for name in asked.measured})
+    if asked.safety is None:
+        return None
+    return measure_safety(job, asked.safety, asked.whole.prompts, exported, aside[OFF])
 
 
 def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tuple[str, Resolved]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import AdaptConfig
@@ -41,29 +41,30 @@ class JobPrompts:
 
 def read_job_prompts(target: Target, sources: Sources, config: AdaptConfig) -> JobPrompts:
     """Read all files. Raises UserError for a file without prompts and a name that cannot be used."""
-    c, turns = config.measure, config.regenerate.turns
+    _check_names(sources)
+    limit, turns = config.measure.eval_limit, config.regenerate.turns
     whole = read_prompts(sources.prompts, target, sources.limit, turns)
     say(whole.summary())
-    off = {
-        f"off-{name}": read_prompts(file, target, c.eval_limit, turns).prompts
+    measured = {
+        f"off-{name}": read_prompts(file, target, limit, turns).prompts
         for name, file in (sources.off_domain or {}).items()
     }
     safety = None
     if sources.safety:
         safety = read_safety_prompts(sources.safety, target, config.safety.limit)
         say(safety.asked.summary())
-        off[OFF] = safety.asked.prompts
-    own = None
+        measured[OFF] = safety.asked.prompts
     if sources.evaluation:
-        own = read_prompts(sources.evaluation, target, c.eval_limit, turns).prompts
-    rest = _apart(whole.prompts, [*off.values(), *([] if own is None else [own])])
-    evaluation = c.eval_limit if own is None else 0
-    adapt, heldout, aside = split_prompts(rest, evaluation, c.heldout, config.regenerate.seed)
-    return JobPrompts(whole, adapt, heldout, {"eval": aside if own is None else own, **off}, safety)
+        measured["eval"] = read_prompts(sources.evaluation, target, limit, turns).prompts
+        limit = 0
+    rest = _apart(whole.prompts, measured.values())
+    adapt, heldout, aside = split_prompts(
+        rest, limit, config.measure.heldout, config.regenerate.seed
+    )
+    return JobPrompts(whole, adapt, heldout, {"eval": aside, **measured}, safety)
 
 
-def check_names(sources: Sources) -> None:
-    """Raise UserError for off-domain names that are no part of a file's name, or are taken."""
+def _check_names(sources: Sources) -> None:
     for name in sources.off_domain or ():
         if not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"off-domain name '{name}': use letters, digits, - and _")
@@ -74,7 +75,7 @@ def check_names(sources: Sources) -> None:
             )
 
 
-def _apart(prompts: Sequence[Prompt], files: Sequence[Sequence[Prompt]]) -> Sequence[Prompt]:
+def _apart(prompts: Sequence[Prompt], files: Iterable[Sequence[Prompt]]) -> Sequence[Prompt]:
     """The prompts that are in none of these files."""
     measured = {prompt.tokens for file in files for prompt in file}
     rest = Picked(prompts, (i for i, p in enumerate(prompts) if p.tokens not in measured))
