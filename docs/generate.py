@@ -2,7 +2,7 @@
 
 docs/cli.md      the command reference, from each command's own --help
 docs/engines.md  which engine serves what, from docs/results/engines.json and the rules of `inspect`
-docs/config.md   every setting with its default, from the dataclasses in config/settings.py
+docs/config.md   every setting with its default, from the dataclasses in config.py
 README.md        the file tree, from the first line of each module's docstring; the demo's output and
                  the measured table, from the records in docs/results/
 docs/results/repair.md    the same records in full
@@ -100,7 +100,7 @@ def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
 def config_reference() -> str:
     lines = [
         "# Settings\n",
-        "Generated from `config/settings.py` by `make docs`. Set one with `--set stage.name=value`, several in",
+        "Generated from `config.py` by `make docs`. Set one with `--set stage.name=value`, several in",
         "a YAML file (`--config FILE`), or start from a recipe: "
         + ", ".join(f"`{name}`" for name in recipe_names())
         + ".\n",

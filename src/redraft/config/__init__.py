@@ -11,6 +11,7 @@ from .resolve import (
     stage_fields,
 )
 from .settings import (
+    STAGES,
     AdaptConfig,
     MeasureConfig,
     RegenerateConfig,
@@ -20,6 +21,7 @@ from .settings import (
 from .values import Budget, read_budget, read_endpoints, read_shares, read_width
 
 __all__ = [
+    "STAGES",
     "AdaptConfig",
     "Budget",
     "MeasureConfig",
