@@ -9,6 +9,7 @@ import pytest
 
 from redraft.config import (
     AdaptConfig,
+    TrainConfig,
     parse_set,
     read_shares,
     read_width,
@@ -53,7 +54,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert "measure.k must be between 1 and 16; got 99" in text
     assert "train.width must be a number of neurons (64), a share of the shared ones (0.25" in text
     assert "train.rank expected a whole number, got 2.5" in text
-    assert "train.lr_parts takes part=multiple pairs ('expert=2,fc=0.5') of feature-map" in text
+    assert "train.lr_parts takes adapter=multiple pairs ('expert=2,fc=0.5') of feature-map" in text
     assert "got 'fc=fast'" in text
     assert "train.average must be between 0.0 and 0.9999; got 1.0" in text
     assert "train.seed expected int, got True" in text
@@ -80,6 +81,17 @@ def test_other_widths_are_refused(text: str) -> None:
         resolve([("f", {"train.width": text})])
 
 
+def test_values_are_read_once_and_the_text_is_what_is_stored() -> None:
+    found = resolve([("f", {"train.method": "fc+expert", "select.budget": "20000t"})]).config
+    train, budget = found.train, found.select.budget_value
+    assert train.method_value.parts == ("expert", "fc")
+    assert train.method_value is train.method_value
+    assert train.width_value == 1.0
+    assert (budget.kind, budget.number, budget.auto) == ("tokens", 20000, False)
+    assert dataclasses.asdict(train) == dataclasses.asdict(TrainConfig(method="fc+expert"))
+    assert dataclasses.replace(train, method="fc").method_value.parts == ("fc",)
+
+
 @pytest.mark.parametrize("value", [8, 0.5])
 def test_a_width_from_yaml_is_a_number_there(value: float) -> None:
     assert resolve([("f", {"train": {"width": value}})]).config.train.width == str(value)
@@ -100,7 +112,7 @@ def test_learning_rates_of_parts_are_multiples_by_part() -> None:
         "=2",
         "expert=2;fc=1",
     ):
-        with pytest.raises(ValueError, match=r"takes part=multiple pairs .* got '"):
+        with pytest.raises(ValueError, match=r"takes adapter=multiple pairs .* got '"):
             read_shares(wrong)
 
 

@@ -350,10 +350,11 @@ def with_steps(config: TrainConfig, used: Sequence[Answer], steps: int) -> Train
 
 def _within(stored: dict[str, Any], budget: str) -> Selection:
     """A stored selection with another share of its order kept."""
+    from redraft.config import read_budget
     from redraft.selection.select import Scored, within_budget
 
     rows = [Scored(**row) for row in stored["samples"]]
-    kept = set(within_budget([row.tokens for row in rows], budget))
+    kept = set(within_budget([row.tokens for row in rows], read_budget(budget)))
     samples = [dataclasses.replace(row, kept=rank in kept) for rank, row in enumerate(rows)]
     return Selection(samples, stored["tokens"], stored["flops"], stored["seconds"])
 

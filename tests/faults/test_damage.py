@@ -118,7 +118,7 @@ def test_a_damaged_state_loses_no_answer(
         ("{", "training.json is not valid JSON.*"),
         ('{"method": 1}', "training.json: missing or unknown .*seconds.*"),
         ("[1]", "training.json: expected a JSON object, found a list"),
-        (None, "expected a file training.json, found model.safetensors, adapter.json"),
+        (None, "expected a file training.json, found adapter.json, model.safetensors"),
     ],
 )
 def test_a_damaged_training_record_is_named_and_the_remedy_helps(
@@ -133,14 +133,14 @@ def test_a_damaged_training_record_is_named_and_the_remedy_helps(
     out = Path(shutil.copytree(whole, tmp_path / "run"))
     record = out / "adapter" / "training.json"
     record.unlink() if content is None else record.write_text(content)
-    with pytest.raises(UserError, match=f"{message}; remove {out}/private and train again"):
+    with pytest.raises(UserError, match=f"{message}; remove {out}/adapter and train again"):
         job.run(target, out)
     shutil.rmtree(out / "adapter")
     job.run(target, out)
     assert differences(out, expected) == []
 
 
-def test_a_mixed_private_folder_is_refused(
+def test_a_mixed_adapter_folder_is_refused(
     job: Job, whole: Path, other: Path, tmp_path: Path
 ) -> None:
     from redraft.checkpoints.adapter_folder import load_adapter

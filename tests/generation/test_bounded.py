@@ -257,7 +257,7 @@ def test_a_cut_line_is_answered_again(
         (b"\n", "line 2: not an answer record"),
         (b'{"id":"a","prompt":[1.5],"tokens":[],"length":0,"finish":"stop"}\n', "line 2: not an"),
         (b'{"id":"a","prompt":[99999999999],"tokens":[],"length":0,"finish":"stop"}\n', "line 2"),
-        (b"\xff\n", "is damaged .* remove it to answer anew"),
+        (b"\xff\n", "is damaged .* remove it to answer again"),
     ],
 )
 def test_a_damaged_line_is_an_error_and_a_damaged_rest_is_not(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from redraft.config import RegenerateConfig, SelectConfig
+from redraft.config import RegenerateConfig, SelectConfig, read_budget, resolve
 from redraft.core import console
 from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt
@@ -229,16 +229,18 @@ def test_selection_is_keyed_by_id_and_fits_the_budget() -> None:
     ("budget", "kept"), [("3", 3), ("999", 4), ("0.5", 2), ("1.0", 4), ("25t", 2), ("30t", 3)]
 )
 def test_budgets(budget: str, kept: int) -> None:
-    assert len(within_budget([10, 10, 10, 10], budget)) == kept
+    assert len(within_budget([10, 10, 10, 10], read_budget(budget))) == kept
 
 
 @pytest.mark.parametrize("budget", ["lots", "1.5", "-0.2", "5x", "", "0", "20%", "5k"])
 def test_budgets_that_are_none(budget: str) -> None:
-    with pytest.raises(UserError, match="is not a count"):
-        within_budget([10], budget)
+    with pytest.raises(ValueError, match="is not a count"):
+        read_budget(budget)
+    with pytest.raises(UserError, match="select.budget is not a count"):
+        resolve([("test", {"select.budget": budget})])
 
 
 @pytest.mark.parametrize("budget", ["5t", "0.01"])
 def test_budgets_that_keep_nothing(budget: str) -> None:
     with pytest.raises(UserError, match="keeps none of the 1 samples"):
-        within_budget([10], budget)
+        within_budget([10], read_budget(budget))

@@ -305,7 +305,7 @@ def test_settings_of_the_comparison_redo_the_comparison_alone(
     found = pipeline.adapt(target, out=whole.run, **{**job, "config": resolve(origins)})
     after = json.loads((whole.run / "state.json").read_text())
     assert {name for name in after if after[name] != before[name]} == {
-        "regenerate safety",
+        "regenerate safety-sampled",
         "measure safety",
     }
     assert found.report.safety is not None

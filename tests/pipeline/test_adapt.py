@@ -20,6 +20,7 @@ from redraft.core.records import to_json
 from redraft.core.report_record import AdaptReport
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
+from redraft.pipeline import stages
 from redraft.report.page import write_page
 from redraft.report.terminal import print_report
 from tests.conftest import write_prompts
@@ -175,7 +176,7 @@ def test_an_interrupted_stage_keeps_what_was_paid_for(
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "train_adapter", broken)
+    monkeypatch.setattr(stages, "train_adapter", broken)
     with pytest.raises(KeyboardInterrupt):
         pipeline.adapt(*arguments, out=tmp_path / "run", config=settings())
     monkeypatch.undo()

@@ -71,10 +71,10 @@ def test_prompts_are_answered_until_it_stops_paying(
     prompts = str(write_prompts(tmp_path / "p.jsonl", 40))
     settings = {**SETTINGS, "select.least_gain": least_gain}
 
-    def run() -> pipeline.AdaptResult:
+    def run(base: Target | None = None) -> pipeline.AdaptResult:
         config = resolve([("test", settings)])
         return pipeline.adapt(
-            target, str(draft_folder), prompts, out=tmp_path / "run", config=config
+            target, str(draft_folder), prompts, out=tmp_path / "run", config=config, base=base
         )
 
     result = run()
@@ -97,10 +97,11 @@ def test_prompts_are_answered_until_it_stops_paying(
     print_report(result.report)
     assert "answered in rounds (prompts: held-out tau): 0: " in capsys.readouterr().out
     assert not run().worked
+    assert not run(base=target).worked, "the method does not read a base"
     (tmp_path / "run" / "rounds" / "2" / "model.safetensors").unlink()
-    before = read_json(tmp_path / "run" / "auto_budget.json")
+    before = read_json(tmp_path / "run" / "rounds.json")
     assert run().worked
-    assert read_json(tmp_path / "run" / "auto_budget.json") == before
+    assert read_json(tmp_path / "run" / "rounds.json") == before
     assert json.loads((tmp_path / "run" / "report.json").read_text())["cost"]["rounds"] == before
 
 

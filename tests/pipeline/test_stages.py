@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from redraft.adapters.table import EXPERT, LORA
 from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.checkpoints.load import StoredDraft, load_draft, read_draft, stored
 from redraft.checkpoints.reload_check import check_export
-from redraft.config import TrainConfig
+from redraft.config import SelectConfig, TrainConfig
 from redraft.core.errors import UserError
 from redraft.core.folders import tensor_hash
 from redraft.core.records import Answer, to_json
@@ -27,9 +27,17 @@ from redraft.drafts.base import Draft
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
 from redraft.models.target import Target
-from redraft.pipeline.stages import as_adapter, merge_draft, train_adapter, train_command
+from redraft.pipeline.stages import (
+    Shape,
+    as_adapter,
+    measure_file,
+    merge_draft,
+    train_adapter,
+    train_files,
+)
+from redraft.selection.select import select, write_selection
 from redraft.training import train as train_module
-from redraft.training.adapter_run import Member
+from redraft.training.adapter_run import AdapterRun
 from redraft.training.train import Trained, train
 from tests.adapters.test_expert import CARRIED
 from tests.conftest import fresh_draft
@@ -59,10 +67,10 @@ class Made:
     folder: Path
 
 
-def rising(target: Target, members: Sequence[Member], heldout: object, k: int) -> None:
+def rising(target: Target, runs: Sequence[AdapterRun], heldout: object, k: int) -> None:
     """An evaluation that finds each step better than the one before: the last one is kept."""
-    for member in members:
-        member.note_tau(float(member.state.step))
+    for run in runs:
+        run.note_tau(float(run.state.step))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,7 @@ def made(target: Target, answers: list[Answer], tmp_path_factory: pytest.TempPat
     def make(kind: str, method: str) -> Made:
         shared = shared_of(kind)
         draft = shared.build(target, torch.float32)
-        config = TrainConfig(**{**vars(CONFIG), "method": method})
+        config = replace(CONFIG, method=method)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_module, "_evaluate", rising)
             trained = train(target, draft, answers[:6], answers[:2], config, k=3)
@@ -181,7 +189,7 @@ def test_a_part_that_changed_nothing_is_saved_and_fused(
     target: Target, made: Make, answers: list[Answer], tmp_path: Path
 ) -> None:
     shared = made("eagle3", "fc").shared
-    config = TrainConfig(**{**vars(CONFIG), "method": "weight-sync"})
+    config = replace(CONFIG, method="weight-sync")
     part = train_adapter(target, shared, answers[:6], answers[:2], config, 3, base=target)
     assert part.tensors == {}
     save_adapter(tmp_path / "part", part)
@@ -197,17 +205,16 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
     for name, count in (("a.jsonl", 8), ("h.jsonl", 2)):
         lines = [json.dumps(to_json(answer)) for answer in answers[:count]]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
-    config = TrainConfig(**{**vars(CONFIG), "method": method})
+    config = replace(CONFIG, method=method)
     command: dict[str, Any] = {
         "answers": tmp_path / "a.jsonl",
         "heldout": tmp_path / "h.jsonl",
         "selection": None,
         "config": config,
         "k": 3,
-        "kind": kind,
-        "draft_width": 24,
+        "shape": Shape(kind, width=24),
     }
-    record = train_command(target, draft=None, out=tmp_path / "out", **command)
+    record = train_files(target, out=tmp_path / "out", **command)
     assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == record.steps
     back = read_draft(str(tmp_path / "out"))
     assert not any(EXPERT in name for name in back.tensors)
@@ -218,15 +225,42 @@ def test_a_draft_from_nothing_is_saved_as_a_stock_draft(
     if method == "scratch":
         assert tau == record.best_tau()
     for changes, message in (
-        ({"method": "fc"}, "trains next to a draft: name it with --draft"),
+        ({"method": "fc"}, "adapts a draft: name it with --draft"),
         (
             {"method": "scratch+expert", "width": "auto"},
             "train.width auto compares several experts",
         ),
     ):
-        command["config"] = TrainConfig(**{**vars(CONFIG), **changes})
+        command["config"] = replace(CONFIG, **changes)
         with pytest.raises(UserError, match=message):
-            train_command(target, draft=None, out=tmp_path / "no", **command)
+            train_files(target, out=tmp_path / "no", **command)
+
+
+def write(path: Path, answers: Sequence[Answer]) -> Path:
+    path.write_text("".join(answer.to_line() + "\n" for answer in answers))
+    return path
+
+
+def test_answers_of_one_token_are_counted_as_excluded(
+    target: Target, made: Make, answers: list[Answer], tmp_path: Path
+) -> None:
+    draft = made("eagle3", "fc").shared.build(target)
+    plain = measure_file(target, draft, write(tmp_path / "a.jsonl", answers[:4]), 3).acceptance
+    short = [*answers[:4], replace(answers[4], length=1)]
+    found = measure_file(target, draft, write(tmp_path / "b.jsonl", short), 3).acceptance
+    assert (found.tau, found.prompts, found.excluded) == (plain.tau, 4, 1)
+    assert plain.excluded == 0
+
+
+def test_a_selection_of_other_answers_is_refused(
+    target: Target, made: Make, answers: list[Answer], tmp_path: Path
+) -> None:
+    selection = tmp_path / "selection.jsonl"
+    write_selection(selection, select(answers[:8], SelectConfig()))
+    files = write(tmp_path / "a.jsonl", answers[2:12]), write(tmp_path / "h.jsonl", answers[:2])
+    with pytest.raises(UserError, match="keeps 8 samples, of which 6 are here; name the file"):
+        train_files(target, *files, tmp_path / "out", CONFIG, 3, selection=selection)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["expert", "full", "expert+head", "expert+head-lora"])
@@ -240,7 +274,7 @@ def test_a_retargeted_vocabulary_goes_all_the_way(
     draft.draft_vocab = missing  # a vocabulary made for other text
     stored(draft, target).save(tmp_path / "shared")
     shared = read_draft(str(tmp_path / "shared"))
-    config = TrainConfig(**{**vars(CONFIG), "method": method, "vocab": "remap", "epochs": 4})
+    config = replace(CONFIG, method=method, vocab="remap", epochs=4)
     part = train_adapter(target, shared, answers, answers[:4], config, 3)
     before, after = part.card["train"]["miss_rate"]
     assert before == 1.0

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from redraft.cli.app import app
-from redraft.config import SelectConfig, resolve
+from redraft.config import SelectConfig, read_budget, resolve
 from redraft.core import console
 from redraft.core.errors import UserError
 from redraft.core.records import Answer
@@ -77,7 +77,7 @@ def test_coverage_lets_clusters_take_turns(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tokens_pass_over_what_does_not_fit() -> None:
-    assert within_budget([300, 50, 200, 30], "200t") == [1, 3]
+    assert within_budget([300, 50, 200, 30], read_budget("200t")) == [1, 3]
 
 
 def test_budgets_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,10 +99,11 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {out} is not an empty folder; name a new one")
     stored = read_draft(draft, unpickle=allow_pickle)
-    if target is not None:
-        stored = stored.fitted(load(target, None, None, "auto"))
+    loaded = load(target, None, None, "auto") if target else None
+    if loaded is not None:
+        stored = stored.fitted(loaded)
     if adapter is not None:
-        stored = merge_draft(stored, load_adapter(Path(adapter)))
+        stored = merge_draft(stored, load_adapter(Path(adapter)), loaded)
     stored.save(folder, format, _sizes(tp))
     result: dict[str, Any] = {"out": out, "hash": read_draft(out).hash()}
     lines = [f"draft written to {out}"]

@@ -1,4 +1,4 @@
-"""Stored features as commands: write them, take them from elsewhere, check them; and train next to them."""
+"""Stored features as commands: write, convert, capture and check them; load a target from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FeatureTapsFlag = Annotated[
     typer.Option(
         "--feature-aux-layers",
         "--feature-taps",
-        help="hs[] indices that foreign features hold, which do not say so themselves, e.g. 2,14,25",
+        help="hs[] indices that foreign features hold, where they do not record them, e.g. 2,14,25",
     ),
 ]
 PickleFlag = Annotated[
@@ -105,7 +105,7 @@ def features(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Store what the target's layers say of the answers, to train without the target next to the draft.
+    """Store the target's hidden states of the answers, to train without the target in memory.
 
     Example: redraft features --target ./my-model --draft org/EAGLE3-base --answers answers.jsonl
     --out features
@@ -170,20 +170,20 @@ class _Asked:
         from ..features.extract import capture_features
         from ..serving.capture import Capture
 
-        bare = self._beside([])
+        bare = self._stored([])
         aux_layers = self.wanted(bare)
         server = Capture(address, aux_layers, bare.num_layers, bare.dtype)
         return capture_features(bare, server, answers, aux_layers, plan, bare.normed)
 
     def convert(self, folder: str, answers: list[Any] | None, plan: Any) -> Any:
-        """From stored features, whose last state has to say their answers."""
+        """From stored features, whose last state has to predict their answers."""
         from ..features.extract import convert_features
 
-        beside = self._beside([folder])
-        (stored,) = beside.features
-        said = beside.check_says(stored.answers() if answers is None else answers)
-        say(f"the stored states make {said:.1%} of the answers' tokens the most likely")
-        return convert_features(beside, stored, answers, plan, beside.normed)
+        target = self._stored([folder])
+        (stored,) = target.features
+        agreed = target.check_says(stored.answers() if answers is None else answers)
+        say(f"the stored states make {agreed:.1%} of the answers' tokens the most likely")
+        return convert_features(target, stored, answers, plan, target.normed)
 
     def wanted(self, target: Any) -> tuple[int, ...]:
         """The aux layers that the draft reads of the target, or those named, or the usual ones."""
@@ -192,7 +192,7 @@ class _Asked:
 
         if self.draft is not None and self.aux_layers is not None:
             raise UserError(
-                "--draft says which aux layers it reads; name --aux-layers or --draft, not both"
+                "--draft decides which aux layers are read; name --aux-layers or --draft, not both"
             )
         if self.draft is not None:
             aux_layers = read_draft(self.draft).build(target).aux_layers
@@ -204,7 +204,7 @@ class _Asked:
             return default_aux_layers(target.num_layers)
         return check_aux_layers(named, target.num_layers)
 
-    def _beside(self, folders: list[str]) -> Any:
+    def _stored(self, folders: list[str]) -> Any:
         return load_beside(
             folders,
             self.aux_layers,
@@ -227,7 +227,7 @@ def load_beside(
     dtype: str,
     template_arg: list[str] | None = None,
 ) -> Any:
-    """The target that the flags describe without its layers, next to stored features."""
+    """The target that the flags describe without its layers, with stored features in their place."""
     from ..features.layouts import open_features
     from ..features.stored_target import load_stored_target
 
@@ -268,14 +268,14 @@ def _check(
             for name in rows.check():
                 progress.advance(1, name)
     apart = compare_features(target, rows)
-    said = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+    shown = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
     if not max(apart.values()) < APART:
         raise UserError(
-            f"{folder}: its states are not what target {target.name} says of these rows (relative "
-            f"difference {said}): another target, other aux layers, or shifted"
+            f"{folder}: its states are not what target {target.name} computes for these rows (relative "
+            f"difference {shown}): another target, other aux layers, or shifted"
         )
     finish(
         as_json,
-        f"{len(rows.tokens)} rows in {folder} are whole; against the target, relative difference {said}",
+        f"{len(rows.tokens)} rows in {folder} are whole; against the target, relative difference {shown}",
         {"rows": len(rows.tokens), "difference": apart, "layout": rows.layout},
     )

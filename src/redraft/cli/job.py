@@ -43,7 +43,7 @@ def adapt(
     ] = None,
     answers: Annotated[
         str | None,
-        typer.Option("--answers", help="prompts with answers (production logs), used as they are"),
+        typer.Option("--answers", help="prompts with answers (production logs), used unchanged"),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="adapter")] = None,
     width: Annotated[
@@ -51,7 +51,7 @@ def adapt(
     ] = None,
     vocab: Annotated[
         str | None,
-        typer.Option("--vocab", help="remap: choose a reduced draft vocabulary anew"),
+        typer.Option("--vocab", help="remap: exchange tokens of a reduced draft vocabulary"),
     ] = None,
     select: Annotated[str | None, typer.Option("--select", help="selection score")] = None,
     budget: Annotated[
@@ -146,7 +146,7 @@ def report(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Show a finished run again, and write its HTML page anew.
+    """Show a finished run again, and write its HTML page again.
 
     Example: redraft report run
     """

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import resolve
+from ..config import MeasureConfig, resolve
 from ..core.console import say, set_quiet
 from ..core.errors import UserError
 from .features import (
@@ -85,27 +85,18 @@ def regenerate(
     c = resolve([("flag", settings)]).config.regenerate
     from ..generation.answer_file import about
     from ..generation.regenerate import check_backend
-    from ..generation.regenerate import regenerate as run
+    from ..pipeline.stages import answer_file
     from ..prompts.clock import continue_time
-    from ..prompts.disk_list import Picked
     from ..prompts.prompts import read_prompts
-    from ..selection.select import read_selection
+    from ..selection.select import kept_prompts
 
     check_backend(c, lookahead)
     loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     continue_time(loaded, [about(Path(out))])
     found = read_prompts(prompts, loaded, limit, c.turns)
     say(found.summary())
-    asked: Any = found.prompts
-    if selection:
-        kept = {sample.id for sample in read_selection(Path(selection)) if sample.kept}
-        asked = Picked(asked, (i for i, prompt in enumerate(asked) if prompt.id in kept))
-        if len(asked) < len(kept):
-            raise UserError(
-                f"{selection} keeps {len(kept)} prompts, of which {prompts} has {len(asked)}; name the file "
-                "that was chosen from"
-            )
-    answers = run(loaded, asked, Path(out), c, lookahead, grow=True)
+    asked = kept_prompts(found.prompts, Path(selection)) if selection else found.prompts
+    answers, _ = answer_file(loaded, asked, Path(out), c, lookahead, grow=True)
     finish(
         as_json,
         f"{len(answers)} answers, {sum(a.length for a in answers):,} tokens in {out}",
@@ -138,7 +129,9 @@ def select(
     base: Annotated[
         str | None, typer.Option("--base", help="what the target was tuned from, for the shifts")
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="draft tokens per step of rejection")] = 4,
+    k: Annotated[
+        int, typer.Option("--k", min=1, help="draft tokens per step of rejection")
+    ] = MeasureConfig.k,
     examples: Annotated[
         bool, typer.Option("--explain", help="print samples from the top, the middle, the bottom")
     ] = False,
@@ -225,7 +218,9 @@ def train(
     selection: Annotated[
         str | None, typer.Option("--selection", help="selection file of `select`")
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="draft tokens per step of held-out tau")] = 4,
+    k: Annotated[
+        int, typer.Option("--k", help="draft tokens per step of held-out tau")
+    ] = MeasureConfig.k,
     kind: Annotated[
         str, typer.Option("--kind", help="scratch without --draft: eagle3, eagle or token_lm")
     ] = "eagle3",
@@ -253,14 +248,19 @@ def train(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Train an adapter next to a shared draft, or a whole draft with --method scratch.
+    """Train an adapter of a shared draft, or a whole draft with --method scratch.
 
     Example: redraft train --target ./my-model --draft org/EAGLE3-base --answers answers.jsonl
-    --out private --method expert --width 256
+    --out adapter --method expert --width 256
     """
     set_quiet(quiet)
     c = resolve([("flag", settings)]).config.train
-    from ..pipeline.stages import train_command
+    if heldout is None:
+        raise UserError(
+            "--heldout is needed: answers that are not trained on decide when to stop; write some with "
+            f"redraft regenerate --lookahead {k}"
+        )
+    from ..pipeline.stages import Shape, train_files
 
     if features:
         loaded = load_beside(
@@ -275,19 +275,11 @@ def train(
         )
     else:
         loaded = load(target, target_adapter, chat_template, dtype, template_arg)
-    record = train_command(
-        loaded,
-        draft=draft,
-        answers=Path(answers),
-        heldout=Path(heldout) if heldout else None,
+    record = train_files(
+        *(loaded, Path(answers), Path(heldout), Path(out), c, k),
         selection=Path(selection) if selection else None,
-        out=Path(out),
-        config=c,
-        k=k,
-        kind=kind,
-        aux_layers=aux_layers_from(aux_layers),
-        draft_vocab=draft_vocab,
-        draft_width=draft_width,
+        draft=draft,
+        shape=Shape(kind, aux_layers_from(aux_layers), draft_vocab, draft_width),
         base=load(base, None, None, dtype) if base else None,
     )
     from ..core.records import to_json
@@ -315,7 +307,7 @@ def measure(
     features: FeaturesFlag = None,
     feature_aux_layers: FeatureTapsFlag = None,
     allow_pickle: PickleFlag = False,
-    k: KFlag = "4",
+    k: KFlag = str(MeasureConfig.k),
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
     ] = 128,
@@ -357,6 +349,7 @@ def measure(
     from ..checkpoints.load import load_draft
     from ..core.records import to_json
     from ..metrics.measure import WAYS
+    from ..pipeline.stages import measure_file
     from ..report.terminal import print_acceptance
 
     if mode not in WAYS:
@@ -390,9 +383,13 @@ def measure(
         loaded = load(target, target_adapter, chat_template, dtype, template_arg)
     proposer, left_out = load_draft(draft, loaded), 0
     if answers is not None:
-        measured = _of_answers(
-            *(loaded, proposer, Path(answers), limit, chosen, mode, acceptance, draft_token)
-        )
+        measured = measure_file(
+            *(loaded, proposer, Path(answers), chosen or MeasureConfig.k),
+            mode=mode,
+            acceptance=acceptance,
+            draft_token=draft_token,
+            limit=limit,
+        ).acceptance
     else:
         decoding = decoding_from(
             acceptance or ("sampled" if temperature else "greedy"),
@@ -414,7 +411,7 @@ def measure(
 def _check_scores_only(
     mode: str, k: int | None, sampling: tuple[Any, ...], save_ids: str | None
 ) -> None:
-    """Refuse flags that say how prompts are to be answered, where answers are there already."""
+    """Refuse the flags of answering, where answers are given."""
     given = {
         "--mode live": mode == "live",
         "--k auto": k is None,
@@ -423,30 +420,6 @@ def _check_scores_only(
     }
     if wrong := [flag for flag, there in given.items() if there]:
         raise UserError(f"--answers are scored unchanged, which leaves no use for {wrong[0]}")
-
-
-def _of_answers(
-    target: Any,
-    draft: Any,
-    file: Path,
-    limit: int | None,
-    k: int | None,
-    mode: str,
-    acceptance: str,
-    draft_token: str,
-) -> Any:
-    """The acceptance of a draft on answers that are there."""
-    from ..generation.answer_file import answers_for
-    from ..metrics.measure import measure_answers
-    from ..metrics.replay import decoding_of
-
-    rows = [answer for answer in answers_for(target, file) if answer.length >= 2][:limit]
-    if not rows:
-        raise UserError(
-            f"{file} holds no answer of two tokens or more, so there is nothing to score"
-        )
-    decoding = decoding_of(rows, acceptance, draft_token)
-    return measure_answers(target, draft, rows, k=k or 4, mode=mode, decoding=decoding).acceptance
 
 
 def _of_prompts(

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 from ..checkpoints.load import load_draft
+from ..config import MeasureConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..drafts.base import Draft
@@ -46,7 +47,7 @@ UNDERSTOOD = {
 def generate(
     draft: Draft | str,
     *,
-    k: int = 4,
+    k: int = MeasureConfig.k,
     seed: int | Sequence[int] | None = None,
     streamer: Any = None,
     acceptance: str = "",

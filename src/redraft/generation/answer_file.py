@@ -86,12 +86,12 @@ def claim(
         try:
             known = with_today_keys(read_json(record))
         except UserError as problem:
-            raise UserError(f"{problem}; remove {out} and {record.name} to answer anew") from None
+            raise UserError(f"{problem}; remove {out} and {record.name} to answer again") from None
         changed = sorted(key for key in inputs if known.get(key) != inputs[key])
         if grow and set(changed) - {"prompts"}:
             raise UserError(
                 f"{out} holds answers made with other {', '.join(changed)}; name another file, or "
-                "remove it to answer anew"
+                "remove it to answer again"
             )
         if changed and not grow:
             aside = _set_aside(out)
@@ -151,7 +151,7 @@ def use_again(out: Path, inputs: dict[str, Any], missing: Sequence[Prompt]) -> i
     """
     wanted = {prompt.tokens: at for at, prompt in enumerate(missing)}
     found = 0
-    for file in _alike(out, inputs):
+    for file in _compatible(out, inputs):
         lines = []
         try:
             for answer in iter_answers(file):
@@ -167,7 +167,7 @@ def use_again(out: Path, inputs: dict[str, Any], missing: Sequence[Prompt]) -> i
     return found
 
 
-def _alike(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
+def _compatible(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """The answers files next to `out`, set aside or not, that differ in their prompts at most.
 
     None where nothing of `out` was set aside: a new file takes no answers of others.
@@ -179,7 +179,7 @@ def _alike(out: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     for folder in (out.parent, aside):
         for record in sorted(folder.glob("*.about.json")):
             file = record.with_name(record.name.replace(".about.json", out.suffix))
-            with contextlib.suppress(UserError):  # a damaged record says nothing of its answers
+            with contextlib.suppress(UserError):  # a damaged record describes no answers
                 known = with_today_keys(read_json(record))
                 if file != out and file.is_file() and settings.items() <= known.items():
                     yield file
@@ -252,9 +252,9 @@ def iter_answers(path: Path) -> Iterator[Answer]:
 
 def _damaged(path: Path, number: int, problem: Exception) -> UserError:
     if isinstance(problem, UnicodeDecodeError):
-        return UserError(f"{path} is damaged ({problem}); remove it to answer anew")
+        return UserError(f"{path} is damaged ({problem}); remove it to answer again")
     return UserError(
-        f"{path}, line {number}: not an answer record ({problem}); remove the file to answer anew"
+        f"{path}, line {number}: not an answer record ({problem}); remove the file to answer again"
     )
 
 

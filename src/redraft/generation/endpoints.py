@@ -23,7 +23,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config import RegenerateConfig, read_endpoints
+from ..config import RegenerateConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.records import Answer, Prompt
@@ -114,7 +114,7 @@ class Endpoints:
         work = Work(prompts)
         self._stations = [
             Station(url, self._found.get(url))
-            for url in read_endpoints(self.config.endpoints)
+            for url in self.config.endpoints_value
             if url not in self._dropped
         ]
         tasks: list[asyncio.Task[None]] = []

@@ -119,11 +119,11 @@ def _next_round(
     if not going_on:
         return turns
     names = {prompt.id for prompt in going_on}
-    said = {answer.id: answer for answer in iter_answers(out) if answer.id in names}
+    given = {answer.id: answer for answer in iter_answers(out) if answer.id in names}
     ended = []
     for prompt in going_on:
         try:
-            turn = next_turn(prompt, said[prompt.id], target)
+            turn = next_turn(prompt, given[prompt.id], target)
             if turn is not None:
                 check_context(turn.tokens, context, "the endpoints' context")
         except ValueError as problem:
@@ -180,36 +180,36 @@ class _Own:
 
 
 class _Served:
-    """Answers from endpoints; what these are is noted next to the answers' file."""
+    """Answers from endpoints; the record of the answers file names them."""
 
     def __init__(self, target: Target, config: RegenerateConfig, out: Path, lookahead: int = 0):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
-        self.pool, self.out = Endpoints(target, config, lookahead), out
+        self.endpoints, self.out = Endpoints(target, config, lookahead), out
 
     def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
         """The answers to the prompts, as they come."""
         noted: dict[str, Any] = {}
-        with contextlib.closing(self.pool.answers(prompts)) as batches:
+        with contextlib.closing(self.endpoints.answers(prompts)) as batches:
             for answers in batches:
-                if noted != self.pool.about:
-                    noted = dict(self.pool.about)
+                if noted != self.endpoints.about:
+                    noted = dict(self.endpoints.about)
                     note_endpoints(self.out, noted)
                 yield answers
 
     def context(self) -> int:
         """The shortest context among the endpoints asked so far, before an interruption too."""
         known = [about.get("context") for about in endpoints_of(self.out).values()]
-        return min((c for c in known if c), default=self.pool.asking.target.max_positions)
+        return min((c for c in known if c), default=self.endpoints.asking.target.max_positions)
 
     def health(self) -> str:
-        return self.pool.health()
+        return self.endpoints.health()
 
 
 def _write_originals(
     prompts: Sequence[Prompt], out: Path, longest: int, target: Target
 ) -> list[Answer]:
-    """The answers that came with the prompts, as they are."""
+    """The answers that came with the prompts, unchanged."""
     kept = list(_with_references(prompts, target))
     if not kept:
         raise UserError(

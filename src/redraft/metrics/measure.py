@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import RegenerateConfig
+from ..config import MeasureConfig, RegenerateConfig
 from ..core.console import Progress
 from ..core.errors import UserError
 from ..core.records import Acceptance, Answer, Prompt, versions
@@ -41,7 +41,7 @@ def measure(
     draft: Draft,
     prompts: Sequence[Prompt],
     *,
-    k: int = 4,
+    k: int = MeasureConfig.k,
     max_new_tokens: int = 128,
     mode: str = "replay",
     temperature: float = 0.0,

@@ -1,8 +1,8 @@
 """`--budget auto`: the target answers in rounds, until more answers stop paying.
 
 Each round doubles the answers and trains an adapter on all of them. When held-out tau has risen by
-less than a share of itself though the answers doubled, no further prompt is answered. Trained anew in
-each round, all rounds together cost about twice the last one's training, and no answer is given twice.
+less than a share of itself though the answers doubled, no further prompt is answered. Trained from the
+unadapted draft in each round, all rounds together cost about twice the last one's training, and no answer is given twice.
 
     rounds.json               the curve: prompts, tokens and held-out tau after each round
     answers/round-1.jsonl     the answers that a round added
@@ -16,31 +16,28 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checkpoints.adapter_folder import load_adapter, read_training, save_adapter
-from ..checkpoints.load import StoredDraft
-from ..config import AdaptConfig
 from ..core.console import say
 from ..core.files import write_text
 from ..core.folders import read_json
-from ..core.records import Answer, Prompt, TrainRecord
-from ..generation.answer_file import answer_inputs, read_answers
-from ..generation.regenerate import regenerate
-from ..models.target import Target
+from ..core.records import Prompt, TrainRecord
+from ..generation.answer_file import read_answers
 from ..prompts.disk_list import Picked
 from ..selection.scores import random_score
+from .job import Job
 from .run_folder import RunFolder
-from .stages import train_adapter
+from .stages import answer, train
 
 AUTO = "auto"
 ANSWERS = "answers/rounds.jsonl"
-"""All rounds' answers. Not the file of a run with a budget, whose answers stay as they are."""
+"""All rounds' answers. Not the file of a run with a budget, whose answers are left alone."""
 FIRST = 64
 """Prompts of the first round; a sixteenth of the pool where that is more."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """All so far: prompts asked, tokens trained on of their answers, and the best held-out tau. `prompts` 0 is
-    the draft as it was unadapted."""
+    """All so far: prompts asked, tokens of their answers that were trained on, and the best held-out tau.
+    `prompts` 0 is the unadapted draft."""
 
     prompts: int
     tokens: int
@@ -66,28 +63,29 @@ def pays(before: Round, after: Round, least_gain: float) -> bool:
     return after.heldout_tau >= before.heldout_tau * (1 + least_gain)
 
 
-def answer_in_rounds(
-    run: RunFolder,
-    target: Target,
-    shared: StoredDraft,
-    base: Target | None,
-    prompts: Sequence[Prompt],
-    heldout: str,
-    c: AdaptConfig,
-) -> str:
-    """Answer and train until it stops paying; `prompts` are in the order in which they are asked.
+def train_in_rounds(job: Job, prompts: Sequence[Prompt], heldout: str) -> str:
+    """Answer and train until it stops paying; `prompts` are asked in an order that their ids decide.
 
     `heldout` is the stage key of answers/heldout.jsonl. Leaves the answers in answers/rounds.jsonl and
     the best round's adapter in adapter/, and returns the key of the latter.
     """
+    least_gain = job.config.select.least_gain
+    prompts = in_order(prompts, job.config.select.seed)
     rounds: list[Round] = []
     keys: list[str] = []
     begin = 0
     for number, size in enumerate(round_sizes(len(prompts)), 1):
         added = Picked(prompts, range(begin, size))
-        keys.append(_answered(run, target, added, number, c))
-        key = _trained(run, target, shared, base, [*keys, heldout], number, c)
-        record = TrainRecord(**load_adapter(run.path / "rounds" / str(number)).card["train"])
+        keys.append(answer(job, f"round-{number}", added, job.config.regenerate))
+        key = train(
+            job,
+            _files(number),
+            [*keys, heldout],
+            name=f"train round {number}",
+            folder=f"rounds/{number}",
+            checkpoints=f"checkpoints/round-{number}",
+        )
+        record = TrainRecord(**load_adapter(job.run.path / "rounds" / str(number)).card["train"])
         rounds = rounds or [Round(0, 0, record.heldout_tau[0][1])]
         rounds.append(Round(size, record.unique_answer_tokens, record.best_tau()))
         say(
@@ -95,10 +93,10 @@ def answer_in_rounds(
             f"tau {rounds[-2].heldout_tau:.3f} -> {rounds[-1].heldout_tau:.3f}"
         )
         begin = size
-        if number > 1 and not pays(rounds[-2], rounds[-1], c.select.least_gain):
+        if number > 1 and not pays(rounds[-2], rounds[-1], least_gain):
             break
-    run.write_json("rounds.json", curve(rounds, len(prompts), c.select.least_gain))
-    return _kept(run, rounds, [*keys, key])
+    job.run.write_json("rounds.json", curve(rounds, len(prompts), least_gain))
+    return _keep_best(job, rounds, [*keys, key])
 
 
 def curve(rounds: Sequence[Round], pool: int, least_gain: float) -> dict[str, Any]:
@@ -114,63 +112,19 @@ def curve(rounds: Sequence[Round], pool: int, least_gain: float) -> dict[str, An
     }
 
 
-def _answered(
-    run: RunFolder, target: Target, prompts: Sequence[Prompt], number: int, c: AdaptConfig
-) -> str:
-    file = f"answers/round-{number}.jsonl"
-    inputs = answer_inputs(target, prompts, c.regenerate, 0)
-
-    def work() -> None:
-        regenerate(target, prompts, run.path / file, c.regenerate)
-
-    return run.stage(f"regenerate round {number}", inputs, [file], work, keeps=[file])
-
-
-def _trained(
-    run: RunFolder,
-    target: Target,
-    shared: StoredDraft,
-    base: Target | None,
-    keys: Sequence[str],
-    number: int,
-    c: AdaptConfig,
-) -> str:
-    folder = f"rounds/{number}"
-
-    def work() -> None:
-        answers = [a for a in _answers(run, number) if a.length >= 2]
-        heldout = read_answers(run.path / "answers" / "heldout.jsonl")
-        checkpoints = run.path / "checkpoints" / f"round-{number}"
-        part = train_adapter(
-            target, shared, answers, heldout, c.train, c.measure.k, checkpoints, base
-        )
-        save_adapter(run.path / folder, part)
-
-    inputs = {
-        "answers": list(keys),
-        "shared": shared.hash(),
-        "k": c.measure.k,
-        "base": base.fingerprint() if base else None,
-        **asdict(c.train),
-    }
-    outputs = [f"{folder}/model.safetensors", f"{folder}/adapter.json"]
-    return run.stage(
-        f"train round {number}", inputs, outputs, work, [f"checkpoints/round-{number}"]
-    )
-
-
-def _kept(run: RunFolder, rounds: Sequence[Round], keys: Sequence[str]) -> str:
-    """The answers in one file, and the part of the round with the best held-out tau."""
+def _keep_best(job: Job, rounds: Sequence[Round], keys: Sequence[str]) -> str:
+    """All answers in one file, and the adapter of the round with the best held-out tau."""
     best = max(range(1, len(rounds)), key=lambda number: rounds[number].heldout_tau)
 
     def work() -> None:
-        lines = [answer.to_line() + "\n" for answer in _answers(run, len(rounds) - 1)]
-        write_text(run.path / ANSWERS, "".join(lines))
-        save_adapter(run.path / "adapter", load_adapter(run.path / "rounds" / str(best)))
+        files = [job.answers(name) for name in _files(len(rounds) - 1)]
+        lines = [answer.to_line() + "\n" for file in files for answer in read_answers(file)]
+        write_text(job.run.path / ANSWERS, "".join(lines))
+        save_adapter(job.run.path / "adapter", load_adapter(job.run.path / "rounds" / str(best)))
         say(f"kept round {best}, held-out tau {rounds[best].heldout_tau:.3f}")
 
     outputs = [ANSWERS, "adapter/model.safetensors", "adapter/adapter.json"]
-    return run.stage("train", {"rounds": list(keys), "best": best}, outputs, work)
+    return job.run.stage("train", {"rounds": list(keys), "best": best}, outputs, work)
 
 
 def trained_in_all(run: RunFolder) -> int:
@@ -180,6 +134,5 @@ def trained_in_all(run: RunFolder) -> int:
     return sum(record["supervised_tokens"] for record in records)
 
 
-def _answers(run: RunFolder, upto: int) -> list[Answer]:
-    files = [run.path / "answers" / f"round-{number}.jsonl" for number in range(1, upto + 1)]
-    return [answer for file in files for answer in read_answers(file)]
+def _files(upto: int) -> list[str]:
+    return [f"round-{number}" for number in range(1, upto + 1)]

@@ -4,8 +4,8 @@
     state.json   stage -> {inputs: hash, of: {input: hash}, versions, done, seconds, outputs: {file: hash}}
     .lock        held by the process that works here
 
-A stage whose inputs have not changed and whose outputs are as it left them is skipped, and says so;
-one whose inputs changed starts afresh; one that was interrupted continues what it left; one whose
+A stage whose inputs have not changed and whose outputs are as it left them is skipped, which is reported;
+one whose inputs changed starts again; one that was interrupted continues what it left; one whose
 outputs were changed or damaged afterwards is done again.
 """
 
@@ -32,7 +32,7 @@ FIELDS = {"inputs", "done", "seconds", "outputs"}
 
 
 class RunFolder:
-    """A folder that one adaptation lives in. `worked` says whether any stage had work to do."""
+    """The folder of one job. `worked` is True once a stage had work to do."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -118,7 +118,7 @@ class RunFolder:
         work: Callable[[], None],
         outputs: Sequence[str],
     ) -> None:
-        """Do a stage's work and note in its `entry` what came of it, after the seconds of earlier tries."""
+        """Do a stage's work and record its outputs in `entry`; seconds of earlier tries are added."""
         self.worked = True
         spent = entry["seconds"]
         self._mark(name, entry)

@@ -11,28 +11,28 @@ Answers are on disk batch by batch: what is interrupted goes on after the last o
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.load import load_draft
-from ..config import AdaptConfig
+from ..config import RegenerateConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import append_lines
+from ..core.folders import read_json
 from ..core.records import Answer, Prompt, Safety, to_json
 from ..drafts.base import Draft
-from ..generation.answer_file import answer_inputs, continued, iter_answers
-from ..generation.regenerate import regenerate
+from ..generation.answer_file import continued, iter_answers
 from ..metrics.safety import ARMS, Answers, judge, repeated, with_draft
 from ..models.target import Target
 from ..prompts.prompts import PromptSet, read_prompts
-from .run_folder import RunFolder
+from .job import Job
+from .stages import answer
 
-OFF = "safety"
-"""The name of these prompts among the off-domain ones, which tau is measured on."""
+OFF, SAMPLED = "off-safety", "safety-sampled"
+"""The answers files: greedy, which tau is measured on as for any file off the domain; sampled."""
 LABELS = {"unsafe": True, "safe": False}
 """XSTest's `label` as the flag `harmful`."""
 
@@ -68,52 +68,44 @@ def read_safety_prompts(source: str, target: Target, limit: int) -> SafetyPrompt
 
 
 def measure_safety(
-    run: RunFolder,
-    exported: str,
-    greedy: str,
-    target: Target,
-    safety: SafetyPrompts,
-    c: AdaptConfig,
-    everything: Sequence[Prompt],
+    job: Job, safety: SafetyPrompts, adapted_on: Sequence[Prompt], exported: str, greedy: str
 ) -> Safety:
     """Answer the safety prompts with and without the exported draft, and compare.
 
-    `exported` and `greedy` are the stage keys of the draft and of answers/off-safety.jsonl;
-    `everything` are the prompts that the draft could have been adapted on.
+    `adapted_on` are the prompts that the draft could have been adapted on. `exported` and `greedy` are the
+    stage keys of the draft and of answers/off-safety.jsonl.
     """
-    prompts, s = list(safety.asked.prompts), c.safety
+    prompts, s, c = list(safety.asked.prompts), job.config.safety, job.config.measure
     again = repeated(prompts, s.samples)
-    sampled = _plainly(run, target, again, c)
+    sampled = answer(job, SAMPLED, again, _sampling(job), job.k)
     asked = {prompt.tokens for prompt in prompts}
-    trained_on = len(asked & {p.tokens for p in everything if p.tokens in asked})
+    trained_on = len(asked & {p.tokens for p in adapted_on if p.tokens in asked})
     jobs = {
-        "greedy": (prompts, c.measure.eval_new_tokens),
+        "greedy": (prompts, c.eval_new_tokens),
         "seeded": (again[:: s.samples], s.max_new_tokens),
         "sampled": (again, s.max_new_tokens),
     }
 
     def work() -> None:
-        draft = load_draft(str(run.path / "draft"), target)
-        found = {
-            arm: _drafted(target, draft, *jobs[arm], arm, run.path / "safety", c) for arm in ARMS
-        }
+        draft = load_draft(str(job.run.path / "draft"), job.target)
+        found = {arm: _drafted(job, draft, arm, *jobs[arm]) for arm in ARMS}
         record = judge(
-            target,
+            job.target,
             prompts,
             safety.harmful,
             Answers(
-                _in_order(run.path / "answers" / f"off-{OFF}.jsonl", prompts),
-                _in_order(run.path / "answers" / "safety-sampled.jsonl", again),
+                _in_order(job.answers(OFF), prompts),
+                _in_order(job.answers(SAMPLED), again),
                 **found,
             ),
             source=safety.asked.source,
-            k=c.measure.k,
+            k=job.k,
             temperature=s.temperature,
             max_new_tokens=s.max_new_tokens,
-            greedy_new_tokens=c.measure.eval_new_tokens,
+            greedy_new_tokens=c.eval_new_tokens,
             trained_on=trained_on,
         )
-        run.write_json("safety/safety.json", to_json(record))
+        job.run.write_json("safety/safety.json", to_json(record))
 
     inputs = {
         "exported": exported,
@@ -121,54 +113,42 @@ def measure_safety(
         "harmful": safety.harmful,
         "source": safety.asked.source,
         "trained_on": trained_on,
-        "k": c.measure.k,
+        "k": job.k,
         **asdict(s),
     }
-    run.stage("measure safety", inputs, ["safety"], work)
-    record = Safety.from_json(json.loads((run.path / "safety/safety.json").read_text()))
+    job.run.stage("measure safety", inputs, ["safety"], work)
+    record = Safety.from_json(read_json(job.run.path / "safety/safety.json"))
     say(f"safety prompts: {record.conclusion}")
     return record
 
 
-def _plainly(run: RunFolder, target: Target, again: Sequence[Prompt], c: AdaptConfig) -> str:
-    """The target's own sampled answers."""
-    file = "answers/safety-sampled.jsonl"
-    config = dataclasses.replace(
-        c.regenerate,
+def _sampling(job: Job) -> RegenerateConfig:
+    """How the target samples its own answers: in this process, without cuts."""
+    s = job.config.safety
+    return dataclasses.replace(
+        job.config.regenerate,
         answers="regenerate",
         endpoints="",
-        temperature=c.safety.temperature,
+        temperature=s.temperature,
         top_k=0,
         top_p=1.0,
         min_p=0.0,
-        max_new_tokens=c.safety.max_new_tokens,
-        seed=c.safety.seed,
+        max_new_tokens=s.max_new_tokens,
+        seed=s.seed,
     )
-
-    def work() -> None:
-        regenerate(target, again, run.path / file, config, c.measure.k)
-
-    inputs = answer_inputs(target, again, config, c.measure.k)
-    return run.stage("regenerate safety", inputs, [file], work, keeps=[file])
 
 
 def _drafted(
-    target: Target,
-    draft: Draft,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    arm: str,
-    folder: Path,
-    c: AdaptConfig,
+    job: Job, draft: Draft, arm: str, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[Answer]:
     """The answers with the draft, those that an interrupted run left included."""
-    file = folder / f"{arm}.jsonl"
+    file, c = job.run.path / "safety" / f"{arm}.jsonl", job.config
     done = continued(file)
     left = [prompt for prompt in prompts if prompt.id not in done]
     if left:
         for answers in with_draft(
-            *(target, draft, left, arm),
-            k=c.measure.k,
+            *(job.target, draft, left, arm),
+            k=job.k,
             max_new_tokens=max_new_tokens,
             temperature=c.safety.temperature,
             seed=c.safety.seed,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,20 +11,17 @@ from ..checkpoints.adapter_folder import load_adapter, read_training
 from ..checkpoints.load import StoredDraft
 from ..config import Resolved
 from ..core.folders import read_json
-from ..core.records import Safety, StepTrace, TrainRecord, acceptance, to_json
+from ..core.records import Safety, TrainRecord, acceptance, to_json
 from ..core.report_record import AdaptReport, Change
 from ..generation.answer_file import endpoints_of, read_answers
 from ..metrics import intervals
-from ..metrics.acceptance import Steps
 from ..models.target import Target
 from ..prompts.prompts import PromptSet
 from ..report.answers import choose_answers
 from ..report.page import write_page
 from .auto_budget import ANSWERS, AUTO, trained_in_all
 from .run_folder import RunFolder
-
-STEPS = "measure/steps.json"
-"""The accepted tokens of each step, by measurement, then answer by answer."""
+from .stages import STEPS
 
 
 def report_of(
@@ -93,11 +89,6 @@ def report_of(
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)
     return report
-
-
-def accepted_by_step(traces: Sequence[Steps]) -> list[tuple[int, ...]]:
-    """What STEPS keeps of replayed answers."""
-    return [trace.accepted for trace in traces if isinstance(trace, StepTrace)]
 
 
 def measured_changes(steps: dict[str, list[list[int]]], k: int) -> dict[str, Change]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import SelectConfig
+from ..config import MeasureConfig, SelectConfig
 from ..core.console import Progress
 from ..core.errors import UserError
 from ..core.records import Answer, Prompt
@@ -48,7 +48,7 @@ class Scorers:
     target: Target | None = None
     base: Target | None = None
     draft: Draft | None = None
-    k: int = 4
+    k: int = MeasureConfig.k
 
 
 @dataclass(frozen=True)

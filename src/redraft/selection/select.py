@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..config import SelectConfig, read_budget
+from ..config import Budget, SelectConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import write_text
-from ..core.records import Answer
+from ..core.records import Answer, Prompt
+from ..prompts.disk_list import Picked
 from .near_duplicates import clusters, near_duplicates
 from .scoring import Scorers, score
 
@@ -73,9 +74,9 @@ def select(
         )
     if not samples:
         raise UserError("there is nothing to choose from: no answers, or no prompts")
-    found = score(samples, config, models or Scorers())
+    found, budget = score(samples, config, models or Scorers()), config.budget_value
     order = sorted(range(len(samples)), key=lambda i: (-found.values[i], samples[i].id))
-    all_fit = len(within_budget([s.length for s in samples], config.budget)) == len(samples)
+    all_fit = len(within_budget([s.length for s in samples], budget)) == len(samples)
     compared = bool(config.duplicates) and not all_fit
     tokens = [s.whole for s in samples] if config.coverage or compared else []
     groups = clusters(tokens, config.coverage, config.seed) if config.coverage else None
@@ -85,7 +86,7 @@ def select(
     if compared:
         copies = near_duplicates(tokens, order, config.duplicates)
         order.sort(key=lambda i: i in copies)
-    kept = set(within_budget([samples[i].length for i in order], config.budget))
+    kept = set(within_budget([samples[i].length for i in order], budget))
     rows = [
         Scored(
             samples[i].id,
@@ -97,8 +98,8 @@ def select(
         )
         for rank, i in enumerate(order)
     ]
-    if len(kept) < (wanted := _count_of(config.budget)):
-        say(f"the budget asks for {wanted} samples, the pool has {len(kept)}: all are kept")
+    if budget.kind == "count" and len(kept) < budget.number:
+        say(f"the budget asks for {budget.text} samples, the pool has {len(kept)}: all are kept")
     return Selection(rows, found.tokens, found.flops, found.seconds)
 
 
@@ -117,35 +118,50 @@ def read_selection(path: Path) -> list[Scored]:
         ) from None
 
 
-def within_budget(lengths: Sequence[int], budget: str) -> list[int]:
-    """Ranks kept under a budget: a count ('500'), a share ('0.5') or tokens ('20000t').
+def kept_answers(answers: Sequence[Answer], selection: Path | None) -> list[Answer]:
+    """The answers to train on: of those that a selection file keeps, if any, the ones of two tokens or more.
 
-    A sample that is longer than the tokens left is passed over. Raises UserError for anything else,
-    and for a budget that keeps nothing.
+    Raises UserError when the selection keeps others.
     """
-    try:
-        kind, number = read_budget(budget)
-    except ValueError as problem:
-        raise UserError(f"budget {problem}") from None
-    if kind == "auto":
+    kept = _kept([a.id for a in answers], selection) if selection else range(len(answers))
+    return [answers[i] for i in kept if answers[i].length >= 2]
+
+
+def kept_prompts(prompts: Sequence[Prompt], selection: Path) -> Sequence[Prompt]:
+    """The prompts that a selection file keeps. Raises UserError when it keeps others."""
+    return Picked(prompts, _kept([prompt.id for prompt in prompts], selection))
+
+
+def _kept(ids: Sequence[str], selection: Path) -> list[int]:
+    kept = {sample.id for sample in read_selection(selection) if sample.kept}
+    found = [i for i, name in enumerate(ids) if name in kept]
+    if len(found) < len(kept):
+        raise UserError(
+            f"{selection} keeps {len(kept)} samples, of which {len(found)} are here; name the file that "
+            "was chosen from"
+        )
+    return found
+
+
+def within_budget(lengths: Sequence[int], budget: Budget) -> list[int]:
+    """Ranks kept under a budget. A sample that is longer than the tokens left is passed over.
+
+    Raises UserError for budget auto, and for a budget that keeps nothing.
+    """
+    if budget.auto:
         raise UserError("budget 'auto' answers prompts in rounds, which redraft adapt does")
-    if kind == "tokens":
-        kept, room = [], int(number)
+    if budget.kind == "tokens":
+        kept, room = [], int(budget.number)
         for rank, length in enumerate(lengths):
             if length <= room:
                 room -= length
                 kept.append(rank)
     else:
-        count = round(number * len(lengths)) if kind == "share" else int(number)
-        kept = list(range(min(count, len(lengths))))
+        scale = len(lengths) if budget.kind == "share" else 1
+        kept = list(range(min(round(budget.number * scale), len(lengths))))
     if not kept:
-        raise UserError(f"budget '{budget}' keeps none of the {len(lengths)} samples")
+        raise UserError(f"budget '{budget.text}' keeps none of the {len(lengths)} samples")
     return kept
-
-
-def _count_of(budget: str) -> int:
-    """How many samples a budget asks for, where it is a count."""
-    return int(budget) if budget.strip().isdigit() else 0
 
 
 def _taking_turns(order: Sequence[int], groups: Sequence[int]) -> list[int]:

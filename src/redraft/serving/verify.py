@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.load import StoredDraft
+from ..config import MeasureConfig
 from ..core.console import say
 from ..core.errors import UserError, nearest
 from ..core.records import Acceptance, EngineSpeed, Prompt, Verification, versions
@@ -40,7 +41,7 @@ class Request:
     """What to try. Logs of the two servers go to the folder `logs`; see `Serving` for the rest."""
 
     logs: Path
-    k: int = 4
+    k: int = MeasureConfig.k
     max_new_tokens: int = 128
     concurrencies: tuple[int, ...] = (1, 4, 16)
     repeats: int = 3

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from ..adapters.table import ADAPTERS, Method, read_method
-from ..config import TrainConfig, read_shares
+from ..adapters.table import ADAPTERS, Method
+from ..config import TrainConfig
 from ..drafts.base import Draft
 
 AUTO_LR = 0.4
@@ -19,7 +19,7 @@ bench (`rate` in docs/results/methods.jsonl) are two to four times those of whol
 
 
 def peak_rate(config: TrainConfig, draft: Draft) -> float:
-    whole = any(ADAPTERS[part].whole for part in read_method(config.method).parts)
+    whole = any(ADAPTERS[part].whole for part in config.method_value.parts)
     return config.lr or AUTO_LR * (1.0 if whole else PRIVATE_LR) / draft.hidden_size
 
 
@@ -27,7 +27,7 @@ def make_optimizer(
     trainable: list[tuple[str, nn.Parameter]], method: Method, config: TrainConfig, draft: Draft
 ) -> torch.optim.AdamW:
     """AdamW(.9, .95); vectors and what starts at zero (down projections, B) are never decayed."""
-    peak, shares = peak_rate(config, draft), read_shares(config.lr_parts)
+    peak, shares = peak_rate(config, draft), config.lr_parts_value
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable:
         zero_started = name.endswith(("private.down_proj.weight", "lora_B.weight"))

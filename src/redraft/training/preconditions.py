@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..adapters.adapter import check_carries
 from ..adapters.lora import check_rank, linear_layers
-from ..adapters.table import ADAPTERS, Method, read_method
+from ..adapters.table import ADAPTERS, Method
 from ..adapters.vocabulary_remap import reduced_vocabulary
-from ..config import TrainConfig, read_shares
+from ..config import TrainConfig
 from ..core.errors import UserError
 from ..drafts.base import Draft
 from ..models.target import Target
@@ -14,7 +14,7 @@ from ..models.target import Target
 
 def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target | None) -> None:
     """Raise UserError, saying what to change, for settings that this draft and target do not allow."""
-    method = read_method(config.method)
+    method = config.method_value
     check_carries(draft, method)
     if method.lora:
         check_rank(draft, linear_layers(draft, method), config.rank)
@@ -41,7 +41,7 @@ def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target |
 
 def _check_shares(method: Method, config: TrainConfig) -> None:
     trained = [part for part in method.parts if not ADAPTERS[part].closed_form]
-    strangers = [part for part in read_shares(config.lr_parts) if part not in trained]
+    strangers = [part for part in config.lr_parts_value if part not in trained]
     if strangers:
         raise UserError(
             f"train.lr_parts names {', '.join(strangers)}, which method {method.name} does not train; "

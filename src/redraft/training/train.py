@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.adapter import declare, merged_parameters, prepare, put
-from ..adapters.table import Method, read_method
+from ..adapters.table import Method
 from ..adapters.vocabulary_remap import HEAD, Retargeted, remap, row_mask
-from ..config import TrainConfig, read_width
+from ..config import TrainConfig
 from ..core.console import Progress, say
 from ..core.errors import UserError
 from ..core.failpoints import point
@@ -111,7 +111,7 @@ def train_adapters(
             )
     drafts = []
     for config in configs:
-        method = read_method(config.method)
+        method = config.method_value
         altered = method.closed_form or config.vocab != "keep"
         own = [n for n in draft.trainable_names() if altered or method.trains_in_place(n)]
         own += ["embed_tokens.weight"] if method.closed_form else []
@@ -242,7 +242,7 @@ class _Stream:
 
 def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None) -> AdapterRun:
     """A draft with its adapter attached, at its start."""
-    method = read_method(config.method)
+    method = config.method_value
     teacher_batches = stream.first_teacher_batches
 
     @torch.no_grad()
@@ -288,7 +288,7 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
 
 
 def _width(draft: Draft, config: TrainConfig) -> int:
-    width = read_width(config.width)
+    width = config.width_value
     if width is None:
         raise UserError(
             "train.width auto compares several experts next to one draft; name a width here, for "
@@ -456,7 +456,7 @@ def _key(
         asdict(config),
         plan,
         target.fingerprint(),
-        base.fingerprint() if base and read_method(config.method).closed_form else None,
+        base.fingerprint() if base and config.method_value.closed_form else None,
         draft.aux_layers,
         state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
     ]

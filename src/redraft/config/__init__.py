@@ -1,0 +1,43 @@
+"""The settings of every stage, what their texts mean, and how they are resolved."""
+
+from .resolve import (
+    Resolved,
+    check_value,
+    parse_set,
+    read_yaml,
+    recipe_names,
+    recipe_path,
+    resolve,
+    stage_fields,
+)
+from .settings import (
+    STAGES,
+    AdaptConfig,
+    MeasureConfig,
+    RegenerateConfig,
+    SelectConfig,
+    TrainConfig,
+)
+from .values import Budget, read_budget, read_endpoints, read_shares, read_width
+
+__all__ = [
+    "STAGES",
+    "AdaptConfig",
+    "Budget",
+    "MeasureConfig",
+    "RegenerateConfig",
+    "Resolved",
+    "SelectConfig",
+    "TrainConfig",
+    "check_value",
+    "parse_set",
+    "read_budget",
+    "read_endpoints",
+    "read_shares",
+    "read_width",
+    "read_yaml",
+    "recipe_names",
+    "recipe_path",
+    "resolve",
+    "stage_fields",
+]
