@@ -32,7 +32,8 @@ from redraft.generation.regenerate import regenerate
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.prompts.prompts import read_prompts
-from redraft.serving.client import _seconds, connect, key_for
+from redraft.serving.client import connect_async, key_for
+from redraft.serving.reply import seconds
 from tests.conftest import write_prompts
 from tests.generation.conftest import TOKENS, own, settings
 from tests.generation.fake_openai import Brain, FakeOpenAI, Wrong
@@ -596,18 +597,18 @@ def test_a_wrong_key_is_told_without_it(
 def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "gopher://me:secret@proxy:1")
     with pytest.raises(UserError, match="a proxy named in the environment") as failed:
-        connect("http://gpu-box:8000", 1, 1.0)
+        connect_async("http://gpu-box:8000", 1.0)
     assert "secret" not in str(failed.value)
-    assert connect("http://127.0.0.1:8000", 1, 1.0) is not None
+    assert connect_async("http://127.0.0.1:8000", 1.0) is not None
 
 
 def test_pauses_as_servers_write_them() -> None:
-    assert _seconds("7") == 7
-    assert _seconds("1e9") == 3600
-    assert _seconds("-3") == 0
-    assert _seconds("nan") is None
-    assert _seconds("soon") is None
-    assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert seconds("7") == 7
+    assert seconds("1e9") == 3600
+    assert seconds("-3") == 0
+    assert seconds("nan") is None
+    assert seconds("soon") is None
+    assert seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 def write_talk(path: Path, name: str, said: list[str]) -> None:

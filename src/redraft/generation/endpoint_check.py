@@ -34,16 +34,9 @@ from ..core.visible import visible
 from ..decoding.sampling import Sampling
 from ..models.batching import lengths_of
 from ..models.target import Target
-from ..serving.client import (
-    KEY,
-    OTHER_KEY,
-    Endpoint,
-    Refused,
-    Trouble,
-    Unable,
-    models_of,
-)
-from ..serving.completion import UNBOUNDED, Asking, first_choice
+from ..serving.client import KEY, OTHER_KEY, AsyncClient
+from ..serving.completion import UNBOUNDED, Asking
+from ..serving.reply import Refused, Trouble, Unable, first_choice, models_of
 
 SAME = 0.1
 """Nats a token: the most that rounding, batching and half precision explain on average."""
@@ -126,7 +119,7 @@ def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]
 
 
 async def check(
-    endpoint: Endpoint, target: Target, prompts: Sequence[Prompt], model: str, lookahead: int = 0
+    endpoint: AsyncClient, target: Target, prompts: Sequence[Prompt], model: str, lookahead: int = 0
 ) -> Findings:
     """Ask `endpoint` for its model named `model` ('': the only one), and compare with `target`.
 
@@ -136,7 +129,7 @@ async def check(
     skipped: list[str] = []
     name, context = await _find_model(endpoint, model, skipped)
     try:
-        version = str((await endpoint.get("/version")).get("version", "unknown"))[:80]
+        version = str((await endpoint.ask("/version")).get("version", "unknown"))[:80]
     except Refused:
         version = "unknown"
     await _compare_rendering(endpoint, target, name, skipped)
@@ -144,10 +137,10 @@ async def check(
     return Findings(name, version, context, *read, tuple(skipped))
 
 
-async def _find_model(endpoint: Endpoint, model: str, skipped: list[str]) -> tuple[str, int]:
+async def _find_model(endpoint: AsyncClient, model: str, skipped: list[str]) -> tuple[str, int]:
     """The model's name at the server and the context it is served with."""
     try:
-        known = models_of(await endpoint.get("/v1/models"))
+        known = models_of(await endpoint.ask("/v1/models"))
     except Refused as problem:
         if problem.status in (401, 403):
             raise UserError(_key_problem(endpoint, problem)) from None
@@ -174,7 +167,7 @@ async def _find_model(endpoint: Endpoint, model: str, skipped: list[str]) -> tup
 
 
 async def _compare_rendering(
-    endpoint: Endpoint, target: Target, model: str, skipped: list[str]
+    endpoint: AsyncClient, target: Target, model: str, skipped: list[str]
 ) -> None:
     """The server's token ids of a few conversations against the target's."""
     for messages in CONVERSATIONS:
@@ -187,7 +180,7 @@ async def _compare_rendering(
             return
         body = {"model": model, "messages": messages, "add_generation_prompt": True}
         try:
-            found = (await endpoint.post("/tokenize", body)).get("tokens")
+            found = (await endpoint.ask("/tokenize", body)).get("tokens")
         except Refused as problem:
             skipped.append(f"tokenizer and chat template (/tokenize: {problem})")
             return
@@ -209,7 +202,7 @@ async def _compare_rendering(
 
 
 async def _compare_weights(
-    endpoint: Endpoint,
+    endpoint: AsyncClient,
     target: Target,
     prompts: Sequence[Prompt],
     model: str,
@@ -274,13 +267,13 @@ def _logprobs(choice: dict[str, Any]) -> list[float]:
 
 
 async def _check_ahead(
-    endpoint: Endpoint, asking: Asking, prompt: Prompt, model: str, context: int
+    endpoint: AsyncClient, asking: Asking, prompt: Prompt, model: str, context: int
 ) -> None:
     """Does the server go on after a stop token, and with the target's own tokens?"""
     count = asking.room(prompt, context)
     nothing = Answer(prompt.id, prompt.tokens, (), 0, "length")
     try:
-        reply = await endpoint.post("/v1/completions", asking.body_ahead(nothing, count, model))
+        reply = await endpoint.ask("/v1/completions", asking.body_ahead(nothing, count, model))
         ahead = asking.hear_ahead(reply, count)
     except (Refused, Unable) as problem:
         raise UserError(f"{endpoint.url} {problem}") from None
@@ -296,7 +289,7 @@ async def _check_ahead(
 
 
 def _refuse_other_weights(
-    endpoint: Endpoint,
+    endpoint: AsyncClient,
     target: Target,
     model: str,
     tokens: int,
@@ -317,15 +310,15 @@ def _refuse_other_weights(
         )
 
 
-async def _probe(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
+async def _probe(endpoint: AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
     """A completion with log-probabilities, or without, where the server does not give them."""
     try:
-        return await endpoint.post("/v1/completions", {**body, "logprobs": 1})
+        return await endpoint.ask("/v1/completions", {**body, "logprobs": 1})
     except Refused as problem:
         if problem.status in (401, 403):
             raise UserError(_key_problem(endpoint, problem)) from None
     try:
-        return await endpoint.post("/v1/completions", body)
+        return await endpoint.ask("/v1/completions", body)
     except Refused as problem:
         raise UserError(
             f"{endpoint.url} does not complete a prompt of token ids at /v1/completions ({problem}); "
@@ -334,7 +327,7 @@ async def _probe(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def _key_problem(endpoint: Endpoint, problem: Refused) -> str:
+def _key_problem(endpoint: AsyncClient, problem: Refused) -> str:
     if endpoint.key:
         return f"{endpoint.url} refuses the API key in {KEY} or {OTHER_KEY} ({problem})"
     return (

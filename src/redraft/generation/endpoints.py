@@ -30,16 +30,9 @@ from ..core.records import Answer, Prompt
 from ..decoding.sampling import Sampling
 from ..models.batching import lengths_of
 from ..models.target import Target
-from ..serving.client import (
-    Endpoint,
-    EndpointError,
-    Refused,
-    Trouble,
-    Unable,
-    connect,
-    key_for,
-)
+from ..serving.client import AsyncClient, connect_async, key_for
 from ..serving.completion import Asking, Heard
+from ..serving.reply import EndpointError, Refused, Trouble, Unable
 from .endpoint_check import Findings, check, describe, remarks
 from .server_states import FIRST_REST, ILL_AFTER, Station, Work
 
@@ -121,10 +114,9 @@ class Endpoints:
         async with contextlib.AsyncExitStack() as clients:
             try:
                 for station in self._stations:
-                    client = connect(station.url, self.config.concurrency, self.config.timeout)
-                    await clients.enter_async_context(client)
                     key = key_for(station.url)
-                    endpoint = Endpoint(station.url, client, self.config.timeout, key)
+                    endpoint = connect_async(station.url, self.config.timeout, key)
+                    await clients.enter_async_context(endpoint.http)
                     tasks.append(asyncio.create_task(self._attend(station, endpoint, prompts)))
                     tasks += [
                         asyncio.create_task(self._answer(station, endpoint, work, out))
@@ -157,7 +149,7 @@ class Endpoints:
                 raise UserError(self._given_up_waiting(work, patience))
 
     async def _attend(
-        self, station: Station, endpoint: Endpoint, prompts: Sequence[Prompt]
+        self, station: Station, endpoint: AsyncClient, prompts: Sequence[Prompt]
     ) -> None:
         """Keep one server: check it, let its places work while it is well, rest it when it is ill."""
         known = station.findings is not None
@@ -183,7 +175,9 @@ class Endpoints:
             await asyncio.sleep(station.rest())
             station.ill.clear()
 
-    async def _check(self, station: Station, endpoint: Endpoint, prompts: Sequence[Prompt]) -> None:
+    async def _check(
+        self, station: Station, endpoint: AsyncClient, prompts: Sequence[Prompt]
+    ) -> None:
         """Is this server the target, and do the prompts fit it? Raises UserError when not."""
         asking = self.asking
         found = await check(
@@ -208,7 +202,7 @@ class Endpoints:
     async def _answer(
         self,
         station: Station,
-        endpoint: Endpoint,
+        endpoint: AsyncClient,
         work: Work,
         out: queue.SimpleQueue[Heard | BaseException | None],
     ) -> None:
@@ -246,16 +240,16 @@ class Endpoints:
             finally:
                 station.under_way -= 1
 
-    async def _ask(self, endpoint: Endpoint, prompt: Prompt, found: Findings) -> Heard:
+    async def _ask(self, endpoint: AsyncClient, prompt: Prompt, found: Findings) -> Heard:
         """One prompt's answer, with its lookahead tokens. Raises an EndpointError."""
         asking = self.asking
         body = asking.body(prompt, found.model, found.context)
-        reply = await endpoint.post("/v1/completions", body)
+        reply = await endpoint.ask("/v1/completions", body)
         heard = asking.hear(prompt, reply, body["max_tokens"])
         if not asking.lookahead:
             return heard
         ahead = asking.body_ahead(heard.answer, asking.lookahead, found.model)
-        reply = await endpoint.post("/v1/completions", ahead)
+        reply = await endpoint.ask("/v1/completions", ahead)
         tokens = (*heard.answer.tokens, *asking.hear_ahead(reply, asking.lookahead))
         return replace(heard, answer=replace(heard.answer, tokens=tokens))
 

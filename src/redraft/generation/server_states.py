@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..core.records import Prompt
-from ..serving.client import Busy, EndpointError, Trouble
+from ..serving.reply import Busy, EndpointError, Trouble
 from .endpoint_check import Findings
 
 ILL_AFTER = 3

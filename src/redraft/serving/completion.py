@@ -22,10 +22,9 @@ from typing import Any
 
 from ..core.records import Answer, Prompt
 from ..core.rng import derived_seed
-from ..core.visible import visible
 from ..decoding.sampling import Sampling
 from ..models.target import Target
-from .client import Trouble, Unable
+from .reply import Trouble, Unable, finish_of, first_choice
 
 UNBOUNDED = 1 << 30
 NO_IDS = (
@@ -174,24 +173,6 @@ class Asking:
             named = [self._stop_of(choice), tokenizer.eos_token_id]
             tokens += (next((stop for stop in named if stop in stops), stops[0]),)
         return tokens, doubtful
-
-
-def first_choice(reply: dict[str, Any]) -> dict[str, Any]:
-    """The one completion in a reply. Raises Trouble when there is none."""
-    choices = reply.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        fields = visible(", ".join(reply))[:100]
-        raise Trouble(f"replied without a completion (fields: {fields or 'none'})")
-    found: dict[str, Any] = choices[0]
-    return found
-
-
-def finish_of(choice: dict[str, Any]) -> str:
-    """How a completion ended, 'stop' or 'length'. Raises Trouble for one that was broken off."""
-    finish = choice.get("finish_reason")
-    if finish == "stop" or finish == "length":
-        return str(finish)
-    raise Trouble(f"broke off an answer (finish_reason: {finish!r:.40})")
 
 
 def token_ids(ids: Any, target: Target) -> tuple[int, ...]:

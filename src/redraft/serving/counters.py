@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.records import EngineAcceptance
@@ -59,3 +62,18 @@ def read_counters(page: str) -> Counters:
         int(totals.get("accepted_tokens", 0)),
         tuple(int(positions[at]) for at in sorted(positions)),
     )
+
+
+def steady(read: Callable[[], Counters], pause: float, looks: int | None = None) -> Counters:
+    """The counters once two readings, `pause` seconds apart, are equal: they lag behind the answers.
+
+    After `looks` more readings the last is given, because a server that others use is never steady.
+    """
+    last = read()
+    for _ in itertools.count() if looks is None else range(looks):
+        time.sleep(pause)
+        now = read()
+        if now == last:
+            break
+        last = now
+    return last
