@@ -174,7 +174,7 @@ def test_one_of_two_is_down_and_the_other_takes_its_work(
     check_whole(found, own(target, prompts, tmp_path))
     (line,) = [line for line in told if "its work goes to" in line]
     assert line.startswith(f"{dying.url} ")
-    assert line.endswith("; its work goes to the 1 that are well")
+    assert line.endswith("; its work goes to the 1 healthy ones")
 
 
 def test_a_server_that_dies_and_comes_back_goes_on(
@@ -401,7 +401,7 @@ def test_a_killed_command_is_continued_without_asking_twice(
             assert first.poll() is None, first.communicate()[1]
             time.sleep(0.01)
         first.send_signal(signal.SIGKILL)
-        said = first.communicate()[1]
+        printed = first.communicate()[1]
         kept = read_answers(out)
         assert 5 <= len(kept) < 24
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -410,7 +410,7 @@ def test_a_killed_command_is_continued_without_asking_twice(
     assert len({a.id for a in found}) == len(found) == 24
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
         assert secret not in path.read_text(), path
-    assert secret not in said + done.stdout + done.stderr
+    assert secret not in printed + done.stdout + done.stderr
     assert collections.Counter(h.get("Authorization") for h in server.headers) == {
         f"Bearer {secret}": len(server.headers)
     }
@@ -611,10 +611,10 @@ def test_pauses_as_servers_write_them() -> None:
     assert seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-def write_talk(path: Path, name: str, said: list[str]) -> None:
+def write_talk(path: Path, name: str, turns: list[str]) -> None:
     """A conversation of user turns, each answered with a word."""
     messages = []
-    for text in said:
+    for text in turns:
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": "A"})
     path.write_text(json.dumps({"id": name, "messages": messages}) + "\n")

@@ -1,4 +1,4 @@
-"""Starting and stopping a server: every way it can end, and what is said about it."""
+"""Starting and stopping a server: every way it can end, and what is reported."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ def test_death_at_the_start_quotes_the_cause(fake: FakeEngine, tmp_path: Path) -
 def test_an_engine_that_never_gets_ready(fake: FakeEngine, tmp_path: Path) -> None:
     fake.plan(never_healthy=True)
     what = Serving(target="t", dtype="float32", max_model_len=64, patience=1.0)
-    with pytest.raises(UserError, match=r"was not ready within 1 s; .*it said nothing(.|\n)*log"):
+    with pytest.raises(
+        UserError, match=r"was not ready within 1 s; .*it printed nothing(.|\n)*log"
+    ):
         with VLLM.serve(fake.environment, what, tmp_path / "log"):
             pytest.fail("must not start")
     assert gone(fake.started["pid"])
@@ -138,7 +140,7 @@ def test_an_engine_that_never_gets_ready(fake: FakeEngine, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        ("", "it said nothing"),
+        ("", "it printed nothing"),
         ("starting\nstill starting\n\n", "still starting"),
         (
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"

@@ -31,7 +31,7 @@ NOT_GOOD = 3
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder of `redraft adapt` says about its draft."""
+    """What a run folder of `redraft adapt` records of its draft."""
 
     folder: Path
     target: str
@@ -181,14 +181,14 @@ def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequ
 
 
 def _refuse(why: str, findings: list[str], as_json: bool) -> NoReturn:
-    """The verdict on files that are wrong as they lie there: the engine is not even started."""
-    verdict = f"do not serve it: {why}"
+    """The judgement of files that are wrong themselves: the engine is not even started."""
+    judgement = f"do not serve it: {why}"
     if as_json:
-        print_json({"good": False, "verdict": verdict, "findings": findings})
+        print_json({"good": False, "verdict": judgement, "findings": findings})
     else:
         for finding in findings:
             typer.echo(f"in the engine: {finding}")
-        typer.echo(verdict)
+        typer.echo(judgement)
     raise typer.Exit(NOT_GOOD)
 
 

@@ -143,4 +143,5 @@ class Capture:
         return content
 
     def _no_vllm(self, path: str, why: str) -> UserError:
-        return UserError(f"{self.address}{path}: no answer of a vLLM server ({why}); {self.how}")
+        url = self._client.url
+        return UserError(f"{url}{path}: no answer of a vLLM server ({why}); {self.how}")

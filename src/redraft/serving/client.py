@@ -166,7 +166,7 @@ def key_for(url: str) -> str | None:
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise UserError(
                     f"{name} holds characters that an API key cannot have (spaces, line ends or "
-                    "letters beyond ASCII); set it anew"
+                    "letters beyond ASCII); set it again"
                 )
             return key
     return None
@@ -181,7 +181,7 @@ def _cause(problem: BaseException) -> str:
     text, inner = str(problem), problem.__cause__ or problem.__context__
     while inner is not None:
         if isinstance(inner, OSError) and inner.errno:
-            # asyncio words a refused connection in its own way; names not found have negative numbers
+            # asyncio has its own text for a refused connection; names not found have negative numbers
             text = os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
         inner = inner.__cause__ or inner.__context__
     return text

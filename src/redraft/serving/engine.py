@@ -67,8 +67,7 @@ class Engine:
     `find` gives its environment (of the program that --python names, or None). `command` and
     `variables` start its server on a port; the path `health` replies with HTTP 200 once it is ready.
     `greedy` is the body of a completion: prompt, longest answer, stop tokens. `answer` is the token ids
-    in its reply, None where there are none. `counters` reads the speculation
-    counters.
+    in its reply, None where there are none. `counters` reads the speculation counters.
     """
 
     name: str
@@ -146,20 +145,16 @@ class RunningEngine:
     ) -> list[list[int]]:
         """The answers to all prompts in their order, `concurrency` requests at a time."""
         pool = ThreadPoolExecutor(concurrency)
+        asked = [pool.submit(self.complete, p.tokens, max_new_tokens, stop_ids) for p in prompts]
         try:
-            jobs = {
-                pool.submit(self.complete, prompt.tokens, max_new_tokens, stop_ids): at
-                for at, prompt in enumerate(prompts)
-            }
-            answers: dict[int, list[int]] = {}
             with Progress(label, len(prompts), "prompts") as progress:
-                for job in as_completed(jobs):
-                    answers[jobs[job]] = job.result()
+                for job in as_completed(asked):
+                    job.result()
                     progress.advance()
         finally:
             # Not waiting: after Ctrl-C the server goes down and with it the requests under way.
             pool.shutdown(wait=False, cancel_futures=True)
-        return [answers[at] for at in range(len(prompts))]
+        return [job.result() for job in asked]
 
     def counters(self) -> Counters:
         """The speculation counters, once they are steady."""

@@ -43,7 +43,7 @@ class Server:
         return f"http://{HOST}:{self.port}"
 
     def check_alive(self) -> None:
-        """Raise UserError, with the last line that says why, if the process has ended."""
+        """Raise UserError, with the last line that explains it, if the process has ended."""
         code = self.process.poll()
         if code is not None:
             raise UserError(
@@ -111,18 +111,18 @@ def check_port(port: int) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The line of a server's log that tells most about its end: the last exception that is a cause,
+    """The line of a server's log that explains its end best: the last exception that is a cause,
     else the last line that is not empty."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [_PREFIX.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
     for at in range(len(lines) - 1, -1, -1):
         raised = _RAISED.match(lines[at])
-        if raised and not any(words in lines[at] for words in _NOT_A_CAUSE):
+        if raised and not any(part in lines[at] for part in _NOT_A_CAUSE):
             cause = lines[at]
             if "validation error" in cause and at + 1 < len(lines):
                 cause += " " + lines[at + 1].strip()
             return cause
-    return lines[-1].strip() if lines else "it said nothing"
+    return lines[-1].strip() if lines else "it printed nothing"
 
 
 def _wait_until_healthy(server: Server, client: Client, health: str, patience: float) -> None:

@@ -1,6 +1,6 @@
 """The job of `redraft verify`: is this draft, in the engine that will serve it, what it should be?
 
-    engine without the draft -> engine with it -> redraft's own loop on the same token ids -> verdict
+    engine without the draft -> engine with it -> redraft's own loop on the same token ids -> judgement
 
 The two servers run one after the other, so that neither slows the other down.
 """
@@ -27,7 +27,7 @@ from ..models.target import Target
 from .diagnosis import diagnose
 from .engine import Engine, Serving, Speculation
 from .environment import Environment
-from .judgement import judge, notes_on, tolerance, verdict
+from .judgement import judge, judgement, notes_on, tolerance
 from .trial import Trial, try_server
 from .vllm import VLLM
 
@@ -95,7 +95,7 @@ def verify(
     return dataclasses.replace(
         found,
         good=not reasons,
-        conclusion=verdict(reasons),
+        conclusion=judgement(reasons),
         causes=tuple(causes),
         notes=tuple(notes_on(found)),
     )
@@ -183,7 +183,7 @@ def _compared(
     own: Measured,
     request: Request,
 ) -> Verification:
-    """Everything counted and compared, the verdict still open."""
+    """Everything counted and compared, not judged yet."""
     own_answers = [answer.answer for answer in own.answers]
     dtype = str(target.dtype).removeprefix("torch.")
     outputs = {
