@@ -87,4 +87,6 @@ def test_counters_of_several_engines_are_summed_and_of_none_are_zero() -> None:
     )
     assert read_counters(page) == Counters(30, 0, 40, (24,))
     assert read_counters("# nothing here\n") == Counters()
+    assert read_counters(page, "llamacpp") == Counters()
+    assert read_counters(page.replace("vllm:", "llamacpp:"), "llamacpp").drafts == 30
     assert Counters().acceptance().tau == 1.0

@@ -1,4 +1,4 @@
-"""vLLM's speculation counters, read from its Prometheus page."""
+"""An engine's speculation counters, read from its Prometheus page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..core.records import EngineAcceptance
 
-_LINE = re.compile(r"^vllm:spec_decode_num_(\w+)_total(?:\{([^}]*)\})? ([0-9.eE+]+)$", re.MULTILINE)
+_LINE = r"^{}:spec_decode_num_(\w+)_total(?:\{{([^}}]*)\}})? ([0-9.eE+]+)$"
 _POSITION = re.compile(r'position="(\d+)"')
 
 
@@ -45,11 +45,12 @@ class Counters:
         return EngineAcceptance(tau, self.drafts, self.drafted, self.accepted, tuple(rates))
 
 
-def read_counters(page: str) -> Counters:
-    """The counters on a /metrics page, summed over engines; zeros where there are none."""
+def read_counters(page: str, prefix: str = "vllm") -> Counters:
+    """The counters on a /metrics page whose names begin with `prefix`, summed over engines; zeros
+    where there are none."""
     totals: dict[str, float] = {}
     positions: dict[int, float] = {}
-    for name, labels, value in _LINE.findall(page):
+    for name, labels, value in re.findall(_LINE.format(prefix), page, re.MULTILINE):
         position = _POSITION.search(labels)
         if position:
             at = int(position.group(1))

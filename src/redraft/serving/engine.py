@@ -17,12 +17,13 @@ from ..core.console import Progress
 from ..core.errors import UserError
 from ..core.records import Prompt
 from .client import Client, connect
-from .counters import Counters
+from .counters import Counters, read_counters, steady
 from .environment import Environment
 from .reply import Reply, Trouble, shown
 from .server import Server, free_port, serving
 
-REQUEST_SECONDS = 1800.0
+REQUEST_SECONDS, PAUSE = 1800.0, 0.05
+"""The longest wait for a reply, and the time between two readings of the counters."""
 TARGET, ADAPTED = "target", "adapted"
 """Names under which requests ask for the target, and for the target with its adapter."""
 
@@ -67,7 +68,7 @@ class Engine:
     `find` gives its environment (of the program that --python names, or None). `command` and
     `variables` start its server on a port; the path `health` replies with HTTP 200 once it is ready.
     `greedy` is the body of a completion: prompt, longest answer, stop tokens. `answer` is the token ids
-    in its reply, None where there are none. `counters` reads the speculation counters.
+    in its reply, None where there are none. `counters` is the prefix of their names on the page `metrics`.
     """
 
     name: str
@@ -78,8 +79,9 @@ class Engine:
     variables: Callable[[Environment, Serving], dict[str, str]]
     greedy: Callable[[Sequence[int], int, Sequence[int]], dict[str, Any]]
     answer: Callable[[dict[str, Any]], Any]
-    counters: Callable[[RunningEngine], Counters]
+    counters: str
     health: str = "/health"
+    metrics: str = "/metrics"
     completions: str = "/v1/completions"
 
     @contextlib.contextmanager
@@ -158,11 +160,8 @@ class RunningEngine:
 
     def counters(self) -> Counters:
         """The speculation counters, once they are steady."""
-        return self.engine.counters(self)
-
-    def page(self, path: str) -> str:
-        """The text of a page. Raises UserError like `complete`."""
-        return self._reply(path).text
+        path, prefix = self.engine.metrics, self.engine.counters
+        return steady(lambda: read_counters(self._reply(path).text, prefix), PAUSE)
 
     def _reply(self, path: str, body: dict[str, Any] | None = None) -> Reply:
         try:

@@ -43,7 +43,7 @@ def judge(found: Verification) -> list[str]:
     return [*reasons, *found.findings]
 
 
-def judgement(reasons: Sequence[str]) -> str:
+def conclusion(reasons: Sequence[str]) -> str:
     """The judgement in a sentence."""
     return "do not serve it: " + "; ".join(reasons) if reasons else "serve it"
 

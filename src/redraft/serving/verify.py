@@ -27,7 +27,7 @@ from ..models.target import Target
 from .diagnosis import diagnose
 from .engine import Engine, Serving, Speculation
 from .environment import Environment
-from .judgement import judge, judgement, notes_on, tolerance
+from .judgement import conclusion, judge, notes_on, tolerance
 from .trial import Trial, try_server
 from .vllm import VLLM
 
@@ -95,7 +95,7 @@ def verify(
     return dataclasses.replace(
         found,
         good=not reasons,
-        conclusion=judgement(reasons),
+        conclusion=conclusion(reasons),
         causes=tuple(causes),
         notes=tuple(notes_on(found)),
     )

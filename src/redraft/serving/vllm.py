@@ -15,16 +15,13 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.folders import find_folder, read_json
-from .counters import Counters, read_counters, steady
-from .engine import ADAPTED, TARGET, Engine, RunningEngine, Serving
+from .engine import ADAPTED, TARGET, Engine, Serving
 from .environment import Environment, clean_environment, find_environment
 from .reply import first_choice
 from .server import HOST
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM takes for --max-lora-rank."""
-PAUSE = 0.05
-"""Seconds between two readings of the counters."""
 
 
 def command_line(environment: Environment, what: Serving, port: int) -> list[str]:
@@ -89,10 +86,6 @@ def _answer(content: dict[str, Any]) -> Any:
     return first_choice(content).get("token_ids")
 
 
-def _counters(running: RunningEngine) -> Counters:
-    return steady(lambda: read_counters(running.page("/metrics")), PAUSE)
-
-
 VLLM = Engine(
     name="vllm",
     title="vLLM",
@@ -102,5 +95,5 @@ VLLM = Engine(
     variables=variables_for,
     greedy=greedy,
     answer=_answer,
-    counters=_counters,
+    counters="vllm",
 )
