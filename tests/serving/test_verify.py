@@ -1,4 +1,4 @@
-"""`redraft verify` against a stand-in for vLLM: verdicts, causes, exit codes."""
+"""`redraft verify` against a stand-in for vLLM: conclusions, causes, exit codes."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def test_files_wrong_as_they_lie_there_need_no_engine(
     assert not (fake.folder / "started.json").exists()
     code, out, _ = redraft(*arguments, "--json")
     assert code == 3
-    assert named in json.loads(out)["verdict"]
+    assert named in json.loads(out)["conclusion"]
     assert json.loads(out)["findings"]
 
 

@@ -182,13 +182,13 @@ def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequ
 
 def _refuse(why: str, findings: list[str], as_json: bool) -> NoReturn:
     """The judgement of files that are wrong themselves: the engine is not even started."""
-    judgement = f"do not serve it: {why}"
+    conclusion = f"do not serve it: {why}"
     if as_json:
-        print_json({"good": False, "verdict": judgement, "findings": findings})
+        print_json({"good": False, "conclusion": conclusion, "findings": findings})
     else:
         for finding in findings:
             typer.echo(f"in the engine: {finding}")
-        typer.echo(judgement)
+        typer.echo(conclusion)
     raise typer.Exit(NOT_GOOD)
 
 
