@@ -17,9 +17,10 @@ from redraft.metrics.live import live
 from redraft.metrics.lossless import compare
 from redraft.models.target import Target
 from redraft.serving.counters import Counters
+from redraft.serving.engine import Speculation
 from redraft.serving.environment import Environment
 from redraft.serving.verify import METHODS, Request, serving_of
-from redraft.serving.vllm import Speculation, serve
+from redraft.serving.vllm import VLLM
 
 K, TOKENS = 4, 96
 
@@ -75,7 +76,7 @@ class Table:
         what = dataclasses.replace(
             serving_of(target, self.prompts, request), speculation=speculation
         )
-        with serve(self.environment, what, self.logs / f"{name}.log") as client:
+        with VLLM.serve(self.environment, what, self.logs / f"{name}.log") as client:
             before = client.counters()
             answers = client.complete_all(
                 self.prompts, TOKENS, target.stop_ids, concurrency=concurrency, label=name

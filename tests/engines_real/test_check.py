@@ -14,8 +14,9 @@ from redraft.core.errors import UserError
 from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all, measure_answers
 from redraft.prompts.prompts import read_prompts
+from redraft.serving.engine import Serving, Speculation
 from redraft.serving.environment import VARIABLE, find_environment
-from redraft.serving.vllm import Serving, Speculation, serve
+from redraft.serving.vllm import VLLM
 from redraft_experiments.suite import build_suite, load_member
 from tests.engines_real.conftest import BUILD, ROOT
 
@@ -43,7 +44,7 @@ def test_a_server_is_checked_by_its_counters(
     )
     file = str(Path(suite["prompts"]) / f"{suite['tuned_domain']}-eval.jsonl")
     what = serving(suite, suite["draft"] if drafted else None)
-    with serve(environment, what, tmp_path / "log") as client:
+    with VLLM.serve(environment, what, tmp_path / "log") as client:
         url = f"http://127.0.0.1:{client.server.port}"
         if not drafted:
             with pytest.raises(UserError, match="without speculation"):

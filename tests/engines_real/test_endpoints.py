@@ -22,11 +22,12 @@ from redraft.generation.regenerate import regenerate
 from redraft.metrics.lossless import compare
 from redraft.models.target import Target
 from redraft.prompts.prompts import read_prompts
-from redraft.serving.client import Endpoint
+from redraft.serving.client import AsyncClient
+from redraft.serving.engine import Serving, Speculation
 from redraft.serving.environment import VARIABLE, Environment, find_environment
 from redraft.serving.server import free_port
 from redraft.serving.verify import Request, serving_of
-from redraft.serving.vllm import Serving, Speculation, serve
+from redraft.serving.vllm import VLLM
 from redraft_experiments.suite import build_suite, load_member
 from tests.engines_real.conftest import BUILD, ROOT
 
@@ -67,14 +68,14 @@ def environment() -> Environment:
 def asked(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[tuple[int, ...]]:
     """How often each prompt was sent, those of the check aside."""
     counts: collections.Counter[tuple[int, ...]] = collections.Counter()
-    real = Endpoint.post
+    real = AsyncClient.ask
 
-    async def post(self: Endpoint, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self: AsyncClient, path: str, body: Any = None) -> dict[str, Any]:
         if path == "/v1/completions" and "logprobs" not in body:
             counts[tuple(body["prompt"])] += 1
         return await real(self, path, body)
 
-    monkeypatch.setattr(Endpoint, "post", post)
+    monkeypatch.setattr(AsyncClient, "ask", ask)
     return counts
 
 
@@ -111,7 +112,7 @@ def test_a_server_killed_and_restarted_loses_nothing(
         max_new_tokens=TOKENS, endpoints=f"http://127.0.0.1:{what.port}", concurrency=8
     )
     job = Job(target, prompts, out, config)
-    with serve(environment, what, tmp_path / "first.log") as client:
+    with VLLM.serve(environment, what, tmp_path / "first.log") as client:
         job.start()
         while job.is_alive() and len(written(out)) < PROMPTS // 3:
             time.sleep(0.01)
@@ -120,7 +121,7 @@ def test_a_server_killed_and_restarted_loses_nothing(
         early = written(out)
     assert PROMPTS // 3 <= len(early) < PROMPTS
     assert job.is_alive(), job.problem
-    with serve(environment, what, tmp_path / "second.log") as client:
+    with VLLM.serve(environment, what, tmp_path / "second.log") as client:
         job.join()
         counted = client.counters() if drafted else None
     assert job.problem is None
@@ -151,7 +152,7 @@ def test_the_base_is_not_taken_for_its_fine_tune(
 ) -> None:
     what = replace(serving(target, prompts, None), target=suite["base"])
     config = RegenerateConfig(endpoints=f"http://127.0.0.1:{what.port}")
-    with serve(environment, what, tmp_path / "base.log"):
+    with VLLM.serve(environment, what, tmp_path / "base.log"):
         with pytest.raises(UserError, match="is not the target") as failed:
             regenerate(target, prompts, tmp_path / "a.jsonl", config)
     print(failed.value)

@@ -23,10 +23,10 @@ TOKENS = 16
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rests of milliseconds, and no key or proxy of the person who runs the tests."""
-    monkeypatch.setattr(server_states, "FIRST_REST", 0.02)
-    monkeypatch.setattr(server_states, "LONGEST_REST", 0.1)
-    monkeypatch.setattr(endpoints, "FIRST_REST", 0.02)
+    """Pauses of milliseconds, and no key or proxy of the person who runs the tests."""
+    monkeypatch.setattr(server_states, "FIRST_BACKOFF", 0.02)
+    monkeypatch.setattr(server_states, "LONGEST_BACKOFF", 0.1)
+    monkeypatch.setattr(endpoints, "FIRST_BACKOFF", 0.02)
     monkeypatch.setattr(endpoints, "TICK", 0.02)
     for name in ("REDRAFT_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -230,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"choices": [choice]}
 
     def _locked(self) -> bool:
-        """Whether the key was missing, which is then said, with the key that came in the message."""
+        """Whether the key was missing; the message then repeats the key that came."""
         fake = self.server_of
         given = self.headers.get("Authorization", "")
         if fake.key is None or given == f"Bearer {fake.key}":

@@ -1,4 +1,4 @@
-"""What an endpoint serves is the target, or is not asked; what cannot be found out is said."""
+"""What an endpoint serves is the target, or is not asked; what cannot be found out is reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_other_weights_are_seen_by_their_words_alone(
     target: Target, prompts: list[Prompt], other: Target, tmp_path: Path
 ) -> None:
     server = FakeOpenAI(Brain(other), logprobs=False)
-    with pytest.raises(UserError, match="the target finds other tokens likelier, by"):
+    with pytest.raises(UserError, match="the target finds other tokens more likely, by"):
         ask(server, target, prompts, tmp_path / "a.jsonl")
 
 
@@ -156,16 +156,17 @@ def test_the_named_one_of_several_models_is_asked(
     assert {body["model"] for body in server.bodies} == {"tuned"}
 
 
-def test_what_cannot_be_checked_is_said(
+def test_what_cannot_be_checked_is_reported(
     target: Target, prompts: list[Prompt], brain: Brain, tmp_path: Path, told: list[str]
 ) -> None:
     server = FakeOpenAI(brain, tokenize=False, logprobs=False)
     ask(server, target, prompts, tmp_path / "a.jsonl")
-    assert f"{server.url}: 'tiny' is the target (words of" in told[0]
+    assert f"{server.url}: 'tiny' is the target (" in told[0]
+    assert " tokens agree)" in told[0]
     skipped = [line for line in told if "not checked" in line]
     assert len(skipped) == 2
     assert "tokenizer and chat template (/tokenize: HTTP 404: Not Found)" in skipped[0]
-    assert "log-probabilities (it returns none; the words were compared)" in skipped[1]
+    assert "log-probabilities (it returns none; the tokens were compared)" in skipped[1]
 
 
 def test_text_is_tokenised_again_and_told(

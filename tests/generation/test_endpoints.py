@@ -32,7 +32,8 @@ from redraft.generation.regenerate import regenerate
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.prompts.prompts import read_prompts
-from redraft.serving.client import _seconds, connect, key_for
+from redraft.serving.client import connect_async, key_for
+from redraft.serving.reply import seconds
 from tests.conftest import write_prompts
 from tests.generation.conftest import TOKENS, own, settings
 from tests.generation.fake_openai import Brain, FakeOpenAI, Wrong
@@ -173,7 +174,7 @@ def test_one_of_two_is_down_and_the_other_takes_its_work(
     check_whole(found, own(target, prompts, tmp_path))
     (line,) = [line for line in told if "its work goes to" in line]
     assert line.startswith(f"{dying.url} ")
-    assert line.endswith("; its work goes to the 1 that are well")
+    assert line.endswith("; its work goes to the 1 healthy ones")
 
 
 def test_a_server_that_dies_and_comes_back_goes_on(
@@ -400,7 +401,7 @@ def test_a_killed_command_is_continued_without_asking_twice(
             assert first.poll() is None, first.communicate()[1]
             time.sleep(0.01)
         first.send_signal(signal.SIGKILL)
-        said = first.communicate()[1]
+        printed = first.communicate()[1]
         kept = read_answers(out)
         assert 5 <= len(kept) < 24
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -409,7 +410,7 @@ def test_a_killed_command_is_continued_without_asking_twice(
     assert len({a.id for a in found}) == len(found) == 24
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
         assert secret not in path.read_text(), path
-    assert secret not in said + done.stdout + done.stderr
+    assert secret not in printed + done.stdout + done.stderr
     assert collections.Counter(h.get("Authorization") for h in server.headers) == {
         f"Bearer {secret}": len(server.headers)
     }
@@ -596,24 +597,24 @@ def test_a_wrong_key_is_told_without_it(
 def test_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "gopher://me:secret@proxy:1")
     with pytest.raises(UserError, match="a proxy named in the environment") as failed:
-        connect("http://gpu-box:8000", 1, 1.0)
+        connect_async("http://gpu-box:8000", 1.0)
     assert "secret" not in str(failed.value)
-    assert connect("http://127.0.0.1:8000", 1, 1.0) is not None
+    assert connect_async("http://127.0.0.1:8000", 1.0) is not None
 
 
 def test_pauses_as_servers_write_them() -> None:
-    assert _seconds("7") == 7
-    assert _seconds("1e9") == 3600
-    assert _seconds("-3") == 0
-    assert _seconds("nan") is None
-    assert _seconds("soon") is None
-    assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert seconds("7") == 7
+    assert seconds("1e9") == 3600
+    assert seconds("-3") == 0
+    assert seconds("nan") is None
+    assert seconds("soon") is None
+    assert seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-def write_talk(path: Path, name: str, said: list[str]) -> None:
+def write_talk(path: Path, name: str, turns: list[str]) -> None:
     """A conversation of user turns, each answered with a word."""
     messages = []
-    for text in said:
+    for text in turns:
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": "A"})
     path.write_text(json.dumps({"id": name, "messages": messages}) + "\n")

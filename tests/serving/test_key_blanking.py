@@ -11,8 +11,8 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from redraft.serving.client import message_of, object_of
 from redraft.serving.key_blanking import SECRET, blanked
+from redraft.serving.reply import message_of, object_of
 
 KEYS = ["sk-SECRET-123", "sk/a+b=c&d\"e\\f<g>'h", "EMPTY", "0123456789abcdef"]
 

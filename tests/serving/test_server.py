@@ -1,4 +1,4 @@
-"""Starting and stopping a server: every way it can end, and what is said about it."""
+"""Starting and stopping a server: every way it can end, and what is reported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from redraft.core.errors import UserError
+from redraft.serving.engine import Serving
 from redraft.serving.server import check_port, last_words
-from redraft.serving.vllm import Serving, serve
+from redraft.serving.vllm import VLLM
 from tests.serving.conftest import FakeEngine
 
 WHAT = Serving(target="nowhere/at-all", dtype="float32", max_model_len=64)
@@ -37,7 +38,7 @@ def gone(process: int) -> bool:
 
 
 def test_it_is_stopped_when_the_block_ends(fake: FakeEngine, tmp_path: Path) -> None:
-    with serve(fake.environment, WHAT, tmp_path / "log"):
+    with VLLM.serve(fake.environment, WHAT, tmp_path / "log"):
         process = fake.started["pid"]
         assert alive(process)
     assert gone(process)
@@ -48,7 +49,7 @@ def test_it_is_stopped_when_the_block_fails(
     fake: FakeEngine, tmp_path: Path, error: BaseException
 ) -> None:
     with pytest.raises(type(error)):
-        with serve(fake.environment, WHAT, tmp_path / "log"):
+        with VLLM.serve(fake.environment, WHAT, tmp_path / "log"):
             process = fake.started["pid"]
             raise error
     assert gone(process)
@@ -91,7 +92,7 @@ def test_children_that_do_not_listen_are_killed(fake: FakeEngine, tmp_path: Path
             "exec ", f"{sys.executable} -c '{child}' & echo $! > {stubborn}\nexec "
         )
     )
-    with serve(fake.environment, WHAT, tmp_path / "log"):
+    with VLLM.serve(fake.environment, WHAT, tmp_path / "log"):
         process = int(stubborn.read_text())
         assert alive(process)
     assert gone(process)
@@ -104,7 +105,7 @@ def test_a_port_that_is_taken(fake: FakeEngine, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         what = Serving(target="t", dtype="float32", max_model_len=64, port=port)
         with pytest.raises(UserError, match=rf"--port {port} on 127\.0\.0\.1 cannot be used"):
-            with serve(fake.environment, what, tmp_path / "log"):
+            with VLLM.serve(fake.environment, what, tmp_path / "log"):
                 pytest.fail("must not start")
     assert not (fake.folder / "started.json").exists()
     check_port(port)
@@ -117,7 +118,7 @@ def test_death_at_the_start_quotes_the_cause(fake: FakeEngine, tmp_path: Path) -
         "cause above."
     )
     with pytest.raises(UserError) as caught:
-        with serve(fake.environment, WHAT, tmp_path / "log"):
+        with VLLM.serve(fake.environment, WHAT, tmp_path / "log"):
             pytest.fail("must not start")
     assert str(caught.value) == (
         "vLLM 0.32.0 died while starting (exit code 1): RuntimeError: Cannot find any model weights "
@@ -128,8 +129,10 @@ def test_death_at_the_start_quotes_the_cause(fake: FakeEngine, tmp_path: Path) -
 def test_an_engine_that_never_gets_ready(fake: FakeEngine, tmp_path: Path) -> None:
     fake.plan(never_healthy=True)
     what = Serving(target="t", dtype="float32", max_model_len=64, patience=1.0)
-    with pytest.raises(UserError, match=r"was not ready within 1 s; .*it said nothing(.|\n)*log"):
-        with serve(fake.environment, what, tmp_path / "log"):
+    with pytest.raises(
+        UserError, match=r"was not ready within 1 s; .*it printed nothing(.|\n)*log"
+    ):
+        with VLLM.serve(fake.environment, what, tmp_path / "log"):
             pytest.fail("must not start")
     assert gone(fake.started["pid"])
 
@@ -137,7 +140,7 @@ def test_an_engine_that_never_gets_ready(fake: FakeEngine, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        ("", "it said nothing"),
+        ("", "it printed nothing"),
         ("starting\nstill starting\n\n", "still starting"),
         (
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"

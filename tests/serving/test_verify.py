@@ -1,4 +1,4 @@
-"""`redraft verify` against a stand-in for vLLM: verdicts, causes, exit codes."""
+"""`redraft verify` against a stand-in for vLLM: conclusions, causes, exit codes."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_an_engine_that_counts_otherwise(
 ) -> None:
     tau = dataclasses.replace(good.tau, tau=good.own.tau * 0.98)
     found = dataclasses.replace(good, tau=tau, dtype=dtype, tolerance=tolerance)
-    said = judge(found)
-    assert len(said) == reasons
-    assert all("the engine counts tau" in text and "differ by 1%" in text for text in said)
+    judged = judge(found)
+    assert len(judged) == reasons
+    assert all("the engine counts tau" in text and "differ by 1%" in text for text in judged)
 
 
 def test_an_engine_with_another_target(good: Verification) -> None:
@@ -135,7 +135,7 @@ def test_tau_against_the_runs_record(good: Verification) -> None:
     assert any("temperature 0.7, this at" in note for note in notes_on(warm))
 
 
-def test_slower_than_plain_is_said(good: Verification) -> None:
+def test_slower_than_plain_is_noted(good: Verification) -> None:
     speed = tuple(
         dataclasses.replace(at, ratio=0.5 if at.concurrency == 4 else 1.5) for at in good.speed
     )
@@ -151,7 +151,7 @@ def test_a_misread_draft_is_named_with_what_the_files_show(
     found = dataclasses.replace(good, tau=tau)
     (cause,) = diagnose(stored, target, found)
     assert cause.startswith("the engine computes another function from these files")
-    assert cause.endswith("nothing in the files says why")
+    assert cause.endswith("nothing in the files explains it")
     found = dataclasses.replace(found, findings=("d2t holds absolute ids",))
     (cause,) = diagnose(stored, target, found)
     assert cause.endswith("in the files: d2t holds absolute ids")
@@ -173,7 +173,7 @@ def test_a_changed_target_is_named(good: Verification, target: Target, draft_fol
     assert "the chat template is not the one" in causes(template_hash="4567")[0]
     nothing = dataclasses.replace(stored, provenance={})
     (cause,) = diagnose(nothing, target, low_tau(good))
-    assert "does not say which target it was made for" in cause
+    assert "does not record which target it was made for" in cause
 
 
 def test_another_dtype_is_not_called_another_target(
@@ -279,11 +279,11 @@ def test_a_draft_not_fit_to_serve_exits_with_3(
         *("--concurrency", "1", "--repeats", 1),
     )
     assert code == 3, err
-    said = " ".join(out.split())
-    assert "do not serve it: with the draft 1 of 4 outputs differ from those without it" in said
-    assert "the engine counts tau 1.000" in said
-    assert "cause: the engine computes another function" in said
-    assert "3/4 same, 1 DIFFERENT" in said
+    printed = " ".join(out.split())
+    assert "do not serve it: with the draft 1 of 4 outputs differ from those without it" in printed
+    assert "the engine counts tau 1.000" in printed
+    assert "cause: the engine computes another function" in printed
+    assert "3/4 same, 1 DIFFERENT" in printed
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_files_wrong_as_they_lie_there_need_no_engine(
     assert not (fake.folder / "started.json").exists()
     code, out, _ = redraft(*arguments, "--json")
     assert code == 3
-    assert named in json.loads(out)["verdict"]
+    assert named in json.loads(out)["conclusion"]
     assert json.loads(out)["findings"]
 
 

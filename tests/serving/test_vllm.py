@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from redraft.core.errors import UserError
+from redraft.serving.engine import Serving, Speculation
 from redraft.serving.environment import Environment
-from redraft.serving.vllm import Serving, Speculation, command_line, serve, variables_for
+from redraft.serving.vllm import VLLM, command_line, variables_for
 from tests.serving.conftest import FakeEngine
 
 GPU = Environment("python", "vllm", "0.32.0")
@@ -31,7 +32,7 @@ def test_the_server_gets_target_draft_and_no_python_path_of_ours(
         max_model_len=77,
         speculation=Speculation("eagle3", str(tmp_path / "draft"), 4),
     )
-    with serve(fake.environment, what, tmp_path / "log") as client:
+    with VLLM.serve(fake.environment, what, tmp_path / "log") as client:
         assert client.model == "target"
     arguments, variables = fake.started["argv"], fake.started["environment"]
     given = dict(zip(arguments, [*arguments[1:], ""], strict=True))

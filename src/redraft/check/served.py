@@ -22,18 +22,9 @@ from ..decoding.sampling import Sampling
 from ..metrics import intervals
 from ..prompts.chat import Understood, understand
 from ..prompts.rows import read_rows
-from ..serving.client import (
-    Trouble,
-    key_for,
-    message_of,
-    models_of,
-    near,
-    object_of,
-    proxy_checked,
-    shown,
-    text_of,
-)
+from ..serving.client import key_for, near, proxy_checked
 from ..serving.counters import Counters, read_counters
+from ..serving.reply import Trouble, message_of, models_of, object_of, shown, text_of
 from .cost_estimate import PLANS
 from .evidence import ANSWERING
 from .prediction import KEEP, Case, check_enough, outlook, read_cases

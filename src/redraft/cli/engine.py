@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ..core.console import say, set_quiet
-from ..core.errors import UserError, nearest
+from ..core.errors import UserError
 from ..core.records import Acceptance, Prompt, to_json
 from ..core.report_record import AdaptReport
 from .flags import (
@@ -31,7 +31,7 @@ NOT_GOOD = 3
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder of `redraft adapt` says about its draft."""
+    """What a run folder of `redraft adapt` records of its draft."""
 
     folder: Path
     target: str
@@ -109,7 +109,9 @@ def verify(
     Example: redraft verify --run run --python .venv-vllm/bin/python
     """
     set_quiet(quiet)
-    _check_engine(engine)
+    from ..serving.engines import engine_named
+
+    row = engine_named(engine)
     levels = _levels(concurrency)
     finished = _read_run(run) if run else None
     if finished:
@@ -122,11 +124,10 @@ def verify(
     from ..models.loading import load_target
     from ..report.page import keep_verification
     from ..report.terminal import print_verification
-    from ..serving.environment import find_environment
     from ..serving.verify import Request
     from ..serving.verify import verify as work
 
-    environment = find_environment(python)
+    environment = row.find(python)
     loaded = load_target(
         target,
         adapter=target_adapter,
@@ -140,6 +141,7 @@ def verify(
     if files.unreadable is not None or files.serves(engine) == REFUSED:
         _refuse(files.unreadable or f"{engine} {REFUSED}", findings, as_json)
     request = Request(
+        engine=row,
         logs=Path(run) / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
         k=k or (finished.k if finished else 4),
         max_new_tokens=max_new_tokens or (finished.max_new_tokens if finished else 128),
@@ -167,16 +169,6 @@ def verify(
         raise typer.Exit(NOT_GOOD)
 
 
-def _check_engine(engine: str) -> None:
-    if engine == "sglang":
-        raise UserError(
-            "--engine sglang: redraft does not run SGLang; exports are checked against its loaders' "
-            "names and shapes only, which `redraft inspect DRAFT` shows"
-        )
-    if engine != "vllm":
-        raise UserError(f"unknown --engine '{engine}'; {nearest(engine, ['vllm', 'sglang'])}")
-
-
 def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequence[Prompt]:
     """The prompts of a file, else those that the run's record was measured on."""
     from ..prompts.prompts import read_prompts
@@ -189,14 +181,14 @@ def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequ
 
 
 def _refuse(why: str, findings: list[str], as_json: bool) -> NoReturn:
-    """The verdict on files that are wrong as they lie there: the engine is not even started."""
-    verdict = f"do not serve it: {why}"
+    """The judgement of files that are wrong themselves: the engine is not even started."""
+    conclusion = f"do not serve it: {why}"
     if as_json:
-        print_json({"good": False, "verdict": verdict, "findings": findings})
+        print_json({"good": False, "conclusion": conclusion, "findings": findings})
     else:
         for finding in findings:
             typer.echo(f"in the engine: {finding}")
-        typer.echo(verdict)
+        typer.echo(conclusion)
     raise typer.Exit(NOT_GOOD)
 
 

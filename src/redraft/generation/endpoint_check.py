@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,16 +34,9 @@ from ..core.visible import visible
 from ..decoding.sampling import Sampling
 from ..models.batching import lengths_of
 from ..models.target import Target
-from ..serving.client import (
-    KEY,
-    OTHER_KEY,
-    Endpoint,
-    Refused,
-    Trouble,
-    Unable,
-    models_of,
-)
-from ..serving.completion import UNBOUNDED, Asking, first_choice
+from ..serving.client import KEY, OTHER_KEY, AsyncClient
+from ..serving.completion import UNBOUNDED, Asking, Completion
+from ..serving.reply import Refused, Trouble, Unable, first_choice, models_of
 
 SAME = 0.1
 """Nats a token: the most that rounding, batching and half precision explain on average."""
@@ -69,8 +62,8 @@ class Findings:
 
     `context` is the longest prompt and answer it serves, in tokens. `returns_ids` is whether answers
     come as token ids. `difference` is the mean of the log-probabilities' distance in nats over
-    `compared` tokens, None without log-probabilities; `gap` how much likelier than the server's the
-    target's own token is, in nats a token. `skipped` are the questions it would not answer.
+    `compared` tokens, None without log-probabilities; `gap` how much more likely than the
+    server's the target's own token is, in nats a token. `skipped` are the questions it did not answer.
     """
 
     model: str
@@ -99,7 +92,7 @@ def describe(found: Findings) -> dict[str, Any]:
 def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]) -> list[str]:
     """What the user should know of a server before its answers come."""
     apart = (
-        f"words of {found.compared} tokens agree"
+        f"{found.compared} tokens agree"
         if found.difference is None
         else f"log-probabilities {found.difference:.4f} nats apart on {found.compared} tokens"
     )
@@ -126,141 +119,205 @@ def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]
 
 
 async def check(
-    endpoint: Endpoint, target: Target, prompts: Sequence[Prompt], model: str, lookahead: int = 0
+    client: AsyncClient, target: Target, prompts: Sequence[Prompt], model: str, lookahead: int = 0
 ) -> Findings:
-    """Ask `endpoint` for its model named `model` ('': the only one), and compare with `target`.
+    """Ask a server for its model named `model` ('': the only one), and compare with `target`.
 
     `lookahead` is how many lookahead tokens will be asked for. Raises UserError when it is another model,
     tokenizer or template, or cannot be used; Trouble when it does not answer for now.
     """
-    skipped: list[str] = []
-    name, context = await _find_model(endpoint, model, skipped)
-    try:
-        version = str((await endpoint.get("/version")).get("version", "unknown"))[:80]
-    except Refused:
-        version = "unknown"
-    await _compare_rendering(endpoint, target, name, skipped)
-    read = await _compare_weights(endpoint, target, prompts, name, context, skipped, lookahead)
-    return Findings(name, version, context, *read, tuple(skipped))
-
-
-async def _find_model(endpoint: Endpoint, model: str, skipped: list[str]) -> tuple[str, int]:
-    """The model's name at the server and the context it is served with."""
-    try:
-        known = models_of(await endpoint.get("/v1/models"))
-    except Refused as problem:
-        if problem.status in (401, 403):
-            raise UserError(_key_problem(endpoint, problem)) from None
-        if not model:
-            raise UserError(
-                f"{endpoint.url} lists no models ({problem}); is it an OpenAI-compatible server? If so, "
-                "name its model with --endpoint-model"
-            ) from None
-        skipped.append(f"the model's name ({problem})")
-        return model, UNBOUNDED
-    if model and model not in known:
-        raise UserError(
-            f"{endpoint.url} does not serve --endpoint-model {model}; {visible(nearest(model, known))}"
-        )
-    if not model and len(known) != 1:
-        names = visible(", ".join(sorted(known))) or "none"
-        raise UserError(
-            f"{endpoint.url} serves {len(known)} models ({names}); name "
-            "the one that is the target with --endpoint-model"
-        )
-    name = model or next(iter(known))
-    context = known[name].get("max_model_len")
-    return name, context if type(context) is int and context > 0 else UNBOUNDED
-
-
-async def _compare_rendering(
-    endpoint: Endpoint, target: Target, model: str, skipped: list[str]
-) -> None:
-    """The server's token ids of a few conversations against the target's."""
-    for messages in CONVERSATIONS:
-        try:
-            expected = target.render(messages)
-        except ValueError:
-            continue  # a template that refuses these roles
-        except UserError:
-            skipped.append("the chat template (the target has none)")
-            return
-        body = {"model": model, "messages": messages, "add_generation_prompt": True}
-        try:
-            found = (await endpoint.post("/tokenize", body)).get("tokens")
-        except Refused as problem:
-            skipped.append(f"tokenizer and chat template (/tokenize: {problem})")
-            return
-        if not isinstance(found, list) or not all(type(token) is int for token in found):
-            skipped.append("tokenizer and chat template (/tokenize gives no tokens)")
-            return
-        if found != expected:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
-                min(len(found), len(expected)),
-            )
-            raise UserError(
-                f"{endpoint.url} renders a conversation otherwise than {target.name}: "
-                f"{len(found)} tokens for {len(expected)}, apart from token {at} on (it: "
-                f"{found[at : at + 4]}, the target: {expected[at : at + 4]}); its tokenizer or chat "
-                "template is another. Serve the target with its own, or give both the same file "
-                "with --chat-template"
-            )
-
-
-async def _compare_weights(
-    endpoint: Endpoint,
-    target: Target,
-    prompts: Sequence[Prompt],
-    model: str,
-    context: int,
-    skipped: list[str],
-    lookahead: int,
-) -> tuple[bool, int, float | None, float]:
-    """Whether token ids come back, tokens compared, mean difference and mean gap in nats."""
     asking = Asking(target, Sampling(), PROBE_TOKENS, 0, lookahead)
-    fit = (i for i, n in enumerate(lengths_of(prompts)) if asking.room_after(n, context) >= 1)
-    probes = [prompts[i] for i in itertools.islice(fit, PROBES)]
-    if not probes:
-        raise UserError(
-            f"{endpoint.url} serves a context of {context} tokens, and no prompt is that short; serve "
-            "the target with a longer one (--max-model-len)"
-        )
-    apart: list[float] = []
-    gaps: list[float] = []
-    returns_ids = complete = True
-    for prompt in probes:
-        reply = await _probe(endpoint, asking.body(prompt, model, context))
+    return await _Check(client, target, asking, model).run(prompts)
+
+
+@dataclass
+class _Check:
+    """The check of one server. `model` and `context` become the server's own; see `Findings`."""
+
+    client: AsyncClient
+    target: Target
+    asking: Asking
+    model: str
+    context: int = UNBOUNDED
+    skipped: list[str] = field(default_factory=list)
+
+    async def run(self, prompts: Sequence[Prompt]) -> Findings:
+        await self._find_model()
         try:
-            heard = asking.hear(prompt, reply, PROBE_TOKENS)
+            version = str((await self.client.ask("/version")).get("version", "unknown"))[:80]
+        except Refused:
+            version = "unknown"
+        await self._compare_rendering()
+        read = await self._compare_weights(prompts)
+        return Findings(self.model, version, self.context, *read, tuple(self.skipped))
+
+    def _error(self, text: str) -> UserError:
+        return UserError(f"{self.client.url}{text}")
+
+    async def _find_model(self) -> None:
+        """The model's name at the server and the context that it is served with."""
+        model = self.model
+        try:
+            known = models_of(await self.client.ask("/v1/models"))
+        except Refused as problem:
+            self._refuse_key(problem)
+            if not model:
+                raise self._error(
+                    f" lists no models ({problem}); is it an OpenAI-compatible server? If so, name its "
+                    "model with --endpoint-model"
+                ) from None
+            self.skipped.append(f"the model's name ({problem})")
+            return
+        if model and model not in known:
+            hint = visible(nearest(model, known))
+            raise self._error(f" does not serve --endpoint-model {model}; {hint}")
+        if not model and len(known) != 1:
+            names = visible(", ".join(sorted(known))) or "none"
+            raise self._error(
+                f" serves {len(known)} models ({names}); name the one that is the target with "
+                "--endpoint-model"
+            )
+        self.model = model or next(iter(known))
+        context = known[self.model].get("max_model_len")
+        if type(context) is int and context > 0:
+            self.context = context
+
+    def _refuse_key(self, problem: Refused) -> None:
+        """Raise UserError for a server that wants another API key."""
+        if problem.status in (401, 403) and self.client.key:
+            raise self._error(f" refuses the API key in {KEY} or {OTHER_KEY} ({problem})") from None
+        if problem.status in (401, 403):
+            raise self._error(
+                f" wants an API key ({problem}); put it into the environment variable {KEY}"
+            ) from None
+
+    async def _compare_rendering(self) -> None:
+        """The server's token ids of a few conversations against the target's."""
+        for messages in CONVERSATIONS:
+            try:
+                expected = self.target.render(messages)
+            except ValueError:
+                continue  # a template that refuses these roles
+            except UserError:
+                self.skipped.append("the chat template (the target has none)")
+                return
+            body = {"model": self.model, "messages": messages, "add_generation_prompt": True}
+            try:
+                found = (await self.client.ask("/tokenize", body)).get("tokens")
+            except Refused as problem:
+                self.skipped.append(f"tokenizer and chat template (/tokenize: {problem})")
+                return
+            if not isinstance(found, list) or not all(type(token) is int for token in found):
+                self.skipped.append("tokenizer and chat template (/tokenize gives no tokens)")
+                return
+            if found != expected:
+                same = [a == b for a, b in zip(found, expected, strict=False)]
+                at = [*same, False].index(False)
+                raise self._error(
+                    f" renders a conversation otherwise than {self.target.name}: {len(found)} tokens for "
+                    f"{len(expected)}, apart from token {at} on (it: {found[at : at + 4]}, the target: "
+                    f"{expected[at : at + 4]}); its tokenizer or chat template is another. Serve the "
+                    "target with its own, or give both the same file with --chat-template"
+                )
+
+    async def _compare_weights(
+        self, prompts: Sequence[Prompt]
+    ) -> tuple[bool, int, float | None, float]:
+        """Whether token ids come back, tokens compared, mean difference and mean gap in nats."""
+        room = (self.asking.room_after(length, self.context) for length in lengths_of(prompts))
+        fit = (i for i, most in enumerate(room) if most >= 1)
+        probes = [prompts[i] for i in itertools.islice(fit, PROBES)]
+        if not probes:
+            raise self._error(
+                f" serves a context of {self.context} tokens, and no prompt is that short; serve the "
+                "target with a longer one (--max-model-len)"
+            )
+        apart: list[float] = []
+        gaps: list[float] = []
+        returns_ids = complete = True
+        for prompt in probes:
+            completion, given = await self._probe(prompt)
+            returns_ids &= not completion.retokenised
+            if completion.doubtful:
+                continue  # tokens that the server did not choose show nothing of it
+            own, best = await asyncio.to_thread(
+                _read, self.target, prompt, completion.answer.tokens
+            )
+            gaps += [b - o for o, b in zip(own, best, strict=True)]
+            complete &= len(given) == len(own)
+            apart += [abs(g - o) for g, o in zip(given, own, strict=False)]
+        if not gaps:
+            self.skipped.append("the weights (no text that it wrote gives its tokens again)")
+            return returns_ids, 0, None, 0.0
+        gap = sum(gaps) / len(gaps)
+        difference = sum(apart) / len(apart) if complete else None
+        if not complete:
+            self.skipped.append("log-probabilities (it returns none; the tokens were compared)")
+        self._refuse_other_weights(len(gaps), difference, gap)
+        if self.asking.lookahead:
+            for prompt in probes:
+                await self._check_lookahead(prompt)
+        return returns_ids, len(gaps), difference, gap
+
+    async def _probe(self, prompt: Prompt) -> tuple[Completion, list[float]]:
+        """A completion with its log-probabilities, or without, where the server does not give them."""
+        body = self.asking.body(prompt, self.model, self.context)
+        try:
+            reply = await self.client.ask("/v1/completions", {**body, "logprobs": 1})
+        except Refused as refused:
+            self._refuse_key(refused)
+            try:
+                reply = await self.client.ask("/v1/completions", body)
+            except Refused as problem:
+                raise self._error(
+                    f" does not complete a prompt of token ids at /v1/completions ({problem}); redraft "
+                    "sends prompts as the target's own template renders them, so an endpoint that takes "
+                    "chat messages or text alone cannot be used: vLLM and SGLang servers can"
+                ) from None
+        try:
+            completion = self.asking.read(prompt, reply, PROBE_TOKENS)
         except Unable as problem:
-            raise UserError(f"{endpoint.url} {problem}") from None
+            raise self._error(f" {problem}") from None
         except Trouble as problem:
             if "vocabulary" in str(problem):
-                raise UserError(f"{endpoint.url} {problem}: it serves another model") from None
+                raise self._error(f" {problem}: it serves another model") from None
             raise
-        returns_ids &= not heard.retold
-        if heard.doubtful:
-            continue  # tokens that the server did not choose say nothing about it
-        own, best = await asyncio.to_thread(_read, target, prompt, heard.answer.tokens)
-        gaps += [b - o for o, b in zip(own, best, strict=True)]
-        given = _logprobs(first_choice(reply))
-        if len(given) == len(own):
-            apart += [abs(g - o) for g, o in zip(given, own, strict=True)]
-        else:
-            complete = False
-    if not gaps:
-        skipped.append("the weights (no text that it wrote gives its tokens again)")
-        return returns_ids, 0, None, 0.0
-    gap = sum(gaps) / len(gaps)
-    difference = sum(apart) / len(apart) if complete else None
-    if not complete:
-        skipped.append("log-probabilities (it returns none; the words were compared)")
-    _refuse_other_weights(endpoint, target, model, len(gaps), difference, gap)
-    if lookahead:
-        for prompt in probes:
-            await _check_ahead(endpoint, asking, prompt, model, context)
-    return returns_ids, len(gaps), difference, gap
+        return completion, _logprobs(first_choice(reply))
+
+    def _refuse_other_weights(self, tokens: int, difference: float | None, gap: float) -> None:
+        found, what = (
+            (gap, "the target finds other tokens more likely, by")
+            if difference is None
+            else (difference, "its log-probabilities differ from the target's by")
+        )
+        if not found <= SAME:  # a NaN is not the target's either
+            raise self._error(
+                f": its model '{visible(self.model)}' is not the target {self.target.name}: on {tokens} "
+                f"tokens that it wrote {what} {found:.2f} nats a token on average; rounding explains "
+                f"{SAME:g} at most. Serve the target there, or name the model that is the target with "
+                "--endpoint-model"
+            )
+
+    async def _check_lookahead(self, prompt: Prompt) -> None:
+        """Does the server go on after a stop token, and with the target's own tokens?"""
+        count = self.asking.room(prompt, self.context)
+        nothing = Answer(prompt.id, prompt.tokens, (), 0, "length")
+        body = self.asking.lookahead_body(nothing, count, self.model)
+        try:
+            ahead = self.asking.read_lookahead(
+                await self.client.ask("/v1/completions", body), count
+            )
+        except (Refused, Unable) as problem:
+            raise self._error(f" {problem}") from None
+        own, best = await asyncio.to_thread(_read, self.target, prompt, ahead)
+        worst = max(b - o for o, b in zip(own, best, strict=True))
+        if not worst <= FORBIDDEN:
+            raise self._error(
+                f": asked to ignore stop tokens (ignore_eos), its model '{visible(self.model)}' writes a "
+                f"token where the target finds another more likely by {worst:.1f} nats; it may forbid stop "
+                "tokens then. Lookahead tokens (--lookahead) have to come from another server (vLLM, "
+                "SGLang), or leave out --endpoint"
+            )
 
 
 def _logprobs(choice: dict[str, Any]) -> list[float]:
@@ -271,75 +328,6 @@ def _logprobs(choice: dict[str, Any]) -> list[float]:
         return [float(each) for each in listed] if isinstance(listed, list) else []
     except (TypeError, ValueError, OverflowError):
         return []
-
-
-async def _check_ahead(
-    endpoint: Endpoint, asking: Asking, prompt: Prompt, model: str, context: int
-) -> None:
-    """Does the server go on after a stop token, and with the target's own tokens?"""
-    count = asking.room(prompt, context)
-    nothing = Answer(prompt.id, prompt.tokens, (), 0, "length")
-    try:
-        reply = await endpoint.post("/v1/completions", asking.body_ahead(nothing, count, model))
-        ahead = asking.hear_ahead(reply, count)
-    except (Refused, Unable) as problem:
-        raise UserError(f"{endpoint.url} {problem}") from None
-    own, best = await asyncio.to_thread(_read, asking.target, prompt, ahead)
-    worst = max(b - o for o, b in zip(own, best, strict=True))
-    if not worst <= FORBIDDEN:
-        raise UserError(
-            f"{endpoint.url}: asked to ignore stop tokens (ignore_eos), its model '{visible(model)}' writes a "
-            f"token where the target finds another more likely by {worst:.1f} nats; it may forbid stop tokens "
-            "then. Lookahead tokens (--lookahead) have to come from another server (vLLM, SGLang), or leave out "
-            "--endpoint"
-        )
-
-
-def _refuse_other_weights(
-    endpoint: Endpoint,
-    target: Target,
-    model: str,
-    tokens: int,
-    difference: float | None,
-    gap: float,
-) -> None:
-    found, what = (
-        (gap, "the target finds other tokens likelier, by")
-        if difference is None
-        else (difference, "its log-probabilities differ from the target's by")
-    )
-    if not found <= SAME:  # a NaN is not the target's either
-        raise UserError(
-            f"{endpoint.url}: its model '{visible(model)}' is not the target {target.name}: on {tokens} tokens "
-            f"that it wrote {what} {found:.2f} nats a token on average; rounding explains {SAME:g} "
-            "at most. Serve the target there, or name the model that is the target with "
-            "--endpoint-model"
-        )
-
-
-async def _probe(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-    """A completion with log-probabilities, or without, where the server does not give them."""
-    try:
-        return await endpoint.post("/v1/completions", {**body, "logprobs": 1})
-    except Refused as problem:
-        if problem.status in (401, 403):
-            raise UserError(_key_problem(endpoint, problem)) from None
-    try:
-        return await endpoint.post("/v1/completions", body)
-    except Refused as problem:
-        raise UserError(
-            f"{endpoint.url} does not complete a prompt of token ids at /v1/completions ({problem}); "
-            "redraft sends prompts as the target's own template renders them, so an endpoint that "
-            "takes chat messages or text alone cannot be used: vLLM and SGLang servers can"
-        ) from None
-
-
-def _key_problem(endpoint: Endpoint, problem: Refused) -> str:
-    if endpoint.key:
-        return f"{endpoint.url} refuses the API key in {KEY} or {OTHER_KEY} ({problem})"
-    return (
-        f"{endpoint.url} wants an API key ({problem}); put it into the environment variable {KEY}"
-    )
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
 """Several endpoints as one: every prompt is answered once, by whichever server has a place free.
 
 Each server has `concurrency` places, which take the next prompt as soon as they are free, so that its
-batch stays full to the end. A prompt whose request fails goes back in the line, for any server. A
-server that fails three times in a row, or that nobody reaches, rests, longer each time, and is checked
-again before it goes on: what comes back after a restart may be another model. When no server is well, the pool waits for
-`patience` seconds and then gives up; what was answered is the caller's already.
+batch stays full to the end. A prompt whose request fails goes back in the line, for any server. A server
+that fails three times in a row, or that nobody reaches, is unhealthy. It backs off, longer each time, and
+is checked again before it goes on: what comes back after a restart may be another model. When no server is
+healthy, redraft waits for `patience` seconds and then gives up; what was answered is the caller's already.
 
 The requests run in an event loop on a thread of their own, so this works inside a notebook too, and
 the caller writes answers while others are under way.
@@ -30,18 +30,11 @@ from ..core.records import Answer, Prompt
 from ..decoding.sampling import Sampling
 from ..models.batching import lengths_of
 from ..models.target import Target
-from ..serving.client import (
-    Endpoint,
-    EndpointError,
-    Refused,
-    Trouble,
-    Unable,
-    connect,
-    key_for,
-)
-from ..serving.completion import Asking, Heard
+from ..serving.client import AsyncClient, connect_async, key_for
+from ..serving.completion import Asking, Completion
+from ..serving.reply import EndpointError, Refused, Trouble, Unable
 from .endpoint_check import Findings, check, describe, remarks
-from .server_states import FIRST_REST, ILL_AFTER, Station, Work
+from .server_states import FIRST_BACKOFF, UNHEALTHY_AFTER, ServerState, Work
 
 TICK = 0.25
 """Seconds between two looks at how things are."""
@@ -52,8 +45,8 @@ START_PATIENCE = 60.0
 class Endpoints:
     """The servers that `config` names, as one backend for answers of `target`.
 
-    `lookahead` is how many lookahead tokens are kept past each answer's end. `about` says, for each
-    server that was found to be the target, what it is; it holds no secret.
+    `lookahead` is how many lookahead tokens are kept past each answer's end. `about` describes each
+    server that was found to be the target; it holds no secret.
     """
 
     def __init__(self, target: Target, config: RegenerateConfig, lookahead: int = 0):
@@ -63,9 +56,9 @@ class Endpoints:
         self.about: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Findings] = {}
         self._dropped: set[str] = set()
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._marks: collections.Counter[str] = collections.Counter()
-        self._stations: list[Station] = []
+        self._states: list[ServerState] = []
 
     def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
         """The answers as they come, in lists (empty ones now and then, while nothing comes).
@@ -75,7 +68,7 @@ class Endpoints:
         """
         if not prompts:
             return
-        out: queue.SimpleQueue[Heard | BaseException | None] = queue.SimpleQueue()
+        out: queue.SimpleQueue[Completion | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
         thread = threading.Thread(
             target=lambda: asyncio.run(self._run(prompts, out, stop)), name="endpoints", daemon=True
@@ -84,10 +77,10 @@ class Endpoints:
         try:
             ended = False
             while not ended:
-                heard = _drain(out)
-                ended = bool(heard) and not isinstance(heard[-1], Heard)
-                last = heard.pop() if ended else None
-                yield [self._note(each) for each in heard if isinstance(each, Heard)]
+                completion = _drain(out)
+                ended = bool(completion) and not isinstance(completion[-1], Completion)
+                last = completion.pop() if ended else None
+                yield [self._note(each) for each in completion if isinstance(each, Completion)]
                 if isinstance(last, BaseException):
                     raise last
             self._sum_up()
@@ -96,38 +89,35 @@ class Endpoints:
             thread.join()
 
     def health(self) -> str:
-        """A few words for the progress line when not every server is well, else ''."""
-        bad = [s for s in self._stations if s.problem]
+        """A note for the progress line when not every server is healthy, else ''."""
+        bad = [s for s in self._states if s.problem]
         if bad:
             shown = bad[0].problem if len(bad[0].problem) < 80 else bad[0].problem[:77] + "..."
-            return f"{len(bad)} of {len(self._stations)} endpoints not well: {bad[0].url} {shown}"
-        new = [s.url for s in self._stations if s.findings is None]
+            return f"{len(bad)} of {len(self._states)} endpoints unhealthy: {bad[0].url} {shown}"
+        new = [s.url for s in self._states if s.findings is None]
         return f"checking {new[0]}" if new else ""
 
     async def _run(
         self,
         prompts: Sequence[Prompt],
-        out: queue.SimpleQueue[Heard | BaseException | None],
+        out: queue.SimpleQueue[Completion | BaseException | None],
         stop: threading.Event,
     ) -> None:
         """All of one call: start, watch, end. Whatever ends it is put into `out` last."""
         work = Work(prompts)
-        self._stations = [
-            Station(url, self._found.get(url))
-            for url in self.config.endpoints_value
-            if url not in self._dropped
-        ]
+        urls = [u for u in self.config.endpoints_value if u not in self._dropped]
+        self._states = []
         tasks: list[asyncio.Task[None]] = []
         async with contextlib.AsyncExitStack() as clients:
             try:
-                for station in self._stations:
-                    client = connect(station.url, self.config.concurrency, self.config.timeout)
-                    await clients.enter_async_context(client)
-                    key = key_for(station.url)
-                    endpoint = Endpoint(station.url, client, self.config.timeout, key)
-                    tasks.append(asyncio.create_task(self._attend(station, endpoint, prompts)))
+                for url in urls:
+                    client = connect_async(url, self.config.timeout, key_for(url))
+                    await clients.enter_async_context(client.http)
+                    self._states.append(ServerState(client, self._found.get(url)))
+                for state in self._states:
+                    tasks.append(asyncio.create_task(self._attend(state, prompts)))
                     tasks += [
-                        asyncio.create_task(self._answer(station, endpoint, work, out))
+                        asyncio.create_task(self._answer(state, work, out))
                         for _ in range(min(self.config.concurrency, len(prompts)))
                     ]
                 await self._watch(work, tasks, stop)
@@ -147,159 +137,155 @@ class Endpoints:
             for task in tasks:
                 if task.done() and task.exception() is not None:
                     task.result()
-            if all(s.dropped for s in self._stations):
-                raise UserError(self._stations[0].problem)
-            if any(not s.problem or s.under_way for s in self._stations):
+            if all(s.dropped for s in self._states):
+                raise UserError(self._states[0].problem)
+            if any(not s.problem or s.under_way for s in self._states):
                 continue
-            seen = any(s.findings for s in self._stations)
+            seen = any(s.findings for s in self._states)
             patience = self.config.patience if seen else min(self.config.patience, START_PATIENCE)
             if time.monotonic() - max(started, work.last_good) > patience:
                 raise UserError(self._given_up_waiting(work, patience))
 
-    async def _attend(
-        self, station: Station, endpoint: Endpoint, prompts: Sequence[Prompt]
-    ) -> None:
-        """Keep one server: check it, let its places work while it is well, rest it when it is ill."""
-        known = station.findings is not None
+    async def _attend(self, state: ServerState, prompts: Sequence[Prompt]) -> None:
+        """Keep one server: check it, let its places work while it is healthy, back off when it is not."""
+        known = state.findings is not None
         while True:
             if not known:
                 try:
-                    await self._check(station, endpoint, prompts)
+                    await self._check(state, prompts)
                 except EndpointError as problem:
-                    station.fail(problem, limit=1)
+                    state.fail(problem, limit=1)
                 except UserError as problem:
-                    self._drop(station, str(problem))
+                    self._drop(state, str(problem))
                     return
-            if known or not station.ill.is_set():
-                station.failures = 0
-                station.well.set()
+            if known or not state.unhealthy.is_set():
+                state.failures = 0
+                state.healthy.set()
                 if not known:
-                    if station.problem:
-                        say(f"{station.url} answers again")
-                    station.problem = ""
-            await station.ill.wait()
-            self._say_once(station)
-            known = station.busy and station.findings is not None
-            await asyncio.sleep(station.rest())
-            station.ill.clear()
+                    if state.problem:
+                        say(f"{state.url} answers again")
+                    state.problem = ""
+            await state.unhealthy.wait()
+            self._report(state)
+            known = state.busy and state.findings is not None
+            await asyncio.sleep(state.back_off())
+            state.unhealthy.clear()
 
-    async def _check(self, station: Station, endpoint: Endpoint, prompts: Sequence[Prompt]) -> None:
+    async def _check(self, state: ServerState, prompts: Sequence[Prompt]) -> None:
         """Is this server the target, and do the prompts fit it? Raises UserError when not."""
         asking = self.asking
-        found = await check(
-            *(endpoint, asking.target, prompts, self.config.endpoint_model), asking.lookahead
-        )
+        named = self.config.endpoint_model
+        found = await check(state.client, asking.target, prompts, named, asking.lookahead)
         lengths = lengths_of(prompts)
         long = [i for i, n in enumerate(lengths) if asking.room_after(n, found.context) < 1]
         if long:
             raise UserError(
-                f"{station.url} serves a context of {min(found.context, asking.target.max_positions)} "
+                f"{state.url} serves a context of {min(found.context, asking.target.max_positions)} "
                 f"tokens, which {len(long)} of {len(prompts)} prompts fill (first: {prompts[long[0]].id}, "
                 f"{lengths[long[0]]} tokens); serve the target with a longer one (vLLM: --max-model-len "
                 f"{max(lengths) + asking.max_new_tokens + asking.lookahead})"
             )
-        first = station.url not in self._found
-        station.findings = self._found[station.url] = found
-        self.about[station.url] = describe(found)
+        first = state.url not in self._found
+        state.findings = self._found[state.url] = found
+        self.about[state.url] = describe(found)
         if first:
-            for line in remarks(station.url, found, asking, prompts):
+            for line in remarks(state.url, found, asking, prompts):
                 say(line)
 
     async def _answer(
         self,
-        station: Station,
-        endpoint: Endpoint,
+        state: ServerState,
         work: Work,
-        out: queue.SimpleQueue[Heard | BaseException | None],
+        out: queue.SimpleQueue[Completion | BaseException | None],
     ) -> None:
         """One place at a server: take a prompt, ask, hand the answer over; for ever."""
         while True:
-            await station.well.wait()
+            await state.healthy.wait()
             prompt = await work.take()
-            if not station.well.is_set() or station.findings is None:
+            if not state.healthy.is_set() or state.findings is None:
                 work.put_back(prompt)
                 continue
-            station.under_way += 1
+            state.under_way += 1
             try:
-                heard = await self._ask(endpoint, prompt, station.findings)
+                completion = await self._ask(state.client, prompt, state.findings)
             except Unable as problem:
-                raise UserError(f"{station.url} {problem}") from None
+                raise UserError(f"{state.url} {problem}") from None
             except Refused as problem:
-                if problem.status in (401, 403, 404):  # not about the prompt: let the check say it
-                    work.give_back(prompt, problem, station)
-                    station.fail(problem, limit=1)
+                if problem.status in (401, 403, 404):  # not about the prompt: the check reports it
+                    work.give_back(prompt, problem, state)
+                    state.fail(problem, limit=1)
                 else:
-                    work.give_up(prompt, f"{station.url} refused it ({problem})")
+                    work.give_up(prompt, f"{state.url} refused it ({problem})")
             except Trouble as problem:
-                work.give_back(prompt, problem, station)
-                station.fail(problem, ILL_AFTER if problem.reached else 1)
+                work.give_back(prompt, problem, state)
+                state.fail(problem, UNHEALTHY_AFTER if problem.reached else 1)
                 # All places may fail at once, so the count may be far above the one that matters.
                 await asyncio.sleep(
-                    random.uniform(0, FIRST_REST) * min(station.failures, ILL_AFTER)
+                    random.uniform(0, FIRST_BACKOFF) * min(state.failures, UNHEALTHY_AFTER)
                 )
             else:
-                station.succeed()
-                station.answered += 1
+                state.succeed()
+                state.answered += 1
                 work.last_good = time.monotonic()
-                out.put(heard)
+                out.put(completion)
                 work.open -= 1
             finally:
-                station.under_way -= 1
+                state.under_way -= 1
 
-    async def _ask(self, endpoint: Endpoint, prompt: Prompt, found: Findings) -> Heard:
+    async def _ask(self, client: AsyncClient, prompt: Prompt, found: Findings) -> Completion:
         """One prompt's answer, with its lookahead tokens. Raises an EndpointError."""
         asking = self.asking
         body = asking.body(prompt, found.model, found.context)
-        reply = await endpoint.post("/v1/completions", body)
-        heard = asking.hear(prompt, reply, body["max_tokens"])
+        reply = await client.ask("/v1/completions", body)
+        completion = asking.read(prompt, reply, body["max_tokens"])
         if not asking.lookahead:
-            return heard
-        ahead = asking.body_ahead(heard.answer, asking.lookahead, found.model)
-        reply = await endpoint.post("/v1/completions", ahead)
-        tokens = (*heard.answer.tokens, *asking.hear_ahead(reply, asking.lookahead))
-        return replace(heard, answer=replace(heard.answer, tokens=tokens))
+            return completion
+        ahead = asking.lookahead_body(completion.answer, asking.lookahead, found.model)
+        reply = await client.ask("/v1/completions", ahead)
+        tokens = (*completion.answer.tokens, *asking.read_lookahead(reply, asking.lookahead))
+        return replace(completion, answer=replace(completion.answer, tokens=tokens))
 
-    def _note(self, heard: Heard) -> Answer:
+    def _note(self, completion: Completion) -> Answer:
         """Count what is odd about an answer, for the summing up."""
-        for mark in ("retold", "doubtful", "short"):
-            self._marks[mark] += getattr(heard, mark)
-        return heard.answer
+        for mark in ("retokenised", "doubtful", "short"):
+            self._marks[mark] += getattr(completion, mark)
+        return completion.answer
 
     def _sum_up(self) -> None:
         m = self._marks
-        if m["retold"]:
+        if m["retokenised"]:
             say(
-                f"NOTE: {m['retold']} answers came as text and were tokenised again; for {m['doubtful']} "
+                f"NOTE: {m['retokenised']} answers came as text and were tokenised again; for {m['doubtful']} "
                 "of them this gave other tokens than the server counted"
             )
         if m["short"]:
             say(f"NOTE: {m['short']} answers were cut shorter by the server than was asked for")
         m.clear()
 
-    def _say_once(self, station: Station) -> None:
-        """Tell of a server's trouble, once for each kind of it."""
-        text = f"{station.url} {station.problem}"
-        if station.problem and text not in self._said:
-            self._said.add(text)
-            others = sum(not s.problem for s in self._stations)
+    def _report(self, state: ServerState) -> None:
+        """Report a server's trouble, once for each kind of it."""
+        text = f"{state.url} {state.problem}"
+        if state.problem and text not in self._reported:
+            self._reported.add(text)
+            others = sum(not s.problem for s in self._states)
             then = (
-                f"its work goes to the {others} that are well"
+                f"its work goes to the {others} healthy ones"
                 if others
                 else f"waiting up to {self.config.patience:g} s for an endpoint"
             )
             say(f"{text}; {then}")
 
-    def _drop(self, station: Station, reason: str) -> None:
+    def _drop(self, state: ServerState, reason: str) -> None:
         """Never ask a server again. At the first look that is the user's mistake, and ends the run."""
-        if station.findings is None and not station.rests:
+        if state.findings is None and not state.backoffs:
             raise UserError(reason)
-        station.dropped, station.problem = True, reason
-        self._dropped.add(station.url)
-        station.well.clear()
+        state.dropped, state.problem = True, reason
+        self._dropped.add(state.url)
+        state.healthy.clear()
         say(f"{reason}\nit is not asked any more")
 
     def _ending(self, work: Work, asked: int) -> UserError | None:
-        """What a finished call has to say: nothing, or which prompts have no answer."""
+        """The error of a finished call: none, or which prompts have no answer."""
         if not work.given_up:
             return None
         name, reason = work.given_up[0]
@@ -309,8 +295,8 @@ class Endpoints:
         )
 
     def _given_up_waiting(self, work: Work, patience: float) -> str:
-        states = "\n  ".join(f"{s.url} {s.problem}" for s in self._stations)
-        answered = sum(s.answered for s in self._stations)
+        states = "\n  ".join(f"{s.url} {s.problem}" for s in self._states)
+        answered = sum(s.answered for s in self._states)
         return (
             f"no endpoint answered for {patience:g} s:\n  {states}\n{answered} answers of this run are "
             f"written, {work.open} are missing: run the same command again to ask for these alone"
@@ -329,12 +315,12 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
 
 
 def _drain(
-    out: queue.SimpleQueue[Heard | BaseException | None],
-) -> list[Heard | BaseException | None]:
+    out: queue.SimpleQueue[Completion | BaseException | None],
+) -> list[Completion | BaseException | None]:
     """All that has come; waits for the first, but not longer than a tick. What is no answer is last."""
-    found: list[Heard | BaseException | None] = []
+    found: list[Completion | BaseException | None] = []
     with contextlib.suppress(queue.Empty):
         found.append(out.get(timeout=TICK))
-        while isinstance(found[-1], Heard):
+        while isinstance(found[-1], Completion):
             found.append(out.get_nowait())
     return found

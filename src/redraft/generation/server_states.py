@@ -1,4 +1,4 @@
-"""What the pool knows while it works: how each server is, and which prompts are still to be answered."""
+"""What is known while endpoints work: the state of each server, and the prompts without an answer."""
 
 from __future__ import annotations
 
@@ -10,56 +10,61 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..core.records import Prompt
-from ..serving.client import Busy, EndpointError, Trouble
+from ..serving.client import AsyncClient
+from ..serving.reply import Busy, EndpointError, Trouble
 from .endpoint_check import Findings
 
-ILL_AFTER = 3
-"""A server rests after so many failures in a row."""
+UNHEALTHY_AFTER = 3
+"""A server is unhealthy after so many failures in a row."""
 TRIES = 5
 """A prompt is given up after so many failures at servers that answer others."""
-FIRST_REST, LONGEST_REST = 1.0, 30.0
-"""Seconds of a server's first rest, and of the longest it takes by itself."""
+FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 30.0
+"""Seconds for which a server backs off first, and at most unless it asks for more."""
 
 
 @dataclass
-class Station:
-    """One server: what its check found, and how it is.
+class ServerState:
+    """One server: what its check found, and whether it is healthy.
 
-    `problem` is '' while it is well; `busy` says that it will be, without being checked anew, after
-    `wait` seconds. Its places work while the event `well` is set, and `ill` calls for a rest.
+    `problem` is '' while it is. `busy`: it needs no new check after `wait` seconds. Its places work while
+    the event `healthy` is set; `unhealthy` makes it back off.
     """
 
-    url: str
+    client: AsyncClient
     findings: Findings | None = None
     problem: str = ""
     dropped: bool = False
     failures: int = 0
-    rests: int = 0
+    backoffs: int = 0
     busy: bool = False
     wait: float | None = None
     under_way: int = 0
     answered: int = 0
-    well: asyncio.Event = field(default_factory=asyncio.Event)
-    ill: asyncio.Event = field(default_factory=asyncio.Event)
+    healthy: asyncio.Event = field(default_factory=asyncio.Event)
+    unhealthy: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def url(self) -> str:
+        return self.client.url
 
     def fail(self, problem: EndpointError, limit: int) -> None:
-        """Count a failure; after `limit` in a row, or where the server says so, it rests."""
+        """Count a failure. After `limit` in a row, or where the server asks for a pause, it backs off."""
         self.failures += 1
-        if self.failures >= limit or isinstance(problem, Busy):
-            self.problem = str(problem)
-            self.busy = isinstance(problem, Busy)
+        busy = isinstance(problem, Busy)
+        if self.failures >= limit or busy:
+            self.problem, self.busy = str(problem), busy
             self.wait = problem.wait if isinstance(problem, Busy) else None
-            self.well.clear()
-            self.ill.set()
+            self.healthy.clear()
+            self.unhealthy.set()
 
     def succeed(self) -> None:
-        self.failures = self.rests = 0
+        self.failures = self.backoffs = 0
         self.problem = ""
 
-    def rest(self) -> float:
-        """How long the next rest is, in seconds: twice the last, not all servers in step."""
-        least = min(FIRST_REST * 2.0**self.rests, LONGEST_REST)
-        self.rests += 1
+    def back_off(self) -> float:
+        """The next pause in seconds: twice the last, not all servers in step."""
+        least = min(FIRST_BACKOFF * 2.0**self.backoffs, LONGEST_BACKOFF)
+        self.backoffs += 1
         return max(self.wait or 0.0, least * random.uniform(0.5, 1.0))
 
 
@@ -96,13 +101,13 @@ class Work:
         self.line.appendleft(prompt)
         self.more.set()
 
-    def give_back(self, prompt: Prompt, problem: EndpointError, station: Station) -> None:
+    def give_back(self, prompt: Prompt, problem: EndpointError, state: ServerState) -> None:
         """Back in the line; given up after `TRIES` failures that may be the prompt's own."""
         self.repeats += 1
         if isinstance(problem, Trouble) and problem.reached and not isinstance(problem, Busy):
             self.failed[prompt.id] += 1
         if self.failed[prompt.id] >= TRIES:
-            self.give_up(prompt, f"{station.url} {problem}, {TRIES} times")
+            self.give_up(prompt, f"{state.url} {problem}, {TRIES} times")
         else:
             self.line.append(prompt)
             self.more.set()

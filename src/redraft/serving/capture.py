@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +29,8 @@ from ..core.errors import UserError
 from ..core.files import remove
 from ..core.folders import read_file
 from ..features.rows import STATES, TOKENS
+from .client import Client, connect, key_for
+from .reply import Trouble, models_of
 
 REQUEST_SECONDS = 600.0
 WAIT_SECONDS = 30.0
@@ -60,30 +60,34 @@ class Capture:
 
         Raises UserError for a server that cannot be reached, refuses, or captures something else.
         """
+        model = self._model
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._states, rows))
+            return list(pool.map(lambda tokens: self._states(model, tokens), rows))
 
     @property
     def how(self) -> str:
         return HOW.format(ids=json.dumps([*self.aux_layers, self.layers]))
 
     @cached_property
-    def _model(self) -> str:
-        models = self._ask("/v1/models", None)
-        name: str = models["data"][0]["id"]
-        return name
+    def _client(self) -> Client:
+        """Open as long as the process runs."""
+        url = self.address.rstrip("/")
+        return connect(url, REQUEST_SECONDS, key_for(url))
 
-    def _states(self, tokens: Sequence[int]) -> Tensor:
-        body = {
-            "model": self._model,
-            "prompt": [int(token) for token in tokens],
-            "max_tokens": 1,
-            "temperature": 0,
-        }
-        said = self._ask("/v1/completions", body).get("kv_transfer_params") or {}
-        if "hidden_states_path" not in said:
+    @cached_property
+    def _model(self) -> str:
+        content = self._ask("/v1/models")
+        try:
+            return next(iter(models_of(content)))
+        except (Trouble, StopIteration):
+            raise self._no_vllm("/v1/models", "it names no model") from None
+
+    def _states(self, model: str, tokens: Sequence[int]) -> Tensor:
+        body = {"model": model, "prompt": list(map(int, tokens)), "max_tokens": 1, "temperature": 0}
+        named = self._ask("/v1/completions", body).get("kv_transfer_params")
+        if not isinstance(named, dict) or not isinstance(named.get("hidden_states_path"), str):
             raise UserError(f"{self.address} answers, but captures no hidden states: {self.how}")
-        path = Path(said["hidden_states_path"])
+        path = Path(named["hidden_states_path"])
         self._wait_for(path)
         found = read_file(path)
         self._check(path, found, tokens)
@@ -126,22 +130,18 @@ class Capture:
                 "it with that --dtype, or name its own here"
             )
 
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.address.rstrip("/") + path,
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
-                answer: dict[str, Any] = json.loads(response.read())
-        except urllib.error.HTTPError as problem:
-            said = problem.read().decode("utf-8", "replace")[:300]
-            raise UserError(
-                f"{self.address} refused {path} (HTTP {problem.code}): {said}"
-            ) from None
-        except (OSError, ValueError) as problem:
-            raise UserError(
-                f"{self.address}{path}: no answer of a vLLM server ({problem}); {self.how}"
-            ) from None
-        return answer
+            reply = self._client.reply(path, body)
+        except Trouble as problem:
+            raise self._no_vllm(path, str(problem)) from None
+        if reply.status != 200:
+            raise UserError(f"{self.address} refused {path} (HTTP {reply.status}): {reply.reason}")
+        content = reply.json()
+        if content is None:
+            raise self._no_vllm(path, "it is no JSON object")
+        return content
+
+    def _no_vllm(self, path: str, why: str) -> UserError:
+        url = self._client.url
+        return UserError(f"{url}{path}: no answer of a vLLM server ({why}); {self.how}")

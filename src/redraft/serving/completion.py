@@ -22,10 +22,9 @@ from typing import Any
 
 from ..core.records import Answer, Prompt
 from ..core.rng import derived_seed
-from ..core.visible import visible
 from ..decoding.sampling import Sampling
 from ..models.target import Target
-from .client import Trouble, Unable
+from .reply import Trouble, Unable, finish_of, first_choice
 
 UNBOUNDED = 1 << 30
 NO_IDS = (
@@ -35,16 +34,16 @@ NO_IDS = (
 
 
 @dataclass(frozen=True)
-class Heard:
+class Completion:
     """An answer and how far it can be trusted.
 
-    `retold`: its tokens are those of the text, not the server's own. `doubtful`: and they are not as
+    `retokenised`: its tokens are those of the text, not the server's own. `doubtful`: and they are not as
     many as the server counted, or do not give the text again. `short`: the server ended it before
     the length that was asked for.
     """
 
     answer: Answer
-    retold: bool = False
+    retokenised: bool = False
     doubtful: bool = False
     short: bool = False
 
@@ -77,7 +76,7 @@ class Asking:
         stops = {"stop_token_ids": list(self.target.stop_ids)}
         return self._request(prompt.tokens, most, model, ("answer", prompt.id)) | stops
 
-    def body_ahead(self, so_far: Answer, count: int, model: str) -> dict[str, Any]:
+    def lookahead_body(self, so_far: Answer, count: int, model: str) -> dict[str, Any]:
         """The request for the next `count` tokens after an answer, whatever they are."""
         tokens = (*so_far.prompt, *so_far.tokens)
         # Without `stop_token_ids` of its own: servers heed those in spite of `ignore_eos`.
@@ -104,19 +103,19 @@ class Asking:
             **({"seed": drawn} if s.temperature else {}),
         }
 
-    def hear(self, prompt: Prompt, reply: dict[str, Any], asked: int) -> Heard:
+    def read(self, prompt: Prompt, reply: dict[str, Any], asked: int) -> Completion:
         """The answer in a reply to a request for `asked` tokens.
 
         Raises Trouble for half a one, and Unable for text where lookahead tokens are to follow.
         """
         choice = first_choice(reply)
         finish = finish_of(choice)
-        retold = choice.get("token_ids") is None
-        if retold and self.lookahead:
+        retokenised = choice.get("token_ids") is None
+        if retokenised and self.lookahead:
             raise Unable(NO_IDS)
         tokens, doubtful = (
             self._from_text(choice, reply, finish == "stop")
-            if retold
+            if retokenised
             else (token_ids(choice["token_ids"], self.target), False)
         )
         end = next((i for i, t in enumerate(tokens) if t in self.target.stop_ids), None)
@@ -131,10 +130,10 @@ class Asking:
         short = ended == "length" and len(tokens) < self.room(prompt)
         keyed = asdict(self.sampling) if self.sampling.temperature else {}
         answer = Answer(prompt.id, prompt.tokens, tokens, len(tokens), ended, **keyed)
-        return Heard(answer, retold, doubtful, short)
+        return Completion(answer, retokenised, doubtful, short)
 
-    def hear_ahead(self, reply: dict[str, Any], count: int) -> tuple[int, ...]:
-        """The `count` tokens in a reply to `body_ahead`. Raises Unable when it ended before them."""
+    def read_lookahead(self, reply: dict[str, Any], count: int) -> tuple[int, ...]:
+        """The `count` tokens in a reply to `lookahead_body`. Raises Unable when it ended before them."""
         choice = first_choice(reply)
         finish = finish_of(choice)
         if choice.get("token_ids") is None:
@@ -174,24 +173,6 @@ class Asking:
             named = [self._stop_of(choice), tokenizer.eos_token_id]
             tokens += (next((stop for stop in named if stop in stops), stops[0]),)
         return tokens, doubtful
-
-
-def first_choice(reply: dict[str, Any]) -> dict[str, Any]:
-    """The one completion in a reply. Raises Trouble when there is none."""
-    choices = reply.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        fields = visible(", ".join(reply))[:100]
-        raise Trouble(f"replied without a completion (fields: {fields or 'none'})")
-    found: dict[str, Any] = choices[0]
-    return found
-
-
-def finish_of(choice: dict[str, Any]) -> str:
-    """How a completion ended, 'stop' or 'length'. Raises Trouble for one that was broken off."""
-    finish = choice.get("finish_reason")
-    if finish == "stop" or finish == "length":
-        return str(finish)
-    raise Trouble(f"broke off an answer (finish_reason: {finish!r:.40})")
 
 
 def token_ids(ids: Any, target: Target) -> tuple[int, ...]:

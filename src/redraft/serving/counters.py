@@ -1,13 +1,16 @@
-"""vLLM's speculation counters, read from its Prometheus page."""
+"""An engine's speculation counters, read from its Prometheus page."""
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.records import EngineAcceptance
 
-_LINE = re.compile(r"^vllm:spec_decode_num_(\w+)_total(?:\{([^}]*)\})? ([0-9.eE+]+)$", re.MULTILINE)
+_LINE = r"^{}:spec_decode_num_(\w+)_total(?:\{{([^}}]*)\}})? ([0-9.eE+]+)$"
 _POSITION = re.compile(r'position="(\d+)"')
 
 
@@ -42,11 +45,12 @@ class Counters:
         return EngineAcceptance(tau, self.drafts, self.drafted, self.accepted, tuple(rates))
 
 
-def read_counters(page: str) -> Counters:
-    """The counters on a /metrics page, summed over engines; zeros where there are none."""
+def read_counters(page: str, prefix: str = "vllm") -> Counters:
+    """The counters on a /metrics page whose names begin with `prefix`, summed over engines; zeros
+    where there are none."""
     totals: dict[str, float] = {}
     positions: dict[int, float] = {}
-    for name, labels, value in _LINE.findall(page):
+    for name, labels, value in re.findall(_LINE.format(prefix), page, re.MULTILINE):
         position = _POSITION.search(labels)
         if position:
             at = int(position.group(1))
@@ -59,3 +63,18 @@ def read_counters(page: str) -> Counters:
         int(totals.get("accepted_tokens", 0)),
         tuple(int(positions[at]) for at in sorted(positions)),
     )
+
+
+def steady(read: Callable[[], Counters], pause: float, looks: int | None = None) -> Counters:
+    """The counters once two readings, `pause` seconds apart, are equal: they lag behind the answers.
+
+    After `looks` more readings the last is given, because a server that others use is never steady.
+    """
+    last = read()
+    for _ in itertools.count() if looks is None else range(looks):
+        time.sleep(pause)
+        now = read()
+        if now == last:
+            break
+        last = now
+    return last

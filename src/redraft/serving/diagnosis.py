@@ -29,7 +29,7 @@ def _other_function(found: Verification) -> str:
     )
     if found.findings:
         return f"{text}; in the files: {'; '.join(found.findings)}"
-    return f"{text}; nothing in the files says why"
+    return f"{text}; nothing in the files explains it"
 
 
 def _other_parts(stored: StoredDraft, target: Target) -> list[str]:
@@ -37,7 +37,7 @@ def _other_parts(stored: StoredDraft, target: Target) -> list[str]:
     made_for = stored.provenance
     if "target_fingerprint" not in made_for:
         return [
-            f"redraft counts the same low tau, and {stored.folder} does not say which target it was "
+            f"redraft counts the same low tau, and {stored.folder} does not record which target it was "
             "made for (it has no redraft.json): this is not the draft or target of the run's record"
         ]
     causes = []

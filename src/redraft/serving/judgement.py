@@ -1,4 +1,4 @@
-"""The verdict on a draft that was tried in an engine. Pure: a record in, sentences out."""
+"""The judgement of a draft that was tried in an engine. Pure: a record in, sentences out."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def judge(found: Verification) -> list[str]:
     return [*reasons, *found.findings]
 
 
-def verdict(reasons: Sequence[str]) -> str:
-    """The verdict in a sentence."""
+def conclusion(reasons: Sequence[str]) -> str:
+    """The judgement in a sentence."""
     return "do not serve it: " + "; ".join(reasons) if reasons else "serve it"
 
 
 def notes_on(found: Verification) -> list[str]:
-    """What is worth knowing whatever the verdict."""
+    """What is worth knowing whatever the judgement."""
     notes = []
     slower = [str(at.concurrency) for at in found.speed if at.ratio < 1]
     if slower:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import re
 import signal
@@ -19,9 +18,12 @@ from typing import NoReturn
 
 from ..core.console import Waiting
 from ..core.errors import UserError
+from .client import Client, connect
+from .reply import Trouble
 
 HOST = "127.0.0.1"
-GRACE_SECONDS = 10.0
+GRACE_SECONDS, HEALTH_SECONDS = 10.0, 5.0
+"""How long a server may take to end, and to reply whether it is healthy."""
 _PREFIX = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ [^\]]*\] ?)?")
 _RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)): (.+)")
 _NOT_A_CAUSE = ("initialization failed", "See root cause", "See stack trace")
@@ -36,8 +38,12 @@ class Server:
     port: int
     log: Path
 
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
     def check_alive(self) -> None:
-        """Raise UserError, with the last thing it said, if the process has ended."""
+        """Raise UserError, with the last line that explains it, if the process has ended."""
         code = self.process.poll()
         if code is not None:
             raise UserError(
@@ -55,10 +61,11 @@ def serving(
     port: int,
     log: Path,
     patience: float,
+    health: str = "/health",
 ) -> Iterator[Server]:
     """Run `command` as a server on `port` until the block ends, however it ends.
 
-    Yields once /health answers. Output goes to `log`. Raises UserError when the port is taken, the
+    Yields once the path `health` replies with HTTP 200. Output goes to `log`. Raises UserError when the port is taken, the
     process dies while starting, or it is not healthy within `patience` seconds.
     """
     check_port(port)
@@ -74,7 +81,9 @@ def serving(
         )
         try:
             server = Server(name, process, port, log)
-            _wait_until_healthy(server, patience)
+            client = connect(server.url, HEALTH_SECONDS)
+            with client.http:
+                _wait_until_healthy(server, client, health, patience)
             yield server
         finally:
             _stop(process)
@@ -102,25 +111,25 @@ def check_port(port: int) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The line of a server's log that says most about its end: the last exception that is a cause,
+    """The line of a server's log that explains its end best: the last exception that is a cause,
     else the last line that is not empty."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [_PREFIX.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
     for at in range(len(lines) - 1, -1, -1):
         raised = _RAISED.match(lines[at])
-        if raised and not any(words in lines[at] for words in _NOT_A_CAUSE):
-            said = lines[at]
-            if "validation error" in said and at + 1 < len(lines):
-                said += " " + lines[at + 1].strip()
-            return said
-    return lines[-1].strip() if lines else "it said nothing"
+        if raised and not any(part in lines[at] for part in _NOT_A_CAUSE):
+            cause = lines[at]
+            if "validation error" in cause and at + 1 < len(lines):
+                cause += " " + lines[at + 1].strip()
+            return cause
+    return lines[-1].strip() if lines else "it printed nothing"
 
 
-def _wait_until_healthy(server: Server, patience: float) -> None:
+def _wait_until_healthy(server: Server, client: Client, health: str, patience: float) -> None:
     began = time.monotonic()
     pause = 0.05
     with Waiting(f"starting {server.name}, log {server.log}") as waiting:
-        while not _healthy(server.port):
+        while not _healthy(client, health):
             code = server.process.poll()
             if code is not None:
                 raise UserError(
@@ -138,15 +147,11 @@ def _wait_until_healthy(server: Server, patience: float) -> None:
             waiting.tick()
 
 
-def _healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+def _healthy(client: Client, path: str) -> bool:
     try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
+        return client.reply(path).status == 200
+    except Trouble:
         return False
-    finally:
-        connection.close()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..core.records import Prompt, Throughput
 from .counters import Counters
-from .engine_client import Client
+from .engine import RunningEngine
 
 WARM_UP_TOKENS = 16
 
@@ -24,7 +24,7 @@ class Trial:
 
 
 def try_server(
-    client: Client,
+    engine: RunningEngine,
     prompts: Sequence[Prompt],
     *,
     stop_ids: Sequence[int],
@@ -40,7 +40,7 @@ def try_server(
     """
     levels = sorted({1, *concurrencies})
     warm = list(prompts[: levels[-1]])
-    client.complete_all(
+    engine.complete_all(
         warm, WARM_UP_TOKENS, stop_ids, concurrency=levels[-1], label=f"{label}, warm-up"
     )
     answers: dict[int, list[list[int]]] = {}
@@ -49,9 +49,9 @@ def try_server(
     for level in levels:
         rates = []
         for repeat in range(repeats):
-            before = client.counters()
+            before = engine.counters()
             began = time.perf_counter()
-            found = client.complete_all(
+            found = engine.complete_all(
                 prompts,
                 max_new_tokens,
                 stop_ids,
@@ -61,7 +61,7 @@ def try_server(
             rates.append(sum(map(len, found)) / (time.perf_counter() - began))
             if repeat == 0:
                 answers[level] = found
-                counted = client.counters().since(before) if level == 1 else counted
+                counted = engine.counters().since(before) if level == 1 else counted
         speed[level] = _throughput(label, rates, answers[level])
     return Trial(answers, speed, counted)
 

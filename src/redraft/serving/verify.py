@@ -1,6 +1,6 @@
 """The job of `redraft verify`: is this draft, in the engine that will serve it, what it should be?
 
-    engine without the draft -> engine with it -> redraft's own loop on the same token ids -> verdict
+    engine without the draft -> engine with it -> redraft's own loop on the same token ids -> judgement
 
 The two servers run one after the other, so that neither slows the other down.
 """
@@ -26,14 +26,14 @@ from ..metrics.lossless import compare
 from ..metrics.measure import Measured, answer_all, measure
 from ..models.target import Target
 from .diagnosis import diagnose
+from .engine import Engine, Serving, Speculation
 from .environment import Environment
-from .judgement import judge, notes_on, tolerance, verdict
+from .judgement import conclusion, judge, notes_on, tolerance
 from .trial import Trial, try_server
-from .vllm import Serving, Speculation, serve
+from .vllm import VLLM
 
 METHODS = {"eagle3": "eagle3", "eagle": "eagle", "token_lm": "draft_model"}
 """The engine's name of the method for each kind of draft."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Request:
     eager: bool | None = None
     port: int | None = None
     patience: float = 900.0
+    engine: Engine = VLLM
 
 
 def verify(
@@ -60,7 +61,7 @@ def verify(
     recorded: Acceptance | None = None,
     findings: Sequence[str] = (),
 ) -> Verification:
-    """Try a draft in vLLM on `prompts` and compare with redraft's own counts.
+    """Try a draft in `request.engine` on `prompts` and compare with redraft's own counts.
 
     `target` may sit on the CPU: it moves to a GPU once the servers are gone. `recorded` is what the
     run that made the draft measured; `findings` are fatal findings in its files, to which readings of
@@ -95,7 +96,7 @@ def verify(
     return dataclasses.replace(
         found,
         good=not reasons,
-        conclusion=verdict(reasons),
+        conclusion=conclusion(reasons),
         causes=tuple(causes),
         notes=tuple(notes_on(found)),
     )
@@ -122,8 +123,11 @@ def serving_of(target: Target, prompts: Sequence[Prompt], request: Request) -> S
     """How `target` is served for these prompts: in the dtype it was loaded in, with the context
     that the longest prompt needs."""
     dtype = str(target.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise UserError(f"vLLM does not serve {dtype}; use --dtype with {', '.join(DTYPES)}")
+    engine = request.engine
+    if dtype not in engine.dtypes:
+        raise UserError(
+            f"{engine.title} does not serve {dtype}; use --dtype with {', '.join(engine.dtypes)}"
+        )
     longest = max(len(p.tokens) for p in prompts)
     source, *adapters = target.sources
     return Serving(
@@ -147,22 +151,24 @@ def _try_both(
 ) -> tuple[Trial, Trial]:
     """The engine without the draft, then with it."""
     if kind not in METHODS:
-        raise UserError(f"vLLM has no method for a draft of kind {kind}; {nearest(kind, METHODS)}")
+        raise UserError(
+            f"{request.engine.title} has no method for a draft of kind {kind}; {nearest(kind, METHODS)}"
+        )
     without = serving_of(target, prompts, request)
     speculation = Speculation(METHODS[kind], str(stored.folder), request.k)
     found = []
     for name, speculate in (("plain", None), ("draft", speculation)):
         what = dataclasses.replace(without, speculation=speculate)
-        with serve(environment, what, request.logs / f"{name}.log") as client:
+        with request.engine.serve(environment, what, request.logs / f"{name}.log") as running:
             found.append(
                 try_server(
-                    client,
+                    running,
                     prompts,
                     stop_ids=target.stop_ids,
                     max_new_tokens=request.max_new_tokens,
                     concurrencies=request.concurrencies,
                     repeats=request.repeats,
-                    label=f"vLLM {name}",
+                    label=f"{request.engine.title} {name}",
                 )
             )
     return found[0], found[1]
@@ -178,7 +184,7 @@ def _compared(
     own: Measured,
     request: Request,
 ) -> Verification:
-    """Everything counted and compared, the verdict still open."""
+    """Everything counted and compared, not judged yet."""
     own_answers = [answer.answer for answer in own.answers]
     dtype = str(target.dtype).removeprefix("torch.")
     outputs = {
@@ -196,7 +202,7 @@ def _compared(
         for level in plain.answers
     )
     return Verification(
-        engine="vllm",
+        engine=request.engine.name,
         engine_version=environment.version,
         target=target.name,
         draft=str(stored.folder),

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server as a child process: its command line, and what it needs around it.
+"""vLLM: the command line of its OpenAI server, what it needs around it, and how it answers.
 
 Some of its defaults would make two runs of it incomparable, or take it online, so they are set:
 prefix caching off (a repeated prompt must cost the same again), the model's own sampling defaults
@@ -8,70 +8,26 @@ precision), usage statistics off, and no Hub access where every model is a local
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import UserError
 from ..core.folders import find_folder, read_json
-from .engine_client import Client
-from .environment import Environment, clean_environment
-from .server import HOST, free_port, serving
+from .engine import ADAPTED, TARGET, Engine, Serving
+from .environment import Environment, clean_environment, find_environment
+from .reply import first_choice
+from .server import HOST
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM takes for --max-lora-rank."""
-SERVED, ADAPTED = "target", "adapted"
-"""Names under which requests ask for the target, and for the target with its adapter."""
-
-
-@dataclass(frozen=True)
-class Speculation:
-    """A draft for the engine: vLLM's name of the method, the draft's folder, K tokens a step."""
-
-    method: str
-    draft: str
-    k: int
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What to serve and how.
-
-    `dtype` is a torch dtype name. `eager` None means: on a CPU build. `port` None picks a free one.
-    `patience` is the longest start, in seconds.
-    """
-
-    target: str
-    dtype: str
-    max_model_len: int
-    adapter: str | None = None
-    speculation: Speculation | None = None
-    eager: bool | None = None
-    port: int | None = None
-    patience: float = 900.0
-
-
-@contextlib.contextmanager
-def serve(environment: Environment, what: Serving, log: Path) -> Iterator[Client]:
-    """A running vLLM server and the client that asks it; stopped when the block ends.
-
-    Raises UserError when it cannot be started (see `server.serving`).
-    """
-    port = what.port or free_port()
-    name = f"vLLM {environment.version}"
-    command = command_line(environment, what, port)
-    variables = variables_for(environment, what)
-    patience = what.patience
-    with serving(name, command, variables, port=port, log=log, patience=patience) as server:
-        yield Client(server, ADAPTED if what.adapter else SERVED)
 
 
 def command_line(environment: Environment, what: Serving, port: int) -> list[str]:
     """The server's command line."""
     command = [environment.python, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", what.target, "--served-model-name", SERVED, "--dtype", what.dtype]
+    command += ["--model", what.target, "--served-model-name", TARGET, "--dtype", what.dtype]
     command += ["--max-model-len", str(what.max_model_len), "--host", HOST, "--port", str(port)]
     command += ["--generation-config", "vllm", "--no-enable-prefix-caching"]
     if what.eager if what.eager is not None else environment.cpu:
@@ -113,3 +69,31 @@ def _lora_rank(adapter: str) -> int:
         f"--target-adapter {adapter} has rank {needed}; vLLM serves adapters up to rank "
         f"{LORA_RANKS[-1]}"
     )
+
+
+def greedy(prompt: Sequence[int], most: int, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The body of a greedy completion of token ids."""
+    return {
+        "prompt": list(prompt),
+        "temperature": 0,
+        "max_tokens": most,
+        "stop_token_ids": list(stop_ids),
+        "return_token_ids": True,
+    }
+
+
+def _answer(content: dict[str, Any]) -> Any:
+    return first_choice(content).get("token_ids")
+
+
+VLLM = Engine(
+    name="vllm",
+    title="vLLM",
+    dtypes=("float32", "bfloat16", "float16"),
+    find=find_environment,
+    command=command_line,
+    variables=variables_for,
+    greedy=greedy,
+    answer=_answer,
+    counters="vllm",
+)

@@ -11,8 +11,8 @@ import pytest
 from redraft.core.errors import UserError
 from redraft.core.records import Prompt
 from redraft.serving.counters import Counters, read_counters
-from redraft.serving.engine_client import Client
-from redraft.serving.vllm import Serving, Speculation, serve
+from redraft.serving.engine import RunningEngine, Serving, Speculation
+from redraft.serving.vllm import VLLM
 from tests.serving.conftest import FakeEngine
 
 PROMPTS = [Prompt(f"p{i}", (i, i + 1)) for i in range(8)]
@@ -20,11 +20,11 @@ ANSWERS = {f"{i},{i + 1}": [100 + i] * 4 for i in range(8)}
 
 
 @contextmanager
-def asking(fake: FakeEngine, folder: Path) -> Iterator[Client]:
+def asking(fake: FakeEngine, folder: Path) -> Iterator[RunningEngine]:
     what = Serving(
         "t", dtype="float32", max_model_len=64, speculation=Speculation("eagle3", "d", 3)
     )
-    with serve(fake.environment, what, folder / "log") as client:
+    with VLLM.serve(fake.environment, what, folder / "log") as client:
         yield client
 
 
@@ -87,4 +87,6 @@ def test_counters_of_several_engines_are_summed_and_of_none_are_zero() -> None:
     )
     assert read_counters(page) == Counters(30, 0, 40, (24,))
     assert read_counters("# nothing here\n") == Counters()
+    assert read_counters(page, "llamacpp") == Counters()
+    assert read_counters(page.replace("vllm:", "llamacpp:"), "llamacpp").drafts == 30
     assert Counters().acceptance().tau == 1.0

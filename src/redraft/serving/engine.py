@@ -1,0 +1,185 @@
+"""What a serving engine is to redraft: its row, what it is asked to serve, and the running engine.
+
+A running engine takes token ids and gives greedy token ids and its counters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..core.console import Progress
+from ..core.errors import UserError
+from ..core.records import Prompt
+from .client import Client, connect
+from .counters import Counters, read_counters, steady
+from .environment import Environment
+from .reply import Reply, Trouble, shown
+from .server import Server, free_port, serving
+
+REQUEST_SECONDS, PAUSE = 1800.0, 0.05
+"""The longest wait for a reply, and the time between two readings of the counters."""
+TARGET, ADAPTED = "target", "adapted"
+"""Names under which requests ask for the target, and for the target with its adapter."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """A draft for the engine: the engine's name of the method, the draft's folder, K tokens a step."""
+
+    method: str
+    draft: str
+    k: int
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What to serve and how.
+
+    `dtype` is a torch dtype name. `eager` None means: on a CPU build. `port` None picks a free one.
+    `patience` is the longest start, in seconds.
+    """
+
+    target: str
+    dtype: str
+    max_model_len: int
+    adapter: str | None = None
+    speculation: Speculation | None = None
+    eager: bool | None = None
+    port: int | None = None
+    patience: float = 900.0
+
+    @property
+    def model(self) -> str:
+        """The model's name in requests."""
+        return ADAPTED if self.adapter else TARGET
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A row: everything special about one engine.
+
+    `name` is the value of --engine, `title` what messages call the engine, `dtypes` what it serves.
+    `find` gives its environment (of the program that --python names, or None). `command` and
+    `variables` start its server on a port; the path `health` replies with HTTP 200 once it is ready.
+    `greedy` is the body of a completion: prompt, longest answer, stop tokens. `answer` is the token ids
+    in its reply, None where there are none. `counters` is the prefix of their names on the page `metrics`.
+    """
+
+    name: str
+    title: str
+    dtypes: tuple[str, ...]
+    find: Callable[[str | None], Environment]
+    command: Callable[[Environment, Serving, int], list[str]]
+    variables: Callable[[Environment, Serving], dict[str, str]]
+    greedy: Callable[[Sequence[int], int, Sequence[int]], dict[str, Any]]
+    answer: Callable[[dict[str, Any]], Any]
+    counters: str
+    health: str = "/health"
+    metrics: str = "/metrics"
+    completions: str = "/v1/completions"
+
+    @contextlib.contextmanager
+    def serve(self, environment: Environment, what: Serving, log: Path) -> Iterator[RunningEngine]:
+        """A running server and the client that asks it; stopped when the block ends.
+
+        Raises UserError when it cannot be started (see `server.serving`).
+        """
+        port = what.port or free_port()
+        with serving(
+            f"{self.title} {environment.version}",
+            self.command(environment, what, port),
+            self.variables(environment, what),
+            port=port,
+            log=log,
+            patience=what.patience,
+            health=self.health,
+        ) as server:
+            client = connect(server.url, REQUEST_SECONDS)
+            with client.http:
+                yield RunningEngine(self, server, client, what.model)
+
+
+@dataclass(frozen=True)
+class RunningEngine:
+    """Asks `server` for the model named `model`. Safe to use from several threads."""
+
+    engine: Engine
+    server: Server
+    client: Client
+    model: str
+
+    def complete(
+        self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[int]:
+        """The greedy answer to `prompt`, stop token included. Raises UserError when the engine
+        refuses the request or is gone."""
+        path = self.engine.completions
+        body = {"model": self.model, **self.engine.greedy(prompt, max_new_tokens, stop_ids)}
+        reply = self._reply(path, body)
+        try:
+            tokens = self.engine.answer(reply.json() or {})
+        except Trouble:
+            # A dying server's last answer may be a status line and nothing more.
+            self._no_answer(f"gave no completion at {path}: '{shown(reply.text, None, 100)}'")
+        if tokens is None:
+            raise UserError(
+                f"{self.server.name} answers without token ids; expected `token_ids` because of "
+                "`return_token_ids`: a newer version is needed"
+            )
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            self._no_answer(f"gave `token_ids` at {path} that are no list of numbers")
+        return tokens
+
+    def complete_all(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        *,
+        concurrency: int = 1,
+        label: str = "answering",
+    ) -> list[list[int]]:
+        """The answers to all prompts in their order, `concurrency` requests at a time."""
+        pool = ThreadPoolExecutor(concurrency)
+        asked = [pool.submit(self.complete, p.tokens, max_new_tokens, stop_ids) for p in prompts]
+        try:
+            with Progress(label, len(prompts), "prompts") as progress:
+                for job in as_completed(asked):
+                    job.result()
+                    progress.advance()
+        finally:
+            # Not waiting: after Ctrl-C the server goes down and with it the requests under way.
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [job.result() for job in asked]
+
+    def counters(self) -> Counters:
+        """The speculation counters, once they are steady."""
+        path, prefix = self.engine.metrics, self.engine.counters
+        return steady(lambda: read_counters(self._reply(path).text, prefix), PAUSE)
+
+    def _reply(self, path: str, body: dict[str, Any] | None = None) -> Reply:
+        try:
+            reply = self.client.reply(path, body)
+        except Trouble as problem:
+            self._no_answer(f"{problem} at {path}")
+        if reply.status != 200:
+            raise UserError(
+                f"{self.server.name} refused {path} (HTTP {reply.status}): {reply.reason}; "
+                f"its log: {self.server.log}"
+            )
+        return reply
+
+    def _no_answer(self, what: str) -> NoReturn:
+        """Raise UserError: the server has died, or did `what`."""
+        # A dying server closes its connections a little before its process ends.
+        deadline = time.monotonic() + 2.0
+        while self.server.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.server.check_alive()
+        raise UserError(f"{self.server.name} {what}; its log: {self.server.log}") from None
