@@ -1,4 +1,4 @@
-"""Whether a repair is worth it, told before any training."""
+"""Whether adapting is worth it, before any training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .flags import (
 )
 
 OURS = "ours"
-"""What `--cases` calls the table that comes with redraft."""
+"""What `--calibration` calls the runs that come with redraft."""
 
 
 def check(
@@ -52,7 +52,7 @@ def check(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", help="what the target was tuned from: retention, causes, refreshing"
+            "--base", help="what the target was tuned from: for retention, causes, the closed form"
         ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="requests served at a time")] = 1,
@@ -70,7 +70,7 @@ def check(
     published: Annotated[
         float | None,
         typer.Option(
-            "--published", min=1.0, help="the draft's tau on its base, where that is not at hand"
+            "--published", min=1.0, help="the draft's tau on its base, for retention without --base"
         ),
     ] = None,
     worth: Annotated[
@@ -92,11 +92,12 @@ def check(
             help="adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]",
         ),
     ] = None,
-    cases: Annotated[
+    calibration: Annotated[
         list[str] | None,
         typer.Option(
+            "--calibration",
             "--cases",
-            help="known cases of `bench case` or `bench triage`, in place of those that come with "
+            help="calibration runs of `bench case` or `bench triage`, in place of those that come with "
             "redraft; repeatable, `ours` adds those",
         ),
     ] = None,
@@ -110,10 +111,10 @@ def check(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Is a repair worth it? From a few prompts: acceptance kept, its cause, speed, cost, a verdict.
+    """Is adapting worth it? From a few prompts: retention, causes, speed, cost, a recommendation.
 
-    Nothing is trained beyond a trial of its speed. Time and outcome are those of a repair with the settings of
-    the known cases, which are said.
+    Nothing is trained beyond a trial of its speed. Time and outcome are predicted for the settings of the
+    calibration runs, which are printed.
 
     With --endpoint a server's own counters are read; no weights are needed, and less is known.
 
@@ -121,8 +122,9 @@ def check(
     --prompts prompts.jsonl --batch 4
     """
     set_quiet(quiet)
+    from ..check.calibration_runs import SHIPPED, CalibrationRun, read_runs
     from ..check.check import check as run
-    from ..check.prediction import SHIPPED, Case, check_enough, read_cases
+    from ..check.prediction import check_enough
     from ..check.screen import print_check, print_served
     from ..check.served import check_served
     from ..checkpoints.load import read_draft
@@ -130,10 +132,10 @@ def check(
     from ..core.lock import held
     from ..core.records import to_json
 
-    tables = [SHIPPED if table == OURS else Path(table) for table in cases or [OURS]]
-    known: list[Case] = []
-    for table in tables:
-        known += [case for case in read_cases(table) if case not in known]
+    known: list[CalibrationRun] = []
+    for file in calibration or [OURS]:
+        found_there = read_runs(SHIPPED if file == OURS else Path(file))
+        known += [each for each in found_there if each not in known]
     check_enough(known)  # before a model is loaded
     answering = RegenerateConfig(
         temperature=temperature,
@@ -164,7 +166,7 @@ def check(
             worth=worth,
             published=published,
             model=endpoint_model,
-            cases=known,
+            runs=known,
             template_args=template_args_from(template_arg),
         )
         if as_json:
@@ -197,7 +199,7 @@ def check(
                 worth=worth,
                 serve=serve,
                 published=published,
-                cases=known,
+                runs=known,
                 method=tried.method,
             )
     if as_json:
@@ -207,7 +209,7 @@ def check(
 
 
 def _refuse(given: dict[str, object]) -> None:
-    """What needs the weights cannot be told by a server."""
+    """Raises UserError for flags that need the weights."""
     named = [flag for flag, value in given.items() if value is not None]
     if named:
         raise UserError(
