@@ -120,16 +120,7 @@ def check_served(
         name = server.model()
         lengths, counted, whole, seconds = _ask_all(server, name, asked, answering, rows)
     answered, tokens = sum(n is not None for n in lengths), sum(n for n in lengths if n)
-    if answered < GROUPS:
-        raise UserError(
-            f"{url} answered {answered} of {len(asked)} prompts and refused the others (first: "
-            f"{server.refusal}): too few for any recommendation"
-        )
-    if whole.drafts == 0:
-        raise UserError(
-            f"{url} answered {answered} prompts and drafted nothing: it serves {visible(name)} without "
-            "speculation; start it with --speculative-config, or check the weights with --target and --draft"
-        )
+    _check_counted(server, name, answered, len(asked), whole)
     # Without counts by position, K is what a draft proposes.
     found, k = whole.acceptance(), len(whole.per_position) or round(whole.drafted / whole.drafts)
     groups = [[(float(group.accepted), float(group.drafts)) for group in counted]]
@@ -159,6 +150,20 @@ def check_served(
         outside=prediction.outside,
         published=published,
     )
+
+
+def _check_counted(server: _Server, name: str, answered: int, asked: int, whole: Counters) -> None:
+    """Raises UserError for too few answers, and for a server that drafts nothing."""
+    if answered < GROUPS:
+        raise UserError(
+            f"{server.url} answered {answered} of {asked} prompts and refused the others (first: "
+            f"{server.refusal}): too few for any recommendation"
+        )
+    if whole.drafts == 0:
+        raise UserError(
+            f"{server.url} answered {answered} prompts and drafted nothing: it serves {visible(name)} without "
+            "speculation; start it with --speculative-config, or check the weights with --target and --draft"
+        )
 
 
 def _ask_all(

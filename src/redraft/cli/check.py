@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from .flags import (
     print_json,
     template_args_from,
 )
+
+if TYPE_CHECKING:
+    from ..check.calibration_runs import CalibrationRun
 
 OURS = "ours"
 """What `--calibration` calls the runs that come with redraft."""
@@ -122,9 +125,7 @@ def check(
     --prompts prompts.jsonl --batch 4
     """
     set_quiet(quiet)
-    from ..check.calibration_runs import SHIPPED, CalibrationRun, read_runs
     from ..check.check import check as run
-    from ..check.prediction import check_enough
     from ..check.screen import print_check, print_served
     from ..check.served import check_served
     from ..checkpoints.load import read_draft
@@ -132,11 +133,7 @@ def check(
     from ..core.lock import held
     from ..core.records import to_json
 
-    known: list[CalibrationRun] = []
-    for file in calibration or [OURS]:
-        found_there = read_runs(SHIPPED if file == OURS else Path(file))
-        known += [each for each in found_there if each not in known]
-    check_enough(known)  # before a model is loaded
+    known = _known_runs(calibration or [OURS])
     answering = RegenerateConfig(
         temperature=temperature,
         top_k=top_k,
@@ -206,6 +203,19 @@ def check(
         print_json(to_json(found))
     else:
         print_check(found)
+
+
+def _known_runs(files: list[str]) -> list[CalibrationRun]:
+    """The runs of all files, each once. Raises UserError where they are too few, before a model is loaded."""
+    from ..check.calibration_runs import SHIPPED, read_runs
+    from ..check.prediction import check_enough
+
+    known: list[CalibrationRun] = []
+    for file in files:
+        runs = read_runs(SHIPPED if file == OURS else Path(file))
+        known += [run for run in runs if run not in known]
+    check_enough(known)
+    return known
 
 
 def _refuse(given: dict[str, object]) -> None:
