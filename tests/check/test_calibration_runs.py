@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from redraft.check.calibration_runs import CalibrationRun, as_text, read_runs
+from redraft.check.calibration_runs import SHIPPED, CalibrationRun, as_text, read_runs
 from redraft.check.prediction import check_enough, predict
 from redraft.core.errors import UserError
 
@@ -81,5 +81,6 @@ def test_a_damaged_or_foreign_file_ends_in_a_sentence(
 
 def test_the_runs_that_come_with_redraft() -> None:
     known = read_runs()
+    assert SHIPPED.read_text(encoding="utf-8") == as_text(known), "as the bench records them"
     check_enough(known)
     assert predict(known[0], known[0].quantiles, known).outside == ()
