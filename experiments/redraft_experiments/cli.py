@@ -28,7 +28,9 @@ from redraft.core.errors import UserError, nearest
 
 RecordFlag = Annotated[
     str | None,
-    typer.Option("--record", help="also write the cases to this JSON file, for `check --cases`"),
+    typer.Option(
+        "--record", help="also write the runs to this JSON file, for `check --calibration`"
+    ),
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Build toy suites and run benches on them.")
@@ -399,9 +401,10 @@ def bench_selection(
 
 
 @app.command("triage")
-def bench_triage(
-    family: Annotated[
-        list[str], typer.Option("--family", help="folder of `bench family`; repeatable")
+def triage_command(
+    suite: Annotated[
+        list[str],
+        typer.Option("--suite", "--family", help="folder of `redraft bench suite`; repeatable"),
     ],
     out: Annotated[str, typer.Option("--out", help="folder of the cells; run again to resume")],
     members: Annotated[
@@ -412,31 +415,54 @@ def bench_triage(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """What `redraft check` sees of each fine-tune, and what then came out: the cases it predicts from.
+    """Calibration runs for `redraft check`: what it measures of each fine-tune of a suite, and the outcome.
 
-    Example: redraft bench triage --family family --out triage --record cases.json
+    Example: redraft bench triage --suite suite --out triage --record runs.json
     """
     set_quiet(quiet)
-    from redraft.check.prediction import as_json as table
+    from redraft.core.records import to_json
 
-    from .triage import bench_triage as run
-    from .triage import print_cases
+    from .triage import bench_triage, print_runs
 
-    cases = run(
-        [Path(folder) for folder in family],
+    runs = bench_triage(
+        [Path(folder) for folder in suite],
         Path(out),
         members.split(",") if members else None,
         Path(record) if record else None,
         temperature,
     )
     if as_json:
-        print_json(table(cases))
+        print_json({"runs": [to_json(run) for run in runs]})
     else:
-        print_cases(cases)
+        print_runs(runs)
+
+
+@app.command("compare")
+def compare_command(
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", help="JSON file of calibration runs (default: ours)"),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Whether the regression of `redraft check` earns its place: the same rule, fed by simpler estimates.
+
+    Example: redraft bench compare
+    """
+    from redraft.check.calibration_runs import SHIPPED, read_runs
+    from redraft.core.records import to_json
+
+    from .comparison import compare, print_comparison, rows_of
+
+    rows = rows_of(compare(read_runs(Path(calibration) if calibration else SHIPPED)))
+    if as_json:
+        print_json({"rows": [to_json(row) for row in rows]})
+    else:
+        print_comparison(rows)
 
 
 @app.command("case")
-def bench_case(
+def case_command(
     target: TargetFlag,
     draft: DraftFlag,
     base: Annotated[str, typer.Option("--base", help="the model the target was tuned from")],
@@ -466,22 +492,22 @@ def bench_case(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """What `redraft check` sees of your fine-tune, and what then came out: a case of your own to predict from.
+    """A calibration run of your own for `redraft check`: what it measures of your fine-tune, and the outcome.
 
-    The draft is refreshed, adapted, and trained from nothing, as for the cases that come with redraft, and measured
-    on prompts that nothing else saw.
+    The draft is fitted in closed form, adapted, and trained from scratch, as for the runs that come with redraft, and
+    measured on prompts that nothing else saw.
 
     Example: redraft bench case --target ./my-model --draft org/EAGLE3-base --base org/base
-    --prompts prompts.jsonl --kind sft --out cases --record cases.json
+    --prompts prompts.jsonl --kind sft --out runs --record runs.json
     """
     set_quiet(quiet)
-    from redraft.check.prediction import as_json as table
     from redraft.checkpoints.load import read_draft
+    from redraft.core.records import to_json
 
-    from .own_case import bench_case as run
-    from .triage import print_cases
+    from .own_case import bench_case
+    from .triage import print_runs
 
-    cases = run(
+    runs = bench_case(
         load(target, target_adapter, chat_template, dtype, template_arg),
         read_draft(draft),
         load(base, None, None, dtype),
@@ -494,9 +520,9 @@ def bench_case(
         record=Path(record) if record else None,
     )
     if as_json:
-        print_json(table(cases))
+        print_json({"runs": [to_json(run) for run in runs]})
     else:
-        print_cases(cases)
+        print_runs(runs)
 
 
 @app.command("positions")

@@ -1,4 +1,4 @@
-"""`redraft bench case`: one of your own fine-tunes as a known case, from one file of prompts.
+"""`redraft bench case`: one of your own fine-tunes as a calibration run, from one file of prompts.
 
 The prompts are split in the order of the file: the first are what a check asks, then come those that stop training,
 those that tau is measured on, and those that are trained on.
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from redraft.check.calibration_runs import ADAPT, SCRATCH, CalibrationRun
 from redraft.check.cost_estimate import PLANS, TRAINING
-from redraft.check.prediction import ADAPT, RETRAIN, Case
 from redraft.checkpoints.load import StoredDraft
 from redraft.config import RegenerateConfig
 from redraft.core.console import say
@@ -48,12 +48,12 @@ def bench_case(
     kind: str,
     answering: RegenerateConfig,
     record: Path | None = None,
-) -> list[Case]:
-    """All cases of the folder `out`, with this one, run where it is missing.
+) -> list[CalibrationRun]:
+    """All calibration runs of the folder `out`, with this one, made where it is missing.
 
     `family` says which models it belongs to, `kind` how it was tuned: a prediction's error is what it errs by on other
     kinds. Raises UserError for models that do not belong together, for too few prompts, and where `out` holds
-    another case of that name.
+    another run of that name.
     """
     for flag, given in (("--name", name), ("--family", family)):
         if given != Path(given).name or given == "..":
@@ -77,31 +77,33 @@ def bench_case(
 
 def _prompts(source: str, target: Target, aside: int) -> list[Prompt]:
     """The prompts of the file that are used. Raises UserError where too few are left to train on."""
-    least, most = PLANS[ADAPT].prompts, PLANS[RETRAIN].prompts
+    least, most = PLANS[ADAPT].prompts, PLANS[SCRATCH].prompts
     found = list(read_prompts(source, target, aside + most, "last").prompts)
     left = len(found) - aside
     if left < least:
         raise UserError(
-            f"{source} has {len(found)} prompts of use, a case needs {aside + least} at least: {aside} to check and to measure "
+            f"{source} has {len(found)} prompts of use, a calibration run needs {aside + least} at least: {aside} to check and to measure "
             f"with, {least} to train on ({most} are best)"
         )
     if left < most:
-        say(f"training anew has {left} of {most} answers: it may come out lower than it could")
+        say(
+            f"training from scratch has {left} of {most} answers: its tau may be lower than with all"
+        )
     return found
 
 
-def _claim(out: Path, case: str, inputs: dict[str, Any]) -> None:
-    """Refuse to take another fine-tune's case, or one made otherwise, for this one."""
-    about = out / "answers" / case / "about.json"
+def _claim(out: Path, run: str, inputs: dict[str, Any]) -> None:
+    """Refuse to take another fine-tune's run, or one made otherwise, for this one."""
+    about = out / "answers" / run / "about.json"
     found = None
     if about.is_file():
         known = read_json(about)
         changed = sorted(key for key in inputs if known.get(key) != inputs[key])
         found = f"with other {', '.join(changed)}" if changed else None
-    elif (out / "cells" / f"{case}.json").is_file():
+    elif (out / "cells" / f"{run}.json").is_file():
         found = "that does not say what it is of"
     if found:
         raise UserError(
-            f"{out} has a case {case} {found}; give this one another --name, or another --out"
+            f"{out} has a run {run} {found}; give this one another --name, or another --out"
         )
     write_text(about, json.dumps(inputs, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""`redraft bench triage`: what `redraft check` sees of each fine-tune of a family, and what then came out.
+"""`redraft bench triage`: what `redraft check` measures of each fine-tune of a suite, and the outcome.
 
-One JSON cell per member, a `Case`: the signs from a few requests, and tau as kept, refreshed, adapted and
-trained anew, all on the same prompts, which nothing else saw. Gathered they are the table that the
-outlook rests on (`check/calibration.json`).
+One JSON cell per member, a `CalibrationRun`: the predictors from a few requests, and tau as kept, in closed form,
+adapted and from scratch, all on the same prompts, which nothing else saw. `--record` writes all of them to one file, which
+`redraft check` predicts from (`check/calibration.json`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from redraft.check.calibration_runs import (
+    ACTIONS,
+    ADAPT,
+    CLOSED_FORM,
+    KEEP,
+    SCRATCH,
+    CalibrationRun,
+    as_text,
+    renamed,
+)
 from redraft.check.cost_estimate import PLANS, TRAINING
-from redraft.check.evidence import REFRESHING, gather
-from redraft.check.prediction import ACTIONS, ADAPT, KEEP, REFRESH, RETRAIN, Case, as_json
+from redraft.check.evidence import CLOSED_FORM_METHOD, gather
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig
 from redraft.core.console import say
@@ -48,44 +57,47 @@ EVALUATED = 128
 HELDOUT = 32
 LONGEST = 128
 """Tokens of an answer; most of a family's are shorter."""
-QUANTILES = np.linspace(0.0125, 0.9875, 40)
-"""Of what a check's prompts leave open, kept with a case."""
+QUANTILES = np.linspace(0.025, 0.975, 20)
+"""Of what a check's prompts leave open, kept with a run."""
+DIGITS = 4
+"""Decimals of a recorded run."""
 
 
 def bench_triage(
-    families: Sequence[Path],
+    suites: Sequence[Path],
     out: Path,
     members: Sequence[str] | None = None,
     record: Path | None = None,
     temperature: float = 0.0,
-) -> list[Case]:
-    """The cells of all members (or those named) of some families, run where they are missing.
+) -> list[CalibrationRun]:
+    """The cells of all members (or those named) of some suites, run where they are missing.
 
     Everything is answered at `temperature`, what is trained on too; one folder holds cells of several.
-    `record` is a JSON file that the cases are written to. Raises UserError for unknown members.
+    `record` is a JSON file that the runs are written to. Raises UserError for unknown members.
     """
-    for family in families:
-        manifest = read_json(family / "suite.json")
+    for suite in suites:
+        manifest = read_json(suite / "suite.json")
         for name in members or manifest["members"]:
             if name not in manifest["members"]:
                 raise UserError(
-                    f"{family} has no member '{name}'; {nearest(name, manifest['members'])}"
+                    f"{suite} has no member '{name}'; {nearest(name, manifest['members'])}"
                 )
-            _cell(family, manifest, name, out, temperature)
+            _cell(suite, manifest, name, out, temperature)
     return gathered(out, record)
 
 
-def gathered(out: Path, record: Path | None) -> list[Case]:
+def gathered(out: Path, record: Path | None) -> list[CalibrationRun]:
     """All cells of a folder, written to the JSON file `record` too."""
-    cases = read_cells(out)
+    runs = read_cells(out)
     if record:
-        write_text(record, json.dumps(as_json(cases), indent=1) + "\n")
-    return cases
+        write_text(record, as_text(runs))
+    return runs
 
 
-def read_cells(out: Path) -> list[Case]:
+def read_cells(out: Path) -> list[CalibrationRun]:
     """All cells of a folder."""
-    return [Case(**read_json(path)) for path in sorted((out / "cells").glob("*/*.json"))]
+    files = sorted((out / "cells").glob("*/*.json"))
+    return [CalibrationRun(**renamed(read_json(file))) for file in files]
 
 
 @dataclass(frozen=True)
@@ -103,20 +115,20 @@ class Subject:
     prompts: Callable[[str, int], Sequence[Prompt]]
 
 
-def _cell(family: Path, manifest: dict[str, Any], name: str, out: Path, temperature: float) -> None:
+def _cell(suite: Path, manifest: dict[str, Any], name: str, out: Path, temperature: float) -> None:
     def member() -> Subject:
         about = manifest["members"][name]
         domain = about["domain"]
-        target = load_member(family, name)
+        target = load_member(suite, name)
         return Subject(
             name=name,
             family=manifest["size"],
             kind=about["kind"],
             target=target,
-            base=load_target(str(family / "base")),
-            stored=read_draft(str(family / "draft")),
-            asked=str(family / "prompts" / f"{domain}-heldout.jsonl"),
-            prompts=lambda split, count: suite_prompts(family, target, (domain,), split, count),
+            base=load_target(str(suite / "base")),
+            stored=read_draft(str(suite / "draft")),
+            asked=str(suite / "prompts" / f"{domain}-heldout.jsonl"),
+            prompts=lambda split, count: suite_prompts(suite, target, (domain,), split, count),
         )
 
     answering = RegenerateConfig(temperature=temperature, max_new_tokens=LONGEST)
@@ -137,8 +149,17 @@ def run_cell(
         say(f"{group}: {name} is there already ({file})")
         return
     say(f"{group}: {name}")
-    case = _Bench(subject(), out / "answers" / group / name, answering).case()
-    write_text(file, json.dumps(dataclasses.asdict(case), indent=1) + "\n")
+    run = _Bench(subject(), out / "answers" / group / name, answering).run()
+    write_text(file, json.dumps(rounded(dataclasses.asdict(run)), indent=1) + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """The same JSON value with all floats at DIGITS decimals."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return round(value, DIGITS) if isinstance(value, float) else value
 
 
 def group_of(family: str, answering: RegenerateConfig) -> str:
@@ -154,7 +175,7 @@ class _Bench:
     work: Path
     answering: RegenerateConfig
 
-    def case(self) -> Case:
+    def run(self) -> CalibrationRun:
         """What a check sees. Its prompts are not those that outcomes are measured on."""
         s = self.subject
         seen = gather(
@@ -167,38 +188,37 @@ class _Bench:
             most=CHECKED,
             answering=self.answering,
         )
-        came = self.outcome(seen.answers, REFRESH in seen.draws)
+        outcome = self.outcome(seen.answers, CLOSED_FORM in seen.draws)
         prompt = max((answer.prompt for answer in seen.answers), key=len)
         cost = measure_cost(s.target, s.stored.build(s.target), prompt, most=K)
-        return Case(
+        return CalibrationRun(
             name=s.name,
             family=s.family,
             kind=s.kind,
             k=K,
             temperature=self.answering.temperature,
-            signs=seen.evidence.signs(),
-            seen={name: np.quantile(d, QUANTILES).tolist() for name, d in seen.draws.items()},
+            predictors=seen.evidence.predictors(),
+            quantiles={name: np.quantile(d, QUANTILES).tolist() for name, d in seen.draws.items()},
             asked=seen.evidence.prompts,
-            plain=1 / cost.target,
             step=K * cost.c + cost.v(K),
-            **came,
+            **outcome,
         )
 
-    def outcome(self, few: list[Answer], refreshes: bool) -> dict[str, Any]:
-        """Tau by action on prompts that nothing else saw; the dear part, kept in a file of its own."""
+    def outcome(self, few: list[Answer], closed_form: bool) -> dict[str, Any]:
+        """Tau by action on prompts that nothing else saw; the slow part, kept in a file of its own."""
         file = self.work / "outcome.json"
         if file.is_file():
-            return read_json(file)
+            return dict(renamed(read_json(file)))
         target, stored = self.subject.target, self.subject.stored
         evaluated = self._answers("eval", EVALUATED)
         stopped_by = self._answers("heldout", HELDOUT)
-        pool = self._answers("adapt", PLANS[RETRAIN].prompts)
+        pool = self._answers("adapt", PLANS[SCRATCH].prompts)
         steps: dict[str, list[StepTrace]] = {
             KEEP: replay(target, stored.build(target), evaluated, K),
-            **({REFRESH: self._refreshed(few, evaluated)} if refreshes else {}),
+            **({CLOSED_FORM: self._closed_form(few, evaluated)} if closed_form else {}),
             **{
                 action: self._trained(action, method, pool, stopped_by, evaluated)
-                for action, method in ((ADAPT, TRAINING.method), (RETRAIN, "scratch"))
+                for action, method in ((ADAPT, TRAINING.method), (SCRATCH, "scratch"))
             },
         }
         used = {action: [t for t in traces if t.accepted] for action, traces in steps.items()}
@@ -211,10 +231,10 @@ class _Bench:
         write_text(file, json.dumps(found, indent=1) + "\n")
         return found
 
-    def _refreshed(self, answers: list[Answer], evaluated: list[Answer]) -> list[StepTrace]:
+    def _closed_form(self, answers: list[Answer], evaluated: list[Answer]) -> list[StepTrace]:
         target, base = self.subject.target, self.subject.base
         fitted = self.subject.stored.fitted(target)
-        config = dataclasses.replace(TRAINING, method=REFRESHING, epochs=0.0)
+        config = dataclasses.replace(TRAINING, method=CLOSED_FORM_METHOD, epochs=0.0)
         part = train_adapter(target, fitted, answers, answers[-4:], config, K, base=base)
         merged: StoredDraft = merge_draft(fitted, part, target)
         return replay(target, merged.build(target), evaluated, K)
@@ -245,20 +265,16 @@ class _Bench:
         return [answer for answer in found if answer.length >= 2]
 
 
-def print_cases(cases: Sequence[Case], out: Console | None = None) -> None:
-    """A line per case: what was seen, and tau by action."""
+def print_runs(runs: Sequence[CalibrationRun], out: Console | None = None) -> None:
+    """A line per run: predictors, and tau by action."""
     out = out or Console(highlight=False)
-    out.print("what was seen from a few prompts, and what came out: tau")
+    out.print("predictors from a few prompts, and tau by action on others")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("case", "kind", "T", "native", "words", "entropy", *ACTIONS):
-        table.add_column(heading, overflow="fold", no_wrap=heading != "case")
-    for case in cases:
-        signs = (_shown(case.signs.get(name)) for name in ("native", "words", "entropy"))
-        taus = (_shown(case.taus.get(action)) for action in ACTIONS)
-        name, temperature = f"{case.family}/{case.name}", f"{case.temperature:g}"
-        table.add_row(name, case.kind, temperature, *signs, *taus)
+    for heading in ("run", "kind", "T", "on base", "base states", "entropy", *ACTIONS):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "run")
+    for run in runs:
+        shown = (run.predictors.get(name) for name in ("on_base", "base_states", "entropy"))
+        taus = (run.taus.get(action) for action in ACTIONS)
+        figures = ("-" if value is None else f"{value:.2f}" for value in (*shown, *taus))
+        table.add_row(f"{run.family}/{run.name}", run.kind, f"{run.temperature:g}", *figures)
     out.print(table)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""A base with its draft, its fine-tunes, and known cases made up for the arithmetic."""
+"""A base with its draft, its fine-tunes, and calibration runs made up for the arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from redraft.check.prediction import Case, tau_of, z_of
+from redraft.check.calibration_runs import CalibrationRun
+from redraft.check.prediction import tau_of, z_of
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.conftest import write_prompts
@@ -17,32 +18,49 @@ from tests.conftest import write_prompts
 KINDS = ("sft", "lora", "merge", "int8", "dpo")
 
 
-def made_up_cases(count: int = 25, noise: float = 0.1, seed: int = 0) -> list[Case]:
-    """Outcomes that follow from the signs by a line, and noise, part of it common to a kind."""
+def made_up_runs(count: int = 25, noise: float = 0.1, seed: int = 0) -> list[CalibrationRun]:
+    """Outcomes that follow from the predictors by a line, and noise, part of it common to a kind."""
     rng = np.random.default_rng(seed)
     common = {kind: rng.normal(0, noise / 2, 2) for kind in KINDS}
-    cases = []
+    runs = []
     for at in range(count):
         kind = KINDS[at % len(KINDS)]
-        signs = {
-            "reused": float(rng.uniform(1.1, 3)),
-            "native": float(rng.uniform(2, 3.5)),
-            "words": float(rng.uniform(1.1, 3)),
-            "refreshed": float(rng.uniform(1.1, 3)),
+        predictors = {
+            "unadapted": float(rng.uniform(1.1, 3)),
+            "on_base": float(rng.uniform(2, 3.5)),
+            "base_states": float(rng.uniform(1.1, 3)),
+            "closed_form": float(rng.uniform(1.1, 3)),
             "entropy": float(rng.uniform(0.2, 2)),
         }
-        z = 0.5 * z_of(signs["reused"], 4) + 0.3 * z_of(signs["refreshed"], 4) + 0.4
+        z = 0.5 * z_of(predictors["unadapted"], 4) + 0.3 * z_of(predictors["closed_form"], 4) + 0.4
         ends = z + np.array([0.0, 0.5]) + common[kind] + rng.normal(0, noise, 2)
-        adapt, retrain = (float(t) for t in tau_of(ends, 4))
-        taus = {"keep": signs["reused"], "refresh": signs["reused"], "adapt": adapt}
-        taus["retrain"] = retrain
-        cases.append(Case(f"m{at}", "made up", kind, 4, signs, taus, {}, {}, 16, 100.0, 1.5))
-    return cases
+        adapt, scratch = (float(t) for t in tau_of(ends, 4))
+        taus = {
+            "keep": predictors["unadapted"],
+            "closed-form": predictors["unadapted"],
+            "adapt": adapt,
+        }
+        taus["from-scratch"] = scratch
+        runs.append(
+            CalibrationRun(
+                predictors=predictors,
+                k=4,
+                name=f"m{at}",
+                family="made up",
+                kind=kind,
+                taus=taus,
+                intervals={},
+                quantiles={},
+                asked=16,
+                step=1.5,
+            )
+        )
+    return runs
 
 
 @pytest.fixture
-def cases() -> list[Case]:
-    return made_up_cases()
+def runs() -> list[CalibrationRun]:
+    return made_up_runs()
 
 
 @pytest.fixture(scope="session")

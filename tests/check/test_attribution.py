@@ -32,8 +32,8 @@ def test_a_model_is_its_own_parent(
     stored = read_draft(str(draft_folder))
     found = find_causes(target, target, stored, answers, answers, 4)
     assert found is not None
-    assert found.words == pooled_tau(replay(target, stored.build(target), answers, 4))
-    assert found.embedding is None
+    assert found.base_states == pooled_tau(replay(target, stored.build(target), answers, 4))
+    assert found.base_embedding is None
     assert abs(found.divergence) < 1e-9
     assert found.agreement == 1.0
     assert found.cosine == pytest.approx(1.0)
@@ -63,16 +63,16 @@ def test_distances_are_those_of_a_reading_by_hand(
 ) -> None:
     child, stored = tuned(0.1), read_draft(str(draft_folder))
     answers = answer_all(child, prompts[:4], 12, 8, Sampling())
-    native = answer_all(target, prompts[:4], 12, 8, Sampling())
-    found = find_causes(child, target, stored, answers, native, 4)
+    on_base = answer_all(target, prompts[:4], 12, 8, Sampling())
+    found = find_causes(child, target, stored, answers, on_base, 4)
     assert found is not None
     divergence, agreement = distance_by_hand(child, target, answers)
     assert found.divergence == pytest.approx(divergence, rel=1e-4)
     assert found.agreement == pytest.approx(agreement)
     shifted = distance_by_hand(child, target, answers, shift=1)
     assert shifted[0] != pytest.approx(found.divergence, rel=1e-2)
-    assert found.words == pooled_tau(replay(target, stored.build(target), answers, 4))
-    assert found.embedding is not None
+    assert found.base_states == pooled_tau(replay(target, stored.build(target), answers, 4))
+    assert found.base_embedding is not None
     assert 0 < found.cosine < 1
 
 

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from redraft.check import evidence as module
+from redraft.check.calibration_runs import CalibrationRun, as_text, read_runs
 from redraft.check.check import check
 from redraft.check.evidence import gather
-from redraft.check.prediction import Case, as_json, read_cases
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.config import RegenerateConfig
@@ -33,7 +33,7 @@ def test_a_check_of_a_fine_tune(
     tuned: Callable[..., Target],
     draft_folder: Path,
     prompts_file: Path,
-    cases: list[Case],
+    runs: list[CalibrationRun],
     tmp_path: Path,
 ) -> None:
     child, stored = tuned(0.02), read_draft(str(draft_folder))
@@ -45,24 +45,24 @@ def test_a_check_of_a_fine_tune(
         base=target,
         most=20,
         answering=RegenerateConfig(max_new_tokens=24),
-        cases=cases,
+        runs=runs,
     )
     e = found.evidence
-    assert e.native is not None
+    assert e.on_base is not None
     assert e.retention is not None
-    assert e.retention[0] == pytest.approx(e.reused.tau / e.native.tau)
+    assert e.retention[0] == pytest.approx(e.unadapted.tau / e.on_base.tau)
     assert e.retention[1] < e.retention[0] < e.retention[2]
-    assert e.refreshed is not None
-    assert [option.action for option in found.verdict.options] == [
+    assert e.closed_form is not None
+    assert [option.action for option in found.recommendation.options] == [
         "keep",
-        "refresh",
+        "closed-form",
         "adapt",
-        "retrain",
+        "from-scratch",
     ]
-    assert sum(option.probability for option in found.verdict.options) == pytest.approx(1.0)
-    step = 4 * found.cost.c + found.cost.v(4)
-    assert found.speeds["now"] == pytest.approx(e.reused.tau / step)
-    assert all(option.bill.seconds is not None for option in found.verdict.options)
+    assert sum(option.probability for option in found.recommendation.options) == pytest.approx(1.0)
+    step = 4 * found.step_cost.c + found.step_cost.v(4)
+    assert found.speeds["now"] == pytest.approx(e.unadapted.tau / step)
+    assert all(option.cost.seconds is not None for option in found.recommendation.options)
     json.dumps(to_json(found))
 
 
@@ -127,24 +127,24 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(
     target: Target,
     kind_folder: Callable[[str], Path],
     prompts_file: Path,
-    cases: list[Case],
+    runs: list[CalibrationRun],
     tmp_path: Path,
 ) -> None:
     stored, out = read_draft(str(kind_folder("token_lm"))), tmp_path / "out"
     with pytest.raises(UserError, match="no fc to train"):
-        check(target, stored, str(prompts_file), out, cases=cases)
+        check(target, stored, str(prompts_file), out, runs=runs)
     assert not out.exists()
     found = check(
         target,
         stored,
         str(prompts_file),
         out,
-        cases=cases,
+        runs=runs,
         method="expert",
         most=16,
         answering=RegenerateConfig(max_new_tokens=12),
     )
-    assert found.verdict.options
+    assert found.recommendation.options
 
 
 def test_prompts_are_asked_until_tau_is_known(
@@ -171,7 +171,7 @@ def test_a_check_at_a_temperature_samples_and_scores_there(
     target: Target,
     draft_folder: Path,
     prompts_file: Path,
-    cases: list[Case],
+    runs: list[CalibrationRun],
     tmp_path: Path,
 ) -> None:
     stored, warm = (
@@ -184,15 +184,15 @@ def test_a_check_at_a_temperature_samples_and_scores_there(
             base=target,
             most=16,
             answering=answering,
-            cases=cases,
+            runs=runs,
         ).evidence
         for name, answering in (
             ("warm", warm),
             ("greedy", dataclasses.replace(warm, temperature=0.0)),
         )
     )
-    assert (found.reused.temperature, again.reused.temperature) == (0.3, 0.0)
-    assert found.reused.acceptance == "sampled"
+    assert (found.unadapted.temperature, again.unadapted.temperature) == (0.3, 0.0)
+    assert found.unadapted.acceptance == "sampled"
     lines = (tmp_path / "warm" / "answers-1-16.jsonl").read_text().splitlines()
     answers = [Answer.from_line(line) for line in lines]
     kept = [a for a in answers if a.length >= 2]
@@ -203,8 +203,8 @@ def test_a_check_at_a_temperature_samples_and_scores_there(
         4,
         decoding=Decoding("sampled", Sampling(0.3), "deterministic"),
     )
-    assert found.reused.accepted == sum(sum(t.accepted) for t in by_hand)
-    assert found.reused.accepted != again.reused.accepted
+    assert found.unadapted.accepted == sum(sum(t.accepted) for t in by_hand)
+    assert found.unadapted.accepted != again.unadapted.accepted
     gather(
         target, stored, str(prompts_file), tmp_path / "warm", most=16
     )  # greedy, in the same folder
@@ -226,40 +226,50 @@ def test_the_command(
     target_folder: Path,
     draft_folder: Path,
     prompts_file: Path,
-    cases: list[Case],
+    runs: list[CalibrationRun],
     tmp_path: Path,
 ) -> None:
-    table = tmp_path / "cases.json"
-    table.write_text(json.dumps(as_json(cases)))
-    asked = ["check", "--prompts", str(prompts_file), "--cases", str(table), "--most", "16"]
+    table = tmp_path / "runs.json"
+    table.write_text(as_text(runs))
+    asked = ["check", "--prompts", str(prompts_file), "--calibration", str(table), "--most", "16"]
     asked += ["--max-new-tokens", "16"]
     models = ["--target", str(target_folder), "--draft", str(draft_folder)]
     run = CliRunner().invoke(app, [*asked, *models, "--base", str(target_folder)])
     assert run.exit_code == 0, run.output
-    for word in ("retention    1.00", "speed here", "closed form", "verdict      ", "error prob"):
+    for word in (
+        "retention    1.00",
+        "speed here",
+        "closed form",
+        "recommended  ",
+        "error prob",
+    ):
         assert word in run.output
     alone = CliRunner().invoke(app, [*asked, *models, "--json", "--published", "2.5"])
     found = json.loads(alone.stdout)
-    assert found["evidence"]["native"] is None
-    assert [o["action"] for o in found["verdict"]["options"]] == ["keep", "adapt", "retrain"]
+    assert found["evidence"]["on_base"] is None
+    assert [o["action"] for o in found["recommendation"]["options"]] == [
+        "keep",
+        "adapt",
+        "from-scratch",
+    ]
     sampled = [*asked, *models, "--json", "--temperature", "0.4", "--top-k", "9", "--top-p", "0.8"]
     warm = json.loads(CliRunner().invoke(app, [*sampled, "--min-p", "0.1"]).stdout)
     wanted = {"temperature": 0.4, "top_k": 9, "top_p": 0.8, "min_p": 0.1}
     assert warm["sampling"] == wanted
-    assert warm["evidence"]["reused"]["temperature"] == 0.4
-    assert warm["evidence"]["reused"]["tau"] != found["evidence"]["reused"]["tau"]
+    assert warm["evidence"]["unadapted"]["temperature"] == 0.4
+    assert warm["evidence"]["unadapted"]["tau"] != found["evidence"]["unadapted"]["tau"]
     outside = ["temperature" in each["outside"] for each in (found, warm)]
-    assert outside == [False, True], "no case of the table was sampled"
+    assert outside == [False, True], "no calibration run was sampled"
     more = CliRunner().invoke(app, [*asked, *models, "--json", "--cases", "ours"])
-    assert json.loads(more.stdout)["cases"] == found["cases"] + len(read_cases())
-    twice = CliRunner().invoke(app, [*asked, *models, "--json", "--cases", str(table)])
-    assert json.loads(twice.stdout)["cases"] == found["cases"], "a table counts once"
-    table.write_text(json.dumps(as_json(cases[:7])))
+    assert json.loads(more.stdout)["runs"] == found["runs"] + len(read_runs())
+    twice = CliRunner().invoke(app, [*asked, *models, "--json", "--calibration", str(table)])
+    assert json.loads(twice.stdout)["runs"] == found["runs"], "a file counts once"
+    table.write_text(as_text(runs[:7]))
     few = CliRunner().invoke(app, [*asked, *models])
-    assert "three kinds at least, the table has 7 of 5" in str(few.exception)
+    assert "three kinds at least, found 7 of 5" in str(few.exception)
     assert "answers (" in run.output, "what tells that prompts are answered"
     assert "answers (" not in few.output, "something was paid for first"
-    table.write_text(json.dumps(as_json(cases)))
+    table.write_text(as_text(runs))
     served = CliRunner().invoke(app, [*asked, "--endpoint", "http://127.0.0.1:1", "--min-p", "0.1"])
     assert "cannot use --min-p" in str(served.exception)
     odd = CliRunner().invoke(app, [*asked, *models, "--method", "exprt"])

@@ -14,7 +14,7 @@ from redraft.checkpoints.load import read_draft
 from redraft.config import RegenerateConfig
 from redraft.decoding.sampling import Sampling
 from redraft.models.target import Target
-from tests.check.conftest import made_up_cases
+from tests.check.conftest import made_up_runs
 from tests.conftest import write_prompts
 
 
@@ -29,13 +29,15 @@ def checked(target: Target, draft_folder: Path, tmp_path_factory: pytest.TempPat
         base=target,
         most=16,
         answering=RegenerateConfig(max_new_tokens=16),
-        cases=made_up_cases(),
+        runs=made_up_runs(),
     )
 
 
-def with_reused(check: Check, **changes: object) -> Check:
-    reused = dataclasses.replace(check.evidence.reused, **changes)  # type: ignore[arg-type]
-    return dataclasses.replace(check, evidence=dataclasses.replace(check.evidence, reused=reused))
+def with_unadapted(check: Check, **changes: object) -> Check:
+    unadapted = dataclasses.replace(check.evidence.unadapted, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        check, evidence=dataclasses.replace(check.evidence, unadapted=unadapted)
+    )
 
 
 def one_note(check: Check, words: str) -> str:
@@ -43,20 +45,20 @@ def one_note(check: Check, words: str) -> str:
     return found
 
 
-def test_answers_that_loop_are_told_with_tau_without_them(checked: Check) -> None:
-    straight = with_reused(checked, loop_rate=0.05)
+def test_answers_that_loop_are_noted_with_tau_without_them(checked: Check) -> None:
+    straight = with_unadapted(checked, loop_rate=0.05)
     assert not any("loop" in note for note in notes(straight))
-    looping = with_reused(checked, loop_rate=0.25, tau_without_loops=1.5)
+    looping = with_unadapted(checked, loop_rate=0.25, tau_without_loops=1.5)
     assert one_note(looping, "loop").startswith("25% of the answers loop")
     assert "without them tau is 1.50" in one_note(looping, "loop")
     sampled = dataclasses.replace(looping, sampling=Sampling(0.7))
     assert "--temperature" in one_note(looping, "loop")
     assert "--temperature" not in one_note(sampled, "loop")
-    all_loop = with_reused(checked, loop_rate=1.0, tau_without_loops=None)
+    all_loop = with_unadapted(checked, loop_rate=1.0, tau_without_loops=None)
     assert "nothing is left without them" in one_note(all_loop, "loop")
 
 
-def test_a_check_says_what_was_foretold(checked: Check) -> None:
+def test_the_settings_of_the_prediction_are_printed(checked: Check) -> None:
     """The settings that are not adapt's own, and, where answers were sampled, how to sample and measure."""
     said = one_note(checked, "settings of")
     assert ": --set train.loss=ce --set train.batch_tokens=512; 256 answers" in said
@@ -66,27 +68,27 @@ def test_a_check_says_what_was_foretold(checked: Check) -> None:
         "--set regenerate.temperature=0.7 --set regenerate.top_p=0.9 --set measure.temperature=0.7;"
     )
     assert sets in one_note(sampled, "settings of")
-    assert "cuts (top_p) move tau" in one_note(sampled, "only the temperature")
+    assert "cuts (top_p) shift tau" in one_note(sampled, "only the temperature")
 
 
-def test_a_verdict_to_retrain_says_what_it_did_not_weigh(checked: Check) -> None:
-    for action in ("keep", "adapt", "retrain"):
-        verdict = dataclasses.replace(checked.verdict, action=action)
-        said = notes(dataclasses.replace(checked, verdict=verdict))
-        found = any("adapting on 1,024 answers was not foretold" in note for note in said)
-        assert found == (action == "retrain")
+def test_from_scratch_names_what_was_not_weighed(checked: Check) -> None:
+    for action in ("keep", "adapt", "from-scratch"):
+        recommendation = dataclasses.replace(checked.recommendation, action=action)
+        said = notes(dataclasses.replace(checked, recommendation=recommendation))
+        found = any("adapting on 1,024 answers was not predicted" in note for note in said)
+        assert found == (action == "from-scratch")
 
 
 def test_an_extrapolation_is_called_one(checked: Check) -> None:
     within = dataclasses.replace(checked, outside=())
     assert not any("extrapolation" in note for note in notes(within))
-    beyond = dataclasses.replace(checked, outside=("native", "entropy", "temperature"))
-    assert "tau on the base, the target's entropy, the temperature;" in one_note(
+    beyond = dataclasses.replace(checked, outside=("closed_form", "entropy", "temperature"))
+    assert "tau after the closed form, the target's entropy, the temperature;" in one_note(
         beyond, "extrapolation"
     )
 
 
-def test_the_screen_says_how_answers_were_drawn(checked: Check) -> None:
+def test_the_screen_prints_how_answers_were_drawn(checked: Check) -> None:
     ways = {
         Sampling(0.0, top_p=0.9): "K=4, greedy",
         Sampling(0.7, top_p=0.9): "K=4, temperature 0.7, top_p 0.9",
@@ -97,18 +99,19 @@ def test_the_screen_says_how_answers_were_drawn(checked: Check) -> None:
         assert words in out.export_text()
 
 
-def test_where_plain_decoding_is_faster_the_verdict_says_so_first(checked: Check) -> None:
+def test_where_plain_decoding_is_faster_that_is_printed_first(checked: Check) -> None:
     for slow, words in (
-        (False, f"verdict      {checked.verdict.action.upper()}: "),
+        (False, f"recommended  {checked.recommendation.action.upper()}: "),
         (
             True,
-            f"verdict      plain decoding is faster than any option here: serve without a draft. Of the options {checked.verdict.action.upper()}: ",
+            f"recommended  plain decoding is faster than any option here: serve without a draft. Of the options {checked.recommendation.action.upper()}: ",
         ),
     ):
         out = Console(width=160, record=True)
         print_check(
             dataclasses.replace(
-                checked, verdict=dataclasses.replace(checked.verdict, faster_plain=slow)
+                checked,
+                recommendation=dataclasses.replace(checked.recommendation, faster_plain=slow),
             ),
             out,
         )

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from redraft.check import served as module
-from redraft.check.prediction import Case
+from redraft.check.calibration_runs import CalibrationRun
 from redraft.check.screen import print_served
 from redraft.check.served import check_served
 from redraft.config import RegenerateConfig
@@ -69,26 +69,26 @@ class FakeVllm:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "STEADY_SECONDS", 0.0)
 
 
-def ask(fake: Any, prompts: Path, cases: list[Case], **more: Any) -> Any:
+def ask(fake: Any, prompts: Path, runs: list[CalibrationRun], **more: Any) -> Any:
     transport = httpx.MockTransport(fake)
-    return check_served("http://box:8000", str(prompts), cases=cases, transport=transport, **more)
+    return check_served("http://box:8000", str(prompts), runs=runs, transport=transport, **more)
 
 
-def test_a_busy_server_is_not_waited_for(prompts_file: Path, cases: list[Case]) -> None:
+def test_a_busy_server_is_not_waited_for(prompts_file: Path, runs: list[CalibrationRun]) -> None:
     class Busy(FakeVllm):
         def metrics(self) -> str:
             self.answered += 1  # somebody else's, between any two looks
             return super().metrics()
 
-    found = ask(Busy(), prompts_file, cases, most=16)
+    found = ask(Busy(), prompts_file, runs, most=16)
     assert found.others > 0.5
 
 
 def test_the_model_that_is_meant_and_the_url_as_people_write_it(
-    prompts_file: Path, cases: list[Case]
+    prompts_file: Path, runs: list[CalibrationRun]
 ) -> None:
     def two(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
@@ -97,18 +97,18 @@ def test_the_model_that_is_meant_and_the_url_as_people_write_it(
 
     fake: Any = FakeVllm()
     with pytest.raises(UserError, match="serves base, tuned: name the one .* --endpoint-model"):
-        ask(two, prompts_file, cases)
-    assert ask(two, prompts_file, cases, model="tuned", most=16).model == "tuned"
+        ask(two, prompts_file, runs)
+    assert ask(two, prompts_file, runs, model="tuned", most=16).model == "tuned"
     assert fake.bodies[0][1]["model"] == "tuned"
     with pytest.raises(UserError, match="serves base, tuned, not other"):
-        ask(two, prompts_file, cases, model="other")
+        ask(two, prompts_file, runs, model="other")
     transport = httpx.MockTransport(FakeVllm())
-    check_served("http://box:8000/v1", str(prompts_file), cases=cases, most=16, transport=transport)
+    check_served("http://box:8000/v1", str(prompts_file), runs=runs, most=16, transport=transport)
 
 
-def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
+def test_tau_is_the_counters(prompts_file: Path, runs: list[CalibrationRun]) -> None:
     fake = FakeVllm()
-    found = ask(fake, prompts_file, cases, most=20, rows=4)
+    found = ask(fake, prompts_file, runs, most=20, rows=4)
     unseen = 1 - 0.025 ** (1 / 5)  # 1 + 6 / 5 in each of five groups; of others it is not known
     assert found.tau == pytest.approx((2.2, 2.2 - 1.2 * unseen, 2.2 + 1.8 * unseen))
     assert found.per_position == (3 / 5, 2 / 3, 1 / 2)
@@ -122,21 +122,24 @@ def test_tau_is_the_counters(prompts_file: Path, cases: list[Case]) -> None:
     assert found.sampling == Sampling()
     assert "temperature" not in found.outside
     warm = RegenerateConfig(temperature=0.7, top_p=0.9, max_new_tokens=32)
-    warmed = ask(fake, prompts_file, cases, most=20, answering=warm)
+    warmed = ask(fake, prompts_file, runs, most=20, answering=warm)
     assert warmed.sampling == Sampling(0.7, 0, 0.9)
-    assert "temperature" in warmed.outside, "no case of the table was sampled"
+    assert "temperature" in warmed.outside, "no run of the table was sampled"
     body = fake.bodies[-1][1]
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.7, 0.9, 32)
-    assert all(option.speedup is None for option in found.verdict.options)
+    assert all(option.speedup is None for option in found.recommendation.options)
     assert any("speed-up" in text for text in found.unknown)
-    busy = ask(FakeVllm(stranger=1), prompts_file, cases, most=20)
+    busy = ask(FakeVllm(stranger=1), prompts_file, runs, most=20)
     assert busy.others == pytest.approx(1 - 240 / 440)
-    given = ask(FakeVllm(), prompts_file, cases, most=20, published=3.0)
-    assert given.verdict != found.verdict, "the published figure tells nothing"
+    given = ask(FakeVllm(), prompts_file, runs, most=20, published=3.0)
+    out = io.StringIO()
+    print_served(given, Console(file=out, width=200, highlight=False))
+    assert f"retention    {2.2 / 3:.2f} [" in out.getvalue()
+    assert "] of the published figure" in out.getvalue()
 
 
 def test_a_server_without_counts_by_position_has_an_interval(
-    prompts_file: Path, cases: list[Case]
+    prompts_file: Path, runs: list[CalibrationRun]
 ) -> None:
     class Coarse(FakeVllm):
         def metrics(self) -> str:
@@ -144,7 +147,7 @@ def test_a_server_without_counts_by_position_has_an_interval(
                 line for line in super().metrics().splitlines(True) if "per_pos" not in line
             )
 
-    found = ask(Coarse(), prompts_file, cases, most=20)
+    found = ask(Coarse(), prompts_file, runs, most=20)
     assert (found.k, found.per_position) == (K, ())
     assert 1 < found.tau[1] < 2.2 < found.tau[2] < K + 1
 
@@ -160,14 +163,14 @@ def test_a_server_without_counts_by_position_has_an_interval(
     ],
 )
 def test_servers_that_cannot_be_checked(
-    fake: Any, message: str, prompts_file: Path, cases: list[Case]
+    fake: Any, message: str, prompts_file: Path, runs: list[CalibrationRun]
 ) -> None:
     with pytest.raises(UserError, match=message):
-        ask(fake, prompts_file, cases)
+        ask(fake, prompts_file, runs)
 
 
 def test_the_interval_is_that_of_groups_that_differ(
-    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+    prompts_file: Path, runs: list[CalibrationRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second half of the answers accepts nothing: groups are at 2.2 or at 1, never between."""
     fake = FakeVllm()
@@ -182,7 +185,7 @@ def test_the_interval_is_that_of_groups_that_differ(
             tuple(count * counters[fake.answered][2] for count in (3, 2, 1)),
         ),
     )
-    tau, low, high = ask(fake, prompts_file, cases, most=16).tau
+    tau, low, high = ask(fake, prompts_file, runs, most=16).tau
     assert tau == 1.6
     # eight groups, each 2.2 or 1: Student's t of 7 degrees of freedom, on the logit of 0.6 accepted of 3
     reach = 2.3646 * 0.6 / 7**0.5 / (3 * 0.2 * 0.8)
@@ -191,7 +194,7 @@ def test_the_interval_is_that_of_groups_that_differ(
 
 
 def test_prompts_that_the_server_refuses_are_left_out(
-    prompts_file: Path, cases: list[Case]
+    prompts_file: Path, runs: list[CalibrationRun]
 ) -> None:
     def strict(request: httpx.Request) -> httpx.Response:
         said = json.loads(request.content) if request.method == "POST" else {}
@@ -200,21 +203,21 @@ def test_prompts_that_the_server_refuses_are_left_out(
         return fake(request)
 
     fake, refused = FakeVllm(), ["and 3.", "and 5."]
-    found = ask(strict, prompts_file, cases, most=20)
+    found = ask(strict, prompts_file, runs, most=20)
     assert (found.prompts, found.refused, found.answer_tokens) == (18, 2, 18 * 12)
     assert found.tau[0] == 2.2
     fake, refused = FakeVllm(), ["Say"]
     with pytest.raises(UserError, match="answered 0 of 20 prompts .*maximum context length is 8"):
-        ask(strict, prompts_file, cases, most=20)
+        ask(strict, prompts_file, runs, most=20)
 
 
 def test_nobody_there_and_too_few_prompts(
-    prompts_file: Path, cases: list[Case], tmp_path: Path
+    prompts_file: Path, runs: list[CalibrationRun], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="does not answer"):
-        check_served("http://127.0.0.1:9", str(prompts_file), cases=cases)
+        check_served("http://127.0.0.1:9", str(prompts_file), runs=runs)
     with pytest.raises(UserError, match="has 3 prompts of use .* needs 8 at least"):
-        ask(FakeVllm(), write_prompts(tmp_path / "few.jsonl", 3), cases)
+        ask(FakeVllm(), write_prompts(tmp_path / "few.jsonl", 3), runs)
 
 
 @pytest.mark.parametrize(
@@ -228,25 +231,25 @@ def test_nobody_there_and_too_few_prompts(
     ],
 )
 def test_a_url_with_a_secret_is_refused_without_it(
-    url: str, prompts_file: Path, cases: list[Case]
+    url: str, prompts_file: Path, runs: list[CalibrationRun]
 ) -> None:
     with pytest.raises(UserError, match="takes no user, password or query in a URL") as failed:
-        check_served(url, str(prompts_file), cases=cases)
+        check_served(url, str(prompts_file), runs=runs)
     assert "pass" not in str(failed.value).replace("password or query", "")
     assert "word" not in str(failed.value).replace("password or query", "")
 
 
 def test_a_proxy_of_no_use_is_told_without_its_password(
-    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+    prompts_file: Path, runs: list[CalibrationRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "gopher://me:secret@proxy:1")
     with pytest.raises(UserError, match="a proxy named in the environment") as failed:
-        check_served("http://box:8000", str(prompts_file), cases=cases)
+        check_served("http://box:8000", str(prompts_file), runs=runs)
     assert "secret" not in str(failed.value)
 
 
 def test_a_server_that_repeats_the_key_or_writes_to_the_terminal(
-    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+    prompts_file: Path, runs: list[CalibrationRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = "sk-SECRET-123"
     monkeypatch.setenv("REDRAFT_API_KEY", key)
@@ -263,7 +266,7 @@ def test_a_server_that_repeats_the_key_or_writes_to_the_terminal(
     for status in (400, 401, 500):
         for where in ("/v1/models", "/metrics", "/v1/chat/completions"):
             with pytest.raises(UserError) as failed:
-                ask(echo, prompts_file, cases, most=16)
+                ask(echo, prompts_file, runs, most=16)
             told = str(failed.value)
             assert "no \\x1b]0;owned\\x07 Bearer *** *** xxx" in told, (status, where)
             assert key not in told
@@ -272,7 +275,7 @@ def test_a_server_that_repeats_the_key_or_writes_to_the_terminal(
     assert set(seen) == {f"Bearer {key}"}
     named = httpx.Response(200, json={"data": [{"id": f"m {key}\x1b[2J"}]})
     found = ask(
-        lambda r: named if r.url.path == "/v1/models" else fake(r), prompts_file, cases, most=16
+        lambda r: named if r.url.path == "/v1/models" else fake(r), prompts_file, runs, most=16
     )
     assert found.model == "m ***\x1b[2J"
     out = io.StringIO()
@@ -281,7 +284,7 @@ def test_a_server_that_repeats_the_key_or_writes_to_the_terminal(
 
 
 def test_a_reply_that_never_ends_is_given_up(
-    prompts_file: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+    prompts_file: Path, runs: list[CalibrationRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drops() -> Iterator[bytes]:
         while True:
@@ -290,10 +293,12 @@ def test_a_reply_that_never_ends_is_given_up(
 
     monkeypatch.setattr(module, "REQUEST_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"does not answer \(no whole reply within 0.1 s\)"):
-        ask(lambda request: httpx.Response(200, content=drops()), prompts_file, cases)
+        ask(lambda request: httpx.Response(200, content=drops()), prompts_file, runs)
 
 
-def test_a_server_that_was_restarted_meanwhile(prompts_file: Path, cases: list[Case]) -> None:
+def test_a_server_that_was_restarted_meanwhile(
+    prompts_file: Path, runs: list[CalibrationRun]
+) -> None:
     class Restarted(FakeVllm):
         def metrics(self) -> str:
             text = super().metrics()
@@ -303,10 +308,10 @@ def test_a_server_that_was_restarted_meanwhile(prompts_file: Path, cases: list[C
     fake = Restarted()
     fake.answered = 50
     with pytest.raises(UserError, match="went down while it was asked: it was restarted"):
-        ask(fake, prompts_file, cases, most=16)
+        ask(fake, prompts_file, runs, most=16)
 
 
-def test_odd_replies_end_in_a_sentence(prompts_file: Path, cases: list[Case]) -> None:
+def test_odd_replies_end_in_a_sentence(prompts_file: Path, runs: list[CalibrationRun]) -> None:
     outcomes = collections.Counter[str]()
     began = time.monotonic()
     for seed in range(120):
@@ -333,7 +338,7 @@ def test_odd_replies_end_in_a_sentence(prompts_file: Path, cases: list[Case]) ->
             )
 
         try:
-            found = ask(reply, prompts_file, cases, most=16)
+            found = ask(reply, prompts_file, runs, most=16)
             print_served(found, Console(file=io.StringIO(), width=200))
             outcomes["found"] += 1
         except UserError as problem:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from redraft.check import evidence
+from redraft.check.calibration_runs import KEEP
 from redraft.check.evidence import BATCH, gather
-from redraft.check.prediction import KEEP
 from redraft.checkpoints.load import read_draft
 from redraft.config import RegenerateConfig
 from redraft.core.records import StepTrace
@@ -80,12 +80,12 @@ def test_a_check_reports_the_interval_for_its_looks(
     assert level == (0.95 if looks == 1 else 0.98)
     walked = [t for t in replay(target, stored.build(target), found.answers, K) if t.accepted]
     seen = found.evidence
-    assert seen.reused.ci == intervals.tau(prompt_counts(walked), K, level).ends
-    assert seen.native
-    assert seen.native.ci == pytest.approx(seen.reused.ci)
+    assert seen.unadapted.ci == intervals.tau(prompt_counts(walked), K, level).ends
+    assert seen.on_base
+    assert seen.on_base.ci == pytest.approx(seen.unadapted.ci)
     assert seen.retention
     both = intervals.ratio(prompt_counts(walked), prompt_counts(walked), K, level)
     assert seen.retention == pytest.approx((both.value, both.low, both.high))
     low, high = np.percentile(found.draws[KEEP], [2.5, 97.5])
-    width = seen.reused.ci[1] - seen.reused.ci[0]
-    assert (low, high) == pytest.approx(seen.reused.ci, abs=0.1 * width)
+    width = seen.unadapted.ci[1] - seen.unadapted.ci[0]
+    assert (low, high) == pytest.approx(seen.unadapted.ci, abs=0.1 * width)

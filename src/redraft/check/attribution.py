@@ -1,8 +1,8 @@
 """Why a draft accepts less than on its base: the same draft, replayed with one thing put back at a time.
 
-Two things feed a draft, the tokens to be matched and the states it reads. So between the base on its
-own answers (native) and the target on its own (reused) lies a third case: the target's answers, read by
-the base. From native to there the answers moved, from there to reused the states did.
+Two things feed a draft: the tokens to be matched and the states it reads. So between the base on its own answers
+(native) and the target on its own lies a third case: the target's answers, read by the base. From native to there
+is the output shift, from there to the target the representation shift.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from .base_check import head_of
 class Causes:
     """Tau with one thing put back, and how far the two models are apart on the target's answers.
 
-    `words` is tau on the target's answers with the base's states, its embedding and its head;
-    `embedding` with the target's states but the base's embedding and head (None: the draft has its
-    own, or they did not move). `divergence` is the mean KL of the base from the target in nats per
+    `base_states` is tau on the target's answers with the base's states, its embedding and its head;
+    `base_embedding` with the target's states but the base's embedding and head (None: the draft has its
+    own, or they did not change). `divergence` is the mean KL of the base from the target in nats per
     token, `agreement` the share of tokens that are the base's most likely too, `cosine` the mean
-    cosine of the states the draft reads (None: it reads none). `missed` and `missed_native` are the shares of target's and
-    base's answers outside a reduced draft vocabulary. `left_out` answers hold tokens that the base lacks.
+    cosine of the states the draft reads (None: it reads none). `missed` and `missed_on_base` are the shares of
+    the target's and the base's answers outside a reduced draft vocabulary. `left_out` answers hold tokens that
+    the base lacks.
     """
 
-    words: float
-    embedding: float | None
+    base_states: float
+    base_embedding: float | None
     divergence: float
     agreement: float
     cosine: float | None
     missed: float
-    missed_native: float
+    missed_on_base: float
     left_out: int
 
 
@@ -55,7 +56,7 @@ def find_causes(
 ) -> Causes | None:
     """Put back one thing at a time; None when the base can read none of the target's answers.
 
-    `answers` are the target's, `native` the base's own; both hold an lookahead of K-1 tokens.
+    `answers` are the target's, `native` the base's own; both hold K-1 lookahead tokens.
     """
     known = base.embedding_VH.shape[0]
     read = [a for a in answers if max((*a.prompt, *a.tokens)) < known]
@@ -69,13 +70,15 @@ def find_causes(
     divergence, agreement, cosine = _apart(target, base, read, ours.aux_layers)
     put_back = theirs.to(target.device) if moved else None
     return Causes(
-        words=pooled_tau(replay(base, theirs, read, k)),
-        embedding=pooled_tau(replay(target, put_back, read, k)) if put_back is not None else None,
+        base_states=pooled_tau(replay(base, theirs, read, k)),
+        base_embedding=pooled_tau(replay(target, put_back, read, k))
+        if put_back is not None
+        else None,
         divergence=divergence,
         agreement=agreement,
         cosine=cosine,
         missed=miss_rate(ours.draft_vocab, answers),
-        missed_native=miss_rate(ours.draft_vocab, native),
+        missed_on_base=miss_rate(ours.draft_vocab, native),
         left_out=len(answers) - len(read),
     )
 
@@ -94,14 +97,14 @@ def _apart(
         ours = target.read(batch.tokens_BT, aux_layers)
         theirs = base.read(batch.tokens_BT.to(base.device), aux_layers)
         for b, answer in enumerate(rows):
-            says = slice(len(answer.prompt) - 1, len(answer.prompt) + answer.length - 1)
-            p_TV, q_TV = _both(ours.logits_BTV[b, says], theirs.logits_BTV[b, says])
+            labelled = slice(len(answer.prompt) - 1, len(answer.prompt) + answer.length - 1)
+            p_TV, q_TV = _both(ours.logits_BTV[b, labelled], theirs.logits_BTV[b, labelled])
             divergence += float((p_TV.exp() * (p_TV - q_TV)).nan_to_num(0.0).sum())
-            said_T = batch.tokens_BT[b, says.start + 1 : says.stop + 1]
-            hits += int((q_TV.argmax(-1) == said_T).sum())
+            labels_T = batch.tokens_BT[b, labelled.start + 1 : labelled.stop + 1]
+            hits += int((q_TV.argmax(-1) == labels_T).sum())
             if aux_layers:
                 x, y = (
-                    r.features_BTF[b, says].float().view(answer.length, len(aux_layers), -1)
+                    r.features_BTF[b, labelled].float().view(answer.length, len(aux_layers), -1)
                     for r in (ours, theirs)
                 )
                 alike = torch.cosine_similarity(x, y.to(x.device), dim=-1)

@@ -1,4 +1,4 @@
-"""`redraft check`: from a target, a draft and a few prompts to a verdict on whether a repair is worth it."""
+"""`redraft check`: from a target, a draft and a few prompts to a recommendation: is adapting worth it?"""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from ..decoding.sampling import Sampling
 from ..metrics.cost import measure_cost
 from ..models.target import Target
 from ..training.preconditions import check_fits
-from .cost_estimate import TRAINING, bills, training_rate, trial_of
+from .calibration_runs import SCRATCH, CalibrationRun, Checked, read_runs
+from .cost_estimate import TRAINING, costs_of, training_rate, trial_of
 from .evidence import ANSWERING, Evidence, gather
-from .prediction import RETRAIN, Case, check_enough, outlook, read_cases
-from .recommendation import WORTH, Pace, Verdict, decide
+from .prediction import check_enough, predict
+from .recommendation import WORTH, Pace, Recommendation, recommend
 
 RECOVERIES = (0.5, 0.9)
-"""Shares of the way to a draft trained anew at which the speed is told."""
+"""Shares of the way to a from-scratch draft at which the speed is printed."""
 
 
 @dataclass(frozen=True)
 class Check:
     """All of a check, as `--json` prints it.
 
-    `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a draft
-    trained anew. `cost` is measured `rows` at a time. `published` is the tau that the user says the draft
-    has on its base. `cases` and `outside` are the outlook's; `sampling` is how answers were drawn,
+    `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a
+    from-scratch draft. `step_cost` is measured at the batch size of the check. `published` is the tau on its
+    base that the user names. `runs` and `outside` are the prediction's; `sampling` is how answers were drawn,
     `method` the adapters whose training was timed.
     """
 
@@ -39,10 +40,10 @@ class Check:
     base: str | None
     k: int
     evidence: Evidence
-    cost: StepCost
+    step_cost: StepCost
     speeds: dict[str, float]
-    verdict: Verdict
-    cases: int
+    recommendation: Recommendation
+    runs: int
     outside: tuple[str, ...]
     sampling: Sampling
     method: str
@@ -65,15 +66,16 @@ def check(
     serve: int | None = None,
     published: float | None = None,
     method: str = TRAINING.method,
-    cases: Sequence[Case] | None = None,
+    runs: Sequence[CalibrationRun] | None = None,
 ) -> Check:
-    """Measure, predict and decide; answers are kept in the folder `out`.
+    """Measure, predict and recommend; answers are kept in the folder `out`.
 
-    `prompts` is a file of them, of which up to `most` are answered, as `answering` says. `rows` is the batch size that is served
-    with, `serve` the tokens that will be. `method` changes the bill alone: outcomes are foretold of the known cases' own. Raises UserError for what does not fit, and for too few prompts.
+    Up to `most` prompts of the file `prompts` are answered, as `answering` says. `rows` is the batch size of
+    serving, `serve` the tokens to be served. `method` changes the cost alone: outcomes are predicted for the
+    method of the calibration `runs`. Raises UserError for what does not fit, and for too few prompts.
     """
     refuse_routed(getattr(stored.config, "routed", None))
-    known = list(cases) if cases is not None else read_cases()
+    known = list(runs) if runs is not None else read_runs()
     check_enough(known)  # before anything is paid for
     trial = trial_of(method)
     check_fits(stored.build(target), trial, target, base)
@@ -90,32 +92,25 @@ def check(
     evidence = found.evidence
     say("timing the steps of decoding, and a few of training")
     longest = max((answer.prompt for answer in found.answers), key=len)
-    cost = measure_cost(target, stored.build(target), longest, most=k, rows=rows)
+    step_cost = measure_cost(target, stored.build(target), longest, most=k, rows=rows)
     rate = training_rate(target, stored, found.answers, trial, k)
-    signs = evidence.signs()
-    if published is not None and "native" not in signs:
-        signs["native"] = published
-    seen = outlook(signs, k, found.draws, known, answering.temperature)
-    refreshed = evidence.refreshed.seconds if evidence.refreshed else None
-    bill = bills(found.answers, evidence.answer_rate, rate, refreshed)
-    verdict = decide(seen, Pace.of(cost, k), bill, worth, serve)
-    anew = seen.interval(RETRAIN)[0]
-    taus = {"now": evidence.reused.tau}
-    taus |= {
-        f"{share:g}": evidence.reused.tau + share * (anew - evidence.reused.tau)
-        for share in RECOVERIES
-    }
+    draft = Checked(predictors=evidence.predictors(), k=k, temperature=answering.temperature)
+    prediction = predict(draft, found.draws, known)
+    fitting = evidence.closed_form.seconds if evidence.closed_form else None
+    costs = costs_of(found.answers, evidence.answer_rate, rate, fitting)
+    now, scratch = evidence.unadapted.tau, prediction.interval(SCRATCH)[0]
+    taus = {"now": now, **{f"{share:g}": now + share * (scratch - now) for share in RECOVERIES}}
     return Check(
         target=target.name,
         draft=str(stored.folder),
         base=base.name if base else None,
         k=k,
         evidence=evidence,
-        cost=cost,
-        speeds={name: tau / (k * cost.c + cost.v(k)) for name, tau in taus.items()},
-        verdict=verdict,
-        cases=seen.cases,
-        outside=seen.outside,
+        step_cost=step_cost,
+        speeds={name: tau / (k * step_cost.c + step_cost.v(k)) for name, tau in taus.items()},
+        recommendation=recommend(prediction, Pace.of(step_cost, k), costs, worth, serve),
+        runs=prediction.runs,
+        outside=prediction.outside,
         sampling=Sampling.of(answering),
         method=method,
         published=published,

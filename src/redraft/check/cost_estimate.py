@@ -1,4 +1,4 @@
-"""What a repair would cost on this machine, from a trial of each of its parts.
+"""Cost estimate: what adapting would cost on this machine, from a trial of each of its parts.
 
 The rate of answers is that of the requests already answered. For training, the adapter learns a few
 batches of those answers and is thrown away.
@@ -18,8 +18,8 @@ from ..config import TrainConfig, resolve
 from ..core.records import Answer
 from ..models.target import Target
 from ..training.train import train
-from .prediction import ADAPT, KEEP, REFRESH, RETRAIN
-from .recommendation import Bill
+from .calibration_runs import ADAPT, CLOSED_FORM, KEEP, SCRATCH
+from .recommendation import Cost
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Plan:
     epochs: float
 
 
-PLANS = {ADAPT: Plan(256, 4.0), RETRAIN: Plan(1024, 4.0)}
-"""What `redraft bench triage` did for the outcomes in the table of known cases."""
+PLANS = {ADAPT: Plan(256, 4.0), SCRATCH: Plan(1024, 4.0)}
+"""What `redraft bench triage` did for the outcomes of the calibration runs."""
 SETTINGS = {"train.loss": "ce", "train.batch_tokens": 512}
-"""How it trained for them, and fitted the closed form, where that is not the default: a check goes by the same."""
-TRAINING = resolve([("known cases", SETTINGS)]).config.train
+"""How it trained, and fitted the closed form, where that is not the default: a check does the same."""
+TRAINING = resolve([("calibration runs", SETTINGS)]).config.train
 TRIAL_PASSES = 2.0
 
 
@@ -54,23 +54,23 @@ def training_rate(
     return trained.record.supervised_tokens / max(trained.record.seconds, 1e-9)
 
 
-def bills(
+def costs_of(
     answers: Sequence[Answer],
     answer_rate: float,
     train_rate: float,
-    refresh_seconds: float | None,
-) -> dict[str, Bill]:
-    """The bill of every action. Rates are in tokens per second; None: refreshing was not tried, which
-    takes the answers that are there already.
+    closed_form_seconds: float | None,
+) -> dict[str, Cost]:
+    """The cost of every action. Rates are in tokens per second; None: the closed form, which takes the answers
+    that are there already, was not tried.
 
-    A draft from nothing is taken to train at the rate of the adapter: it costs less than the
+    A from-scratch draft is taken to train at the rate of the adapter: it costs less than the
     target's reading, which both need.
     """
     mean = sum(answer.length for answer in answers) / len(answers)
-    found = {KEEP: Bill(0, 0.0)}
-    if refresh_seconds is not None:
-        found[REFRESH] = Bill(0, refresh_seconds)
+    found = {KEEP: Cost(0, 0.0)}
+    if closed_form_seconds is not None:
+        found[CLOSED_FORM] = Cost(0, closed_form_seconds)
     for action, plan in PLANS.items():
         tokens = round(plan.prompts * mean)
-        found[action] = Bill(tokens, tokens / answer_rate + plan.epochs * tokens / train_rate)
+        found[action] = Cost(tokens, tokens / answer_rate + plan.epochs * tokens / train_rate)
     return found

@@ -1,4 +1,4 @@
-"""What a few requests show of a draft: acceptance now, on the base, with the states put back, and refreshed.
+"""What a few requests show of a draft: acceptance now, on the base, with the states put back, in closed form.
 
 Prompts are answered batch by batch, until the interval of tau is narrow enough or the prompts are used
 up. Answers lie in a folder; a check that is run again there asks only for what is missing. Each batch is a look
@@ -37,8 +37,8 @@ from ..prompts.prompts import read_prompts
 from ..training.preconditions import check_fits
 from .attribution import Causes, find_causes
 from .base_check import Changes, compare
+from .calibration_runs import CLOSED_FORM, KEEP
 from .cost_estimate import TRAINING
-from .prediction import KEEP, REFRESH
 
 LEAST = 8
 """Prompts below which chance decides."""
@@ -48,7 +48,7 @@ RATE = "rate.json"
 """Tokens answered and the seconds that took, in the folder of a check."""
 NARROW = 0.05
 """Half the interval of tau, as a share of tau, at which no further prompt is asked."""
-REFRESHING = "relay+refresh+expert"
+CLOSED_FORM_METHOD = "feature-map+weight-sync+expert"
 ANSWERING = RegenerateConfig(max_new_tokens=128)
 """How prompts are answered where nothing else is said: greedily."""
 
@@ -58,12 +58,13 @@ Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Refreshed:
-    """A repair in closed form: fitted on one half of the answers, measured on the other, next to reuse."""
+class ClosedForm:
+    """The draft adapted in closed form: fitted on one half of the answers, measured on the other with the
+    unadapted draft."""
 
     method: str
     tau: float
-    reused: float
+    unadapted: float
     difference: tuple[float, float]
     prompts: int
     seconds: float
@@ -73,34 +74,34 @@ class Refreshed:
 class Evidence:
     """All that was measured of a draft on its target. What needs a base is None without one.
 
-    `retention` is tau over `native`'s tau, with a 95 % interval over prompts. `entropy` is the target's, in nats
-    per token along its answers; `answer_rate` is in tokens per second, `cut` counts the answers that were cut by their length. `suspects` say what may be
-    wrong with the draft's files.
+    `retention` is tau over `on_base`'s tau, with a 95 % interval over prompts. `entropy` is the target's, in nats
+    per token along its answers; `answer_rate` is in tokens per second. `cut` counts the answers that were cut
+    by their length. `diagnosis` lists what may be wrong with the draft's files.
     """
 
     prompts: int
-    reused: Acceptance
+    unadapted: Acceptance
     entropy: float
     answer_tokens: int
     answer_rate: float
-    suspects: tuple[str, ...]
+    diagnosis: tuple[str, ...]
     cut: int
-    native: Acceptance | None = None
+    on_base: Acceptance | None = None
     retention: Interval | None = None
     changes: Changes | None = None
     causes: Causes | None = None
-    refreshed: Refreshed | None = None
+    closed_form: ClosedForm | None = None
 
-    def signs(self) -> dict[str, float]:
-        """What the outlook is predicted from."""
-        found = {"reused": self.reused.tau, "entropy": self.entropy}
-        if self.native:
-            found["native"] = self.native.tau
+    def predictors(self) -> dict[str, float]:
+        """What a calibration run keeps of this (`calibration_runs.Checked`)."""
+        found = {"unadapted": self.unadapted.tau, "entropy": self.entropy}
+        if self.on_base:
+            found["on_base"] = self.on_base.tau
         if self.causes:
-            found["words"] = self.causes.words
-        if self.refreshed:
-            rise = self.refreshed.tau - self.refreshed.reused
-            found["refreshed"] = self.reused.tau + rise
+            found["base_states"] = self.causes.base_states
+        if self.closed_form:
+            rise = self.closed_form.tau - self.closed_form.unadapted
+            found["closed_form"] = self.unadapted.tau + rise
         return found
 
 
@@ -136,52 +137,62 @@ def gather(
     continue_time(target, sorted(out.glob("*.about.json")))
     read = read_prompts(source, target, most, "last")
     say(read.summary())
-    found = list(read.prompts)
+    prompts = list(read.prompts)
     if base is not None:
         _render_alike(base, target)
     theirs = list(read_prompts(source, base, most, "last").prompts) if base else []
-    changes = compare(target, base, found, theirs) if base else None
-    level = intervals.level_of(-(-len(found) // BATCH))
-    answers, traces, rate = _answer(target, draft, found, out, k, answering, level)
-    draws = {KEEP: intervals.tau_draws(prompt_counts(traces), k, level)}
+    changes = compare(target, base, prompts, theirs) if base else None
+    level = intervals.level_of(-(-len(prompts) // BATCH))
+    answers, traces, rate = _answer(target, draft, prompts, out, k, answering, level)
     evidence = Evidence(
         prompts=len(traces),
-        reused=_summary(traces, answers, k, level),
+        unadapted=_summary(traces, answers, k, level),
         entropy=cost(target, answers).entropy,
         answer_tokens=sum(answer.length for answer in answers),
         answer_rate=rate,
-        suspects=tuple(better_variants(target, stored, answers, k)),
+        diagnosis=tuple(better_variants(target, stored, answers, k)),
         cut=sum(answer.finish == "length" for answer in answers),
+        changes=changes,
     )
+    draws = {KEEP: intervals.tau_draws(prompt_counts(traces), k, level)}
     if base is None or on_its_base is None:
         return Gathered(evidence, answers, draws)
     asked = {answer.id for answer in answers}
-    mine = [p for p in theirs if p.id in asked]
-    native = [
-        answer
-        for at in range(0, len(mine), BATCH)
-        for answer in _answered(
-            base, mine[at : at + BATCH], out / f"native-{_span(mine, at)}.jsonl", k, answering
-        )
-    ]
-    on_base = _walked(replay(base, on_its_base, native, k)) if native else []
-    if len(on_base) < LEAST:
-        raise UserError(
-            f"the base {base.name} answers {len(on_base)} of {len(asked)} prompts with more than a token, too "
-            "few to compare with; leave --base out"
-        )
-    refreshed, rise = _refresh(target, base, stored.fitted(target), answers, k, level)
-    if refreshed:
-        draws[REFRESH] = draws[KEEP] + rise
+    prompts = [prompt for prompt in theirs if prompt.id in asked]
+    native, native_traces = _answer_on_base(base, on_its_base, prompts, out, k, answering)
+    closed_form, rise = _try_closed_form(target, base, stored.fitted(target), answers, k, level)
+    if closed_form:
+        draws[CLOSED_FORM] = draws[KEEP] + rise
     evidence = dataclasses.replace(
         evidence,
-        native=_summary(on_base, native, k, level),
-        retention=_retention(traces, on_base, k, level),
-        changes=changes,
+        on_base=_summary(native_traces, native, k, level),
+        retention=_retention(traces, native_traces, k, level),
         causes=find_causes(target, base, stored, answers, native, k),
-        refreshed=refreshed,
+        closed_form=closed_form,
     )
     return Gathered(evidence, answers, draws)
+
+
+def _answer_on_base(
+    base: Target,
+    draft: Draft,
+    prompts: Sequence[Prompt],
+    out: Path,
+    k: int,
+    answering: RegenerateConfig,
+) -> tuple[list[Answer], list[StepTrace]]:
+    """The base's own answers to the prompts that the target answered, and the steps of its draft on them."""
+    answers: list[Answer] = []
+    for at in range(0, len(prompts), BATCH):
+        file = out / f"native-{_span(prompts, at)}.jsonl"
+        answers += _answered(base, prompts[at : at + BATCH], file, k, answering)
+    traces = _walked(replay(base, draft, answers, k)) if answers else []
+    if len(traces) < LEAST:
+        raise UserError(
+            f"the base {base.name} answers {len(traces)} of {len(prompts)} prompts with more than a token, too "
+            "few to compare with; leave --base out"
+        )
+    return answers, traces
 
 
 def _answer(
@@ -215,7 +226,7 @@ def _answer(
             break
     if len(traces) < LEAST:
         raise UserError(
-            f"{len(traces)} prompts with an answer to draft for are too few for any verdict: expected "
+            f"{len(traces)} prompts with an answer to draft for are too few for any recommendation: expected "
             f"{LEAST} at least, {BATCH} or more are better; {len(prompts)} prompts were read"
         )
     return answers, traces, spent["tokens"] / max(spent["seconds"], 1e-9)
@@ -261,30 +272,30 @@ def _summary(
 
 
 def _retention(
-    ours: Sequence[StepTrace], native: Sequence[StepTrace], k: int, level: float
+    ours: Sequence[StepTrace], on_base: Sequence[StepTrace], k: int, level: float
 ) -> Interval:
     """Not in pairs, which is a little wider: the two may leave out other prompts."""
-    found = intervals.ratio(prompt_counts(ours), prompt_counts(native), k, level)
+    found = intervals.ratio(prompt_counts(ours), prompt_counts(on_base), k, level)
     return found.value, found.low, found.high
 
 
-def _refresh(
+def _try_closed_form(
     target: Target,
     base: Target,
     stored: StoredDraft,
     answers: Sequence[Answer],
     k: int,
     level: float,
-) -> tuple[Refreshed | None, Any]:
+) -> tuple[ClosedForm | None, Any]:
     """What closed forms bring, and the rise in tau as draws; None for a draft that has none.
 
-    Fitted with the known cases' settings, whatever a repair would train with: it is a sign.
+    Fitted with the settings of the calibration runs, whatever adapting would train with: it is a predictor.
     """
-    config = dataclasses.replace(TRAINING, method=REFRESHING, epochs=0.0)
+    config = dataclasses.replace(TRAINING, method=CLOSED_FORM_METHOD, epochs=0.0)
     try:
         check_fits(stored.build(target), config, target, base)
     except UserError as problem:
-        say(f"refresh was not tried: {problem}")
+        say(f"the closed form was not tried: {problem}")
         return None, None
     half = len(answers) // 2
     began = time.monotonic()
@@ -296,6 +307,6 @@ def _refresh(
     # A seed of its own: the draws of tau come from another set of prompts.
     rise = intervals.difference_draws(*pair, k, level, seed=1)
     interval = intervals.difference(*pair, k, level).ends
-    return Refreshed(
-        REFRESHING, pooled_tau(now), pooled_tau(was), interval, len(now), seconds
+    return ClosedForm(
+        CLOSED_FORM_METHOD, pooled_tau(now), pooled_tau(was), interval, len(now), seconds
     ), rise

@@ -25,34 +25,38 @@ from ..prompts.rows import read_rows
 from ..serving.client import key_for, near, proxy_checked
 from ..serving.counters import Counters, read_counters
 from ..serving.reply import Trouble, message_of, models_of, object_of, shown, text_of
+from .calibration_runs import KEEP, CalibrationRun, Checked, read_runs
 from .cost_estimate import PLANS
 from .evidence import ANSWERING
-from .prediction import KEEP, Case, check_enough, outlook, read_cases
-from .recommendation import WORTH, Bill, Pace, Verdict, decide
+from .prediction import check_enough, predict
+from .recommendation import WORTH, Cost, Pace, Recommendation, recommend
 
 GROUPS = 8
 """Groups of prompts, between which the counters are read: the interval of tau is over groups."""
 REQUEST_SECONDS = 600.0
 """The longest wait for a whole reply."""
-SETTLE_SECONDS = 0.3
+STEADY_SECONDS = 0.3
 """Counters lag behind the answers."""
-SETTLE_LOOKS = 5
+STEADY_LOOKS = 5
 OF_THE_PROMPT = (400, 413, 422)
 """Statuses that say something of one prompt, not of the server."""
 UNKNOWN = (
     "speed-up over plain decoding (serve without the draft and compare, or `redraft check --target`)",
     "the cause (needs the weights and --base)",
-    "what a refresh in closed form brings (the same)",
+    "what the closed form brings (the same)",
     "seconds of training",
 )
 
 
 @dataclass(frozen=True)
 class ServedCheck:
-    """What a server shows of the prompts that it answers; `refused` ones, too long for instance, are left
-    out. `tau` has a 95 % interval over groups of prompts; `per_position` is
-    conditional acceptance; `rate` is in tokens per second with `rows` requests at a time. `others` is the
-    share of the counted tokens that were not ours. `cases` and `outside` are the outlook's; `sampling` is how answers were asked for. `unknown` is what cannot be told from here."""
+    """What a server shows of the prompts that it answers; `refused` ones, too long for instance, are left out.
+
+    `tau` has a 95 % interval over groups of prompts; `per_position` is conditional acceptance; `rate` is in
+    tokens per second with `rows` requests at a time. `others` is the share of the counted tokens that were
+    not ours. `runs` and `outside` are the prediction's; `sampling` is how answers were asked for; `unknown`
+    lists what a server cannot show.
+    """
 
     endpoint: str
     model: str
@@ -65,8 +69,8 @@ class ServedCheck:
     rate: float
     rows: int
     others: float
-    verdict: Verdict
-    cases: int
+    recommendation: Recommendation
+    runs: int
     outside: tuple[str, ...]
     published: float | None
     refused: int
@@ -83,7 +87,7 @@ def check_served(
     worth: float = WORTH,
     published: float | None = None,
     model: str | None = None,
-    cases: Sequence[Case] | None = None,
+    runs: Sequence[CalibrationRun] | None = None,
     template_args: Mapping[str, Any] | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> ServedCheck:
@@ -95,7 +99,7 @@ def check_served(
     too few prompts.
     """
     url = _root(url)
-    known = list(cases) if cases is not None else read_cases()
+    known = list(runs) if runs is not None else read_runs()
     check_enough(known)  # before anything is asked
     asked = _read(source, max(most, 2 * rows), rows)
     with proxy_checked(url):
@@ -105,48 +109,16 @@ def check_served(
     with client:
         server = _Server(url, client, model, key_for(url), template_args or {})
         name = server.model()
-        lengths: list[int | None] = []
-        counted, seconds = [], 0.0
-        before = first = server.counters()
-        with (
-            Progress("asking", len(asked), "prompts") as progress,
-            ThreadPoolExecutor(rows) as pool,
-        ):
-            # Every group fills the places: the last requests of a group have the server to themselves.
-            size = max(-(-len(asked) // GROUPS), rows)
-            for at in range(0, len(asked), size):
-                group = asked[at : at + size]
-                began = time.monotonic()
-                lengths += pool.map(lambda u: server.ask(name, u, answering), group)
-                seconds += time.monotonic() - began
-                now = server.verified()
-                counted.append(_since(before, now, url))
-                before = now
-                progress.advance(len(group))
-    whole = before.since(first)
-    tokens, answered = sum(n for n in lengths if n), sum(n is not None for n in lengths)
-    if answered < GROUPS:
-        raise UserError(
-            f"{url} answered {answered} of {len(asked)} prompts and refused the others (first: "
-            f"{server.refusal}): too few for any verdict"
-        )
-    if whole.drafts == 0:
-        raise UserError(
-            f"{url} answered {answered} prompts and drafted nothing: it serves {visible(name)} without "
-            "speculation; start it with --speculative-config, or check the weights with --target and --draft"
-        )
+        lengths, counted, whole, seconds = _ask_all(server, name, asked, answering, rows)
+    answered, tokens = sum(n is not None for n in lengths), sum(n for n in lengths if n)
+    _check_counted(server, name, answered, len(asked), whole)
     # Without counts by position, K is what a draft proposes.
     found, k = whole.acceptance(), len(whole.per_position) or round(whole.drafted / whole.drafts)
     groups = [[(float(group.accepted), float(group.drafts)) for group in counted]]
-    draws, interval = intervals.tau_draws(groups, k), intervals.tau(groups, k)
-    signs = {"reused": found.tau} | ({"native": published} if published else {})
-    rate = tokens / max(seconds, 1e-9)
-    bills = {KEEP: Bill(0, 0.0)} | {
-        action: Bill(round(plan.prompts * tokens / answered), None)
-        for action, plan in PLANS.items()
-    }
-    seen = outlook(signs, k, {KEEP: draws}, known, answering.temperature)
-    verdict = decide(seen, Pace(rate / found.tau, None), bills, worth)
+    draft = Checked(predictors={"unadapted": found.tau}, k=k, temperature=answering.temperature)
+    prediction = predict(draft, {KEEP: intervals.tau_draws(groups, k)}, known)
+    rate, mean = tokens / max(seconds, 1e-9), tokens / answered
+    costs = {action: Cost(round(plan.prompts * mean), None) for action, plan in PLANS.items()}
     # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
     emitted = whole.accepted + whole.drafts
     return ServedCheck(
@@ -157,16 +129,57 @@ def check_served(
         refused=len(asked) - answered,
         answer_tokens=tokens,
         sampling=Sampling.of(answering),
-        tau=(found.tau, *interval.ends),
+        tau=(found.tau, *intervals.tau(groups, k).ends),
         per_position=found.per_position,
         rate=rate,
         rows=rows,
         others=max(1 - tokens / max(emitted, 1), 0.0),
-        verdict=verdict,
-        cases=seen.cases,
-        outside=seen.outside,
+        recommendation=recommend(
+            prediction, Pace(rate / found.tau, None), {KEEP: Cost(0, 0.0), **costs}, worth
+        ),
+        runs=prediction.runs,
+        outside=prediction.outside,
         published=published,
     )
+
+
+def _check_counted(server: _Server, name: str, answered: int, asked: int, whole: Counters) -> None:
+    """Raises UserError for too few answers, and for a server that drafts nothing."""
+    if answered < GROUPS:
+        raise UserError(
+            f"{server.url} answered {answered} of {asked} prompts and refused the others (first: "
+            f"{server.refusal}): too few for any recommendation"
+        )
+    if whole.drafts == 0:
+        raise UserError(
+            f"{server.url} answered {answered} prompts and drafted nothing: it serves {visible(name)} without "
+            "speculation; start it with --speculative-config, or check the weights with --target and --draft"
+        )
+
+
+def _ask_all(
+    server: _Server, name: str, asked: list[Understood], answering: RegenerateConfig, rows: int
+) -> tuple[list[int | None], list[Counters], Counters, float]:
+    """Tokens of each answer (None: refused), what was counted for each group of prompts and for all, seconds."""
+    lengths: list[int | None] = []
+    counted, seconds = [], 0.0
+    before = first = server.counters()
+    with (
+        Progress("asking", len(asked), "prompts") as progress,
+        ThreadPoolExecutor(rows) as pool,
+    ):
+        # Every group fills the places: the last requests of a group have the server to themselves.
+        size = max(-(-len(asked) // GROUPS), rows)
+        for at in range(0, len(asked), size):
+            group = asked[at : at + size]
+            began = time.monotonic()
+            lengths += pool.map(lambda u: server.ask(name, u, answering), group)
+            seconds += time.monotonic() - began
+            now = server.steady_counters()
+            counted.append(_since(before, now, server.url))
+            before = now
+            progress.advance(len(group))
+    return lengths, counted, before.since(first), seconds
 
 
 class _Server:
@@ -212,11 +225,11 @@ class _Server:
         except (ValueError, OverflowError):
             raise UserError(f"{self.url}/metrics holds counters that are no numbers") from None
 
-    def verified(self) -> Counters:
-        """The counters, once they have come to rest."""
+    def steady_counters(self) -> Counters:
+        """The counters, once two readings agree."""
         last = self.counters()
-        for _ in range(SETTLE_LOOKS):  # on a server that others use they never do
-            time.sleep(SETTLE_SECONDS)
+        for _ in range(STEADY_LOOKS):  # on a server that others use they never do
+            time.sleep(STEADY_SECONDS)
             now = self.counters()
             if now == last:
                 break
@@ -323,7 +336,7 @@ def _read(source: str, most: int, rows: int) -> list[Understood]:
             break
     if len(found) < max(GROUPS, 2 * rows):
         raise UserError(
-            f"{source} has {len(found)} prompts of use (asked for {most}): too few for any verdict, "
+            f"{source} has {len(found)} prompts of use (asked for {most}): too few for any recommendation, "
             f"which needs {max(GROUPS, 2 * rows)} at least; `redraft prompts inspect` says what is wrong with the others"
         )
     return found

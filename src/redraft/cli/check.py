@@ -1,10 +1,10 @@
-"""Whether a repair is worth it, told before any training."""
+"""Whether adapting is worth it, before any training."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,8 +29,11 @@ from .flags import (
     template_args_from,
 )
 
+if TYPE_CHECKING:
+    from ..check.calibration_runs import CalibrationRun
+
 OURS = "ours"
-"""What `--cases` calls the table that comes with redraft."""
+"""What `--calibration` calls the runs that come with redraft."""
 
 
 def check(
@@ -52,7 +55,7 @@ def check(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", help="what the target was tuned from: retention, causes, refreshing"
+            "--base", help="what the target was tuned from: for retention, causes, the closed form"
         ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="requests served at a time")] = 1,
@@ -70,7 +73,7 @@ def check(
     published: Annotated[
         float | None,
         typer.Option(
-            "--published", min=1.0, help="the draft's tau on its base, where that is not at hand"
+            "--published", min=1.0, help="the draft's tau on its base, for retention without --base"
         ),
     ] = None,
     worth: Annotated[
@@ -92,11 +95,12 @@ def check(
             help="adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]",
         ),
     ] = None,
-    cases: Annotated[
+    calibration: Annotated[
         list[str] | None,
         typer.Option(
+            "--calibration",
             "--cases",
-            help="known cases of `bench case` or `bench triage`, in place of those that come with "
+            help="calibration runs of `bench case` or `bench triage`, in place of those that come with "
             "redraft; repeatable, `ours` adds those",
         ),
     ] = None,
@@ -110,10 +114,10 @@ def check(
     as_json: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
-    """Is a repair worth it? From a few prompts: acceptance kept, its cause, speed, cost, a verdict.
+    """Is adapting worth it? From a few prompts: retention, causes, speed, cost, a recommendation.
 
-    Nothing is trained beyond a trial of its speed. Time and outcome are those of a repair with the settings of
-    the known cases, which are said.
+    Nothing is trained beyond a trial of its speed. Time and outcome are predicted for the settings of the
+    calibration runs, which are printed.
 
     With --endpoint a server's own counters are read; no weights are needed, and less is known.
 
@@ -122,7 +126,6 @@ def check(
     """
     set_quiet(quiet)
     from ..check.check import check as run
-    from ..check.prediction import SHIPPED, Case, check_enough, read_cases
     from ..check.screen import print_check, print_served
     from ..check.served import check_served
     from ..checkpoints.load import read_draft
@@ -130,11 +133,7 @@ def check(
     from ..core.lock import held
     from ..core.records import to_json
 
-    tables = [SHIPPED if table == OURS else Path(table) for table in cases or [OURS]]
-    known: list[Case] = []
-    for table in tables:
-        known += [case for case in read_cases(table) if case not in known]
-    check_enough(known)  # before a model is loaded
+    known = _known_runs(calibration or [OURS])
     answering = RegenerateConfig(
         temperature=temperature,
         top_k=top_k,
@@ -164,7 +163,7 @@ def check(
             worth=worth,
             published=published,
             model=endpoint_model,
-            cases=known,
+            runs=known,
             template_args=template_args_from(template_arg),
         )
         if as_json:
@@ -197,7 +196,7 @@ def check(
                 worth=worth,
                 serve=serve,
                 published=published,
-                cases=known,
+                runs=known,
                 method=tried.method,
             )
     if as_json:
@@ -206,8 +205,21 @@ def check(
         print_check(found)
 
 
+def _known_runs(files: list[str]) -> list[CalibrationRun]:
+    """The runs of all files, each once. Raises UserError where they are too few, before a model is loaded."""
+    from ..check.calibration_runs import SHIPPED, read_runs
+    from ..check.prediction import check_enough
+
+    known: list[CalibrationRun] = []
+    for file in files:
+        runs = read_runs(SHIPPED if file == OURS else Path(file))
+        known += [run for run in runs if run not in known]
+    check_enough(known)
+    return known
+
+
 def _refuse(given: dict[str, object]) -> None:
-    """What needs the weights cannot be told by a server."""
+    """Raises UserError for flags that need the weights."""
     named = [flag for flag, value in given.items() if value is not None]
     if named:
         raise UserError(
