@@ -292,7 +292,7 @@ def test_a_reply_that_never_ends_is_given_up(
             yield b" "
 
     monkeypatch.setattr(module, "REQUEST_SECONDS", 0.1)
-    with pytest.raises(UserError, match=r"does not answer \(no whole reply within 0.1 s\)"):
+    with pytest.raises(UserError, match=r"does not answer \(gave no whole reply within 0.1 s\)"):
         ask(lambda request: httpx.Response(200, content=drops()), prompts_file, runs)
 
 

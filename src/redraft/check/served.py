@@ -22,9 +22,9 @@ from ..decoding.sampling import Sampling
 from ..metrics import intervals
 from ..prompts.chat import Understood, understand
 from ..prompts.rows import read_rows
-from ..serving.client import key_for, near, proxy_checked
-from ..serving.counters import Counters, read_counters
-from ..serving.reply import Trouble, message_of, models_of, object_of, shown, text_of
+from ..serving.client import Client, connect, key_for
+from ..serving.counters import Counters, read_counters, steady
+from ..serving.reply import Reply, Trouble, models_of
 from .calibration_runs import KEEP, CalibrationRun, Checked, read_runs
 from .cost_estimate import PLANS
 from .evidence import ANSWERING
@@ -102,12 +102,9 @@ def check_served(
     known = list(runs) if runs is not None else read_runs()
     check_enough(known)  # before anything is asked
     asked = _read(source, max(most, 2 * rows), rows)
-    with proxy_checked(url):
-        client = httpx.Client(
-            base_url=url, timeout=REQUEST_SECONDS, transport=transport, trust_env=not near(url)
-        )
-    with client:
-        server = _Server(url, client, model, key_for(url), template_args or {})
+    client = connect(url, REQUEST_SECONDS, key_for(url), transport)
+    with client.http:
+        server = _Server(client, model, template_args or {})
         name = server.model()
         lengths, counted, whole, seconds = _ask_all(server, name, asked, answering, rows)
     answered, tokens = sum(n is not None for n in lengths), sum(n for n in lengths if n)
@@ -175,7 +172,7 @@ def _ask_all(
             began = time.monotonic()
             lengths += pool.map(lambda u: server.ask(name, u, answering), group)
             seconds += time.monotonic() - began
-            now = server.steady_counters()
+            now = steady(server.counters, STEADY_SECONDS, STEADY_LOOKS)
             counted.append(_since(before, now, server.url))
             before = now
             progress.advance(len(group))
@@ -185,21 +182,14 @@ def _ask_all(
 class _Server:
     """The few requests that a check makes."""
 
-    def __init__(
-        self,
-        url: str,
-        client: httpx.Client,
-        named: str | None,
-        key: str | None,
-        template_args: Mapping[str, Any],
-    ):
-        self.url, self.client, self.named, self.key = url, client, named, key
+    def __init__(self, client: Client, named: str | None, template_args: Mapping[str, Any]):
+        self.url, self.client, self.named = client.url, client, named
         self.template_args = template_args
         self.refusal = ""
 
     def model(self) -> str:
         try:
-            names = list(models_of(self._object("GET", "/v1/models")))
+            names = list(models_of(self._object(self._reply("/v1/models"), "/v1/models")))
         except Trouble:
             names = []
         if not names:
@@ -214,7 +204,7 @@ class _Server:
         return self.named or names[0]
 
     def counters(self) -> Counters:
-        page = self._reply("GET", "/metrics")[1]
+        page = self._reply("/metrics").text
         if "vllm:" not in page:
             raise UserError(
                 f"{self.url}/metrics holds no counters of vLLM, from which acceptance is read; check the "
@@ -224,17 +214,6 @@ class _Server:
             return read_counters(page)
         except (ValueError, OverflowError):
             raise UserError(f"{self.url}/metrics holds counters that are no numbers") from None
-
-    def steady_counters(self) -> Counters:
-        """The counters, once two readings agree."""
-        last = self.counters()
-        for _ in range(STEADY_LOOKS):  # on a server that others use they never do
-            time.sleep(STEADY_SECONDS)
-            now = self.counters()
-            if now == last:
-                break
-            last = now
-        return last
 
     def ask(self, model: str, row: Understood, how: RegenerateConfig) -> int | None:
         """The tokens of an answer; None when the server will not answer this prompt."""
@@ -253,11 +232,11 @@ class _Server:
         else:
             path = "/v1/completions"
             body["prompt"] = row.text if row.tokens is None else list(row.tokens)
-        status, text = self._reply("POST", path, body, may_refuse=True)
-        if status != 200:
-            self.refusal = self.refusal or message_of(text, self.key)
+        reply = self._reply(path, body)
+        if reply.status != 200:
+            self.refusal = self.refusal or reply.reason
             return None
-        usage = self._parsed(text, path).get("usage")
+        usage = self._object(reply, path).get("usage")
         count = usage.get("completion_tokens") if isinstance(usage, dict) else None
         if type(count) is not int or not 0 <= count <= how.max_new_tokens:
             raise UserError(
@@ -266,36 +245,21 @@ class _Server:
             )
         return count
 
-    def _object(self, verb: str, path: str) -> dict[str, Any]:
-        return self._parsed(self._reply(verb, path)[1], path)
-
-    def _parsed(self, text: str, path: str) -> dict[str, Any]:
-        found = object_of(text, self.key)
+    def _object(self, reply: Reply, path: str) -> dict[str, Any]:
+        found = reply.json()
         if found is None:
             raise UserError(f"{self.url}{path} replied with something that is no JSON object")
         return found
 
-    def _reply(
-        self, verb: str, path: str, body: dict[str, Any] | None = None, may_refuse: bool = False
-    ) -> tuple[int, str]:
-        """Status and text. The client bounds the silence between two bytes; here the whole is bounded."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        end, content = time.monotonic() + REQUEST_SECONDS, b""
+    def _reply(self, path: str, body: dict[str, Any] | None = None) -> Reply:
+        """A reply that is of use, or that refuses the prompt in `body`."""
         try:
-            with self.client.stream(verb, path, json=body, headers=headers) as reply:
-                for piece in reply.iter_bytes():
-                    content += piece
-                    if time.monotonic() > end:
-                        raise httpx.ReadTimeout(f"no whole reply within {REQUEST_SECONDS:g} s")
-        except (httpx.HTTPError, httpx.InvalidURL) as problem:
-            said = shown(str(problem), self.key) or type(problem).__name__
-            raise UserError(f"{self.url}{path} does not answer ({said})") from None
-        status, text = reply.status_code, text_of(content)
-        if status != 200 and not (may_refuse and status in OF_THE_PROMPT):
-            raise UserError(
-                f"{self.url}{path} refused (HTTP {status}): {message_of(text, self.key)}"
-            )
-        return status, text
+            reply = self.client.reply(path, body)
+        except Trouble as problem:
+            raise UserError(f"{self.url}{path} does not answer ({problem})") from None
+        if reply.status != 200 and not (body and reply.status in OF_THE_PROMPT):
+            raise UserError(f"{self.url}{path} refused (HTTP {reply.status}): {reply.reason}")
+        return reply
 
 
 def _since(before: Counters, now: Counters, url: str) -> Counters:

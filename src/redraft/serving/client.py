@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -106,41 +105,26 @@ class AsyncClient(_Endpoint[httpx.AsyncClient]):
 
 
 def connect(
-    url: str,
-    timeout: float,
-    key: str | None = None,
-    transport: httpx.BaseTransport | None = None,
+    url: str, timeout: float, key: str | None = None, transport: httpx.BaseTransport | None = None
 ) -> Client:
     """A client for threads; its `http` is closed by whoever made it.
 
     Raises UserError for a proxy of no use.
     """
-    with proxy_checked(url):
-        http = httpx.Client(transport=transport, **_settings(url, timeout))
-    return Client(url, http, timeout, key)
+    return Client(url, _open(httpx.Client, url, timeout, transport=transport), timeout, key)
 
 
 def connect_async(url: str, timeout: float, key: str | None = None) -> AsyncClient:
     """The same for the event loop that uses it."""
-    with proxy_checked(url):
-        http = httpx.AsyncClient(**_settings(url, timeout))
-    return AsyncClient(url, http, timeout, key)
+    return AsyncClient(url, _open(httpx.AsyncClient, url, timeout), timeout, key)
 
 
-def _settings(url: str, timeout: float) -> dict[str, Any]:
+def _open(kind: type[Http], url: str, timeout: float, **options: Any) -> Http:
     """Callers bound their requests themselves. This machine is reached past the environment's proxies."""
-    return {
-        "limits": httpx.Limits(keepalive_expiry=IDLE_SECONDS),
-        "timeout": httpx.Timeout(timeout, connect=CONNECT_SECONDS, pool=None),
-        "trust_env": not near(url),
-    }
-
-
-@contextlib.contextmanager
-def proxy_checked(url: str) -> Iterator[None]:
-    """A client is made here. Raises UserError for a proxy of no use."""
+    limits = httpx.Limits(keepalive_expiry=IDLE_SECONDS)
+    limit = httpx.Timeout(timeout, connect=CONNECT_SECONDS, pool=None)
     try:
-        yield
+        return kind(limits=limits, timeout=limit, trust_env=not _near(url), **options)
     except (ImportError, ValueError, httpx.InvalidURL):  # the message might hold a password
         raise UserError(
             f"{url}: a proxy named in the environment (HTTP_PROXY, HTTPS_PROXY or ALL_PROXY) cannot be "
@@ -148,7 +132,7 @@ def proxy_checked(url: str) -> Iterator[None]:
         ) from None
 
 
-def near(url: str) -> bool:
+def _near(url: str) -> bool:
     """Whether a server is on this machine."""
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
@@ -158,7 +142,7 @@ def key_for(url: str) -> str | None:
 
     OPENAI_API_KEY may be meant for another server, so it is never sent in the clear over a network.
     """
-    private = near(url) or urlsplit(url).scheme == "https"
+    private = _near(url) or urlsplit(url).scheme == "https"
     names = (KEY, OTHER_KEY) if private else (KEY,)
     for name in names:
         key = os.environ.get(name, "").strip()
