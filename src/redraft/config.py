@@ -46,6 +46,17 @@ def read_width(text: str) -> int | float | None:
     )
 
 
+def read_format(text: str) -> None:
+    """Raise ValueError for an export format that no kind of draft has."""
+    if text != "auto":
+        from .drafts.kinds import format_named  # the networks need torch
+
+        try:
+            format_named(text)
+        except UserError as problem:
+            raise ValueError(str(problem)) from None
+
+
 def read_budget(text: str) -> tuple[str, float]:
     """`budget` as ('auto', 0), ('tokens', n), ('share', s) or ('count', n). Raises ValueError."""
     word = text.strip()
@@ -236,7 +247,7 @@ class TrainConfig:
     loss: str = _opt(
         "kl",
         "forward KL; total variation; their LK blend; cross-entropy with the answer; the paper's "
-        "SmoothL1 on features + 0.1 KL (eagle drafts)",
+        "SmoothL1 on features + 0.1 KL (drafts that read the last hidden state)",
         choices=("kl", "tv", "lk", "ce", "paper"),
     )
     lr: float = _opt(
@@ -320,7 +331,7 @@ class ExportConfig:
     format: str = _opt(
         "auto",
         "layout of the exported draft; 'auto' is the kind's own layout for vLLM",
-        choices=("auto", "eagle3", "speculators", "vllm-eagle", "sglang-eagle", "hf"),
+        check=read_format,
     )
 
 

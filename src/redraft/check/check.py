@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.load import StoredDraft
-from ..checkpoints.routed import refuse_routed
 from ..config import RegenerateConfig
 from ..core.console import say
 from ..core.records import StepCost, versions
@@ -72,7 +71,7 @@ def check(
     `prompts` is a file of them, of which up to `most` are answered, as `answering` says. `rows` is the batch size that is served
     with, `serve` the tokens that will be. `method` changes the bill alone: outcomes are foretold of the known cases' own. Raises UserError for what does not fit, and for too few prompts.
     """
-    refuse_routed(getattr(stored.config, "routed", None))
+    stored.check_servable()
     known = list(cases) if cases is not None else read_cases()
     check_enough(known)  # before anything is paid for
     trial = trial_of(method)

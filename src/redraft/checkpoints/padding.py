@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.errors import UserError
-from ..drafts.kinds import Shape
+from ..drafts.kind import Shape
 
 GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 

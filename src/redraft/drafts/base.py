@@ -1,8 +1,8 @@
 """What every draft is, to the rest of redraft.
 
 A draft turns the target's features and the tokens so far into logits over its own vocabulary. It
-never decides what is accepted (that is `decoding/acceptance_rules.py`), and nothing outside `drafts/` and
-`formats/` names a concrete kind.
+never decides what is accepted (that is `decoding/acceptance_rules.py`), and nothing outside `drafts/`
+names a concrete kind.
 
 One pair (features of position i, token i+1) is the unit of input; its output predicts token i+2.
 A *chain* starts at a pair i, built from the target's features, and continues on the draft's own
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from ..models.target import Target
 
 D = TypeVar("D", bound="Draft")
+MOST_PADDING = 1280
+"""Two vocabularies that differ by more rows than this differ by more than padding (gpt-oss has 1,069)."""
 
 
 class Draft(nn.Module, ABC):
@@ -32,7 +34,7 @@ class Draft(nn.Module, ABC):
 
     kind: ClassVar[str]
     config: Any
-    """Its shape, which `formats/` knows how to store."""
+    """Its shape, which its row knows how to store."""
     aux_layers: tuple[int, ...]
     """hs[] indices of the target whose concatenation this draft reads."""
     feature_size: int

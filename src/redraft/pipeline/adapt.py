@@ -17,7 +17,6 @@ from typing import Any
 from ..adapters.table import ADAPTERS, Method, read_method
 from ..checkpoints.adapter_folder import load_adapter, save_adapter
 from ..checkpoints.load import StoredDraft, load_draft, read_draft
-from ..checkpoints.routed import refuse_routed
 from ..config import AdaptConfig, RegenerateConfig, Resolved, resolve
 from ..core.console import say
 from ..core.errors import UserError
@@ -108,7 +107,7 @@ def adapt(
     # What does not fit is refused before anything is paid for.
     check_backend(resolved.config.regenerate, 0)
     _check_measured(resolved.config)
-    refuse_routed(getattr(shared.config, "routed", None))
+    shared.check_servable()
     c, built = resolved.config, shared.build(target)
     check_fits(built, c.train, target, base)
     check_scorers(c.select, Scorers(target, base, built, c.measure.k))

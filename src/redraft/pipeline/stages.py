@@ -145,7 +145,7 @@ def train_command(
     aux_layers: tuple[int, ...] | None = None,
     draft_vocab: int | None = None,
     draft_width: int | None = None,
-    kind: str = "eagle3",
+    kind: str | None = None,
     base: Target | None = None,
 ) -> TrainRecord:
     """Train and save; an adapter, or for a method that starts fresh a whole stock draft.

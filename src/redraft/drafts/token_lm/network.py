@@ -27,15 +27,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError, as_sentence
-from ..core.rng import seeded
-from ..models.kv_cache import Rows
-from ..models.target import Target
-from .base import Draft, token_count
-from .layers import ACTIVATIONS, GatedFFN
+from ...core.errors import UserError, as_sentence
+from ...core.rng import seeded
+from ...models.kv_cache import Rows
+from ...models.target import Target
+from ..base import MOST_PADDING, Draft, token_count
+from ..layers import ACTIVATIONS, GatedFFN
 
-MOST_PADDING = 1280
-"""Two vocabularies that differ by more rows than this differ by more than padding (gpt-oss has 1,069)."""
 LAYERS = 2
 """Decoder layers of a token LM that is made for a target."""
 ATTENTION = {"full_attention", "sliding_attention"}
