@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.rng import seeded
 from ..models.target import Target
 
 D = TypeVar("D", bound="Draft")
@@ -101,17 +102,27 @@ class Draft(nn.Module, ABC):
         Raises UserError when hidden size, aux layers or vocabulary do not fit.
         """
 
-    @abstractmethod
     def trainable_names(self) -> list[str]:
         """Every tensor that a from-scratch draft of this kind trains, by state-dict name."""
+        return [name for name, _ in self.named_parameters()]
 
-    @abstractmethod
     def reinitialise(self, seed: int) -> None:
         """Fresh weights for training from nothing, in place."""
+        parameters = dict(self.named_parameters())
+        for name in self.trainable_names():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    parameters[name].zero_()
+                elif parameters[name].dim() == 1:
+                    parameters[name].fill_(1.0)
+                else:
+                    shape = parameters[name].shape
+                    noise = torch.randn(shape, generator=seeded(seed, "init", name))
+                    parameters[name].copy_(noise * shape[1] ** -0.5)
 
-    @abstractmethod
     def stored_state(self) -> dict[str, Tensor]:
         """The tensors that belong into a checkpoint folder, by stored name."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def copy_sharing(self: D, own: Collection[str]) -> D:
         """A copy that shares every tensor with this draft but the parameters named in `own`."""

@@ -244,9 +244,6 @@ class TokenLMDraft(Draft):
         tables = [m for m in self.body.modules() if isinstance(m, nn.Embedding)]
         return any(table is not self.body.get_input_embeddings() for table in tables)
 
-    def trainable_names(self) -> list[str]:
-        return [name for name, _ in self.named_parameters()]
-
     def reinitialise(self, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             begun = dict(new_lm(self.config).named_parameters())
@@ -257,9 +254,6 @@ class TokenLMDraft(Draft):
                 else:
                     noise = torch.randn(parameter.shape, generator=seeded(seed, "init", name))
                     parameter.copy_(noise * parameter[0].numel() ** -0.5)
-
-    def stored_state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> TokenLMDraft:
         """Cast the weights; what else an LM holds (rotary frequencies, the scale of its embedding) is
