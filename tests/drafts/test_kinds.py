@@ -20,7 +20,7 @@ from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.checkpoints.inspect import inspect_draft
 from redraft.checkpoints.load import StoredDraft, load_draft, read_draft
 from redraft.checkpoints.reload_check import check_export
-from redraft.config import TrainConfig
+from redraft.config import TrainConfig, read_format
 from redraft.core.errors import UserError
 from redraft.core.folders import WEIGHTS
 from redraft.core.records import Answer, Prompt
@@ -189,6 +189,9 @@ def test_unknown_names_list_the_rows_that_exist() -> None:
         kind_named("eagel3")
     with pytest.raises(UserError, match="known: eagle3, hf, recurrent, sglang-eagle, specul"):
         format_named("gguf")
+    read_format("recurrent")
+    with pytest.raises(ValueError, match="unknown export format 'gguf'; known: eagle3, hf, rec"):
+        read_format("gguf")
 
 
 # -- the page ------------------------------------------------------------------------------------

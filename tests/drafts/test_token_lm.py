@@ -28,7 +28,8 @@ from redraft.decoding.plain import decode_plain
 from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.layers import GatedFFN
 from redraft.drafts.new import new_draft
-from redraft.drafts.token_lm.network import TokenLMConfig, TokenLMDraft
+from redraft.drafts.token_lm.lm import TokenLMConfig
+from redraft.drafts.token_lm.network import TokenLMDraft
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.conftest import FAMILIES, SHAPE, fresh_draft, in_double, make_tokenizer, save_target

@@ -26,7 +26,8 @@ from ..base import Draft
 from ..kind import Config, Files, Tensors
 from ..stored.layer import check_tensors, config_values
 from ..stored.second_reading import IDS, STEPS, TOKENS, apart, random_tokens
-from .network import TokenLMConfig, TokenLMDraft, skeleton
+from .lm import TokenLMConfig, skeleton
+from .network import TokenLMDraft
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
