@@ -15,7 +15,7 @@ EAGLE = DraftKind(
     stored_as="EAGLE-1/2 drafts (of SafeAILab, EDA, vLLM, SGLang)",
     layouts=(
         Layout(
-            name="EDA reference",
+            name=files.REFERENCE,
             recognise=files.recognises_reference,
             parse=files.parse,
             describe=files.in_words,
