@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from redraft.checkpoints.engine_rules import RULES
-from redraft.checkpoints.exports import EXPORTS
+from redraft.drafts.kinds import KINDS
 
 RECORD = Path(__file__).parent / "results" / "engines.json"
 NAMES = {
@@ -68,11 +67,10 @@ def engines_page() -> str:
 
 def _rows(cells: list[dict[str, Any]]) -> list[str]:
     rows = []
-    for kind, engines in RULES.items():
-        for engine in engines:
-            formats = [
-                n for n, row in EXPORTS.items() if row.kind == kind and engine in row.engines
-            ]
+    for row in KINDS:
+        kind = row.name
+        for engine in row.engines:
+            formats = [layout.name for layout in row.layouts if engine in layout.engines]
             ran = [c for c in cells if engine == "vllm" and c["method"] == kind]
             if ran:
                 how = (

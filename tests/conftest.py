@@ -30,7 +30,7 @@ from redraft.config import TrainConfig
 from redraft.core import console
 from redraft.core.records import Answer, Prompt
 from redraft.decoding.sampling import Sampling
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.drafts.new import new_draft
 from redraft.metrics.measure import answer_all
 from redraft.models.loading import load_target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,27 @@ def test_public_names_resolve() -> None:
 
     for name in redraft.__all__:
         assert callable(getattr(redraft, name))
+
+
+KINDS = re.compile(r"\b(eagle3?|token_lm)\b|Eagle3?[A-Z]|TokenLM")
+NOT_A_KIND = {
+    "models/loading.py": "names of tensors in a target's file",
+    "features/specforge.py": "the path of a file in SpecForge",
+}
+
+
+def test_only_their_own_files_name_kinds_of_draft() -> None:
+    """Whatever is special about a kind is in its row, so a new one touches `drafts/` alone."""
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("drafts/") and name not in NOT_A_KIND:
+            found = KINDS.search(path.read_text())
+            assert found is None, f"{name} names {found and found[0]}"
+
+
+def test_what_kinds_share_names_none_of_them() -> None:
+    shared = [path for path in (ROOT / "drafts").glob("*.py") if path.name != "kinds.py"]
+    for path in [*shared, ROOT / "drafts" / "stored" / "rows.py"]:
+        tree = ast.parse(path.read_text())
+        texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        assert not texts & {"eagle", "eagle3", "token_lm"}, path

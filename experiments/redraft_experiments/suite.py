@@ -31,7 +31,7 @@ from redraft.core.files import write_text
 from redraft.core.records import Answer, Prompt, to_json
 from redraft.decoding.sampling import Sampling
 from redraft.drafts.base import Draft
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.kinds import kind_named
 from redraft.drafts.new import new_draft
 from redraft.metrics.measure import Measured, answer_all, measure_answers
 from redraft.models.loading import load_target
@@ -85,8 +85,7 @@ def build_suite(
             f"size {size} reads real data: name its folder with --data or in REDRAFT_DATA"
         )
     for kind in kinds:
-        if kind not in KINDS:
-            raise UserError(f"unknown kind of draft '{kind}'; {nearest(kind, KINDS)}")
+        kind_named(kind)
     corpus = Corpus(s, folder, seed, chosen)
     with RunFolder.open(out) as run:
         _build(run, corpus, size, kinds)

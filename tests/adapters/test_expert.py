@@ -18,7 +18,7 @@ from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.core.errors import UserError
 from redraft.core.folders import state_hash, tensor_hash
 from redraft.drafts.base import Draft
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.kinds import kind_named, kind_names
 from redraft.models.target import Target
 from tests.conftest import fresh_draft
 
@@ -73,7 +73,7 @@ def lacks(kind: str, method: str) -> set[str]:
     return set(LACKS[kind]) & set(method.split("+"))
 
 
-CELLS = [(kind, method) for kind in KINDS for method in METHODS]
+CELLS = [(kind, method) for kind in kind_names() for method in METHODS]
 CARRIED = [cell for cell in CELLS if not lacks(*cell)]
 EVERY = pytest.mark.parametrize(("kind", "method"), CARRIED)
 WARM = pytest.mark.parametrize(("kind", "method"), [c for c in CARRIED if "scratch" not in c[1]])
@@ -115,7 +115,7 @@ def stir(draft: Draft, method: str) -> None:
 def stock(kind: str, state: dict[str, Tensor], like: Draft) -> Draft:
     """A stock draft of these tensors, in the dtype they are held in."""
     width = next(t.shape[0] for n, t in state.items() if n.endswith("mlp.gate_proj.weight"))
-    made: Any = KINDS[kind](dataclasses.replace(like.config, intermediate_size=width))
+    made: Any = kind_named(kind).network(dataclasses.replace(like.config, intermediate_size=width))
     made.to(next(iter(state.values())).dtype).load_state_dict(state)
     made.shared_embedding = getattr(like, "shared_embedding", None)
     made.eval()
@@ -133,7 +133,7 @@ def stirred(
 
 
 def test_every_kind_has_its_row_here() -> None:
-    assert set(LACKS) == set(LAYER_OF) == set(NORMS_OF) == set(KINDS)
+    assert set(LACKS) == set(LAYER_OF) == set(NORMS_OF) == set(kind_names())
 
 
 @WARM
@@ -146,7 +146,7 @@ def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 @pytest.mark.parametrize("method", ["scratch", "scratch+expert"])
 def test_from_scratch_nothing_of_the_reused_draft_is_left(
     target: Target, kind: str, method: str
@@ -157,7 +157,7 @@ def test_from_scratch_nothing_of_the_reused_draft_is_left(
     assert not any(torch.equal(t, before[n]) for n, t in made.state_dict().items() if n in before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_a_random_start_is_not_the_reused_draft(target: Target, kind: str) -> None:
     assert apart(attached(target, kind, "expert", "random"), fresh_draft(target, kind=kind)) > 1e-3
 
@@ -235,7 +235,7 @@ def added(private: dict[str, Tensor], layer: str) -> Tensor:
     return private[f"{layer}.lora_B.weight"] @ private[f"{layer}.lora_A.weight"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 @pytest.mark.parametrize(
     ("method", "mistake"),
     [
@@ -275,7 +275,7 @@ def test_shared_tensors_stay_bit_exact_beside_it_and_in_the_fused_draft(
             assert tensor_hash(whole) == tensor_hash(tensor), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 @pytest.mark.parametrize("method", ["expert", "expert+fc", "expert+norms", "full+expert"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unfusing_gives_the_private_part_back_bit_for_bit(
@@ -375,7 +375,7 @@ def test_a_low_rank_sum_is_rounded_once(target: Target) -> None:
     assert float((twice != rounded_once).double().mean()) > 0.05
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_the_expert_copies_the_most_active_neurons(target: Target, kind: str) -> None:
     draft = fresh_draft(target, kind=kind)
     name, ffn = next(iter(widenable(draft).items()))

@@ -16,7 +16,7 @@ from redraft.adapters.table import read_method
 from redraft.core.errors import UserError
 from redraft.core.folders import tensor_hash
 from redraft.drafts.base import Draft
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.kinds import kind_names
 from redraft.models.target import Target
 from tests.conftest import fresh_draft, in_double
 
@@ -45,7 +45,7 @@ def target64(target_folder: Path) -> Target:
     return in_double(target_folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_every_linear_layer_but_the_head_has_a_pair_of_the_rank(target: Target, kind: str) -> None:
     plain = fresh_draft(target, kind=kind)
     expected = {}
@@ -88,7 +88,7 @@ def test_a_layer_computes_w_plus_ba(target64: Target, rank: int) -> None:
     assert np.abs(got - swapped).max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_the_stored_names_are_pefts_own(target: Target, kind: str) -> None:
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
@@ -117,7 +117,7 @@ def test_stored_names_leave_pefts_wrapping_out(stored: str, name: str) -> None:
     assert lora.stored_name(name) == stored
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_the_start_is_decided_by_the_seed_and_b_is_zero(target: Target, kind: str) -> None:
     def start(seed: int, elsewhere: int) -> dict[str, Tensor]:
         torch.manual_seed(elsewhere)  # the library's own start must not show
@@ -179,7 +179,7 @@ def worst_step(target: Target, draft: Draft) -> float:
     return worst
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 @pytest.mark.parametrize("method", ["lora", "expert+lora", "lora+norms"])
 def test_the_draft_decodes_with_its_pairs_as_it_is_trained(
     target64: Target, kind: str, method: str, monkeypatch: pytest.MonkeyPatch

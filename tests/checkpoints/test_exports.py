@@ -13,14 +13,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from redraft.checkpoints.engine_rules import judge
-from redraft.checkpoints.exports import EXPORTS
 from redraft.checkpoints.load import load_draft, read_draft, stored
 from redraft.checkpoints.reload_check import check_export
-from redraft.checkpoints.token_lm import companions, parse
 from redraft.core.errors import UserError
 from redraft.core.folders import WEIGHTS, read_json, read_tensors
 from redraft.core.hub import push_to_hub
 from redraft.drafts.base import Draft
+from redraft.drafts.kinds import formats
+from redraft.drafts.token_lm.files import companions, parse
 from redraft.models.target import Target
 from tests.conftest import fresh_draft
 
@@ -31,20 +31,20 @@ def outputs(draft: Draft) -> list[torch.Tensor]:
     return [draft.logits(s) for s in draft.rollout(tokens, features, 1, 4)]
 
 
-@pytest.mark.parametrize("format", EXPORTS)
+@pytest.mark.parametrize("format", formats())
 @pytest.mark.parametrize("vocab", [None, 40])
 def test_an_export_reads_back_and_its_engines_take_it(
     target: Target, tmp_path: Path, format: str, vocab: int | None
 ) -> None:
-    row = EXPORTS[format]
-    draft = fresh_draft(target, kind=row.kind, vocab=vocab if row.kind == "eagle3" else None)
+    row, layout = formats()[format]
+    draft = fresh_draft(target, kind=row.name, vocab=vocab if row.name == "eagle3" else None)
     stored(draft, target).save(tmp_path / "d", format)
     back = load_draft(str(tmp_path / "d"), target)
     for a, b in zip(outputs(draft), outputs(back), strict=True):
         assert torch.equal(a, b)
     raw, tensors = read_json(tmp_path / "d" / "config.json"), read_tensors(tmp_path / "d")
-    for finding in judge(row.kind, raw, tensors):
-        if finding.engine in row.engines:
+    for finding in judge(row, raw, tensors):
+        if finding.engine in layout.engines:
             assert finding.level == "note", finding
 
 

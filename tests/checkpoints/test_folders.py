@@ -188,7 +188,7 @@ def test_what_is_no_draft_is_called_by_its_name(
 ) -> None:
     other = Path(shutil.copytree(target_folder, tmp_path / "other"))
     edit(other, architectures=["T5ForConditionalGeneration"])
-    with pytest.raises(UserError, match=r"T5.* is no draft; redraft reads EAGLE-1/2 .* causal LMs"):
+    with pytest.raises(UserError, match=r"T5.* is no draft; redraft reads EAGLE-3 .* causal LMs"):
         read_draft(str(other))
     gate = torch.zeros(1, 32)
     retensor(folder, layers__0__block_sparse_moe__shared_gate__weight=gate)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from redraft.adapters.vocabulary_remap import remap
 from redraft.checkpoints.inspect import inspect_draft
 from redraft.checkpoints.load import load_draft, read_draft, stored
-from redraft.checkpoints.reference_reader import Reference
 from redraft.checkpoints.reload_check import check_export
 from redraft.core.errors import UserError
 from redraft.core.folders import WEIGHTS
 from redraft.core.records import Answer
+from redraft.drafts.stored.reference_reader import Reference
 from redraft.metrics.replay import replay
 from redraft.models.target import Target
 from tests.checkpoints.crafted import LAYOUTS, edit, retensor

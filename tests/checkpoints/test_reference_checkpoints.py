@@ -15,7 +15,7 @@ from redraft.checkpoints.inspect import inspect_draft
 from redraft.checkpoints.load import load_draft, read_draft
 from redraft.checkpoints.reload_check import check_export
 from redraft.core.errors import UserError
-from redraft.drafts.routed import RoutedShape
+from redraft.drafts.eagle.routed import RoutedShape
 from redraft.models.target import Target
 from redraft.report.terminal import print_inspection
 from tests.checkpoints.crafted import as_pickle, eda_reference, edit, retensor

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from redraft.checkpoints.inspect import inspect_draft
 from redraft.checkpoints.load import load_draft, read_draft, stored
 from redraft.checkpoints.reload_check import check_export
-from redraft.checkpoints.token_lm import COMPANIONS
 from redraft.core.errors import UserError
 from redraft.core.folders import WEIGHTS, read_json
 from redraft.drafts.base import Draft
+from redraft.drafts.token_lm.files import COMPANIONS
 from redraft.models.target import Target
 from tests.checkpoints.crafted import edit
 from tests.conftest import FAMILIES, fresh_draft, make_tokenizer, save_target

@@ -18,7 +18,7 @@ from redraft.checkpoints.vocabulary_rows import same_tokens
 from redraft.cli.app import app
 from redraft.core.errors import UserError
 from redraft.core.records import Answer
-from redraft.drafts.token_lm import MOST_PADDING
+from redraft.drafts.base import MOST_PADDING
 from redraft.metrics.replay import replay
 from redraft.models.loading import load_target
 from redraft.models.target import Target

@@ -15,7 +15,7 @@ import pytest
 from redraft import cli
 from redraft.core.lock import held
 from redraft.core.records import Answer
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.kinds import kind_names
 from tests.checkpoints.crafted import as_pickle, retensor
 from tests.conftest import write_prompts
 
@@ -77,7 +77,7 @@ def test_measure_prints_one_object(
     assert all(isinstance(token, int) for row in rows for token in row)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", kind_names())
 def test_the_stages_are_commands_that_fit_together(
     redraft: Any, target_folder: Path, kind_folder: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:

@@ -13,7 +13,7 @@ from redraft.decoding.batched import generate_answers
 from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling
 from redraft.decoding.speculative import decode_speculative
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.models.batching import collate
 from redraft.models.target import Target
 from redraft.training.teacher_batch import read_teacher_batch

@@ -19,7 +19,7 @@ from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling, draw, probabilities
 from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.base import Draft
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.kinds import kind_names
 from redraft.models.kv_cache import RowCache, new_cache
 from redraft.models.loading import load_target
 from redraft.models.target import Target
@@ -28,7 +28,7 @@ from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, sav
 LONGEST = 40
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=kind_names())
 def pair64(
     request: pytest.FixtureRequest, target_folder: Path, kind_folder: Callable[[str], Path]
 ) -> tuple[Target, Draft]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from redraft.checkpoints.load import load_draft, stored
-from redraft.checkpoints.reference_reader import Reference
 from redraft.core.errors import UserError
 from redraft.drafts import chain_attention, layers
 from redraft.drafts.base import Draft
-from redraft.drafts.eagle import EagleDraft
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.eagle.network import EagleDraft
+from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.drafts.new import new_draft
+from redraft.drafts.stored.reference_reader import Reference
 from redraft.models.target import Target
 from tests.conftest import fresh_draft, in_double
 

@@ -18,8 +18,8 @@ from redraft.decoding.acceptance_modes import Decoding
 from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling
 from redraft.decoding.speculative import decode_speculative
-from redraft.drafts.eagle import EagleDraft
-from redraft.drafts.routed import RoutedExperts, RoutedShape
+from redraft.drafts.eagle.network import EagleDraft
+from redraft.drafts.eagle.routed import RoutedExperts, RoutedShape
 from redraft.models.target import Target
 from tests.conftest import fresh_draft, in_double
 

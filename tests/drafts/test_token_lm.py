@@ -28,7 +28,8 @@ from redraft.decoding.plain import decode_plain
 from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.layers import GatedFFN
 from redraft.drafts.new import new_draft
-from redraft.drafts.token_lm import TokenLMConfig, TokenLMDraft
+from redraft.drafts.token_lm.lm import TokenLMConfig
+from redraft.drafts.token_lm.network import TokenLMDraft
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.conftest import FAMILIES, SHAPE, fresh_draft, in_double, make_tokenizer, save_target
@@ -293,7 +294,7 @@ def test_what_cannot_be_a_draft_is_called_by_its_name(config: Any, message: str)
 
 
 def test_an_unknown_shape_of_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("redraft.drafts.token_lm.shaped", lambda config, logits: logits)
+    monkeypatch.setattr("redraft.drafts.token_lm.network.shaped", lambda config, logits: logits)
     for family in ("gemma2", "granite", "cohere"):
         with pytest.raises(UserError, match="does more to its head's output than redraft knows"):
             TokenLMDraft(TokenLMConfig(raw(family), 48))

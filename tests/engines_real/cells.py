@@ -19,7 +19,7 @@ from redraft.models.target import Target
 from redraft.serving.counters import Counters
 from redraft.serving.engine import Speculation
 from redraft.serving.environment import Environment
-from redraft.serving.verify import METHODS, Request, serving_of
+from redraft.serving.verify import Request, method_of, serving_of
 from redraft.serving.vllm import VLLM
 
 K, TOKENS = 4, 96
@@ -107,7 +107,7 @@ class Table:
         draft = stored.build(target)
         plain = self.plain(target) if reference is None else reference
         began = time.monotonic()
-        speculation = Speculation(METHODS[draft.kind], folder, k)
+        speculation = Speculation(method_of(stored), folder, k)
         answers, counted = self.ask(name.replace(" ", "-"), target, speculation, concurrency)
         seconds = time.monotonic() - began
         own = self._own_steps(target, draft, k)

@@ -25,7 +25,7 @@ from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt
 from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.drafts.new import new_draft
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.live import live

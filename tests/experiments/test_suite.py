@@ -16,7 +16,7 @@ from redraft.config import resolve
 from redraft.core.errors import UserError
 from redraft.core.records import Prompt
 from redraft.decoding.sampling import Sampling
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.kinds import kind_names
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.live import live
 from redraft.metrics.measure import answer_all
@@ -45,7 +45,7 @@ FIRST = [name for name in DEFAULT if name not in ("sft-code", "replay", "replay-
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("suite")
-    return out, build_suite(out, size="tiny", members=FIRST, kinds=list(KINDS))
+    return out, build_suite(out, size="tiny", members=FIRST, kinds=kind_names())
 
 
 def test_every_member_is_there_and_measured(suite: tuple[Path, dict[str, Any]]) -> None:
@@ -88,7 +88,7 @@ def test_prompt_files_are_disjoint(suite: tuple[Path, dict[str, Any]]) -> None:
             assert seen.setdefault(first, path.name) == path.name, first
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", kind_names())
 def test_adapting_repairs_the_draft_and_changes_no_output(
     suite: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt, StepTrace
 from redraft.drafts.base import Draft
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.metrics import intervals
 from redraft.metrics import replay as replay_module
 from redraft.metrics.acceptance import is_loop, per_position, prompt_counts, summarise

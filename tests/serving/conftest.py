@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from redraft.core.records import Answer, Prompt
-from redraft.drafts.eagle3 import Eagle3Draft
+from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.metrics.replay import replay
 from redraft.models.target import Target
 from redraft.serving.environment import Environment

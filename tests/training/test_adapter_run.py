@@ -20,7 +20,7 @@ from redraft.core.errors import UserError
 from redraft.core.folders import tensor_hash
 from redraft.core.records import Answer
 from redraft.drafts.base import Draft
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.kinds import kind_names
 from redraft.metrics.replay import replay, replay_each
 from redraft.models.target import Target
 from redraft.pipeline.stages import train_adapter
@@ -118,7 +118,7 @@ def test_members_end_exactly_as_each_would_alone(
     assert [hashes(t) for t in turned] == [hashes(t) for t in together[2::-1]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_the_given_draft_is_left_as_it_is(
     target: Target, kind_folder: Callable[[str], Path], answers: list[Answer], kind: str
 ) -> None:
@@ -336,7 +336,7 @@ def test_measuring_the_average_leaves_training_where_it_was(
 # -- replay ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_replaying_several_drafts_is_replaying_each(
     target: Target, kind_folder: Callable[[str], Path], answers: list[Answer], kind: str
 ) -> None:

@@ -316,7 +316,7 @@ def test_states_without_features_are_refused(lacking: str) -> None:
     c = case(None)
     features = None if lacking == "features" else c.features
     teacher = Teacher.from_logits(c.target, None, c.labels, features)
-    with pytest.raises(UserError, match="it is for kind eagle"):
+    with pytest.raises(UserError, match="the states of this draft are none"):
         LOSSES["paper"](teacher, c.draft, None if lacking == "states" else c.states)
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from redraft.adapters.adapter import prepare
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, stored
-from redraft.checkpoints.reference_reader import Reference
 from redraft.config import TrainConfig
 from redraft.core.errors import UserError
 from redraft.core.folders import state_hash, tensor_hash
 from redraft.core.records import Answer
 from redraft.drafts.base import Draft
-from redraft.drafts.eagle3 import Eagle3Draft
-from redraft.drafts.kinds import KINDS
+from redraft.drafts.eagle3.network import Eagle3Draft
+from redraft.drafts.kinds import kind_names
+from redraft.drafts.stored.reference_reader import Reference
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
 from redraft.models.batching import collate, plan_epochs, plan_once
@@ -361,7 +361,7 @@ def test_feature_noise_is_uniform_and_as_wide_as_published(target: Target, amoun
     assert float(noise.var()) == pytest.approx(width**2 / 12, rel=0.05)  # a normal's would be other
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kind_names())
 def test_the_papers_loss_is_for_states_that_stand_for_features(
     target: Target, answers: list[Answer], kind: str
 ) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.load import StoredDraft
-from ..checkpoints.routed import refuse_routed
 from ..config import RegenerateConfig
 from ..core.console import say
 from ..core.records import StepCost, versions
@@ -74,7 +73,7 @@ def check(
     serving, `serve` the tokens to be served. `method` changes the cost alone: outcomes are predicted for the
     method of the calibration `runs`. Raises UserError for what does not fit, and for too few prompts.
     """
-    refuse_routed(getattr(stored.config, "routed", None))
+    stored.check_servable()
     known = list(runs) if runs is not None else read_runs()
     check_enough(known)  # before anything is paid for
     trial = trial_of(method)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,30 +24,20 @@ from ..core.folders import (
     state_hash,
     write_folder,
 )
+from ..core.published import without_paths
 from ..core.records import versions
+from ..drafts import kinds
 from ..drafts.base import Draft, token_count
-from ..drafts.kinds import Shape
-from ..drafts.token_lm import TokenLMConfig
+from ..drafts.kind import DraftKind, Layout, Shape
+from ..drafts.kinds import kind_named
 from ..models.target import Target
-from . import eagle, eagle3, speculators, token_lm
-from .exports import default_format, lay_out
+from .exports import lay_out, layout_for
 from .model_card import model_card
 from .padding import pad_ffn
-from .published import without_paths
-from .routed import refuse_routed
-from .vocabulary_rows import grew, same_tokens, with_rows_of
+from .vocabulary_rows import grew, same_tokens
 
 PROVENANCE = "redraft.json"
 HASHES = ("tensors_hash", "tokenizer_hash", "template_hash", "target_fingerprint", "shared_hash")
-BUILDERS: dict[str, Any] = {
-    "eagle3": eagle3.build,
-    "eagle": eagle.build,
-    "token_lm": token_lm.build,
-}
-COMPANIONS: dict[str, Callable[[Path], dict[str, bytes]]] = {"token_lm": token_lm.companions}
-"""Files of a folder next to config.json and tensors, for kinds whose folders have such."""
-VOCABULARIES: dict[str, Callable[[Path, Target], None]] = {"token_lm": token_lm.check_vocabulary}
-"""Checks of a folder's own tokenizer against the target's, for kinds that have one."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +54,11 @@ class StoredDraft:
     provenance: dict[str, Any] = field(default_factory=dict)
     companions: dict[str, bytes] = field(default_factory=dict)
 
+    @property
+    def row(self) -> DraftKind:
+        """All that is special about its kind."""
+        return kind_named(self.kind)
+
     def hash(self) -> str:
         return state_hash(self.tensors)
 
@@ -72,7 +67,7 @@ class StoredDraft:
         if dtype is None:
             dtype = target.dtype if target is not None else _main_dtype(self.tensors)
         fitting = self if target is None else self.fitted(target)
-        draft: Draft = BUILDERS[self.kind](fitting.config, fitting.tensors, dtype)
+        draft = self.row.build(fitting.config, fitting.tensors, dtype)
         draft.source = str(self.folder)
         if target is not None:
             check_tokenizer(self, target)
@@ -82,8 +77,8 @@ class StoredDraft:
     def fitted(self, target: Target) -> StoredDraft:
         """This draft with as many vocabulary rows as the target, where their tokens are the same ones
         (see `vocabulary_rows.py`); else unchanged, which `bind` refuses."""
-        c, rows = self.config, target.vocab_size
-        if isinstance(c, TokenLMConfig) or target.tokenizer is None or rows == c.vocab_size:
+        c, rows, with_rows_of = self.config, target.vocab_size, self.row.with_rows_of
+        if with_rows_of is None or target.tokenizer is None or rows == c.vocab_size:
             return self
         recorded = self.tokenizer_hash
         if not same_tokens(target, c.vocab_size, recorded):
@@ -112,14 +107,19 @@ class StoredDraft:
         return dataclasses.replace(self, config=config, tensors=tensors, provenance=provenance)
 
     def with_vocabulary(self, rows: int) -> StoredDraft:
-        """A token LM whose vocabulary is padded with zeros to the target's `rows`, as engines want it.
+        """The draft with its own vocabulary padded with zeros to the target's `rows`, as engines want it.
 
-        Other kinds are returned as they are. Raises UserError when it has more rows already.
+        One without is returned as it is. Raises UserError when it has more rows already.
         """
-        if not isinstance(self.config, TokenLMConfig):
+        if self.row.pad_vocabulary is None:
             return self
-        config, tensors = token_lm.pad_vocabulary(self.config, self.tensors, rows)
+        config, tensors = self.row.pad_vocabulary(self.config, self.tensors, rows)
         return dataclasses.replace(self, config=config, tensors=tensors)
+
+    def check_servable(self) -> None:
+        """Raise UserError for a draft that no engine has a layer for."""
+        if self.row.check_servable is not None:
+            self.row.check_servable(self.config)
 
     def save(self, folder: str | Path, format: str = "auto", tp: Sequence[int] = (1,)) -> None:
         """Write a stock checkpoint folder; `auto` is the kind's own layout for vLLM.
@@ -128,20 +128,20 @@ class StoredDraft:
         width that all of them divide. The record names folders without their paths, as it may be
         published. Raises UserError, before anything is written, for a format that the draft does not fit.
         """
-        refuse_routed(getattr(self.config, "routed", None))
+        self.check_servable()
         shape, padded = pad_ffn(self.config, self.tensors, tp)
-        name = default_format(self.kind) if format == "auto" else format
+        layout = layout_for(self.row, format)
         record: dict[str, Any] = without_paths(self.provenance)
         made_for = str(record.get("target", "not recorded"))
-        config, tensors = lay_out(name, self.kind, shape, padded, made_for)
+        config, tensors = lay_out(layout, self.row, shape, padded, made_for)
         config["torch_dtype"] = str(_main_dtype(tensors)).removeprefix("torch.")
-        record |= {"format": name, "tensors_hash": state_hash(padded)}
+        record |= {"format": layout.name, "tensors_hash": state_hash(padded)}
         neurons = shape.intermediate_size - self.config.intermediate_size
         if neurons:
             record["zero_neurons"] = neurons
         files: dict[str, str | bytes] = {
             **self.companions,
-            "README.md": model_card(self.kind, name, shape, record),
+            "README.md": model_card(self.kind, layout, shape, record),
             PROVENANCE: json.dumps(record, indent=2) + "\n",
             "config.json": json.dumps(config, indent=2) + "\n",
         }
@@ -152,10 +152,11 @@ def stored(draft: Draft, target: Target) -> StoredDraft:
     """A draft made in memory, as it would be read back from a folder."""
     tensors = {name: t.cpu() for name, t in draft.stored_state().items()}
     beside: dict[str, bytes] = {}
-    if draft.kind in COMPANIONS:
+    companions = kind_named(draft.kind).companions
+    if companions is not None:
         with tempfile.TemporaryDirectory() as scratch:
             target.tokenizer.save_pretrained(scratch)
-            beside = COMPANIONS[draft.kind](Path(scratch))
+            beside = companions(Path(scratch))
     return StoredDraft(
         Path("(memory)"), draft.kind, draft.config, tensors, made_for(target), beside
     )
@@ -190,14 +191,15 @@ def interpret(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor
         for name, tensor in tensors.items()
         if not name.endswith("rotary_emb.inv_freq")  # a buffer of old files; engines skip it too
     }
-    kind, layout, parse = recognise(raw, stored, folder)
-    config, named = parse(raw, stored, folder)
+    kind, layout = recognise(raw, stored, folder)
+    assert layout.parse is not None, "what is recognised is parsed"
+    config, named = layout.parse(raw, stored, folder)
     record = folder / PROVENANCE
     provenance = _read_provenance(record) if record.is_file() else {}
-    if layout.startswith(eagle.REFERENCE):
-        provenance["read_from"] = layout
-    beside = COMPANIONS[kind](folder) if kind in COMPANIONS else {}
-    found = StoredDraft(folder, kind, config, named, provenance, beside)
+    if layout.describe is not None:
+        provenance["read_from"] = layout.describe(raw, stored, folder)
+    beside = {} if kind.companions is None else kind.companions(folder)
+    found = StoredDraft(folder, kind.name, config, named, provenance, beside)
     recorded = provenance.get("tensors_hash")
     if recorded is not None and recorded != found.hash():
         raise UserError(
@@ -220,28 +222,15 @@ def _read_provenance(path: Path) -> dict[str, Any]:
 
 def recognise(
     raw: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
-) -> tuple[str, str, Any]:
-    """Kind, layout and parser of a checkpoint. Raises UserError naming what it is instead."""
-    names = set(tensors)
-    if speculators.recognises(raw):
-        return "eagle3", "speculators", speculators.parse
-    if any("block_sparse_moe" in name for name in names):
-        if eagle.recognises(names) and not eagle3.recognises(raw, names):
-            return "eagle", eagle.reference_layout(raw, tensors, folder), eagle.parse
-        raise UserError(
-            f"{folder}: routed shared and private experts (block_sparse_moe) are read in EDA's "
-            "reference layout only, an EAGLE-1/2 draft with fc.weight and one layer, layers.0"
-        )
-    if eagle3.recognises(raw, names):
-        return "eagle3", "eagle3", eagle3.parse
-    if eagle.recognises(names):
-        return "eagle", "eagle", eagle.parse
-    if token_lm.recognises(raw, names):
-        return "token_lm", "hf", token_lm.parse
+) -> tuple[DraftKind, Layout]:
+    """Kind and layout of a checkpoint. Raises UserError naming what it is instead."""
+    for kind in kinds.KINDS:
+        for layout in kind.layouts:
+            if layout.recognise is not None and layout.recognise(raw, tensors, folder):
+                return kind, layout
     raise UserError(
-        f"{folder}: architectures {list(architectures_of(raw))} with {len(names)} tensors is no draft; "
-        "redraft reads EAGLE-1/2 and EAGLE-3 drafts as SafeAILab, SpecForge, speculators, vLLM and "
-        "SGLang store them, and small causal LMs as Transformers does"
+        f"{folder}: architectures {list(architectures_of(raw))} with {len(tensors)} tensors is no draft; "
+        f"redraft reads {', '.join(kind.stored_as for kind in kinds.KINDS)}"
     )
 
 
@@ -267,8 +256,8 @@ def check_tokenizer(stored: StoredDraft, target: Target) -> None:
             f"tokenizers differ: {stored.folder} was made for tokenizer {recorded}, target "
             f"{target.name} has {target.tokenizer_hash()}; token ids would mean other words"
         )
-    if stored.kind in VOCABULARIES:
-        VOCABULARIES[stored.kind](stored.folder, target)
+    if stored.row.check_vocabulary is not None:
+        stored.row.check_vocabulary(stored.folder, target)
 
 
 def _main_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

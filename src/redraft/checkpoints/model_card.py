@@ -7,18 +7,8 @@ from typing import Any
 
 import yaml
 
-from ..drafts.kinds import Shape
+from ..drafts.kind import Layout, Shape
 
-SERVE = {
-    "eagle3": """vLLM:    vllm serve TARGET --speculative-config '{"method": "eagle3", "model": "THIS", "num_speculative_tokens": 4}'
-SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 --speculative-draft-model-path THIS""",
-    "speculators": """vLLM:    vllm serve TARGET --speculative-config '{"method": "eagle3", "model": "THIS", "num_speculative_tokens": 4}'""",
-    "vllm-eagle": """vLLM:    vllm serve TARGET --speculative-config '{"method": "eagle", "model": "THIS", "num_speculative_tokens": 4}'""",
-    "sglang-eagle": """SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE --speculative-draft-model-path THIS""",
-    "hf": """vLLM:          vllm serve TARGET --speculative-config '{"method": "draft_model", "model": "THIS", "num_speculative_tokens": 4}'
-SGLang:        python -m sglang.launch_server --model-path TARGET --speculative-algorithm STANDALONE --speculative-draft-model-path THIS
-Transformers:  model.generate(..., assistant_model=AutoModelForCausalLM.from_pretrained("THIS"))""",
-}
 FACTS = {
     "target": "target",
     "target_fingerprint": "target fingerprint",
@@ -34,7 +24,7 @@ FACTS = {
 }
 
 
-def model_card(kind: str, format: str, shape: Shape, provenance: Mapping[str, Any]) -> str:
+def model_card(kind: str, layout: Layout, shape: Shape, provenance: Mapping[str, Any]) -> str:
     """README.md of an exported draft: a header for the Hub, then what its record knows."""
     target = provenance.get("target", "not recorded")
     header = {"library_name": "redraft", "tags": ["speculative-decoding", kind, "draft-model"]}
@@ -53,7 +43,7 @@ def model_card(kind: str, format: str, shape: Shape, provenance: Mapping[str, An
             "A draft proposes tokens and the target decides, so it changes how fast the target "
             "answers and never what it answers. It fits this target only: for another one measure "
             "it first with `redraft measure`.\n",
-            f"## Serve it (format `{format}`)\n\n```\n{SERVE[format]}\n```\n",
+            f"## Serve it (format `{layout.name}`)\n\n```\n{layout.serve}\n```\n",
             "| | |\n|---|---|\n" + "\n".join(facts) + "\n",
             f"## How it was trained\n\n```yaml\n{recipe}```\n",
             "## Licence\n\nA draft carries the terms of the draft it was made from and of the target "

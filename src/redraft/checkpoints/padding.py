@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.errors import UserError
-from ..drafts.kinds import Shape
+from ..drafts.kind import Shape
 
 GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
@@ -36,7 +36,7 @@ def pad_ffn(
                 "key/value heads a multiple or a divisor"
             )
     missing = -config.intermediate_size % math.lcm(*tp)
-    other = [name for name in tensors if ".mlp." in name and not name.endswith(GATED)]
+    other = [name for name in tensors if "mlp." in name and not name.endswith(GATED)]
     if missing and (other or not any(name.endswith(GATED) for name in tensors)):
         raise UserError(
             f"--tp {','.join(map(str, tp))}: an FFN of {config.intermediate_size} neurons would need "
@@ -48,6 +48,6 @@ def pad_ffn(
 
 
 def _padded(name: str, tensor: Tensor, neurons: int) -> Tensor:
-    if not neurons or ".mlp." not in name:
+    if not neurons or not name.endswith(GATED):
         return tensor
     return pad(tensor, (0, neurons) if "down_proj" in name else (0, 0, 0, neurons))

@@ -68,7 +68,7 @@ def export(
     ] = None,
     format: Annotated[
         str,
-        typer.Option("--format", help="auto, eagle3, speculators, vllm-eagle, sglang-eagle or hf"),
+        typer.Option("--format", help="auto (the kind's own for vLLM) or one of docs/formats.md"),
     ] = "auto",
     tp: Annotated[
         str, typer.Option("--tp", help="tensor-parallel sizes to pad the FFN for, e.g. 1,2,4,8")

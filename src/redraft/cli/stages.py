@@ -222,8 +222,9 @@ def train(
         int, typer.Option("--k", help="draft tokens per step of held-out tau")
     ] = MeasureConfig.k,
     kind: Annotated[
-        str, typer.Option("--kind", help="scratch without --draft: eagle3, eagle or token_lm")
-    ] = "eagle3",
+        str | None,
+        typer.Option("--kind", help="scratch without --draft: a kind of docs/formats.md"),
+    ] = None,
     aux_layers: Annotated[
         str | None,
         typer.Option(

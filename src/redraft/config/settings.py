@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..adapters.table import ADAPTERS, Method, read_method
-from .values import Budget, Width, read_budget, read_endpoints, read_shares, read_width
+from .values import Budget, Width, read_budget, read_endpoints, read_format, read_shares, read_width
 
 
 def _opt(default: Any, help: str, **checks: Any) -> Any:
@@ -146,7 +146,7 @@ class TrainConfig:
     loss: str = _opt(
         "kl",
         "forward KL; total variation; their LK blend; cross-entropy with the answer; the paper's "
-        "SmoothL1 on features + 0.1 KL (eagle drafts)",
+        "SmoothL1 on features + 0.1 KL (drafts that read the last hidden state)",
         choices=("kl", "tv", "lk", "ce", "paper"),
     )
     lr: float = _opt(
@@ -242,7 +242,7 @@ class ExportConfig:
     format: str = _opt(
         "auto",
         "layout of the exported draft; 'auto' is the kind's own layout for vLLM",
-        choices=("auto", "eagle3", "speculators", "vllm-eagle", "sglang-eagle", "hf"),
+        check=read_format,
     )
 
 

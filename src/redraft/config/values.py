@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from ..adapters.table import ADAPTERS
+from ..core.errors import UserError
 
 LARGEST_SHARE = 8.0
 Width = int | float
@@ -114,3 +115,14 @@ def read_endpoints(text: str) -> tuple[str, ...]:
             raise ValueError(f"names {root} twice; --concurrency sets the requests to one server")
         found.append(root)
     return tuple(found)
+
+
+def read_format(text: str) -> None:
+    """Raise ValueError for an export format that no kind of draft has."""
+    if text != "auto":
+        from ..drafts.kinds import format_named  # the networks need torch
+
+        try:
+            format_named(text)
+        except UserError as problem:
+            raise ValueError(str(problem)) from None

@@ -1,8 +1,8 @@
 """What every draft is, to the rest of redraft.
 
 A draft turns the target's features and the tokens so far into logits over its own vocabulary. It
-never decides what is accepted (that is `decoding/acceptance_rules.py`), and nothing outside `drafts/` and
-`formats/` names a concrete kind.
+never decides what is accepted (that is `decoding/acceptance_rules.py`), and nothing outside `drafts/`
+names a concrete kind.
 
 One pair (features of position i, token i+1) is the unit of input; its output predicts token i+2.
 A *chain* starts at a pair i, built from the target's features, and continues on the draft's own
@@ -22,9 +22,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.rng import seeded
 from ..models.target import Target
 
 D = TypeVar("D", bound="Draft")
+MOST_PADDING = 1280
+"""Two vocabularies that differ by more rows than this differ by more than padding (gpt-oss has 1,069)."""
 
 
 class Draft(nn.Module, ABC):
@@ -32,7 +35,7 @@ class Draft(nn.Module, ABC):
 
     kind: ClassVar[str]
     config: Any
-    """Its shape, which `formats/` knows how to store."""
+    """Its shape, which its row knows how to store."""
     aux_layers: tuple[int, ...]
     """hs[] indices of the target whose concatenation this draft reads."""
     feature_size: int
@@ -99,17 +102,27 @@ class Draft(nn.Module, ABC):
         Raises UserError when hidden size, aux layers or vocabulary do not fit.
         """
 
-    @abstractmethod
     def trainable_names(self) -> list[str]:
         """Every tensor that a from-scratch draft of this kind trains, by state-dict name."""
+        return [name for name, _ in self.named_parameters()]
 
-    @abstractmethod
     def reinitialise(self, seed: int) -> None:
         """Fresh weights for training from nothing, in place."""
+        parameters = dict(self.named_parameters())
+        for name in self.trainable_names():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    parameters[name].zero_()
+                elif parameters[name].dim() == 1:
+                    parameters[name].fill_(1.0)
+                else:
+                    shape = parameters[name].shape
+                    noise = torch.randn(shape, generator=seeded(seed, "init", name))
+                    parameters[name].copy_(noise * shape[1] ** -0.5)
 
-    @abstractmethod
     def stored_state(self) -> dict[str, Tensor]:
         """The tensors that belong into a checkpoint folder, by stored name."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def copy_sharing(self: D, own: Collection[str]) -> D:
         """A copy that shares every tensor with this draft but the parameters named in `own`."""

@@ -7,39 +7,38 @@ from collections.abc import Sequence
 
 import torch
 
-from ..core.errors import UserError, nearest
+from ..core.errors import UserError
 from ..core.records import Answer
 from ..models.target import Target
 from .base import Draft
-from .kinds import KINDS
+from .kinds import KINDS, kind_named
 
 
 def new_draft(
     target: Target,
     answers: Sequence[Answer],
     *,
-    kind: str = "eagle3",
+    kind: str | None = None,
     aux_layers: tuple[int, ...] | None = None,
     draft_vocab_size: int | None = None,
     width: int | None = None,
 ) -> Draft:
     """An untrained draft of the usual shape for `target`, in float32 and bound to it.
 
+    Without a `kind` it is the first of the table.
+
     A reduced vocabulary takes the tokens that the answers use most (ties by id), padded with the
     lowest ids if they use fewer. Raises UserError for an unknown kind, for a vocabulary larger
     than the target's, and for what a kind does not have.
     """
-    if kind not in KINDS:
-        raise UserError(f"unknown kind of draft '{kind}'; {nearest(kind, KINDS)}")
+    row = KINDS[0] if kind is None else kind_named(kind)
     size = draft_vocab_size or target.vocab_size
     if size > target.vocab_size:
         raise UserError(
             f"a draft vocabulary of {size} is larger than the target's {target.vocab_size} tokens"
         )
     vocabulary = None if size == target.vocab_size else frequent_tokens(answers, size)
-    draft: Draft = KINDS[kind].for_target(
-        target, width=width, draft_vocab=vocabulary, aux_layers=aux_layers
-    )
+    draft = row.new(target, width=width, draft_vocab=vocabulary, aux_layers=aux_layers)
     draft.bind(target)
     return draft
 

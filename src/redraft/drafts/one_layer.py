@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
-from ..core.rng import seeded
 from ..models.kv_slots import Slots, positions, visible
 from ..models.target import Target
 from .base import Draft, token_count
@@ -258,22 +257,6 @@ class OneLayerDraft(Draft):
 
     def trainable_names(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if not name.startswith("embed_tokens")]
-
-    def reinitialise(self, seed: int) -> None:
-        parameters = dict(self.named_parameters())
-        for name in self.trainable_names():
-            with torch.no_grad():
-                if name.endswith("bias"):
-                    parameters[name].zero_()
-                elif parameters[name].dim() == 1:
-                    parameters[name].fill_(1.0)
-                else:
-                    shape = parameters[name].shape
-                    noise = torch.randn(shape, generator=seeded(seed, "init", name))
-                    parameters[name].copy_(noise * shape[1] ** -0.5)
-
-    def stored_state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
 
 def rotary_of(shape: LayerShape) -> Rotary:

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..adapters.table import ADAPTERS, read_method
 from ..checkpoints.load import StoredDraft
-from ..checkpoints.routed import refuse_routed
 from ..config import AdaptConfig, Resolved
 from ..core.errors import UserError
 from ..core.folders import read_json
@@ -56,7 +55,7 @@ def check_job(target: Target, draft: StoredDraft, base: Target | None, config: A
             "measure.answers=endpoints needs a server that writes the answers; name one with --endpoint, or "
             "leave it out"
         )
-    refuse_routed(getattr(draft.config, "routed", None))
+    draft.check_servable()
     built = draft.build(target)
     check_fits(built, config.train, target, base)
     check_scorers(config.select, Scorers(target, base, built, config.measure.k))

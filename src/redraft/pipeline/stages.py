@@ -298,7 +298,7 @@ def save_fresh(folder: Path, draft: Draft, target: Target, record: TrainRecord) 
 class Shape:
     """The shape of a draft that is trained from scratch (see `new_draft`)."""
 
-    kind: str = "eagle3"
+    kind: str | None = None
     aux_layers: tuple[int, ...] | None = None
     draft_vocab_size: int | None = None
     width: int | None = None

@@ -198,7 +198,7 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
         for finding in found.engines:
             if finding.engine == engine:
                 _show(out, f"              {finding.level}: {finding.says}")
-    _show(out, "  EAGLE: vLLM's loader was run; all others were read, the engines not run")
+    _show(out, "  rules       read from the engines' loaders; docs/engines.md tells which were run")
 
 
 def print_verification(found: Verification, out: Console | None = None) -> None:

@@ -18,7 +18,7 @@ import torch
 from ..checkpoints.load import StoredDraft
 from ..config import MeasureConfig
 from ..core.console import say
-from ..core.errors import UserError, nearest
+from ..core.errors import UserError
 from ..core.records import Acceptance, EngineSpeed, Prompt, Verification, versions
 from ..decoding.sampling import Sampling
 from ..metrics.config_diagnosis import better_variants
@@ -32,8 +32,7 @@ from .judgement import conclusion, judge, notes_on, tolerance
 from .trial import Trial, try_server
 from .vllm import VLLM
 
-METHODS = {"eagle3": "eagle3", "eagle": "eagle", "token_lm": "draft_model"}
-"""The engine's name of the method for each kind of draft."""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def verify(
     began = time.monotonic()
     draft = stored.build(target)  # refuses a draft that does not fit, before anything is started
     prompts = fitting(prompts, target, request)
-    plain, drafted = _try_both(environment, target, stored, draft.kind, prompts, request)
+    plain, drafted = _try_both(environment, target, stored, prompts, request)
     if torch.cuda.is_available():
         target.model.to("cuda")
         draft.to("cuda")
@@ -100,6 +99,13 @@ def verify(
         causes=tuple(causes),
         notes=tuple(notes_on(found)),
     )
+
+
+def method_of(stored: StoredDraft) -> str:
+    """vLLM's name of the method for a draft. Raises UserError for a kind that it does not serve."""
+    if stored.row.vllm_method is None:
+        raise UserError(f"vLLM has no method for a draft of kind {stored.kind}")
+    return stored.row.vllm_method
 
 
 def fitting(prompts: Sequence[Prompt], target: Target, request: Request) -> list[Prompt]:
@@ -145,17 +151,12 @@ def _try_both(
     environment: Environment,
     target: Target,
     stored: StoredDraft,
-    kind: str,
     prompts: Sequence[Prompt],
     request: Request,
 ) -> tuple[Trial, Trial]:
     """The engine without the draft, then with it."""
-    if kind not in METHODS:
-        raise UserError(
-            f"{request.engine.title} has no method for a draft of kind {kind}; {nearest(kind, METHODS)}"
-        )
     without = serving_of(target, prompts, request)
-    speculation = Speculation(METHODS[kind], str(stored.folder), request.k)
+    speculation = Speculation(method_of(stored), str(stored.folder), request.k)
     found = []
     for name, speculate in (("plain", None), ("draft", speculation)):
         what = dataclasses.replace(without, speculation=speculate)
@@ -206,7 +207,7 @@ def _compared(
         engine_version=environment.version,
         target=target.name,
         draft=str(stored.folder),
-        method=METHODS[own.acceptance.provenance["draft_kind"]],
+        method=method_of(stored),
         dtype=dtype,
         k=request.k,
         max_new_tokens=request.max_new_tokens,

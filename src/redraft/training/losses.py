@@ -183,7 +183,7 @@ def features_and_kl(
     if teacher.feature_NH is None or student_states_NH is None:
         raise UserError(
             "loss 'paper' compares the draft's states with the target's features, and the states of "
-            "this draft are none; it is for kind eagle, use another loss here (kl)"
+            "this draft are none; use another loss here (kl)"
         )
     dtype = teacher.p_ND.dtype
     states, features = student_states_NH.to(dtype), teacher.feature_NH.to(dtype)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .layers import ACTIVATIONS
+from ..layers import ACTIVATIONS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The decoder layer of a draft in checkpoint terms: config keys, tensor names and shapes.
 
-What the layouts `eagle` and `eagle3` share. Names here are relative to the layer
+What kinds of one decoder layer share. Names here are relative to the layer
 (`self_attn.q_proj.weight`).
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.config_values import ConfigValues
-from ..core.errors import UserError
-from ..drafts.layers import ACTIVATIONS
-from ..drafts.one_layer import LayerShape, rotary_of
+from ...core.config_values import ConfigValues
+from ...core.errors import UserError
+from ..layers import ACTIVATIONS
+from ..one_layer import LayerShape, rotary_of
 from .rope import read_rope
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,8 +25,19 @@ MAPS = {"d2t": (torch.int64, torch.int32), "t2d": (torch.bool, torch.int64, torc
 QKV = ("q_proj", "k_proj", "v_proj")
 NEUTRAL = ("partial_rotary_factor", "logit_scale")
 """Keys that change the function unless they are 1."""
+ROUTED = "block_sparse_moe."
+"""Prefix of an FFN of routed experts, within the layer."""
 SLIDING = "sliding_attention"
 LAYER_TYPES = ("full_attention", SLIDING)
+
+
+VARIANTS = {
+    "qkv_bias": "q, k and v have biases",
+    "o_bias": "o_proj has a bias",
+    "head_norms": "q and k are normed per head",
+    "sliding_window": "attention sees a sliding window",
+}
+"""What a field of `LayerShape` means for the function when it is set."""
 
 
 def read_layer(raw: Mapping[str, Any], names: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
@@ -98,6 +109,14 @@ def renamed(
                 f"{where}: {first} and {name} are two names of one tensor; remove the stale one"
             )
     return {name: stored[origin] for name, origin in origins.items()}
+
+
+def refuse_routing(where: Path) -> None:
+    """Raise UserError for routed experts in another draft than EDA's."""
+    raise UserError(
+        f"{where}: routed shared and private experts ({ROUTED[:-1]}) are read in EDA's "
+        "reference layout only, an EAGLE-1/2 draft with fc.weight and one layer, layers.0"
+    )
 
 
 def refuse_other_layers(names: Iterable[str], where: Path) -> None:

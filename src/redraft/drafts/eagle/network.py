@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from ..models.target import Target
-from .layers import GatedFFN, RMSNorm
-from .one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
+from ...core.errors import UserError
+from ...models.target import Target
+from ..layers import GatedFFN, RMSNorm
+from ..one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
 from .routed import RoutedExperts, RoutedShape
 
 

@@ -11,27 +11,33 @@ function is refused by name, none is approximated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.config_values import ConfigValues, architectures_of
-from ..core.errors import UserError
-from ..drafts.base import vocabulary_map
-from ..drafts.eagle3 import Eagle3Config, Eagle3Draft
-from .layer import (
+from ...core.config_values import ConfigValues, architectures_of
+from ...core.errors import UserError
+from ...models.target import Target, default_aux_layers
+from ..base import vocabulary_map
+from ..kind import Config, Files, Named, Tensors
+from ..stored.layer import (
+    ROUTED,
     check_rotary,
     check_tensors,
     config_values,
     layer_shapes,
     read_layer,
     refuse_other_layers,
+    refuse_routing,
     renamed,
     write_layer,
 )
+from ..stored.rows import rows_in_words, with_embedding_rows
+from .network import Eagle3Config, Eagle3Draft
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 QWEN3 = "Eagle3Qwen3ForCausalLM"
@@ -40,12 +46,20 @@ TAPS = "eagle_aux_hidden_state_layer_ids"
 """The key of the aux layer ids: hs[] indices at the top level, layers in `eagle_config`."""
 
 
-def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
+def wrapped(raw: Config) -> bool:
+    """Whether a config.json wraps the layer's own, as speculators does."""
+    return "speculators_model_type" in raw or "speculators_config" in raw
+
+
+def recognises(raw: Config, tensors: Tensors, where: Path) -> bool:
     """Whether this is an EAGLE-3 draft: by its architecture, or by the norm only it has."""
     architectures = " ".join(architectures_of(raw))
-    return "eagle3" in architectures.lower() or any(
-        name.startswith(LAYER) or name.endswith("hidden_norm.weight") for name in names
+    found = "eagle3" in architectures.lower() or any(
+        name.startswith(LAYER) or name.endswith("hidden_norm.weight") for name in tensors
     )
+    if found and any(ROUTED in name for name in tensors) and not wrapped(raw):
+        refuse_routing(where)
+    return found and not wrapped(raw)
 
 
 def canonical(stored: str) -> str:
@@ -267,3 +281,75 @@ def config_json(c: Eagle3Config) -> dict[str, Any]:
             "use_aux_hidden_state": True,
         }
     return config
+
+
+def lay_out(c: Eagle3Config, tensors: dict[str, Tensor], target: str) -> Files:
+    """config.json and tensors as they are."""
+    return config_json(c), dict(tensors)
+
+
+# -- vocabulary and readings ---------------------------------------------------------------------
+
+
+def with_rows_of(c: Eagle3Config, tensors: Tensors, target: Target) -> Named:
+    """Shape and tensors with the target's number of rows: the head keeps those that the target has.
+
+    The draft then speaks a reduced vocabulary, the tokens it was made for.
+    """
+    V = target.vocab_size
+    vocab = draft_vocabulary(c, tensors)
+    ids = torch.arange(c.vocab_size) if vocab is None else vocab
+    kept = ids < V
+    if not bool(kept.any()):
+        raise UserError(f"none of the tokens that this draft says is among the target's {V}")
+    config, found = with_embedding_rows(c, tensors, target)
+    if not bool(kept.all()):
+        found["lm_head.weight"] = tensors["lm_head.weight"][kept]
+    found = {name: t for name, t in found.items() if name not in ("d2t", "t2d")}
+    said = int(kept.sum())
+    if said < V:
+        found.update(vocabulary_map(ids[kept], V))
+    return dataclasses.replace(config, draft_vocab_size=said), found
+
+
+def speaks(c: Eagle3Config, tensors: Tensors) -> str:
+    """The vocabulary, in words."""
+    if "d2t" in tensors:
+        return f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens, d2t as offsets"
+    return rows_in_words(c, tensors)
+
+
+def reads(c: Eagle3Config | None, num_layers: int | None) -> str:
+    """The aux layers, in words."""
+    if c is not None and c.aux_layers:
+        return f"hs{list(c.aux_layers)} (vLLM's ids; SGLang's are {[t - 1 for t in c.aux_layers]})"
+    n = num_layers
+    default = f": hs[2], hs[{n // 2}], hs[{n - 3}] of this target" if n else ""
+    return f"the engines' default, hs[2], hs[n//2], hs[n-3]{default}"
+
+
+def misreadings(c: Eagle3Config, tensors: Tensors, target: Target) -> Iterator[tuple[str, Named]]:
+    """Other aux layers, and the other residual."""
+    same, most = dict(tensors), target.num_layers
+    aux_layers = c.aux_layers or default_aux_layers(most)
+    readings = {tuple(aux_layer + by for aux_layer in aux_layers): by for by in (1, -1)}
+    if c.aux_layers is not None and most >= 7 and len(c.aux_layers) == 3:
+        readings.setdefault(default_aux_layers(most), 0)
+    for other, by in readings.items():
+        if other[0] < 0 or other[-1] >= most or other == aux_layers:
+            continue
+        why = (
+            "written in the other numbering (hs[k] here, the output of layer k there)"
+            if by
+            else "the draft was trained on the default layers"
+        )
+        yield (
+            f"the aux layers are wrong: config.json says hs{list(aux_layers)}, but hs{list(other)} accepts "
+            f"more; {why}",
+            (dataclasses.replace(c, aux_layers=other), same),
+        )
+    flipped = not c.norm_before_residual
+    yield (
+        f"norm_before_residual should be {str(flipped).lower()}",
+        (dataclasses.replace(c, norm_before_residual=flipped), same),
+    )

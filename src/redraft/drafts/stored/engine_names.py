@@ -1,4 +1,4 @@
-"""Names that engines go by: architectures, config classes, tensors, and the keys that `engine_rules` read.
+"""Names that engines go by: architectures, config classes, tensors, and the keys that rules read.
 
 From the registries and loaders of vLLM 0.32, SGLang 0.5.23 and llama.cpp 11434.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..core.config_values import (
+from ...core.config_values import (
     is_flag,
     is_integers,
     is_object,
@@ -16,7 +16,6 @@ from ..core.config_values import (
     is_text,
     is_texts,
 )
-from . import eagle, eagle3
 from .layer import QKV
 
 VLLM_EAGLE3 = {
@@ -25,11 +24,11 @@ VLLM_EAGLE3 = {
     "Eagle3MiniMaxM2ForCausalLM": "llama",
     "Eagle3Qwen2_5vlForCausalLM": "llama",
     "Eagle3Qwen3vlForCausalLM": "llama",
-    eagle3.QWEN3: "qwen3",
+    "Eagle3Qwen3ForCausalLM": "qwen3",
 }
 """EAGLE-3 drafts with dense attention, and the layer that their class has."""
 VLLM_EAGLE = ("LlamaForCausalLM", "EagleLlamaForCausalLM")
-SGLANG_EAGLE3 = (eagle3.ARCHITECTURE,)
+SGLANG_EAGLE3 = ("LlamaForCausalLMEagle3",)
 SGLANG_EAGLE = ("LlamaForCausalLMEagle", "Qwen2ForCausalLMEagle", "MistralForCausalLMEagle")
 LLAMA_CPP = (
     "LlamaForCausalLM",
@@ -54,35 +53,9 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 _PROJECTIONS = [*(f"self_attn.{name}" for name in (*QKV, "o_proj"))]
 _FFN = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-_LAYER = [f"{name}.weight" for name in (*_PROJECTIONS, *_FFN, "post_attention_layernorm")]
-_NORMS = ["input_layernorm.weight", "hidden_norm.weight"]
-REQUIRED = {
-    "eagle": ["fc.weight", *(f"{eagle.LAYER}{name}" for name in _LAYER)],
-    "eagle3": [
-        "fc.weight",
-        "norm.weight",
-        *(f"{eagle3.LAYER}{name}" for name in (*_LAYER, *_NORMS)),
-    ],
-}
-"""Tensors that every engine needs of a kind, where config.json does not say it. The readers derive
+LAYER_TENSORS = [f"{name}.weight" for name in (*_PROJECTIONS, *_FFN, "post_attention_layernorm")]
+"""Tensors that every engine needs of a layer, where config.json does not say it. The readers derive
 theirs from config.json, which may itself be broken here."""
-_PASSED = (
-    "embed_tokens.weight",
-    *(f"{n}self_attn.rotary_emb." for n in (eagle.LAYER, eagle3.LAYER)),
-)
-OPTIONAL = {
-    "eagle": (*_PASSED, f"{eagle.LAYER}block_sparse_moe."),
-    "eagle3": (
-        *_PASSED,
-        "lm_head.weight",
-        "d2t",
-        "t2d",
-        "input_norm.weight",
-        "fc_norm.",
-        *(f"{eagle3.LAYER}self_attn.{name}_norm.weight" for name in "qk"),
-    ),
-}
-"""Beginnings of names that are judged by a rule of their own, or that nobody reads."""
 
 KEYS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("architectures", "layer_types"), is_texts),
@@ -125,6 +98,6 @@ KEYS: dict[str, Callable[[Any], bool]] = {
         ),
         is_object,
     ),
-    eagle3.TAPS: lambda found: is_integers(found, -1),
+    "eagle_aux_hidden_state_layer_ids": lambda found: is_integers(found, -1),
 }
 """Keys that rules read, and what their values must be to be judged."""

@@ -25,11 +25,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from ..models.target import Target, check_aux_layers, default_aux_layers
-from .base import vocabulary_map
-from .layers import GatedFFN, RMSNorm
-from .one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
+from ...core.errors import UserError
+from ...models.target import Target, check_aux_layers, default_aux_layers
+from ..base import vocabulary_map
+from ..layers import GatedFFN, RMSNorm
+from ..one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)

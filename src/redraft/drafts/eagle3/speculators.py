@@ -13,12 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import UserError
-from ..drafts.eagle3 import Eagle3Config
-from . import eagle3
-from .layer import config_values
+from ...core.errors import UserError
+from ..kind import Config, Files, Tensors
+from ..stored.layer import config_values
+from . import files
+from .network import Eagle3Config
 
 TYPE = "speculators_model_type"
+SERVED_K = 4
+"""Draft tokens per step that a folder asks vLLM for."""
 SHARED_KEYS = (
     "draft_vocab_size",
     "target_hidden_size",
@@ -29,9 +32,9 @@ SHARED_KEYS = (
 )
 
 
-def recognises(raw: Mapping[str, Any]) -> bool:
+def recognises(raw: Config, tensors: Tensors, where: Path) -> bool:
     """Whether a config.json is in this layout."""
-    return TYPE in raw or "speculators_config" in raw
+    return files.wrapped(raw)
 
 
 def flatten(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def flatten(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise UserError(f"{where}: a speculators draft of type '{kind}'; redraft reads eagle3")
     if not values.given("transformer_layer_config"):
         raise UserError(f"{where}/config.json: expected a mapping transformer_layer_config")
-    aux_layers = values.integers(eagle3.TAPS)
+    aux_layers = values.integers(files.TAPS)
     return {
         **values.inside("transformer_layer_config").raw,
         **{key: raw[key] for key in SHARED_KEYS if values.given(key)},
@@ -59,14 +62,12 @@ def parse(
     raw: Mapping[str, Any], stored: Mapping[str, Tensor], where: Path
 ) -> tuple[Eagle3Config, dict[str, Tensor]]:
     """The shape of a stored draft and its tensors under redraft's names."""
-    return eagle3.parse(flatten(raw, where), stored, where)
+    return files.parse(flatten(raw, where), stored, where)
 
 
-def write(
-    c: Eagle3Config, tensors: Mapping[str, Tensor], verifier: str, k: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors; `verifier` names the target, `k` is the tokens vLLM drafts."""
-    plain = eagle3.config_json(c)
+def lay_out(c: Eagle3Config, tensors: dict[str, Tensor], target: str) -> Files:
+    """config.json and tensors."""
+    plain = files.config_json(c)
     layer = {
         key: value
         for key, value in plain.items()
@@ -83,12 +84,12 @@ def write(
             "proposal_methods": [
                 {
                     "proposal_type": "greedy",
-                    "speculative_tokens": k,
+                    "speculative_tokens": SERVED_K,
                     "verifier_accept_k": 1,
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": verifier, "architectures": []},
+            "verifier": {"name_or_path": target, "architectures": []},
         },
         "transformer_layer_config": layer,
         **{key: plain[key] for key in SHARED_KEYS if key in plain},
@@ -96,7 +97,7 @@ def write(
         "tie_word_embeddings": False,
     }
     renamed = {
-        name.replace(eagle3.LAYER, "layers.0.", 1) if name.startswith(eagle3.LAYER) else name: t
+        name.replace(files.LAYER, "layers.0.", 1) if name.startswith(files.LAYER) else name: t
         for name, t in tensors.items()
     }
     return config, renamed

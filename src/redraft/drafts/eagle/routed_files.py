@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
-from ..drafts.routed import RoutedShape
-from .layer import config_values
+from ...core.errors import UserError
+from ..stored.layer import config_values
+from .routed import RoutedShape
 
-STORED, NAMED = "block_sparse_moe.", "mlp."
-"""The FFN's prefix in the file, and in redraft."""
+NAMED = "mlp."
+"""The FFN's prefix in redraft; in the file it is `ROUTED`."""
 GROUPS = ("shared", "private")
 PROJECTIONS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 """Dimension of a projection's weight that its neurons are along."""

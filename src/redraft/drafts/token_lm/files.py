@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.config_values import architectures_of, is_positive, shown
-from ..core.errors import UserError, as_sentence
-from ..core.folders import read_json
-from ..drafts.token_lm import TokenLMConfig, TokenLMDraft, skeleton
-from ..models.target import Target
-from .layer import check_tensors, config_values
-from .published import without_paths
+from ...core.config_values import architectures_of, is_positive, shown
+from ...core.errors import UserError, as_sentence
+from ...core.folders import read_json
+from ...core.published import without_paths
+from ...models.target import Target
+from ..base import Draft
+from ..kind import Config, Files, Tensors
+from ..stored.layer import check_tensors, config_values
+from ..stored.second_reading import IDS, STEPS, TOKENS, apart, random_tokens
+from .lm import TokenLMConfig, skeleton
+from .network import TokenLMDraft
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 COMPANIONS = (
@@ -47,14 +51,14 @@ ELSEWHERE = ("dtype", "torch_dtype", "intermediate_size", "_name_or_path")
 """Keys of config.json that follow from the tensors, and the path that old versions wrote."""
 
 
-def recognises(raw: Mapping[str, Any], names: set[str]) -> bool:
+def recognises(raw: Config, tensors: Tensors, where: Path) -> bool:
     """Whether these are config.json and tensor names of a causal LM that Transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if not known & set(architectures_of(raw)):
         return False
-    return any(re.search(r"\.(embed\w*|wte|word_embeddings)\.weight$", name) for name in names)
+    return any(re.search(r"\.(embed\w*|wte|word_embeddings)\.weight$", name) for name in tensors)
 
 
 def parse(
@@ -137,9 +141,7 @@ def expected_shapes(
     return skeleton(c).shapes, {}
 
 
-def lay_out(
-    config: TokenLMConfig, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def lay_out(config: TokenLMConfig, tensors: dict[str, Tensor], target: str) -> Files:
     """config.json and tensors as they were read."""
     return config.json(), dict(tensors)
 
@@ -200,3 +202,29 @@ def check_vocabulary(folder: Path, target: Target) -> None:
             f"{target.name} (id {first} is {token!r} here and {theirs[first]!r} there); a token_lm "
             "draft needs the target's own tokenizer"
         )
+
+
+def reads(config: TokenLMConfig | None, num_layers: int | None) -> str:
+    """What it reads of the target, in words."""
+    return "none: it reads tokens only"
+
+
+def speaks(config: TokenLMConfig, tensors: Tensors) -> str:
+    """The vocabulary, in words."""
+    return f"its own {config.vocab_size:,} rows, cut or left impossible to fit the target"
+
+
+def second_reading(draft: Draft, folder: Path) -> float:
+    """Transformers', on the same tokens."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = random_tokens(min(IDS, draft.config.vocab_size))
+    with as_sentence(f"{folder}: Transformers could not load the export"):
+        other = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float64, trust_remote_code=False
+        ).eval()
+    expected = other(input_ids=tokens).logits
+    worst = 0.0
+    for step, states in enumerate(draft.rollout(tokens, tokens[..., None], 0, STEPS)):
+        worst = max(worst, apart(draft.logits(states), expected[:, 1 + step : TOKENS - 1]))
+    return worst

@@ -12,16 +12,19 @@ EDA's reference code stores the same with routed experts for the FFN (`routed.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
-from ..drafts.eagle import EagleConfig, EagleDraft
-from .layer import (
+from ...core.errors import UserError
+from ...models.target import Target
+from ..base import Draft
+from ..kind import Config, Files, Named, Tensors
+from ..stored.layer import (
+    ROUTED,
     check_rotary,
     check_tensors,
     config_values,
@@ -29,12 +32,14 @@ from .layer import (
     layer_shapes,
     read_layer,
     refuse_other_layers,
+    refuse_routing,
     renamed,
     write_layer,
 )
-from .routed import (
+from ..stored.second_reading import IDS, by_the_reference, target_head
+from .network import EagleConfig, EagleDraft
+from .routed_files import (
     NAMED,
-    STORED,
     fold,
     read_routed,
     refuse_routed,
@@ -49,13 +54,21 @@ SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle"
 SGLANG_QWEN2 = "Qwen2ForCausalLMEagle"
 
 
-def recognises(names: set[str]) -> bool:
+def recognises(raw: Config, tensors: Tensors, where: Path) -> bool:
     """Whether these tensor names are an EAGLE-1/2 draft's."""
-    return "fc.weight" in names and any(name.startswith(LAYER) for name in names)
+    return "fc.weight" in tensors and any(name.startswith(LAYER) for name in tensors)
 
 
-def reference_layout(raw: Mapping[str, Any], stored: Mapping[str, Tensor], where: Path) -> str:
-    """What a checkpoint of EDA's reference code is, in words."""
+def recognises_reference(raw: Config, tensors: Tensors, where: Path) -> bool:
+    """Whether this is a draft of EDA's reference code. Raises UserError for other routed experts."""
+    routed = any(ROUTED in name for name in tensors)
+    if routed and not recognises(raw, tensors, where):
+        refuse_routing(where)
+    return routed
+
+
+def in_words(raw: Config, stored: Tensors, where: Path) -> str:
+    """What a checkpoint of EDA's reference code is."""
     try:
         shape = read_routed(raw, _relative(stored), where)
     except UserError:  # `parse` says why
@@ -97,7 +110,7 @@ def parse(
             "or the key should be false (engines read it as attention biases)"
         )
     config = EagleConfig(**layer, fc_bias="fc.bias" in tensors)
-    if not any(STORED in name for name in stored):
+    if not any(ROUTED in name for name in stored):
         check_tensors(tensors, *expected_shapes(config), str(where))
         check_rotary(config, where)
         return config, tensors
@@ -114,14 +127,19 @@ def parse(
     return dataclasses.replace(config, routed=None, intermediate_size=width), {**outside, **dense}
 
 
+def canonical(stored: str) -> str:
+    """A stored tensor's name without its prefix."""
+    return stored.removeprefix("model.")
+
+
 def _named(stored: str) -> str:
     """redraft's name of a stored tensor."""
-    return stored.removeprefix("model.").replace(f"{LAYER}{STORED}", f"{LAYER}{NAMED}")
+    return canonical(stored).replace(f"{LAYER}{ROUTED}", f"{LAYER}{NAMED}")
 
 
 def _as_stored(named: Mapping[str, Value]) -> dict[str, Value]:
     """By the names in EDA's files, which messages quote."""
-    return {n.replace(f"{LAYER}{NAMED}", f"{LAYER}{STORED}"): value for n, value in named.items()}
+    return {n.replace(f"{LAYER}{NAMED}", f"{LAYER}{ROUTED}"): value for n, value in named.items()}
 
 
 def _relative(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,9 +172,7 @@ def expected_shapes(
     return required, {"embed_tokens.weight": (c.vocab_size, H)}
 
 
-def for_vllm(
-    c: EagleConfig, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def for_vllm(c: EagleConfig, tensors: dict[str, Tensor], target: str) -> Files:
     """config.json and tensors for vLLM's `method: eagle`. Raises UserError for a draft with fc.bias."""
     if c.fc_bias:
         raise UserError(
@@ -167,9 +183,7 @@ def for_vllm(
     return _config_json(c, VLLM_ARCHITECTURE), dict(tensors)
 
 
-def for_sglang(
-    c: EagleConfig, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def for_sglang(c: EagleConfig, tensors: dict[str, Tensor], target: str) -> Files:
     """config.json and tensors for SGLang's EAGLE: fc.bias is always written."""
     weight = tensors["fc.weight"]
     bias = tensors.get("fc.bias", torch.zeros(weight.shape[0], dtype=weight.dtype))
@@ -183,3 +197,28 @@ def _config_json(c: EagleConfig, architecture: str) -> dict[str, Any]:
     if c.head_norms:
         raise UserError("no engine serves an EAGLE-1/2 draft with q_norm and k_norm")
     return {"architectures": [architecture], **write_layer(c), "bias": False}
+
+
+def check_servable(c: EagleConfig) -> None:
+    """Raise UserError for routed experts."""
+    refuse_routed(c.routed)
+
+
+def reads(c: EagleConfig | None, num_layers: int | None) -> str:
+    """What it reads of the target, in words."""
+    return "hs[n], the state after the target's final norm"
+
+
+def misreadings(c: EagleConfig, tensors: Tensors, target: Target) -> Iterator[tuple[str, Named]]:
+    """Without the bias of fc."""
+    if c.fc_bias:
+        without = {name: t for name, t in tensors.items() if name != "fc.bias"}
+        yield "fc.bias should not be there", (dataclasses.replace(c, fc_bias=False), without)
+
+
+def second_reading(draft: Draft, folder: Path) -> float:
+    """The reference's, with a head as the target would have."""
+    assert isinstance(draft, EagleDraft)
+    draft.head = torch.nn.Linear(draft.hidden_size, IDS, bias=False, dtype=torch.float64)
+    draft.head.weight.copy_(target_head(draft.hidden_size))
+    return by_the_reference(draft, folder)

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 
 
 class Reference:

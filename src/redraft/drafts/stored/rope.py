@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.config_values import ConfigValues
-from ..core.errors import UserError
+from ...core.config_values import ConfigValues
+from ...core.errors import UserError
 
 CONTEXT = "original_max_position_embeddings"
 TYPES: dict[str, tuple[str, ...]] = {
