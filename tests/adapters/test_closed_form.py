@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from redraft.adapters import weight_sync
 from redraft.adapters.adapter import prepare, take
 from redraft.adapters.feature_map import PENALTY, DownFit, FeatureMap, folded
+from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, read_draft
 from redraft.config import TrainConfig
@@ -422,7 +423,7 @@ def test_nothing_to_refresh_is_said(
     target: Target, tuned: Target, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(closed_form_module, "say", said.append)
+    monkeypatch.setattr(weight_sync, "say", said.append)
     found = fit_closed_form(
         tuned, target, fresh_draft(target), read_method("weight-sync"), CONFIG, answers, [[0]]
     ).tensors
@@ -452,7 +453,7 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
     assert set(owned) == {"lm_head.weight"}
     near = torch.allclose(owned["lm_head.weight"], tuned.head.weight[draft.draft_vocab], atol=0.05)
     assert near
-    assert prepare(draft, read_method("head"), width=1, init="active", seed=0)[0][0] == (
+    assert prepare(draft, read_method("head"), Setup(width=1, init="active", seed=0))[0][0] == (
         "lm_head.weight"
     )
 
@@ -460,7 +461,9 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
 def test_a_head_beneath_a_low_rank_pair_is_renewed_too(target: Target, tuned: Target) -> None:
     """What weight-sync finds does not depend on what else the method attaches."""
     plain, paired = copying(target), copying(target)
-    prepare(paired, read_method("weight-sync+head-lora"), width=1, rank=4, init="active", seed=0)
+    prepare(
+        paired, read_method("weight-sync+head-lora"), Setup(width=1, rank=4, init="active", seed=0)
+    )
     found = [weight_sync.renewed(draft, target, tuned) for draft in (plain, paired)]
     assert set(found[0]) == set(found[1]) >= {"lm_head.weight"}
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

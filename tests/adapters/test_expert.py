@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from redraft.adapters.adapter import Adapter, check_carries, declare, prepare, put, take
-from redraft.adapters.expert import measure_activity, widenable
-from redraft.adapters.merge import CONCATENATED, extract, home_of, merge
-from redraft.adapters.table import ADAPTERS, EXPERT, LORA, read_method
+from redraft.adapters.expert import CONCATENATED, measure_activity, widenable
+from redraft.adapters.expert import MARK as EXPERT
+from redraft.adapters.kind import Setup
+from redraft.adapters.lora import MARK as LORA
+from redraft.adapters.merge import extract, home_of, merge
+from redraft.adapters.table import ADAPTERS, read_method
 from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.core.errors import UserError
 from redraft.core.folders import state_hash, tensor_hash
@@ -82,7 +85,7 @@ REFUSED = pytest.mark.parametrize(("kind", "method"), [c for c in CELLS if lacks
 
 def attached(target: Target, kind: str, method: str, init: str = "active") -> Any:
     draft = fresh_draft(target, kind=kind)
-    prepare(draft, read_method(method), width=WIDTH, rank=RANK, init=init, seed=5)
+    prepare(draft, read_method(method), Setup(width=WIDTH, rank=RANK, init=init, seed=5))
     return draft
 
 
@@ -284,12 +287,8 @@ def test_unfusing_gives_the_private_part_back_bit_for_bit(
     if lacks(kind, method):
         method = "expert"
     _, shared, private = stirred(target, kind, method, dtype)
-    widths = {f"{at}.mlp": SHARED_WIDTH for at in LAYER_OF[kind]}
-    replaced = [n for n in private if EXPERT not in n]
-    if "full" in method:  # a replaced FFN lies in the widened tensors: its slice is the first
-        replaced = [n for n in replaced if "_proj.weight" not in n.split("mlp.")[-1]]
-    back = extract(merge(shared, private), widths, replaced)
-    assert set(back) >= {n for n in private if EXPERT in n}
+    back = extract(merge(shared, private), shared, read_method(method))
+    assert set(back) == set(private)
     for name, tensor in back.items():
         assert tensor_hash(tensor) == tensor_hash(private[name]), name
 
@@ -331,13 +330,13 @@ def test_a_part_that_the_kind_has_not_is_refused_with_what_it_can_carry(
     before = state_hash(draft.state_dict())
     missing = ", ".join(sorted(lacks(kind, method)))
     with pytest.raises(UserError) as caught:
-        prepare(draft, read_method(method), width=WIDTH, init="active", seed=0)
+        prepare(draft, read_method(method), Setup(width=WIDTH, init="active", seed=0))
     said, _, possible = str(caught.value).partition("; it can carry ")
     name = read_method(method).name
     assert said == f"this {kind} draft has no {missing} to train (method {name})"
     offered = possible.split(", ")
     for part in offered:  # whatever is offered is then taken
-        check_carries(draft, read_method(part))
+        check_carries(draft, read_method(part), Setup())
     assert set(offered) == set(ADAPTERS) - {"feature-map", "weight-sync"} - LACKS[kind]
     assert state_hash(draft.state_dict()) == before
 
@@ -390,7 +389,7 @@ def test_the_expert_copies_the_most_active_neurons(target: Target, kind: str) ->
     activity = measure_activity(widenable(draft), calibrate)[name]
     assert int(activity.argmax()) == 7
     expert = read_method("expert")
-    prepare(draft, expert, width=1, init="active", seed=0, calibrate=calibrate)
+    prepare(draft, expert, Setup(width=1, init="active", seed=0, calibrate=calibrate))
     assert ffn.private is not None
     near = torch.nn.functional.cosine_similarity(ffn.private.gate_proj.weight, ffn.gate_proj.weight)
     assert int(near.argmax()) == 7
@@ -424,7 +423,7 @@ def test_an_ffn_that_cannot_be_widened_is_named(target: Target, method: str) -> 
     with pytest.raises(
         UserError, match=r"cannot widen .* found MixtureOfExperts; use --method lora or full"
     ):
-        prepare(draft, read_method(method), width=4, init="active", seed=0)
+        prepare(draft, read_method(method), Setup(width=4, init="active", seed=0))
 
 
 def test_a_private_part_counts_its_parameters() -> None:

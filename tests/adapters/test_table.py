@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redraft.adapters.table import ADAPTERS, read_method
+from redraft.adapters.kind import adapter_of, kinds_of
+from redraft.adapters.table import ADAPTERS, Method, read_method
 
 ORDER = (
-    "feature-map",
     "weight-sync",
+    "feature-map",
     "expert",
     "lora",
     "head-lora",
@@ -48,7 +49,7 @@ def test_every_pair_is_taken_exactly_when_it_does_not_contradict_itself() -> Non
                 read_method("+".join(pair))
         else:
             taken += 1
-            assert set(read_method("+".join(pair)).parts) == set(pair)
+            assert set(read_method("+".join(pair)).adapters) == set(pair)
     assert taken == 132 - 2 * (1 + 1 + 1 + 14 + 2)
 
 
@@ -61,8 +62,8 @@ def test_the_order_of_parts_does_not_matter(parts: list[str]) -> None:
         return
     method = read_method(text)
     assert method == read_method("+".join(sorted(parts)))
-    assert method.parts == tuple(part for part in ORDER if part in parts)
-    assert method.name == "+".join(method.parts)
+    assert method.adapters == tuple(part for part in ORDER if part in parts)
+    assert method.name == "+".join(method.adapters)
 
 
 @pytest.mark.parametrize(
@@ -74,16 +75,22 @@ def test_the_order_of_parts_does_not_matter(parts: list[str]) -> None:
         ),
         ("expert+atention", r"'atention'; did you mean 'attention'\?"),
         ("magic", r"names the adapter 'magic'; known: attention, expert, fc, .*joined by \+"),
-        ("expert,fc", r"names the adapter 'expert,fc'.*parts are joined by \+"),
+        ("expert,fc", r"names the adapter 'expert,fc'.*adapters are joined by \+"),
         ("", "names the adapter ''"),
         ("expert+", "names the adapter ''"),
         ("Expert", "names the adapter 'Expert'; did you mean 'expert'"),
-        ("fc+fc", r"names a part twice: 'fc\+fc'"),
+        ("fc+fc", r"names an adapter twice: 'fc\+fc'"),
         ("full+fc", r"'full\+fc' contradicts itself: full trains every tensor already"),
         ("full+scratch", "contradicts itself: full trains every tensor already"),
         ("lora+scratch", "contradicts itself: scratch trains every tensor already"),
-        ("scratch+feature-map", "contradicts itself: scratch forgets what it starts from"),
-        ("weight-sync+scratch", "contradicts itself: scratch forgets what it starts from"),
+        (
+            "scratch+feature-map",
+            "contradicts itself: scratch trains every tensor already, from nothing",
+        ),
+        (
+            "weight-sync+scratch",
+            "contradicts itself: scratch trains every tensor already, from nothing",
+        ),
         ("expert+ffn", "contradicts itself: an expert leaves the shared FFN frozen, ffn trains it"),
     ],
 )
@@ -112,28 +119,30 @@ OWNED = {
 }
 
 
+def trained(method: Method) -> set[str]:
+    return {name for name in OWNED if adapter_of(name, kinds_of(method)) is not None}
+
+
 @pytest.mark.parametrize("part", ORDER)
 def test_a_part_owns_its_tensors_and_no_others(part: str) -> None:
     method = read_method(part)
-    assert {n for n in OWNED if method.owns(n)} == {n for n, by in OWNED.items() if part in by}
+    assert trained(method) == {n for n, by in OWNED.items() if part in by}
 
 
 def test_a_combination_owns_what_its_parts_own() -> None:
     for parts in (("expert", "fc", "norms"), ("lora", "head"), ("feature-map", "attention")):
         method = read_method("+".join(parts))
-        assert {n for n in OWNED if method.owns(n)} == {
-            n for n, by in OWNED.items() if by & set(parts)
-        }
+        assert trained(method) == {n for n, by in OWNED.items() if by & set(parts)}
     # A pair next to a tensor is not that tensor, and an expert's neurons are not the shared FFN.
-    assert not read_method("full").owns("fc.lora_A.weight")
-    assert not read_method("ffn").owns("midlayer.mlp.private.up_proj.weight")
+    assert adapter_of("fc.lora_A.weight", kinds_of(read_method("full"))) is None
+    assert adapter_of("midlayer.mlp.private.up_proj.weight", kinds_of(read_method("ffn"))) is None
 
 
 @pytest.mark.parametrize(
     ("text", "starts", "fresh"),
     [
         ("feature-map", ("feature-map",), False),
-        ("weight-sync+feature-map", ("feature-map", "weight-sync"), False),
+        ("weight-sync+feature-map", ("weight-sync", "feature-map"), False),
         ("feature-map+fc", ("feature-map",), False),
         ("expert+weight-sync", ("weight-sync",), False),
         ("lora", (), False),
@@ -146,5 +155,5 @@ def test_starts_are_told_from_what_is_trained(
 ) -> None:
     method = read_method(text)
     assert (method.closed_form, method.fresh) == (starts, fresh)
-    assert method.expert == ("expert" in text)
-    assert method.lora == ("lora" in text)
+    assert method.reads("width") == ("expert" in text)
+    assert method.reads("rank") == ("lora" in text)

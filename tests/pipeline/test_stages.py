@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from redraft.adapters.adapter import Adapter, put
+from redraft.adapters.expert import MARK as EXPERT
+from redraft.adapters.lora import MARK as LORA
 from redraft.adapters.merge import home_of
-from redraft.adapters.table import EXPERT, LORA
 from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.checkpoints.load import StoredDraft, load_draft, read_draft, stored
 from redraft.checkpoints.reload_check import check_export
@@ -29,7 +30,7 @@ from redraft.metrics.replay import replay
 from redraft.models.target import Target
 from redraft.pipeline.stages import as_adapter, merge_draft, train_adapter, train_command
 from redraft.training import train as train_module
-from redraft.training.adapter_run import Member
+from redraft.training.adapter_run import AdapterRun
 from redraft.training.train import Trained, train
 from tests.adapters.test_expert import CARRIED
 from tests.conftest import fresh_draft
@@ -59,7 +60,7 @@ class Made:
     folder: Path
 
 
-def rising(target: Target, members: Sequence[Member], heldout: object, k: int) -> None:
+def rising(target: Target, members: Sequence[AdapterRun], heldout: object, k: int) -> None:
     """An evaluation that finds each step better than the one before: the last one is kept."""
     for member in members:
         member.note_tau(float(member.state.step))

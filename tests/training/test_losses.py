@@ -424,14 +424,14 @@ def test_the_fused_loss_under_autocast_has_the_same_gradients(name: str) -> None
         weights, before = head.clone().requires_grad_(), first.clone().requires_grad_()
 
         def draft_logits(s: Tensor) -> Tensor:
-            return s @ merged.T
+            return s @ both.T
 
         def target_logits(part: slice) -> Tensor:
             with torch.autocast("cpu", enabled=False):
                 return hidden[part] @ target_head.T
 
         with torch.autocast("cpu", torch.bfloat16):
-            merged = weights @ before  # the chunks share what was computed before them
+            both = weights @ before  # the chunks share what was computed before them
             losses = []
             for _ in range(2):  # the second sees what the first left in autocast's cache
                 if is_merged:
@@ -495,7 +495,7 @@ def test_a_loss_reads_no_more_of_the_target_than_its_row_tells(
 MEASURE = """
 import json, sys
 import torch
-from redraft.training.fused_loss import Merged, fused_loss
+from redraft.training.fused_loss import Fused, fused_loss
 from redraft.training.losses import LOSSES, Teacher
 from redraft.training.memory import current_memory, peak_memory, restart_peak
 
@@ -517,8 +517,8 @@ def measure(N, V, values):
     def target(part): return hidden[part] @ target_head.T
     def teacher(part):
         return Teacher.from_logits(target(part), None, labels[part], hidden[part])
-    if form == "merged":
-        loss = fused_loss(Merged(LOSSES[name], teacher, draft, [1.0], max(1, values // V)), [states])
+    if form == "fused":
+        loss = fused_loss(Fused(LOSSES[name], teacher, draft, [1.0], max(1, values // V)), [states])
     else:
         teacher = Teacher.from_logits(target(slice(None)), None, labels, hidden)
         loss = LOSSES[name](teacher, draft(states), states)

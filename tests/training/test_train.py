@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from redraft.adapters.adapter import prepare
+from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, stored
 from redraft.checkpoints.reference_reader import Reference
@@ -401,7 +402,7 @@ def test_each_tensor_is_in_one_group_and_only_matrices_that_began_above_zero_dec
     target: Target,
 ) -> None:
     draft, method = fresh_draft(target), read_method("expert+lora+norms")
-    trainable = prepare(draft, method, width=4, rank=2, init="active", seed=0)
+    trainable = prepare(draft, method, Setup(width=4, rank=2, init="active", seed=0))
     config = replace(CONFIG, lr=1e-3, weight_decay=0.3, lr_parts="norms=2,lora=3")
     optimizer = make_optimizer(trainable, method, config, draft)
     names = {id(parameter): name for name, parameter in trainable}
@@ -543,7 +544,7 @@ def test_it_stops_early_and_keeps_the_best(
 
 def test_a_rise_within_the_noise_is_no_progress(target: Target) -> None:
     draft, method = fresh_draft(target), read_method("fc")
-    trainable = prepare(draft, method, width=1, init="active", seed=0)
+    trainable = prepare(draft, method, Setup(width=1, init="active", seed=0))
     run = AdapterRun(draft, method, replace(CONFIG, patience=2), trainable, None, {}, 100)
     for tau, stalled in ((1.0, False), (2.0, False), (2.0004, False), (2.0008, True), (2.1, False)):
         run.note_tau(tau)

@@ -1,13 +1,13 @@
-"""Private vocabulary: which tokens a draft of a reduced vocabulary can say, chosen anew.
+"""Vocabulary remap: new tokens for a draft of a reduced vocabulary.
 
-A token without a row in the draft's head can never be proposed, whatever else is trained: what the
-target says outside the draft vocabulary caps tau. `remap` gives the rows of tokens that the
+A token without a row in the draft's head can never be proposed, whatever else is trained: the
+target's tokens outside the draft vocabulary cap tau. `remap` gives the rows of tokens that the
 answers do not need to tokens that they do. The size D stays, and so does every kept row, bit for
 bit; the rows of new tokens are the adapter.
 
 A new row is predicted from the target's own output embedding by a ridge map onto the draft's rows,
 
-    row(token) = mean row + (E[token] - mean E) M      M fitted on the tokens the draft already says,
+    row(token) = mean row + (E[token] - mean E) M      M fitted on the tokens in the draft vocabulary,
 
 whose penalty is chosen on rows held back. The largest "penalty" is the mean row itself, which is
 also the start where the target has no output embedding. Training then moves these rows alone.
@@ -34,6 +34,8 @@ from ..core.errors import UserError
 from ..core.records import Answer
 from ..drafts.base import Draft, vocabulary_map
 from ..models.target import Target
+from .kind import AddedTensors, Setup, Tensors
+from .table import Method
 
 HEAD = "lm_head.weight"
 NEW_ROWS = "lm_head.new_rows.weight"
@@ -45,6 +47,36 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_BACK = 5
 """Every so many rows, one decides the penalty."""
 CHUNK = 4096
+
+
+class Vocabulary(AddedTensors):
+    """The rows that `remap` made, as an adapter that is stored, merged and restored."""
+
+    def attach(self, draft: Draft, method: Method, setup: Setup) -> None:
+        """Nothing: `remap` needs the answers (see `training/train.py`)."""
+
+    def adds(self, name: str) -> bool:
+        return name in NAMES
+
+    def home(self, name: str) -> str:
+        return HEAD
+
+    def restore(self, draft: Draft, tensors: Tensors) -> None:
+        attach(draft, tensors)
+
+    def merge(self, merged: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+        return apply(merged, tensors)
+
+    def extract(self, merged: Tensors, shared: Tensors) -> tuple[dict[str, Tensor], Tensors]:
+        if "d2t" not in shared or torch.equal(merged["d2t"], shared["d2t"]):
+            return {}, {}
+        ids, original = _ids(merged["d2t"]), _ids(shared["d2t"])
+        found = _exchange_of(ids, original, merged[HEAD])
+        kept = merged[HEAD][torch.isin(ids, original)]
+        before = {name: shared[name] for name in ("d2t", "t2d") if name in shared}
+        if torch.equal(kept, shared[HEAD][torch.isin(original, ids)]):
+            before[HEAD] = shared[HEAD]
+        return found, before
 
 
 @dataclass(frozen=True)
@@ -176,14 +208,22 @@ def extract(draft: Draft, original_D: Tensor) -> dict[str, Tensor]:
 
     All are empty for a draft that still has it.
     """
-    vocab_D, original = reduced_vocabulary(draft).cpu(), original_D.cpu()
-    new = ~torch.isin(vocab_D, original)
-    rows_DH = _head(draft).weight.detach().cpu()
+    vocab_D, rows_DH = reduced_vocabulary(draft).cpu(), _head(draft).weight.detach().cpu()
+    return _exchange_of(vocab_D, original_D.cpu(), rows_DH)
+
+
+def _exchange_of(vocab_D: Tensor, original_D: Tensor, rows_DH: Tensor) -> dict[str, Tensor]:
+    new = ~torch.isin(vocab_D, original_D)
     return {
         NEW_ROWS: rows_DH[new],
         ADDED: vocab_D[new],
-        REMOVED: original[~torch.isin(original, vocab_D)],
+        REMOVED: original_D[~torch.isin(original_D, vocab_D)],
     }
+
+
+def _ids(d2t_D: Tensor) -> Tensor:
+    """The draft vocabulary [D] of the offsets that a checkpoint stores."""
+    return d2t_D.long() + torch.arange(len(d2t_D), device=d2t_D.device)
 
 
 @torch.no_grad()
@@ -209,10 +249,8 @@ def apply(stored: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> dict[s
     In the stored dtypes; `t2d` only where the draft stores one. Raises ValueError for tensors that
     belong to another draft vocabulary.
     """
-    d2t = stored["d2t"]
-    vocab_D = d2t.long() + torch.arange(len(d2t), device=d2t.device)
     ids, rows = exchanged(
-        vocab_D, stored[HEAD], private[ADDED], private[REMOVED], private[NEW_ROWS]
+        _ids(stored["d2t"]), stored[HEAD], private[ADDED], private[REMOVED], private[NEW_ROWS]
     )
     size = len(stored["t2d"]) if "t2d" in stored else int(ids.max()) + 1
     maps = vocabulary_map(ids, size)

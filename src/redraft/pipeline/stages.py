@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.expert import detach
-from ..adapters.merge import home_of, merge
-from ..adapters.table import EXPERT, read_method
+from ..adapters.expert import candidate_widths, shared_width, smallest_good
+from ..adapters.kind import every_kind
+from ..adapters.merge import home_of, merge, without_adapters
+from ..adapters.table import read_method
 from ..checkpoints.adapter_folder import TRAINING, check_belongs, save_adapter
 from ..checkpoints.load import StoredDraft, made_for, read_draft, stored
 from ..config import TrainConfig, read_width
@@ -30,7 +31,6 @@ from ..generation.answer_file import answers_for
 from ..models.target import Target
 from ..selection.select import read_selection
 from ..training.train import Trained, train, train_adapters
-from ..training.widths import candidate_widths, shared_width, smallest_good
 
 
 def train_adapter(
@@ -48,7 +48,7 @@ def train_adapter(
     With `width` auto several widths are trained as joint training, and the smallest good one is taken.
     """
     draft = shared.build(target, torch.float32)
-    if read_width(config.width) is not None or not read_method(config.method).expert:
+    if read_width(config.width) is not None or not read_method(config.method).reads("width"):
         trained = train(
             target, draft, answers, heldout, config, k=k, base=base, checkpoints=checkpoints
         )
@@ -82,13 +82,10 @@ def as_adapter(
         stored_tensor = tensor.to(home.dtype) if tensor.is_floating_point() else tensor
         if home_of(name) != name or not torch.equal(stored_tensor, home):
             tensors[name] = stored_tensor
-    widened = {name.split(EXPERT)[0] for name in tensors if EXPERT in name}
     card = {
         "shared": str(shared.folder),
         "shared_hash": shared.hash(),
-        "shared_widths": {
-            name: shared.tensors[f"{name}.gate_proj.weight"].shape[0] for name in sorted(widened)
-        },
+        **{k: v for kind in every_kind() for k, v in kind.card(shared.tensors, tensors).items()},
         "adapter_hash": state_hash(tensors),
         "samples": len(answers),
         "config": asdict(config),
@@ -117,8 +114,8 @@ def save_fresh(folder: Path, draft: Draft, target: Target, record: TrainRecord) 
 
     An expert trained next to it is left out: it belongs to the target, the draft is what is shared.
     """
-    detach(draft)
     made = stored(draft, target)
+    made = dataclasses.replace(made, tensors=without_adapters(made.tensors))
     made.provenance["train"] = record.lasting()
     write_text(folder / TRAINING, json.dumps(to_json(record), indent=2) + "\n")
     made.save(folder)

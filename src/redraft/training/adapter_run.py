@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.adapter import take
+from ..adapters.kind import Fitted, adapter_of, kinds_of
 from ..adapters.table import Method
 from ..adapters.vocabulary_remap import HEAD, Retargeted, extract
 from ..config import TrainConfig
 from ..core.errors import UserError
 from ..drafts.base import Draft
 from .checkpoint import TrainState
-from .closed_form import Fitted
 from .flops import Flops
 from .optimizer import peak_rate, schedule
 from .precision import autocast
@@ -51,7 +51,7 @@ class AdapterRun:
     first_vocab: Tensor | None = None
     remapped: Retargeted | None = None
     hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
-    fitted: Fitted = field(default_factory=lambda: Fitted({}))
+    fitted: Fitted = field(default_factory=Fitted)
     diverged: bool = False
     state: TrainState = field(init=False)
     flops: Flops = field(default_factory=Flops)
@@ -72,7 +72,7 @@ class AdapterRun:
     def trained_parameters(self) -> int:
         """Numbers that training moves; of a head whose new rows alone are trained, those."""
         count = sum(parameter.numel() for parameter in self.parameters)
-        if self.remapped is not None and not self.method.owns(HEAD):
+        if self.remapped is not None and adapter_of(HEAD, kinds_of(self.method)) is None:
             head = self.draft.get_parameter(HEAD)
             count -= (len(head) - len(self.remapped.added)) * head.shape[1]
         return count

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..adapters.adapter import check_carries
-from ..adapters.lora import check_rank, linear_layers
-from ..adapters.table import ADAPTERS, Method, read_method
+from ..adapters.kind import Setup
+from ..adapters.table import Method, read_method
 from ..adapters.vocabulary_remap import reduced_vocabulary
 from ..config import TrainConfig, read_shares
 from ..core.errors import UserError
@@ -15,9 +15,7 @@ from ..models.target import Target
 def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target | None) -> None:
     """Raise UserError, saying what to change, for settings that this draft and target do not allow."""
     method = read_method(config.method)
-    check_carries(draft, method)
-    if method.lora:
-        check_rank(draft, linear_layers(draft, method), config.rank)
+    check_carries(draft, method, Setup(rank=config.rank))
     if config.vocab == "remap":
         reduced_vocabulary(draft)
         if "weight-sync" in method.closed_form:
@@ -40,12 +38,11 @@ def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target |
 
 
 def _check_shares(method: Method, config: TrainConfig) -> None:
-    trained = [part for part in method.parts if not ADAPTERS[part].closed_form]
-    strangers = [part for part in read_shares(config.lr_parts) if part not in trained]
+    strangers = [name for name in read_shares(config.lr_parts) if name not in method.trained]
     if strangers:
         raise UserError(
             f"train.lr_parts names {', '.join(strangers)}, which method {method.name} does not train; "
-            f"it trains {', '.join(trained) or 'nothing'}"
+            f"it trains {', '.join(method.trained) or 'nothing'}"
         )
 
 

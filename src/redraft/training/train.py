@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.adapter import declare, merged_parameters, prepare, put
+from ..adapters.kind import Setup, adapter_of, kinds_of
 from ..adapters.table import Method, read_method
 from ..adapters.vocabulary_remap import HEAD, Retargeted, remap, row_mask
 from ..config import TrainConfig, read_width
@@ -51,7 +52,6 @@ from .optimizer import make_optimizer
 from .precision import choose_precision
 from .preconditions import check_fits
 from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
-from .widths import resolve_width, shared_width
 
 CALIBRATION_BATCHES = 4
 STREAM = ("epochs", "batch_tokens", "evaluations", "precision", "seed")
@@ -112,9 +112,8 @@ def train_adapters(
     drafts = []
     for config in configs:
         method = read_method(config.method)
-        altered = method.closed_form or config.vocab != "keep"
-        own = [n for n in draft.trainable_names() if altered or method.trains_in_place(n)]
-        own += ["embed_tokens.weight"] if method.closed_form else []
+        own = [name for kind in kinds_of(method) for name in kind.written(draft)]
+        own += draft.trainable_names() if config.vocab != "keep" else []
         drafts.append(draft.copy_sharing(own))
     return _train(target, drafts, answers, heldout, configs, k, base, checkpoints)
 
@@ -254,15 +253,8 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
                 pass
 
     first = draft.draft_vocab if config.vocab == "remap" else None
-    trainable = prepare(
-        draft,
-        method,
-        width=_width(draft, config) if method.expert else 1,
-        rank=config.rank,
-        init=config.init,
-        seed=config.seed,
-        calibrate=calibrate,
-    )
+    setup = Setup(read_width(config.width), config.rank, config.init, config.seed, calibrate)
+    trainable = prepare(draft, method, setup)
     remapped = hook = None
     if first is not None:
         remapped, hook = _remap(stream, draft, method, len(first), trainable)
@@ -287,16 +279,6 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
     return run
 
 
-def _width(draft: Draft, config: TrainConfig) -> int:
-    width = read_width(config.width)
-    if width is None:
-        raise UserError(
-            "train.width auto compares several experts next to one draft; name a width here, for "
-            "example 64"
-        )
-    return resolve_width(width, shared_width(draft))
-
-
 def _remap(
     stream: _Stream,
     draft: Draft,
@@ -312,7 +294,7 @@ def _remap(
     )
     if not found.changed:
         return found, None
-    if method.owns(HEAD):  # the head is another tensor now, and all of it trains
+    if adapter_of(HEAD, kinds_of(method)):  # the head is another tensor now, and all of it trains
         trainable[:] = declare(draft, method)
         return found, None
     head = draft.get_parameter(HEAD)
