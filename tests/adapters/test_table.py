@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redraft.adapters.kind import adapter_of, kinds_of
-from redraft.adapters.table import ADAPTERS, Method, read_method
+from redraft.adapters.kind import AdapterKind, AddedTensors, adapter_of, kinds_of, load
+from redraft.adapters.table import (
+    ADAPTERS,
+    TABLE,
+    VOCABULARY,
+    AdapterRow,
+    Method,
+    read_method,
+)
+from redraft.config import TrainConfig
+from tests.adapters.neuron import Neuron
+from tests.adapters.toy import NEURON
 
 ORDER = (
     "weight-sync",
@@ -157,3 +169,56 @@ def test_starts_are_told_from_what_is_trained(
     assert (method.closed_form, method.fresh) == (starts, fresh)
     assert method.reads("width") == ("expert" in text)
     assert method.reads("rank") == ("lora" in text)
+
+
+# -- from rows to code ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [*TABLE, VOCABULARY], ids=lambda row: row.name)
+def test_every_row_loads(row: AdapterRow) -> None:
+    kind = load(row)
+    assert kind.name == row.name
+    assert row.closed_form == (type(kind).fit is not AdapterKind.fit)
+    assert bool(row.because) == bool(row.excludes or row.only_with is not None)
+    known = {setting.name for setting in dataclasses.fields(TrainConfig)}
+    assert set(row.settings) <= known
+    assert {*row.excludes, *(row.only_with or ())} <= set(ADAPTERS)
+
+
+class Unfinished(Neuron):
+    merge = AddedTensors.merge
+
+
+@pytest.mark.parametrize(
+    ("code", "missing"),
+    [
+        (f"{__name__}:Unfinished", "merge"),
+        (f"{__name__}:Absent", "Absent"),
+        ("nowhere:Neuron", "nowhere"),
+    ],
+)
+def test_a_row_with_a_missing_part_fails_with_its_name(code: str, missing: str) -> None:
+    with pytest.raises(TypeError, match=rf"^adapter 'toy' \({code}\): .*{missing}"):
+        load(AdapterRow("toy", "a toy", code))
+
+
+def test_a_closed_form_row_without_fit_fails_with_its_name() -> None:
+    with pytest.raises(TypeError, match="^adapter 'toy' .* has no fit"):
+        load(AdapterRow("toy", "a toy", closed_form=True))
+
+
+def test_the_page_builds_the_toy_adapter() -> None:
+    """docs/add-an-adapter.md shows its file, its row, and every part that can be written."""
+    here = Path(__file__).parent
+    page = (here.parents[1] / "docs" / "add-an-adapter.md").read_text()
+    blocks = page.split("```python\n")[1:]
+    in_place, row, file = (block.split("\n```")[0] for block in blocks)
+    assert file + "\n" == (here / "neuron.py").read_text()
+    names = {"AdapterRow": AdapterRow}
+    (shown,) = eval(row, names)
+    assert dataclasses.replace(shown, code=NEURON.code) == NEURON
+    assert shown.code == NEURON.code.removeprefix("tests.adapters.")
+    (patterns,) = eval(in_place, names)
+    assert load(patterns).trains("midlayer.post_attention_layernorm.weight")
+    parts = {n for n, value in vars(AdapterKind).items() if callable(value) and n[0] != "_"}
+    assert {part for part in parts if f"`{part}`" not in page} == {"written", "card"}

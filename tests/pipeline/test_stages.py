@@ -32,9 +32,10 @@ from redraft.pipeline.stages import as_adapter, merge_draft, train_adapter, trai
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
 from redraft.training.train import Trained, train
-from tests.adapters.test_expert import CARRIED
+from tests.adapters.test_matrix import CARRIED
 from tests.conftest import fresh_draft
 
+pytestmark = pytest.mark.usefixtures("toy_adapter")
 CONFIG = TrainConfig(
     width="6",
     rank=4,

@@ -92,7 +92,7 @@ class AdapterKind:
         self, draft: Draft, target: Target, base: Target, batches: Callable[[], list[FitBatch]]
     ) -> Fitted:
         """Fit in closed form, in place. Called for the rows that say `closed_form`."""
-        raise NotImplementedError(f"adapter '{self.name}' is closed_form in the table, without fit")
+        raise NotImplementedError
 
     # -- which tensors --
 
@@ -180,6 +180,8 @@ def load(row: AdapterRow) -> AdapterKind:
         kind: AdapterKind = getattr(home, name)(row)
     except (ImportError, AttributeError, TypeError) as problem:
         raise TypeError(f"adapter '{row.name}' ({row.code}): {problem}") from problem
+    if row.closed_form and type(kind).fit is AdapterKind.fit:
+        raise TypeError(f"adapter '{row.name}' ({row.code}) is closed_form and has no fit")
     return kind
 
 

@@ -52,6 +52,14 @@ CHUNK = 4096
 class Vocabulary(AddedTensors):
     """The rows that `remap` made, as an adapter that is stored, merged and restored."""
 
+    def check(self, draft: Draft, method: Method, setup: Setup) -> None:
+        reduced_vocabulary(draft)
+        if "weight-sync" in method.adapters:
+            raise UserError(
+                "weight-sync renews the rows of the draft's head, and train.vocab remap exchanges them: "
+                "leave one of the two out"
+            )
+
     def attach(self, draft: Draft, method: Method, setup: Setup) -> None:
         """Nothing: `remap` needs the answers (see `training/train.py`)."""
 
@@ -80,9 +88,11 @@ class Vocabulary(AddedTensors):
 
 
 @dataclass(frozen=True)
-class Retargeted:
-    """Target ids that the draft gained and lost (ascending, int64 [M], CPU), and its miss rate."""
+class Remapped:
+    """The draft vocabulary [D] before, the target ids that it gained and lost (ascending, int64 [M], CPU),
+    and its miss rate."""
 
+    original: Tensor
     added: Tensor
     removed: Tensor
     missed_before: float
@@ -105,7 +115,7 @@ def miss_rate(draft_vocab: Tensor | None, answers: Sequence[Answer]) -> float:
 
 
 @torch.no_grad()
-def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Retargeted:
+def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Remapped:
     """Give rows of `draft` to the tokens that `answers` use most, in place.
 
     As few tokens as possible are exchanged: a token comes in only for one that the answers use
@@ -121,7 +131,7 @@ def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Retargeted
         rows_DH = _head(draft).weight.detach()
         new_MH = predict_rows(_output_embedding(target), vocab_D, rows_DH, added)
         _replace(draft, added, removed, new_MH)
-    return Retargeted(added, removed, before, miss_rate(draft.draft_vocab, answers))
+    return Remapped(vocab_D, added, removed, before, miss_rate(draft.draft_vocab, answers))
 
 
 def exchange(vocab_D: Tensor, counts_V: Tensor, never_drop: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters.adapter import take
 from ..adapters.kind import Fitted, adapter_of, kinds_of
 from ..adapters.table import Method
-from ..adapters.vocabulary_remap import HEAD, Retargeted, extract
+from ..adapters.vocabulary_remap import HEAD, Remapped, extract
 from ..config import TrainConfig
 from ..core.errors import UserError
 from ..drafts.base import Draft
@@ -38,8 +38,7 @@ class DivergedError(UserError):
 
 @dataclass
 class AdapterRun:
-    """`kept` are tensors of the adapter that were fitted before training and stay;
-    `first_vocab` is what the draft could say before it was remapped."""
+    """`kept` are tensors of the adapter that were fitted before training and stay."""
 
     draft: Draft
     method: Method
@@ -48,8 +47,7 @@ class AdapterRun:
     optimizer: torch.optim.Optimizer | None
     kept: dict[str, Tensor]
     planned: int
-    first_vocab: Tensor | None = None
-    remapped: Retargeted | None = None
+    remapped: Remapped | None = None
     hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
     fitted: Fitted = field(default_factory=Fitted)
     diverged: bool = False
@@ -65,8 +63,8 @@ class AdapterRun:
 
     def take(self) -> dict[str, Tensor]:
         taken = take(self.draft, self.method, kept=self.kept)
-        if self.first_vocab is not None:
-            taken |= extract(self.draft, self.first_vocab)
+        if self.remapped is not None:
+            taken |= extract(self.draft, self.remapped.original)
         return taken
 
     def trained_parameters(self) -> int:

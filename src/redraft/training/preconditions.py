@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..adapters.adapter import check_carries
-from ..adapters.kind import Setup
-from ..adapters.table import Method, read_method
-from ..adapters.vocabulary_remap import reduced_vocabulary
+from ..adapters.kind import Setup, load
+from ..adapters.table import VOCABULARY, Method, read_method
 from ..config import TrainConfig, read_shares
 from ..core.errors import UserError
 from ..drafts.base import Draft
@@ -15,14 +14,10 @@ from ..models.target import Target
 def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target | None) -> None:
     """Raise UserError, saying what to change, for settings that this draft and target do not allow."""
     method = read_method(config.method)
-    check_carries(draft, method, Setup(rank=config.rank))
+    setup = Setup(rank=config.rank)
+    check_carries(draft, method, setup)
     if config.vocab == "remap":
-        reduced_vocabulary(draft)
-        if "weight-sync" in method.closed_form:
-            raise UserError(
-                "weight-sync renews the rows of the draft's head, and train.vocab remap exchanges them: "
-                "leave one of the two out"
-            )
+        load(VOCABULARY).check(draft, method, setup)
     if config.loss == "paper" and draft.aux_layers != (target.num_layers,):
         raise UserError(
             "train.loss paper compares the draft's states with the target's last hidden ones, which "

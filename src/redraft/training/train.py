@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from ..adapters.adapter import declare, merged_parameters, prepare, put
 from ..adapters.kind import Setup, adapter_of, kinds_of
 from ..adapters.table import Method, read_method
-from ..adapters.vocabulary_remap import HEAD, Retargeted, remap, row_mask
+from ..adapters.vocabulary_remap import HEAD, Remapped, remap, row_mask
 from ..config import TrainConfig, read_width
 from ..core.console import Progress, say
 from ..core.errors import UserError
@@ -252,12 +252,11 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
             for _ in draft.rollout(batch.tokens_BT, teacher_batch.features_BTF, batch.first, steps):
                 pass
 
-    first = draft.draft_vocab if config.vocab == "remap" else None
     setup = Setup(read_width(config.width), config.rank, config.init, config.seed, calibrate)
     trainable = prepare(draft, method, setup)
     remapped = hook = None
-    if first is not None:
-        remapped, hook = _remap(stream, draft, method, len(first), trainable)
+    if config.vocab == "remap":
+        remapped, hook = _remap(stream, draft, method, trainable)
     fitted = fit_closed_form(
         stream.target, base, draft, method, config, stream.answers, stream.plan
     )
@@ -270,7 +269,6 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
         make_optimizer(trainable, method, config, draft) if trainable else None,
         {name: tensor for name, tensor in fitted.tensors.items() if name not in trained},
         len(stream.plan) if trainable and config.epochs else 0,
-        first,
         remapped,
         hook,
         fitted,
@@ -283,13 +281,12 @@ def _remap(
     stream: _Stream,
     draft: Draft,
     method: Method,
-    size: int,
     trainable: list[tuple[str, nn.Parameter]],
-) -> tuple[Retargeted, RemovableHandle | None]:
+) -> tuple[Remapped, RemovableHandle | None]:
     """Exchange tokens; new rows join `trainable`, and a hook holds the head's other rows in place."""
     found = remap(draft, stream.target, stream.answers)
     say(
-        f"vocabulary: {len(found.added)} of {size} tokens exchanged; the answers' share outside it "
+        f"vocabulary: {len(found.added)} of {len(found.original)} tokens exchanged; the answers' share outside it "
         f"{found.missed_before:.1%} -> {found.missed_after:.1%}"
     )
     if not found.changed:
