@@ -16,7 +16,7 @@ LAYERS = [
     {"core"},
     {"models"},
     {"drafts"},
-    {"adapters"},
+    {"adapters", "losses"},
     {"config"},
     {"checkpoints", "features", "prompts"},
     {"decoding"},
@@ -147,7 +147,11 @@ def asks_for_an_adapter(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Compare | ast.Call | ast.MatchValue):
             texts = [n.value for n in ast.iter_child_nodes(node) if isinstance(n, ast.Constant)]
             found |= {text for text in texts if text in named and isinstance(node, ast.Compare)}
-            found |= {t for t in texts if isinstance(t, str) and (".private" in t or "private." in t or ".lora" in t)}
+            found |= {
+                t
+                for t in texts
+                if isinstance(t, str) and (".private" in t or "private." in t or ".lora" in t)
+            }
         if isinstance(node, ast.Attribute) and node.attr in named:
             found.add(node.attr)
     return found

@@ -19,6 +19,7 @@ import yaml
 
 from .adapters.table import ADAPTERS, read_method
 from .core.errors import UserError, nearest
+from .losses.table import TABLE as LOSSES
 
 
 def _opt(default: Any, help: str, **checks: Any) -> Any:
@@ -65,17 +66,17 @@ def read_budget(text: str) -> tuple[str, float]:
 
 
 def read_shares(text: str) -> dict[str, float]:
-    """`lr_parts` by part. Raises ValueError for what is no part or no positive number."""
+    """`lr_parts` by adapter. Raises ValueError for what is no adapter or no positive number."""
     shares: dict[str, float] = {}
     for pair in filter(None, text.split(",")):
-        part, _, number = pair.partition("=")
+        name, _, number = pair.partition("=")
         try:
-            shares[part] = float(number)
+            shares[name] = float(number)
         except ValueError:
-            shares[part] = 0.0
-        if part not in ADAPTERS or not 0 < shares[part] < math.inf:
+            shares[name] = 0.0
+        if name not in ADAPTERS or not 0 < shares[name] < math.inf:
             raise ValueError(
-                f"takes part=multiple pairs ('expert=2,fc=0.5') of {', '.join(ADAPTERS)}; got '{pair}'"
+                f"takes adapter=multiple pairs ('expert=2,fc=0.5') of {', '.join(ADAPTERS)}; got '{pair}'"
             )
     return shares
 
@@ -224,7 +225,7 @@ class TrainConfig:
     init: str = _opt(
         "active",
         "start of the expert: 'active' copies the most active shared neurons (training starts "
-        "exactly at reuse), 'random' is a random expert as in the paper",
+        "exactly at the unadapted draft), 'random' is a random expert as in the paper",
         choices=("active", "random"),
     )
     vocab: str = _opt(
@@ -235,9 +236,8 @@ class TrainConfig:
     )
     loss: str = _opt(
         "kl",
-        "forward KL; total variation; their LK blend; cross-entropy with the answer; the paper's "
-        "SmoothL1 on features + 0.1 KL (eagle drafts)",
-        choices=("kl", "tv", "lk", "ce", "paper"),
+        "; ".join(row.help for row in LOSSES),
+        choices=tuple(row.name for row in LOSSES),
     )
     lr: float = _opt(
         0.0,
@@ -246,7 +246,7 @@ class TrainConfig:
     )
     lr_parts: str = _opt(
         "",
-        "learning rates of single parts, as multiples of lr: 'expert=2,fc=0.5'",
+        "learning rates of single adapters, as multiples of lr: 'expert=2,fc=0.5'",
         check=read_shares,
     )
     epochs: float = _opt(

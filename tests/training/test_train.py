@@ -27,6 +27,7 @@ from redraft.core.records import Answer
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle3 import Eagle3Draft
 from redraft.drafts.kinds import KINDS
+from redraft.losses.functions import LOSSES, Teacher
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
 from redraft.models.batching import collate, plan_epochs, plan_once
@@ -35,7 +36,6 @@ from redraft.training import adapter_run as member_module
 from redraft.training import teacher_batch as teacher_batch_module
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
-from redraft.training.losses import LOSSES, Teacher
 from redraft.training.optimizer import make_optimizer, peak_rate, schedule
 from redraft.training.precision import choose_precision
 from redraft.training.teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss

@@ -207,7 +207,7 @@ def _refuse_other_run(folder: Path, method: Method, described: dict[str, Any]) -
     if known != method:
         raise UserError(
             f"{folder} holds a run of method {known.name}; for {method.name} name another folder with "
-            f"--out, or remove {folder / 'adapter'} to train anew on the same answers (parts: "
+            f"--out, or remove {folder / 'adapter'} to train anew on the same answers (adapters: "
             f"{', '.join(ADAPTERS)})"
         )
     if other:

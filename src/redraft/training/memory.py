@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..drafts.base import Draft
+from ..losses.functions import LOSSES
+from ..losses.table import LABELS, OWN, WHOLE
 from ..models.target import Target
-from .losses import LABELS, LOSSES, OWN, WHOLE
 from .teacher_batch import HELD, VALUES
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _of_run(target: Target, run: AdapterRun, batch_tokens: int, longest: int, fi
     saved = _saved_per_token(draft, steps)
     chained = (longest - first) / max(longest, 1)
     rolled = batch_tokens * (saved[0] + chained * sum(saved[1:]))
-    reads = LOSSES[config.loss].reads
+    reads = LOSSES[config.loss].row.reads
     columns = _columns(target, draft)
     read = target.vocab_size if reads == WHOLE else columns
     labels = max(round(batch_tokens * chained), 1)

@@ -8,6 +8,8 @@ from ..adapters.table import VOCABULARY, Method, read_method
 from ..config import TrainConfig, read_shares
 from ..core.errors import UserError
 from ..drafts.base import Draft
+from ..losses.functions import LOSSES
+from ..losses.table import TABLE as LOSS_TABLE
 from ..models.target import Target
 
 
@@ -18,10 +20,11 @@ def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target |
     check_carries(draft, method, setup)
     if config.vocab == "remap":
         load(VOCABULARY).check(draft, method, setup)
-    if config.loss == "paper" and draft.aux_layers != (target.num_layers,):
+    if LOSSES[config.loss].row.states and draft.aux_layers != (target.num_layers,):
         raise UserError(
-            "train.loss paper compares the draft's states with the target's last hidden ones, which "
-            f"a draft of kind {draft.kind} does not have; use kl, tv, lk or ce"
+            f"train.loss {config.loss} compares the draft's states with the target's last hidden ones, "
+            f"which a draft of kind {draft.kind} does not have; use "
+            f"{', '.join(row.name for row in LOSS_TABLE if not row.states)}"
         )
     if not config.epochs and not method.closed_form:
         raise UserError(
