@@ -177,7 +177,7 @@ def mapped(
     return train(target, draft, answers, answers[:4], config, k=3, base=base)
 
 
-def test_relay_gives_the_draft_the_bases_features_back(
+def test_feature_map_gives_the_draft_the_bases_features_back(
     target: Target, turned: Turned, draft_folder: Path, answers: list[Answer]
 ) -> None:
     """fc' of the tuned model's features is fc of the base's; the unadapted fc is far from it."""
@@ -206,7 +206,7 @@ def test_relay_gives_the_draft_the_bases_features_back(
     assert trained.record.best_tau() > reuse.record.best_tau() + 0.1
 
 
-def test_without_a_difference_relay_leaves_the_draft_as_it_is(
+def test_without_a_difference_feature_map_leaves_the_draft_as_it_is(
     target: Target, draft_folder: Path, answers: list[Answer]
 ) -> None:
     shared = read_draft(str(draft_folder))
@@ -292,7 +292,7 @@ def test_a_start_needs_the_base_model(
 
 
 @pytest.mark.parametrize("kind", ["eagle", "token_lm"])
-def test_relay_is_refused_where_fc_takes_more_than_features(
+def test_feature_map_is_refused_where_fc_takes_more_than_features(
     target: Target, answers: list[Answer], kind: str
 ) -> None:
     draft = fresh_draft(target, kind=kind)
@@ -307,7 +307,7 @@ def test_relay_is_refused_where_fc_takes_more_than_features(
 @pytest.mark.parametrize(
     "method", ["feature-map+expert", "feature-map+lora", "feature-map+fc", "feature-map+full"]
 )
-def test_training_goes_on_from_the_relayed_draft(
+def test_training_goes_on_from_the_feature_maped_draft(
     target: Target, turned: Turned, draft_folder: Path, answers: list[Answer], method: str
 ) -> None:
     alone = load_draft(str(draft_folder), target, torch.float32)
@@ -406,7 +406,7 @@ def test_what_the_draft_learned_itself_is_left_alone(target: Target, tuned: Targ
     assert weight_sync.renewed(fresh_draft(target, kind="eagle"), target, tuned) == {}
 
 
-def test_refresh_puts_the_copies_in_and_the_part_holds_them(
+def test_weight_sync_puts_the_copies_in_and_the_part_holds_them(
     target: Target, tuned: Target, answers: list[Answer]
 ) -> None:
     draft = copying(target)
@@ -419,7 +419,7 @@ def test_refresh_puts_the_copies_in_and_the_part_holds_them(
     assert {n for n in now if now[n] != untouched[n]} == names
 
 
-def test_nothing_to_refresh_is_said(
+def test_nothing_to_sync_is_said(
     target: Target, tuned: Target, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []

@@ -141,7 +141,7 @@ def test_every_kind_has_its_row_here() -> None:
 
 
 @WARM
-def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
+def test_before_the_first_step_it_is_the_unadapted_draft_bit_for_bit(
     target: Target, kind: str, method: str
 ) -> None:
     unadapted = outputs(fresh_draft(target, kind=kind), torch.float32)
@@ -152,7 +152,7 @@ def test_before_the_first_step_it_is_the_reused_draft_bit_for_bit(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["scratch", "scratch+expert"])
-def test_from_scratch_nothing_of_the_reused_draft_is_left(
+def test_from_scratch_nothing_of_the_unadapted_draft_is_left(
     target: Target, kind: str, method: str
 ) -> None:
     unadapted, made = fresh_draft(target, kind=kind), attached(target, kind, method)
@@ -162,7 +162,7 @@ def test_from_scratch_nothing_of_the_reused_draft_is_left(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_random_start_is_not_the_reused_draft(target: Target, kind: str) -> None:
+def test_a_random_start_is_not_the_unadapted_draft(target: Target, kind: str) -> None:
     assert apart(attached(target, kind, "expert", "random"), fresh_draft(target, kind=kind)) > 1e-3
 
 
@@ -205,7 +205,7 @@ def test_ownership_is_declared_for_every_tensor(target: Target, kind: str, metho
 @pytest.mark.parametrize(
     ("dtype", "steps", "tolerance"), [(torch.float64, 4, 1e-12), (torch.bfloat16, 1, 0.05)]
 )
-def test_fused_equals_unfused(
+def test_merged_equals_separate(
     target: Target, kind: str, method: str, dtype: torch.dtype, steps: int, tolerance: float
 ) -> None:
     """In bf16 the first step of a chain: the later ones of a random eagle draft magnify rounding."""
@@ -250,7 +250,7 @@ def added(private: dict[str, Tensor], layer: str) -> Tensor:
         ("lora", scale_of_two),
     ],
 )
-def test_a_wrong_fuse_is_caught(target: Target, kind: str, method: str, mistake: Any) -> None:
+def test_a_wrong_merge_is_caught(target: Target, kind: str, method: str, mistake: Any) -> None:
     """The same names and shapes, another function."""
     draft, shared, private = stirred(target, kind, method, torch.float64)
     merged = merge(shared, private)
@@ -261,7 +261,7 @@ def test_a_wrong_fuse_is_caught(target: Target, kind: str, method: str, mistake:
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_tensors_stay_bit_exact_beside_it_and_in_the_fused_draft(
+def test_shared_tensors_stay_bit_exact_beside_it_and_in_the_merged_draft(
     target: Target, kind: str, method: str, dtype: torch.dtype
 ) -> None:
     draft, shared, private = stirred(target, kind, method, dtype)
@@ -355,7 +355,7 @@ def test_put_restores_in_a_fresh_draft_what_take_took(
 
 
 @EVERY
-def test_a_saved_part_is_loaded_as_it_was(
+def test_a_saved_adapter_is_loaded_as_it_was(
     target: Target, kind: str, method: str, tmp_path: Path
 ) -> None:
     _, _, private = stirred(target, kind, method, torch.bfloat16)
@@ -369,7 +369,7 @@ def test_a_saved_part_is_loaded_as_it_was(
 
 
 @REFUSED
-def test_a_part_that_the_kind_has_not_is_refused_with_what_it_can_carry(
+def test_an_adapter_that_the_kind_has_not_is_refused_with_what_it_can_carry(
     target: Target, kind: str, method: str
 ) -> None:
     draft = fresh_draft(target, kind=kind)
@@ -387,7 +387,7 @@ def test_a_part_that_the_kind_has_not_is_refused_with_what_it_can_carry(
     assert state_hash(draft.state_dict()) == before
 
 
-def test_fuse_refuses_a_part_without_a_home() -> None:
+def test_merge_refuses_a_tensor_without_a_home() -> None:
     with pytest.raises(ValueError, match="has no shared tensor other.weight"):
         merge({"fc.weight": torch.zeros(1)}, {"other.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="has no shared tensor other.weight"):
@@ -420,5 +420,5 @@ def test_a_low_rank_sum_is_rounded_once(target: Target) -> None:
     assert float((twice != rounded_once).double().mean()) > 0.05
 
 
-def test_a_private_part_counts_its_parameters() -> None:
+def test_a_adapter_counts_its_parameters() -> None:
     assert Adapter("expert", {"a": torch.zeros(3, 4), "b": torch.zeros(5)}).parameter_count() == 17

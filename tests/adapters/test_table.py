@@ -49,7 +49,7 @@ def contradicts(parts: set[str]) -> bool:
     return any(pair <= parts for pair in excluded)
 
 
-def test_these_are_the_parts() -> None:
+def test_these_are_the_adapters() -> None:
     assert tuple(ADAPTERS) == ORDER
 
 
@@ -136,7 +136,7 @@ def trained(method: Method) -> set[str]:
 
 
 @pytest.mark.parametrize("part", ORDER)
-def test_a_part_owns_its_tensors_and_no_others(part: str) -> None:
+def test_an_adapter_owns_its_tensors_and_no_others(part: str) -> None:
     method = read_method(part)
     assert trained(method) == {n for n, by in OWNED.items() if part in by}
 
@@ -215,10 +215,9 @@ def test_the_page_builds_the_toy_adapter() -> None:
     in_place, row, file = (block.split("\n```")[0] for block in blocks)
     assert file + "\n" == (here / "neuron.py").read_text()
     names = {"AdapterRow": AdapterRow}
-    (shown,) = eval(row, names)
+    shown = eval(row, names)
     assert dataclasses.replace(shown, code=NEURON.code) == NEURON
     assert shown.code == NEURON.code.removeprefix("tests.adapters.")
-    (patterns,) = eval(in_place, names)
-    assert load(patterns).trains("midlayer.post_attention_layernorm.weight")
+    assert load(eval(in_place, names)).trains("midlayer.post_attention_layernorm.weight")
     parts = {n for n, value in vars(AdapterKind).items() if callable(value) and n[0] != "_"}
     assert {part for part in parts if f"`{part}`" not in page} == {"written", "card"}

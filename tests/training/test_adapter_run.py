@@ -214,7 +214,7 @@ def test_a_member_that_stalled_early_holds_up_nobody(
 
 
 @pytest.mark.parametrize("dies_at", [2, 6, 9])
-def test_a_gang_cut_off_between_two_checkpoints_ends_with_the_same_bytes(
+def test_several_runs_cut_off_between_two_checkpoints_ends_with_the_same_bytes(
     target: Target,
     draft_folder: Path,
     answers: list[Answer],

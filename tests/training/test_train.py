@@ -209,7 +209,7 @@ def at_once(
 
 @pytest.mark.parametrize(("kind", "vocab", "loss"), LOSSES_OF)
 @pytest.mark.parametrize("hold", [False, True])
-def test_a_lesson_in_chunks_gives_the_same_loss_and_gradients(
+def test_a_teacher_batch_in_chunks_gives_the_same_loss_and_gradients(
     target64: Target,
     kind: str,
     vocab: int | None,

@@ -7,7 +7,7 @@ A linear map takes the target's features to the base's:
 
 The penalty pulls towards the identity, so that without evidence the draft stays the unadapted one.
 
-An expert adds D a to its FFN's output, a [W] being what its neurons say. With g the loss's gradient at
+An expert adds D a to its FFN's output, a [W] being its neurons' activations. With g the loss's gradient at
 that output, the loss is taken as quadratic, its curvature as an average (the Kronecker form of
 Gauss-Newton, K-FAC, arXiv 1503.05671, from the gradients themselves), and the step solved for:
 
@@ -137,7 +137,7 @@ class DownFit:
         self.positions = 0
 
     def add(self, a_NW: Tensor, g_NH: Tensor) -> None:
-        """What the neurons said, and the loss's gradient at the FFN's output, position by position."""
+        """The neurons' activations, and the loss's gradient at the FFN's output, position by position."""
         a, g = a_NW.double().cpu(), g_NH.double().cpu()
         self.gg_HH += g.T @ g
         self.ga_HW += g.T @ a

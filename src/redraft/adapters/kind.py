@@ -91,7 +91,7 @@ class AdapterKind:
     def fit(
         self, draft: Draft, target: Target, base: Target, batches: Callable[[], list[FitBatch]]
     ) -> Fitted:
-        """Fit in closed form, in place. Called for the rows that say `closed_form`."""
+        """Fit in closed form, in place. Called for `closed_form` rows."""
         raise NotImplementedError
 
     # -- which tensors --
@@ -173,7 +173,7 @@ class AddedTensors(AdapterKind, ABC):
 
 @functools.cache
 def load(row: AdapterRow) -> AdapterKind:
-    """The object that does a row's work. Raises TypeError, naming the row, when a part is missing."""
+    """The object that does a row's work. Raises TypeError, naming the row, when something is missing."""
     module, _, name = row.code.rpartition(":")
     try:
         home = importlib.import_module(module if "." in module else f"{__package__}.{module}")

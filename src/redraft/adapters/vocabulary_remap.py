@@ -104,14 +104,14 @@ class Remapped:
 
 
 def miss_rate(draft_vocab: Tensor | None, answers: Sequence[Answer]) -> float:
-    """Share of the supervised tokens (an answer's from the second on) that the draft cannot say.
+    """Share of the supervised tokens (an answer's from the second on) that are outside the draft vocabulary.
 
-    0 for a draft that speaks all of V, and for answers without supervised tokens.
+    0 for a draft with all of V, and for answers without supervised tokens.
     """
-    said = _supervised(answers)
-    if draft_vocab is None or not len(said):
+    labels = _supervised(answers)
+    if draft_vocab is None or not len(labels):
         return 0.0
-    return float((~torch.isin(said, draft_vocab.cpu())).double().mean())
+    return float((~torch.isin(labels, draft_vocab.cpu())).double().mean())
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Remapped:
     As few tokens as possible are exchanged: a token comes in only for one that the answers use
     less, and the target's stop tokens always stay. The draft gets a new buffer and a new head
     parameter; tensors it shared with a copy are left as they are. Nothing is added where the draft
-    already says what the answers use most. Raises UserError for a draft that speaks all of V.
+    already has what the answers use most. Raises UserError for a draft with all of V.
     """
     vocab_D = reduced_vocabulary(draft)
     counts_V = torch.bincount(_supervised(answers), minlength=target.vocab_size)
@@ -129,7 +129,7 @@ def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Remapped:
     before = miss_rate(vocab_D, answers)
     if len(added):
         rows_DH = _head(draft).weight.detach()
-        new_MH = predict_rows(_output_embedding(target), vocab_D, rows_DH, added)
+        new_MH = predict_rows(target.head_VH, vocab_D, rows_DH, added)
         _replace(draft, added, removed, new_MH)
     return Remapped(vocab_D, added, removed, before, miss_rate(draft.draft_vocab, answers))
 
@@ -158,7 +158,7 @@ def exchange(vocab_D: Tensor, counts_V: Tensor, never_drop: Sequence[int]) -> tu
 def predict_rows(
     embedding_VE: Tensor | None, vocab_D: Tensor, rows_DH: Tensor, added_M: Tensor
 ) -> Tensor:
-    """Rows [M, H] for new tokens, from the rows of those the draft says; in the rows' dtype.
+    """Rows [M, H] for new tokens, from the rows of those in the draft vocabulary; in the rows' dtype.
 
     Without an embedding, each is the mean row.
     """
@@ -237,30 +237,30 @@ def _ids(d2t_D: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attach(draft: Draft, private: Mapping[str, Tensor]) -> None:
+def attach(draft: Draft, adapter: Mapping[str, Tensor]) -> None:
     """Put adapter tensors into a draft, which has its first vocabulary or already theirs.
 
     In the second case only the new rows are written, into the parameter that is there, so that an
     optimizer keeps hold of it. Raises ValueError for a draft of any other vocabulary.
     """
     vocab_D = reduced_vocabulary(draft)
-    added = private[ADDED].to(vocab_D.device)
+    added = adapter[ADDED].to(vocab_D.device)
     new = torch.isin(vocab_D, added)
-    if int(new.sum()) == len(added) and not torch.isin(vocab_D, private[REMOVED].to(added)).any():
+    if int(new.sum()) == len(added) and not torch.isin(vocab_D, adapter[REMOVED].to(added)).any():
         weight = _head(draft).weight
-        weight[new] = private[NEW_ROWS].to(weight)
+        weight[new] = adapter[NEW_ROWS].to(weight)
     else:
-        _replace(draft, private[ADDED], private[REMOVED], private[NEW_ROWS])
+        _replace(draft, adapter[ADDED], adapter[REMOVED], adapter[NEW_ROWS])
 
 
-def apply(stored: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a stored draft its private vocabulary replaces: `lm_head.weight`, `d2t`, `t2d`.
+def apply(stored: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a stored draft the new vocabulary replaces: `lm_head.weight`, `d2t`, `t2d`.
 
     In the stored dtypes; `t2d` only where the draft stores one. Raises ValueError for tensors that
     belong to another draft vocabulary.
     """
     ids, rows = exchanged(
-        _ids(stored["d2t"]), stored[HEAD], private[ADDED], private[REMOVED], private[NEW_ROWS]
+        _ids(stored["d2t"]), stored[HEAD], adapter[ADDED], adapter[REMOVED], adapter[NEW_ROWS]
     )
     size = len(stored["t2d"]) if "t2d" in stored else int(ids.max()) + 1
     maps = vocabulary_map(ids, size)
@@ -279,7 +279,7 @@ def exchanged(
     fits = len(added) == len(removed) == len(new_MH) == int(gone.sum())
     if not fits or torch.isin(vocab_D, added).any():
         raise ValueError(
-            f"this private vocabulary exchanges {len(removed)} tokens for {len(added)}, but of a "
+            f"this adapter's vocabulary exchanges {len(removed)} tokens for {len(added)}, but of a "
             f"draft vocabulary with {int(gone.sum())} and {int(torch.isin(vocab_D, added).sum())} "
             "of them: it belongs to another draft"
         )
@@ -299,7 +299,7 @@ def row_mask(draft: Draft, added_M: Tensor) -> RemovableHandle:
     return handle
 
 
-# -- parts of a draft and a target -------------------------------------------------------------
+# -- a draft's vocabulary and head --------------------------------------------------------------
 
 
 def _replace(draft: Draft, added_M: Tensor, removed_M: Tensor, new_MH: Tensor) -> None:
@@ -315,7 +315,7 @@ def reduced_vocabulary(draft: Draft) -> Tensor:
     """The draft vocabulary [D]; UserError when it is the target's own."""
     if draft.draft_vocab is None or "d2t" not in draft.stored_state():
         raise UserError(
-            f"the {draft.kind} draft {draft.source or 'in memory'} speaks all of the target's "
+            f"the {draft.kind} draft {draft.source or 'in memory'} has a row for each of the target's "
             f"{draft.vocab_size} tokens; nothing to remap; leave out --vocab"
         )
     return draft.draft_vocab
@@ -324,14 +324,6 @@ def reduced_vocabulary(draft: Draft) -> Tensor:
 def _head(draft: Draft) -> Any:
     head = draft.get_submodule(HEAD.removesuffix(".weight"))
     return getattr(head, "base_layer", head)  # beneath a low-rank pair
-
-
-def _output_embedding(target: Target) -> Tensor | None:
-    """The target's head, one row per token [V, E]; None where it has none in plain numbers."""
-    weight: Tensor | None = getattr(target.head, "weight", None)
-    if weight is None or not weight.is_floating_point() or len(weight) < target.vocab_size:
-        return None  # no head, or a quantised one, whose values are packed
-    return weight.detach()
 
 
 def _supervised(answers: Sequence[Answer]) -> Tensor:

@@ -47,7 +47,7 @@ def renewed(draft: Draft, base: Target, target: Target) -> dict[str, Tensor]:
     parameters = parameters_of(draft)
     pairs = {
         "embed_tokens.weight": (base.embedding_VH, target.embedding_VH),
-        "lm_head.weight": (_head(base), _head(target)),
+        "lm_head.weight": (base.head_VH, target.head_VH),
     }
     if draft.draft_vocab is not None and (head := pairs["lm_head.weight"])[0] is not None:
         pairs["lm_head.weight"] = tuple(t[draft.draft_vocab] for t in head)  # type: ignore[index,assignment]
@@ -72,11 +72,6 @@ def _alike(one: Tensor, other: Tensor) -> bool:
         one.float(), other.detach().to(one).float(), dim=-1
     )
     return float(cosine.mean()) > ALIKE
-
-
-def _head(target: Target) -> Tensor | None:
-    weight: Tensor | None = getattr(target.head, "weight", None)
-    return weight
 
 
 def _norm(target: Target) -> Tensor | None:

@@ -163,7 +163,7 @@ def lk_blend(teacher: Teacher, student_logits_ND: Tensor, _: Tensor | None = Non
 def hard_cross_entropy(
     teacher: Teacher, student_logits_ND: Tensor, _: Tensor | None = None
 ) -> Tensor:
-    """Sum over tokens of -log q(answer's token); a token the draft does not speak adds nothing."""
+    """Sum over tokens of -log q(answer's token); a token outside the draft vocabulary adds nothing."""
     wide = student_logits_ND.to(teacher.p_ND.dtype)
     return cross_entropy(wide, teacher.label_N, ignore_index=-1, reduction="sum")
 
@@ -188,7 +188,7 @@ def features_and_kl(
 
 
 def _overlap(teacher: Teacher, student_logits_ND: Tensor) -> Tensor:
-    """alpha [N] = sum of min(p, q) over the draft vocabulary, p as it is over the target's whole."""
+    """alpha [N] = sum of min(p, q) over the draft vocabulary, p being over the target's whole."""
     assert teacher.kept_N is not None, "a loss about acceptance reads the whole vocabulary"
     q_ND = student_logits_ND.to(teacher.p_ND.dtype).softmax(-1)
     return torch.minimum(teacher.p_ND * teacher.kept_N[:, None], q_ND).sum(-1)

@@ -13,7 +13,7 @@ vocabulary alone, or that over its whole vocabulary."""
 class LossRow:
     """A loss, and the `function` of functions.py that computes it.
 
-    `reads` is LABELS, OWN or WHOLE; `states` says that the draft's states are compared with the
+    `reads` is LABELS, OWN or WHOLE; with `states` the draft's states are compared with the
     target's features as well.
     """
 

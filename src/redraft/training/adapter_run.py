@@ -1,6 +1,6 @@
-"""A member of joint training: one adapter in training, with its own draft, optimizer and state.
+"""An adapter run: one adapter in training, with its own draft, optimizer and state.
 
-What it shares with the others is the stream: the batches and what the target says of them.
+What it shares with the others is the stream: the batches and the target's output on them.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def predict_peak(
 
     `batch_tokens` are those of the largest batch, whose rows have `longest` tokens and whose chains
     start at `first`. Activations: the target's features and one of its layers, then what the most
-    demanding member saves for its backward pass (counted on a short row) and one chunk of logits.
+    demanding run saves for its backward pass (counted on a short row) and one chunk of logits.
     """
     element = target.dtype.itemsize
     parameters = [p for m in runs for p in m.parameters]
@@ -95,7 +95,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def _of_run(target: Target, run: AdapterRun, batch_tokens: int, longest: int, first: int) -> float:
-    """Bytes of a member's step: saved tensors, and one chunk of logits with its gradients."""
+    """Bytes of a run's step: saved tensors, and one chunk of logits with its gradients."""
     draft, config = run.draft, run.config
     steps = config.rollout if draft.feeds_back else 1
     saved = _saved_per_token(draft, steps)

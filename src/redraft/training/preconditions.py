@@ -1,4 +1,4 @@
-"""Whether a draft can be trained as asked: what can be said before the target has answered anything."""
+"""Whether a draft can be trained with these settings, checked before the target has answered anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models.target import Target
 
 
 def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target | None) -> None:
-    """Raise UserError, saying what to change, for settings that this draft and target do not allow."""
+    """Raise UserError, with what to change, for settings that this draft and target do not allow."""
     method = read_method(config.method)
     setup = Setup(rank=config.rank)
     check_carries(draft, method, setup)

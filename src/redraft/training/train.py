@@ -1,4 +1,4 @@
-"""Training adapters: one loop with explicit arguments, for one part or joint training of them.
+"""Training adapters: one loop with explicit arguments, for one adapter or several together.
 
 The target runs inside the loop and its features are streamed; next to stored ones (`stored_target.py`)
 they are read instead. Each draft is rolled
@@ -6,9 +6,9 @@ out over several steps on the true tokens and its own states, and each step's di
 pulled towards the target's. Batches, learning rates and evaluations are decided by step numbers,
 never by the clock, so that a resumed run ends where an uninterrupted one does.
 
-A joint training is several adapters of one shared draft on one stream of batches: the target reads each
-batch once, and every member takes its own step on it. Its members end as they would alone in the
-same precision.
+Multi-adapter training is several adapters of one shared draft on one stream of batches: the target
+reads each batch once, and every adapter run takes its own step on it. Each ends as it would alone in
+the same precision.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
 
 CALIBRATION_BATCHES = 4
 STREAM = ("epochs", "batch_tokens", "evaluations", "precision", "seed")
-"""Settings that adapters of a joint training have in common."""
+"""Settings that adapters that train together have in common."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def train_adapters(
     base: Target | None = None,
     checkpoints: Path | None = None,
 ) -> list[Trained]:
-    """Train several adapters of one draft, which is left as it is, on one stream of batches.
+    """Train several adapters of one draft, which is left unchanged, on one stream of batches.
 
     Raises UserError for configurations that differ in how the stream is made (see STREAM).
     """
@@ -106,7 +106,7 @@ def train_adapters(
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:
             raise UserError(
-                f"joint training trains on one stream of batches, so {name} must be the same for all; got "
+                f"adapters that train together share one stream of batches, so {name} must be the same for all; got "
                 f"{', '.join(map(str, sorted(values)))}"
             )
     drafts = []
@@ -187,7 +187,7 @@ def _train(
 def _learn(
     run: AdapterRun, teacher_batch: TeacherBatch, precision: str, trained_together: int
 ) -> None:
-    """A step. A member of joint training that diverges ends where it was best; alone, that is an error."""
+    """A step. One of several runs that diverges ends where it was best; alone, that is an error."""
     try:
         run.learn(teacher_batch, precision)
     except DivergedError as problem:
@@ -198,7 +198,7 @@ def _learn(
 
 
 class _Stream:
-    """Batches in their order, and what the target says of each."""
+    """Batches in their order, and the target's output on each."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class _Stream:
 
     @functools.cached_property
     def first_teacher_batches(self) -> list[TeacherBatch]:
-        """What members look at before they train, read once for all."""
+        """What runs look at before they train, read once for all."""
         return [self.teacher_batch(at) for at in range(min(CALIBRATION_BATCHES, len(self.plan)))]
 
     def teacher_batch(self, at: int) -> TeacherBatch:
@@ -361,7 +361,7 @@ def _announce(
 
 
 def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
-    """Decided once, by the first member that trains: a resumed run computes as it began."""
+    """Decided once, by the first run that trains: a resumed run computes as it began."""
     training = [run for run in runs if run.planned]
     if not training:
         return "fp32"
@@ -384,7 +384,7 @@ def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
 def _evaluate(
     target: Target, runs: Sequence[AdapterRun], heldout: Sequence[Answer], k: int
 ) -> None:
-    """Held-out tau of each member; of its averaged weights too, of which the better counts."""
+    """Held-out tau of each run; of its averaged weights too, of which the better counts."""
 
     def taus(some: Sequence[AdapterRun]) -> list[float]:
         found = replay_each(target, [m.draft for m in some], heldout, k)
