@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from redraft.adapters.table import ADAPTERS
 from redraft.checkpoints.load import stored
 from redraft.config import TrainConfig
 from redraft.core import console
@@ -37,6 +38,7 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.training.train import train
 from redraft_experiments.language_model import END, PAD, SPECIALS, TEMPLATE
+from tests.adapters.toy import NEURON
 
 console.set_quiet(True)
 # Tests run in two processes, and models this small gain nothing from a second thread.
@@ -137,6 +139,16 @@ def write_prompts(path: Path, count: int, start: int = 0) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def toy_adapter() -> Iterator[None]:
+    """The toy adapter in the table, first: attached first, merged last."""
+    rows = dict(ADAPTERS)
+    ADAPTERS.clear()
+    ADAPTERS.update({NEURON.name: NEURON, **rows})
+    yield
+    del ADAPTERS[NEURON.name]
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from redraft.adapters.table import TABLE, VOCABULARY, AdapterRow
+
 ROOT = Path(__file__).parents[1] / "src" / "redraft"
 LAYERS = [
     {"core"},
     {"models"},
     {"drafts"},
-    {"adapters"},
+    {"adapters", "losses"},
     {"config"},
     {"checkpoints", "features", "prompts"},
     {"decoding"},
@@ -136,6 +138,38 @@ def test_drafts_do_not_decide_acceptance() -> None:
             n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)
         }
         assert not any("accept" in name or "verify" in name for name in names), path
+
+
+def asks_for_an_adapter(tree: ast.AST) -> set[str]:
+    """Names of adapters, and marks in their tensors' names, that code decides by."""
+    named = {row.name for row in TABLE if row.code != AdapterRow.code or row.fresh}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.Call | ast.MatchValue):
+            texts = [n.value for n in ast.iter_child_nodes(node) if isinstance(n, ast.Constant)]
+            found |= {text for text in texts if text in named and isinstance(node, ast.Compare)}
+            found |= {
+                t
+                for t in texts
+                if isinstance(t, str) and (".private" in t or "private." in t or ".lora" in t)
+            }
+        if isinstance(node, ast.Attribute) and node.attr in named:
+            found.add(node.attr)
+    return found
+
+
+def test_nothing_outside_its_own_file_asks_which_adapter_it_is() -> None:
+    own = {row.code.split(":")[0] for row in (*TABLE, VOCABULARY)} - {AdapterRow.code.split(":")[0]}
+    for path in ROOT.rglob("*.py"):
+        if not (path.parent.name == "adapters" and path.stem in own):
+            assert asks_for_an_adapter(ast.parse(path.read_text())) == set(), path
+    for wrong in (
+        "if 'expert' in method.adapters: pass",
+        "wide = name.endswith('private.down_proj.weight')",
+        "if '.lora_' in name: pass",
+        "rank = method.lora",
+    ):
+        assert asks_for_an_adapter(ast.parse(wrong)), wrong
 
 
 def test_import_redraft_loads_no_torch() -> None:

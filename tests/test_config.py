@@ -54,7 +54,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert "measure.k must be between 1 and 16; got 99" in text
     assert "train.width must be a number of neurons (64), a share of the shared ones (0.25" in text
     assert "train.rank expected a whole number, got 2.5" in text
-    assert "train.lr_parts takes adapter=multiple pairs ('expert=2,fc=0.5') of feature-map" in text
+    assert "train.lr_parts takes adapter=multiple pairs ('expert=2,fc=0.5') of weight-sync" in text
     assert "got 'fc=fast'" in text
     assert "train.average must be between 0.0 and 0.9999; got 1.0" in text
     assert "train.seed expected int, got True" in text
@@ -120,7 +120,7 @@ def test_learning_rates_of_parts_are_multiples_by_part() -> None:
     ("method", "message"),
     [
         ("full+fc", r"train.method 'full\+fc' contradicts itself: full trains every tensor"),
-        ("fc+fc", r"train.method names a part twice: 'fc\+fc'"),
+        ("fc+fc", r"train.method names an adapter twice: 'fc\+fc'"),
         ("expert+fx", "train.method names the adapter 'fx'; did you mean 'fc'"),
     ],
 )

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from redraft.adapters.expert import widenable
-from redraft.adapters.lora import linear_layers
+from redraft.adapters.expert import resolve_width, shared_width, widenable
+from redraft.adapters.lora import LowRank
 from redraft.adapters.merge import home_of, merge
-from redraft.adapters.table import read_method
+from redraft.adapters.table import ADAPTERS, read_method
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig, TrainConfig
 from redraft.core.console import say
@@ -42,7 +42,6 @@ from redraft.models.target import Target
 from redraft.pipeline.stages import save_fresh
 from redraft.prompts.prompts import read_prompts
 from redraft.training.train import Trained, train, train_adapters
-from redraft.training.widths import resolve_width, shared_width
 
 from .cells import MethodCell
 from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus
@@ -439,9 +438,8 @@ def _training(
 def matched_rank(draft: Draft, width: int) -> int:
     """The LoRA rank whose parameters come closest to those of an expert of `width` neurons."""
     wanted = sum(3 * width * ffn.gate_proj.in_features for ffn in widenable(draft).values())
-    shapes = [
-        draft.get_parameter(f"{n}.weight").shape for n in linear_layers(draft, read_method("lora"))
-    ]
+    layers = LowRank(ADAPTERS["lora"]).layers(draft, read_method("lora"))
+    shapes = [draft.get_parameter(f"{name}.weight").shape for name in layers]
     per_rank = sum(sum(shape) for shape in shapes)
     return max(1, min(round(wanted / per_rank), min(min(shape) for shape in shapes)))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from redraft.adapters import weight_sync
 from redraft.adapters.adapter import prepare, take
 from redraft.adapters.feature_map import PENALTY, DownFit, FeatureMap, folded
+from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, read_draft
 from redraft.config import TrainConfig
@@ -176,7 +177,7 @@ def mapped(
     return train(target, draft, answers, answers[:4], config, k=3, base=base)
 
 
-def test_relay_gives_the_draft_the_bases_features_back(
+def test_feature_map_gives_the_draft_the_bases_features_back(
     target: Target, turned: Turned, draft_folder: Path, answers: list[Answer]
 ) -> None:
     """fc' of the tuned model's features is fc of the base's; the unadapted fc is far from it."""
@@ -205,7 +206,7 @@ def test_relay_gives_the_draft_the_bases_features_back(
     assert trained.record.best_tau() > reuse.record.best_tau() + 0.1
 
 
-def test_without_a_difference_relay_leaves_the_draft_as_it_is(
+def test_without_a_difference_feature_map_leaves_the_draft_as_it_is(
     target: Target, draft_folder: Path, answers: list[Answer]
 ) -> None:
     shared = read_draft(str(draft_folder))
@@ -291,7 +292,7 @@ def test_a_start_needs_the_base_model(
 
 
 @pytest.mark.parametrize("kind", ["eagle", "token_lm"])
-def test_relay_is_refused_where_fc_takes_more_than_features(
+def test_feature_map_is_refused_where_fc_takes_more_than_features(
     target: Target, answers: list[Answer], kind: str
 ) -> None:
     draft = fresh_draft(target, kind=kind)
@@ -306,7 +307,7 @@ def test_relay_is_refused_where_fc_takes_more_than_features(
 @pytest.mark.parametrize(
     "method", ["feature-map+expert", "feature-map+lora", "feature-map+fc", "feature-map+full"]
 )
-def test_training_goes_on_from_the_relayed_draft(
+def test_training_goes_on_from_the_feature_maped_draft(
     target: Target, turned: Turned, draft_folder: Path, answers: list[Answer], method: str
 ) -> None:
     alone = load_draft(str(draft_folder), target, torch.float32)
@@ -405,7 +406,7 @@ def test_what_the_draft_learned_itself_is_left_alone(target: Target, tuned: Targ
     assert weight_sync.renewed(fresh_draft(target, kind="eagle"), target, tuned) == {}
 
 
-def test_refresh_puts_the_copies_in_and_the_part_holds_them(
+def test_weight_sync_puts_the_copies_in_and_the_part_holds_them(
     target: Target, tuned: Target, answers: list[Answer]
 ) -> None:
     draft = copying(target)
@@ -418,11 +419,11 @@ def test_refresh_puts_the_copies_in_and_the_part_holds_them(
     assert {n for n in now if now[n] != untouched[n]} == names
 
 
-def test_nothing_to_refresh_is_said(
+def test_nothing_to_sync_is_said(
     target: Target, tuned: Target, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(closed_form_module, "say", said.append)
+    monkeypatch.setattr(weight_sync, "say", said.append)
     found = fit_closed_form(
         tuned, target, fresh_draft(target), read_method("weight-sync"), CONFIG, answers, [[0]]
     ).tensors
@@ -452,7 +453,7 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
     assert set(owned) == {"lm_head.weight"}
     near = torch.allclose(owned["lm_head.weight"], tuned.head.weight[draft.draft_vocab], atol=0.05)
     assert near
-    assert prepare(draft, read_method("head"), width=1, init="active", seed=0)[0][0] == (
+    assert prepare(draft, read_method("head"), Setup(width=1, init="active", seed=0))[0][0] == (
         "lm_head.weight"
     )
 
@@ -460,7 +461,9 @@ def test_a_trained_part_beside_a_start_keeps_what_was_fitted(
 def test_a_head_beneath_a_low_rank_pair_is_renewed_too(target: Target, tuned: Target) -> None:
     """What weight-sync finds does not depend on what else the method attaches."""
     plain, paired = copying(target), copying(target)
-    prepare(paired, read_method("weight-sync+head-lora"), width=1, rank=4, init="active", seed=0)
+    prepare(
+        paired, read_method("weight-sync+head-lora"), Setup(width=1, rank=4, init="active", seed=0)
+    )
     found = [weight_sync.renewed(draft, target, tuned) for draft in (plain, paired)]
     assert set(found[0]) == set(found[1]) >= {"lm_head.weight"}
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from redraft.adapters import lora
 from redraft.adapters.adapter import declare, prepare, put, take
+from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.core.errors import UserError
 from redraft.core.folders import tensor_hash
@@ -26,13 +27,13 @@ RANK, STEPS = 4, 4
 
 def adapted(target: Target, kind: str = "eagle3", rank: int = RANK, seed: int = 5) -> Any:
     draft = fresh_draft(target, kind=kind)
-    prepare(draft, LORA, width=1, rank=rank, init="active", seed=seed)
+    prepare(draft, LORA, Setup(width=1, rank=rank, init="active", seed=seed))
     return draft
 
 
 def stirred(target: Target, kind: str = "eagle3", method: str = "lora") -> Any:
     draft = fresh_draft(target, kind=kind)
-    prepare(draft, read_method(method), width=6, rank=RANK, init="active", seed=5)
+    prepare(draft, read_method(method), Setup(width=6, rank=RANK, init="active", seed=5))
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for _, parameter in declare(draft, read_method(method)):
@@ -64,7 +65,7 @@ def test_a_layer_computes_w_plus_ba(target64: Target, rank: int) -> None:
     draft = fresh_draft(target64)
     names = ["fc", "midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"]
     before = {name: draft.get_parameter(f"{name}.weight").numpy().copy() for name in names}
-    prepare(draft, LORA, width=1, rank=rank, init="active", seed=5)
+    prepare(draft, LORA, Setup(width=1, rank=rank, init="active", seed=5))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in declare(draft, LORA):
@@ -155,7 +156,7 @@ def test_a_rank_above_a_layers_size_is_refused_with_the_bound(target: Target) ->
 def test_nothing_to_adapt_is_said(target: Target) -> None:
     draft = fresh_draft(target)
     with pytest.raises(
-        UserError, match="a low-rank part finds no linear layer in this eagle3 draft"
+        UserError, match="a low-rank adapter finds no linear layer in this eagle3 draft"
     ):
         lora.attach(draft, [], RANK, 0)
 

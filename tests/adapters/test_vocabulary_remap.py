@@ -133,7 +133,7 @@ def test_miss_rate_counts_supervised_tokens() -> None:
 # -- the draft afterwards ----------------------------------------------------------------------
 
 
-def test_retargeting_keeps_rows_size_and_order(
+def test_remapping_keeps_rows_size_and_order(
     target: Target, draft: Any, answers: list[Answer], wanted: set[int]
 ) -> None:
     before, vocab = by_token(draft), draft.draft_vocab
@@ -202,7 +202,9 @@ def test_a_draft_of_the_whole_vocabulary_has_nothing_to_retarget(
     target: Target, answers: list[Answer], kind: str
 ) -> None:
     whole = fresh_draft(target, kind=kind)
-    with pytest.raises(UserError, match=r"speaks all of .* nothing to remap; leave out --vocab"):
+    with pytest.raises(
+        UserError, match=r"a row for each of .* nothing to remap; leave out --vocab"
+    ):
         remap(whole, target, answers)
 
 

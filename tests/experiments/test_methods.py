@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from redraft.adapters.adapter import prepare
+from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft
 from redraft.config import TrainConfig
@@ -142,7 +143,9 @@ def test_the_matched_rank_comes_closest(target: Target) -> None:
     sizes = {}
     for rank in range(1, 9):
         draft = fresh_draft(target)
-        owned = prepare(draft, read_method("lora"), width=1, rank=rank, init="active", seed=0)
+        owned = prepare(
+            draft, read_method("lora"), Setup(width=1, rank=rank, init="active", seed=0)
+        )
         sizes[rank] = sum(p.numel() for _, p in owned)
     wanted = 3 * 12 * 32
     closest = min(sizes, key=lambda rank: abs(sizes[rank] - wanted))

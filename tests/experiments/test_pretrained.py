@@ -17,6 +17,7 @@ import torch
 import redraft
 from redraft import cli
 from redraft.adapters.adapter import declare, prepare, take
+from redraft.adapters.kind import Setup
 from redraft.adapters.merge import merge
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, stored
@@ -184,7 +185,7 @@ def test_export_and_merge_keep_what_a_draft_accepts(suite: Suite, tmp_path: Path
         ours, theirs = (replay(suite.target, d, suite.answers[:8], K) for d in (draft, again))
         assert ours == theirs
         method = read_method("expert+norms")
-        prepare(draft, method, width=32, rank=4, init="active", seed=0)
+        prepare(draft, method, Setup(width=32, rank=4, init="active", seed=0))
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in declare(draft, method):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from redraft.adapters.merge import extract
+from redraft.adapters.table import read_method
 from redraft.checkpoints.adapter_folder import load_adapter
 from redraft.checkpoints.load import load_draft
 from redraft.config import Resolved, resolve
@@ -112,8 +113,7 @@ def test_the_exported_draft_is_the_shared_one_made_wider(
             assert tensor_hash(merged[name].narrow(dimension, 0, 64)) == tensor_hash(tensor)
         elif name not in part.tensors:
             assert tensor_hash(merged[name]) == tensor_hash(tensor), name
-    replaced = [n for n in part.tensors if ".private." not in n]
-    back = extract(merged, part.card["shared_widths"], replaced)
+    back = extract(merged, shared, read_method(part.method))
     assert {n: tensor_hash(t) for n, t in back.items()} == {
         n: tensor_hash(t) for n, t in part.tensors.items()
     }

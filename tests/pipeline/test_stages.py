@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from redraft.adapters.adapter import Adapter, put
-from redraft.adapters.merge import home_of
-from redraft.adapters.table import EXPERT, LORA
+from redraft.adapters.expert import MARK as EXPERT
+from redraft.adapters.lora import MARK as LORA
+from redraft.adapters.merge import extract, home_of
+from redraft.adapters.table import read_method
 from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.checkpoints.load import StoredDraft, load_draft, read_draft, stored
 from redraft.checkpoints.reload_check import check_export
@@ -39,9 +41,10 @@ from redraft.selection.select import select, write_selection
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
 from redraft.training.train import Trained, train
-from tests.adapters.test_expert import CARRIED
+from tests.adapters.test_matrix import CARRIED
 from tests.conftest import fresh_draft
 
+pytestmark = pytest.mark.usefixtures("toy_adapter")
 CONFIG = TrainConfig(
     width="6",
     rank=4,
@@ -281,6 +284,11 @@ def test_a_retargeted_vocabulary_goes_all_the_way(
     assert after < 0.3
     save_adapter(tmp_path / "adapter", part)
     merged = merge_draft(shared, load_adapter(tmp_path / "adapter"), target)
+    if "lora" not in method:
+        taken = extract(merged.tensors, shared.tensors, read_method(method))
+        assert {n: tensor_hash(t) for n, t in taken.items()} == {
+            n: tensor_hash(t) for n, t in part.tensors.items()
+        }
     merged.save(tmp_path / "fused")
     assert check_export(merged, tmp_path / "fused") < 1e-5
     back = load_draft(str(tmp_path / "fused"), target, torch.float32)

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redraft.adapters.expert import candidate_widths, resolve_width, smallest_good
+from redraft.adapters.kind import adapter_of, kinds_of
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, read_draft
 from redraft.config import TrainConfig
@@ -28,7 +30,6 @@ from redraft.training import adapter_run as member_module
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
 from redraft.training.train import STREAM, Trained, train, train_adapters
-from redraft.training.widths import candidate_widths, resolve_width, smallest_good
 from tests.conftest import fresh_draft
 
 CONFIG = TrainConfig(
@@ -97,7 +98,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[AdapterRun]:
         caught.append(make(*args))
         return caught[-1]
 
-    monkeypatch.setattr(train_module, "_member", made)
+    monkeypatch.setattr(train_module, "_run", made)
     return caught
 
 
@@ -148,7 +149,10 @@ def test_members_share_every_tensor_that_they_do_not_train(
         method = read_method(run.config.method)
         own = {n.replace(".base_layer.", "."): p for n, p in run.draft.named_parameters()}
         for name, parameter in shared.items():
-            assert (own[name] is parameter) == (not method.owns(name)), (method.name, name)
+            assert (own[name] is parameter) == (adapter_of(name, kinds_of(method)) is None), (
+                method.name,
+                name,
+            )
     held = {id(p): p.numel() for m in runs for p in m.draft.parameters()}
     trained = sum(p.numel() for run in runs for p in run.parameters)
     assert sum(held.values()) == sum(p.numel() for p in draft.parameters()) + trained
@@ -210,7 +214,7 @@ def test_a_member_that_stalled_early_holds_up_nobody(
 
 
 @pytest.mark.parametrize("dies_at", [2, 6, 9])
-def test_a_gang_cut_off_between_two_checkpoints_ends_with_the_same_bytes(
+def test_several_runs_cut_off_between_two_checkpoints_ends_with_the_same_bytes(
     target: Target,
     draft_folder: Path,
     answers: list[Answer],
@@ -425,7 +429,7 @@ def test_width_auto_matters_to_experts_only(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("no widths to try")
 
-    monkeypatch.setattr("redraft.pipeline.stages.train_gang", refuse)
+    monkeypatch.setattr("redraft.pipeline.stages.train_adapters", refuse)
     config = replace(CONFIG, method="fc", width="auto", epochs=0.3)
     shared = read_draft(str(draft_folder))
     part = train_adapter(target, shared, answers, answers[:4], config, 3)

@@ -22,7 +22,7 @@ from redraft.config import TrainConfig
 from redraft.drafts.new import new_draft
 from redraft.core.records import Answer
 from redraft.models.target import Target
-from redraft.training.teacher_batch import read_lesson, rollout_loss
+from redraft.training.teacher_batch import read_teacher_batch, rollout_loss
 from redraft.training.memory import current_memory, peak_memory, predict_peak, restart_peak
 from tests.conftest import tiny_model
 
@@ -43,16 +43,16 @@ draft.reinitialise(0)
 config = TrainConfig(rollout=4, loss=loss)
 optimizer = torch.optim.AdamW(draft.parameters())
 
-class Member:
+class Run:
     parameters = list(draft.parameters())
 
-Member.draft, Member.config = draft, config
+Run.draft, Run.config = draft, config
 restart_peak(target.device)
 before = current_memory(target.device)
-predicted = predict_peak(target, [Member], rows * (prompt + length), prompt + length, prompt - 1)
+predicted = predict_peak(target, [Run], rows * (prompt + length), prompt + length, prompt - 1)
 for _ in range(2):
-    teacher batch = read_lesson(target, collate(answers, target.device), draft.aux layers)
-    rollout_loss(teacher batch, draft, config)[0].backward()
+    teacher_batch = read_teacher_batch(target, collate(answers, target.device), draft.aux_layers)
+    rollout_loss(teacher_batch, draft, config)[0].backward()
     optimizer.step()
     optimizer.zero_grad()
 print(json.dumps([before, predicted, peak_memory(target.device)]))

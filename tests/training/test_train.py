@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from redraft.adapters.adapter import prepare
+from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, stored
 from redraft.config import TrainConfig
@@ -26,6 +27,7 @@ from redraft.drafts.base import Draft
 from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.drafts.kinds import kind_names
 from redraft.drafts.stored.reference_reader import Reference
+from redraft.losses.functions import LOSSES, Teacher
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
 from redraft.models.batching import collate, plan_epochs, plan_once
@@ -34,7 +36,6 @@ from redraft.training import adapter_run as member_module
 from redraft.training import teacher_batch as teacher_batch_module
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
-from redraft.training.losses import LOSSES, Teacher
 from redraft.training.optimizer import make_optimizer, peak_rate, schedule
 from redraft.training.precision import choose_precision
 from redraft.training.teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
@@ -208,7 +209,7 @@ def at_once(
 
 @pytest.mark.parametrize(("kind", "vocab", "loss"), LOSSES_OF)
 @pytest.mark.parametrize("hold", [False, True])
-def test_a_lesson_in_chunks_gives_the_same_loss_and_gradients(
+def test_a_teacher_batch_in_chunks_gives_the_same_loss_and_gradients(
     target64: Target,
     kind: str,
     vocab: int | None,
@@ -401,7 +402,7 @@ def test_each_tensor_is_in_one_group_and_only_matrices_that_began_above_zero_dec
     target: Target,
 ) -> None:
     draft, method = fresh_draft(target), read_method("expert+lora+norms")
-    trainable = prepare(draft, method, width=4, rank=2, init="active", seed=0)
+    trainable = prepare(draft, method, Setup(width=4, rank=2, init="active", seed=0))
     config = replace(CONFIG, lr=1e-3, weight_decay=0.3, lr_parts="norms=2,lora=3")
     optimizer = make_optimizer(trainable, method, config, draft)
     names = {id(parameter): name for name, parameter in trainable}
@@ -543,7 +544,7 @@ def test_it_stops_early_and_keeps_the_best(
 
 def test_a_rise_within_the_noise_is_no_progress(target: Target) -> None:
     draft, method = fresh_draft(target), read_method("fc")
-    trainable = prepare(draft, method, width=1, init="active", seed=0)
+    trainable = prepare(draft, method, Setup(width=1, init="active", seed=0))
     run = AdapterRun(draft, method, replace(CONFIG, patience=2), trainable, None, {}, 100)
     for tau, stalled in ((1.0, False), (2.0, False), (2.0004, False), (2.0008, True), (2.1, False)):
         run.note_tau(tau)

@@ -1,61 +1,118 @@
-"""The adapters redraft can train, one row each, and how they are combined: `expert+fc+norms`.
+"""The adapters redraft knows, one literal row each, and how they combine: `expert+fc+norms`.
 
-A part owns tensors: new ones next to the shared (an expert's neurons, low-rank pairs), or shared
-ones trained in place, by name pattern (stored in the adapter, replaced on export). Everything
-that no named part owns is shared and stays frozen. `feature-map` and `weight-sync` are starts, fitted in closed
-form; alone they are the whole repair, before a trained part they are where its training begins.
+An adapter trains tensors: new ones that it adds to the draft (an expert's neurons, low-rank pairs), or
+shared ones in place, by name pattern. What no named adapter trains is shared and stays frozen.
+`weight-sync` and `feature-map` are closed-form: alone they are the whole adaptation, before a
+trained adapter they are where its training begins.
 
-No torch here: configurations are checked before anything is loaded.
+A method's adapters are attached and fitted in the order of the table, and merged in the reverse.
+
+No torch here: settings are checked before anything is loaded. What an adapter does is in the class
+that `code` names (see `kind.py` and docs/add-an-adapter.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
 from ..core.errors import nearest
 
-EXPERT = ".private."
-"""In the name of every tensor of an expert."""
-LORA = ".lora_"
-"""In the name of every tensor of a low-rank pair, as PEFT names them."""
-
 
 @dataclass(frozen=True)
-class AdapterKind:
-    """`in_place` are patterns of shared tensors it trains; `adds` marks the tensors it brings.
+class AdapterRow:
+    """One adapter, as far as settings are checked by it.
 
-    A `whole` part already trains everything, a `fresh` one forgets the unadapted draft first; a
-    `closed_form` one is fitted without gradient steps.
+    It contradicts the adapters in `excludes`, and all that are not in `only_with`; `because` is the
+    sentence for it. A `fresh` adapter forgets the unadapted draft, a `closed_form` one takes no
+    gradient steps. `settings` are those of `train.*` that it alone reads.
     """
 
+    name: str
     help: str
+    code: str = "kind:AdapterKind"
     in_place: tuple[str, ...] = ()
-    adds: str | None = None
-    whole: bool = False
-    fresh: bool = False
+    excludes: tuple[str, ...] = ()
+    only_with: tuple[str, ...] | None = None
+    because: str = ""
     closed_form: bool = False
+    fresh: bool = False
+    settings: tuple[str, ...] = ()
+    rate: float = 4.0
+    """Times the automatic learning rate of a whole draft: the rates tuned for such rows of the methods
+    bench (`rate` in docs/results/methods.jsonl) are two to four times those of whole drafts."""
 
 
-ADAPTERS: dict[str, AdapterKind] = {
-    "feature-map": AdapterKind(
-        "closed form: a linear map of features folded into fc, an expert's down projection",
+TABLE = (
+    AdapterRow(
+        "weight-sync",
+        "closed form: copies of the base's embedding, norm and head follow the target",
+        "weight_sync:WeightSync",
         closed_form=True,
     ),
-    "weight-sync": AdapterKind(
-        "closed form: copies of the base's embedding, norm and head renewed", closed_form=True
+    AdapterRow(
+        "feature-map",
+        "closed form: a linear map of features folded into fc, an expert's down projection",
+        "feature_map:FeatureMapping",
+        closed_form=True,
     ),
-    "expert": AdapterKind("added FFN neurons next to the shared ones", adds=EXPERT),
-    "lora": AdapterKind("low-rank updates of every linear layer but the head (PEFT)", adds=LORA),
-    "head-lora": AdapterKind("a low-rank update of the draft's own output head (PEFT)", adds=LORA),
-    "fc": AdapterKind("the feature interface", ("fc.*", "input_norm.*", "fc_norm.*")),
-    "norms": AdapterKind("the norms", ("*norm.weight",)),
-    "attention": AdapterKind("the attention", ("*self_attn.*",)),
-    "ffn": AdapterKind("the shared FFN itself", ("*mlp.*_proj.*",)),
-    "head": AdapterKind("the draft's own output head", ("lm_head.*",)),
-    "full": AdapterKind("every trainable tensor, from the unadapted draft", ("*",), whole=True),
-    "scratch": AdapterKind("every trainable tensor, from nothing", ("*",), whole=True, fresh=True),
-}
+    AdapterRow(
+        "expert",
+        "added FFN neurons next to the shared ones",
+        "expert:Expert",
+        settings=("width", "init"),
+    ),
+    AdapterRow(
+        "lora",
+        "low-rank updates of every linear layer but the head (PEFT)",
+        "lora:LowRank",
+        settings=("rank",),
+    ),
+    AdapterRow(
+        "head-lora",
+        "a low-rank update of the draft's own output head (PEFT)",
+        "lora:LowRankHead",
+        excludes=("head",),
+        because="head trains the output head whole, head-lora an update of it",
+        settings=("rank",),
+    ),
+    AdapterRow("fc", "the feature interface", in_place=("fc.*", "input_norm.*", "fc_norm.*")),
+    AdapterRow("norms", "the norms", in_place=("*norm.weight",)),
+    AdapterRow("attention", "the attention", in_place=("*self_attn.*",)),
+    AdapterRow(
+        "ffn",
+        "the shared FFN itself",
+        in_place=("*mlp.*_proj.*",),
+        excludes=("expert",),
+        because="an expert leaves the shared FFN frozen, ffn trains it",
+    ),
+    AdapterRow("head", "the draft's own output head", in_place=("lm_head.*",)),
+    AdapterRow(
+        "full",
+        "every trainable tensor, from the unadapted draft",
+        in_place=("*",),
+        only_with=("expert", "weight-sync", "feature-map"),
+        because="full trains every tensor already; with it only expert (more neurons), weight-sync and "
+        "feature-map make sense",
+        rate=1.0,
+    ),
+    AdapterRow(
+        "scratch",
+        "every trainable tensor, from nothing",
+        in_place=("*",),
+        only_with=("expert",),
+        because="scratch trains every tensor already, from nothing; with it only expert (more neurons) "
+        "makes sense",
+        fresh=True,
+        rate=1.0,
+    ),
+)
+
+ADAPTERS: dict[str, AdapterRow] = {row.name: row for row in TABLE}
+
+VOCABULARY = AdapterRow(
+    "vocabulary", "new rows of a reduced head (--vocab remap)", "vocabulary_remap:Vocabulary"
+)
+"""Chosen by a setting of its own, next to any method; stored, merged and restored like the others."""
 
 OLD_NAMES = {"relay": "feature-map", "refresh": "weight-sync"}
 """Names of before, which are still read."""
@@ -63,71 +120,56 @@ OLD_NAMES = {"relay": "feature-map", "refresh": "weight-sync"}
 
 @dataclass(frozen=True)
 class Method:
-    """Parts that are trained together, each at most once, in the order of the table."""
+    """Adapters that are trained together, each at most once, in the order of the table."""
 
-    name: str
-    parts: tuple[str, ...]
-
-    @property
-    def expert(self) -> bool:
-        return "expert" in self.parts
+    adapters: tuple[str, ...]
 
     @property
-    def lora(self) -> bool:
-        """Whether it adds low-rank pairs, to the layers or to the head."""
-        return any(ADAPTERS[part].adds == LORA for part in self.parts)
+    def name(self) -> str:
+        return "+".join(self.adapters)
+
+    @property
+    def rows(self) -> tuple[AdapterRow, ...]:
+        return tuple(ADAPTERS[name] for name in self.adapters)
 
     @property
     def fresh(self) -> bool:
         """Whether it starts from new weights instead of the unadapted draft."""
-        return any(ADAPTERS[part].fresh for part in self.parts)
+        return any(row.fresh for row in self.rows)
 
     @property
     def closed_form(self) -> tuple[str, ...]:
         """What is fitted in closed form before any training."""
-        return tuple(part for part in self.parts if ADAPTERS[part].closed_form)
+        return tuple(row.name for row in self.rows if row.closed_form)
 
-    def trains_in_place(self, name: str) -> bool:
-        """Whether a shared tensor of this name is trained in place."""
-        patterns = [pattern for part in self.parts for pattern in ADAPTERS[part].in_place]
-        return any(fnmatch(name, pattern) for pattern in patterns)
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What takes gradient steps."""
+        return tuple(row.name for row in self.rows if not row.closed_form)
 
-    def owns(self, name: str) -> bool:
-        """Whether a tensor of this name is trained under the method."""
-        if EXPERT in name:
-            return self.expert
-        if LORA in name:
-            return ("head-lora" if name.startswith("lm_head.") else "lora") in self.parts
-        return self.trains_in_place(name)
+    @property
+    def rate(self) -> float:
+        """Times the automatic learning rate of a whole draft."""
+        return min(row.rate for row in self.rows)
+
+    def reads(self, setting: str) -> bool:
+        """Whether a setting of `train.*` that is one adapter's own is read."""
+        return any(setting in row.settings for row in self.rows)
 
 
 def read_method(text: str) -> Method:
-    """The method that parts joined by + name. Raises ValueError for unknown and contradictory ones."""
+    """The method of adapters joined by +. Raises ValueError for unknown and contradictory ones."""
     words = [word.strip() for word in text.split("+")]
-    parts = [OLD_NAMES.get(word, word) for word in words]
-    for part in parts:
-        if part not in ADAPTERS:
+    names = [OLD_NAMES.get(word, word) for word in words]
+    for name in names:
+        if name not in ADAPTERS:
             raise ValueError(
-                f"names the adapter '{part}'; {nearest(part, ADAPTERS)}; parts are joined by +"
+                f"names the adapter '{name}'; {nearest(name, ADAPTERS)}; adapters are joined by +"
             )
-    if len(set(parts)) < len(parts):
-        raise ValueError(f"names a part twice: '{text}'")
-    wholes = [part for part in parts if ADAPTERS[part].whole]
-    others = [part for part in parts if not ADAPTERS[part].closed_form and part not in wholes]
-    if wholes and (len(wholes) > 1 or set(others) - {"expert"}):
-        raise ValueError(
-            f"'{text}' contradicts itself: {wholes[0]} trains every tensor already; next to it only "
-            "expert (more neurons), feature-map and weight-sync make sense"
-        )
-    if "scratch" in wholes and any(ADAPTERS[part].closed_form for part in parts):
-        raise ValueError(f"'{text}' contradicts itself: scratch forgets what it starts from")
-    if {"expert", "ffn"} <= set(parts):
-        raise ValueError(
-            f"'{text}' contradicts itself: an expert leaves the shared FFN frozen, ffn trains it"
-        )
-    if {"head", "head-lora"} <= set(parts):
-        raise ValueError(
-            f"'{text}' contradicts itself: head trains the output head whole, head-lora an update of it"
-        )
-    ordered = tuple(part for part in ADAPTERS if part in parts)
-    return Method("+".join(ordered), ordered)
+    if len(set(names)) < len(names):
+        raise ValueError(f"names an adapter twice: '{text}'")
+    for row in (ADAPTERS[name] for name in names):
+        others = set(names) - {row.name}
+        if others & set(row.excludes) or (row.only_with is not None and others - {*row.only_with}):
+            raise ValueError(f"'{text}' contradicts itself: {row.because}")
+    return Method(tuple(name for name in ADAPTERS if name in names))

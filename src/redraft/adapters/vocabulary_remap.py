@@ -1,13 +1,13 @@
-"""Private vocabulary: which tokens a draft of a reduced vocabulary can say, chosen anew.
+"""Vocabulary remap: new tokens for a draft of a reduced vocabulary.
 
-A token without a row in the draft's head can never be proposed, whatever else is trained: what the
-target says outside the draft vocabulary caps tau. `remap` gives the rows of tokens that the
+A token without a row in the draft's head can never be proposed, whatever else is trained: the
+target's tokens outside the draft vocabulary cap tau. `remap` gives the rows of tokens that the
 answers do not need to tokens that they do. The size D stays, and so does every kept row, bit for
 bit; the rows of new tokens are the adapter.
 
 A new row is predicted from the target's own output embedding by a ridge map onto the draft's rows,
 
-    row(token) = mean row + (E[token] - mean E) M      M fitted on the tokens the draft already says,
+    row(token) = mean row + (E[token] - mean E) M      M fitted on the tokens in the draft vocabulary,
 
 whose penalty is chosen on rows held back. The largest "penalty" is the mean row itself, which is
 also the start where the target has no output embedding. Training then moves these rows alone.
@@ -34,6 +34,8 @@ from ..core.errors import UserError
 from ..core.records import Answer
 from ..drafts.base import Draft, vocabulary_map
 from ..models.target import Target
+from .kind import AddedTensors, Setup, Tensors
+from .table import Method
 
 HEAD = "lm_head.weight"
 NEW_ROWS = "lm_head.new_rows.weight"
@@ -47,10 +49,50 @@ HELD_BACK = 5
 CHUNK = 4096
 
 
-@dataclass(frozen=True)
-class Retargeted:
-    """Target ids that the draft gained and lost (ascending, int64 [M], CPU), and its miss rate."""
+class Vocabulary(AddedTensors):
+    """The rows that `remap` made, as an adapter that is stored, merged and restored."""
 
+    def check(self, draft: Draft, method: Method, setup: Setup) -> None:
+        reduced_vocabulary(draft)
+        if "weight-sync" in method.adapters:
+            raise UserError(
+                "weight-sync renews the rows of the draft's head, and train.vocab remap exchanges them: "
+                "leave one of the two out"
+            )
+
+    def attach(self, draft: Draft, method: Method, setup: Setup) -> None:
+        """Nothing: `remap` needs the answers (see `training/train.py`)."""
+
+    def adds(self, name: str) -> bool:
+        return name in NAMES
+
+    def home(self, name: str) -> str:
+        return HEAD
+
+    def restore(self, draft: Draft, tensors: Tensors) -> None:
+        attach(draft, tensors)
+
+    def merge(self, merged: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+        return apply(merged, tensors)
+
+    def extract(self, merged: Tensors, shared: Tensors) -> tuple[dict[str, Tensor], Tensors]:
+        if "d2t" not in shared or torch.equal(merged["d2t"], shared["d2t"]):
+            return {}, {}
+        ids, original = _ids(merged["d2t"]), _ids(shared["d2t"])
+        found = _exchange_of(ids, original, merged[HEAD])
+        kept = merged[HEAD][torch.isin(ids, original)]
+        before = {name: shared[name] for name in ("d2t", "t2d") if name in shared}
+        if torch.equal(kept, shared[HEAD][torch.isin(original, ids)]):
+            before[HEAD] = shared[HEAD]
+        return found, before
+
+
+@dataclass(frozen=True)
+class Remapped:
+    """The draft vocabulary [D] before, the target ids that it gained and lost (ascending, int64 [M], CPU),
+    and its miss rate."""
+
+    original: Tensor
     added: Tensor
     removed: Tensor
     missed_before: float
@@ -62,24 +104,24 @@ class Retargeted:
 
 
 def miss_rate(draft_vocab: Tensor | None, answers: Sequence[Answer]) -> float:
-    """Share of the supervised tokens (an answer's from the second on) that the draft cannot say.
+    """Share of the supervised tokens (an answer's from the second on) that are outside the draft vocabulary.
 
-    0 for a draft that speaks all of V, and for answers without supervised tokens.
+    0 for a draft with all of V, and for answers without supervised tokens.
     """
-    said = _supervised(answers)
-    if draft_vocab is None or not len(said):
+    labels = _supervised(answers)
+    if draft_vocab is None or not len(labels):
         return 0.0
-    return float((~torch.isin(said, draft_vocab.cpu())).double().mean())
+    return float((~torch.isin(labels, draft_vocab.cpu())).double().mean())
 
 
 @torch.no_grad()
-def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Retargeted:
+def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Remapped:
     """Give rows of `draft` to the tokens that `answers` use most, in place.
 
     As few tokens as possible are exchanged: a token comes in only for one that the answers use
     less, and the target's stop tokens always stay. The draft gets a new buffer and a new head
     parameter; tensors it shared with a copy are left as they are. Nothing is added where the draft
-    already says what the answers use most. Raises UserError for a draft that speaks all of V.
+    already has what the answers use most. Raises UserError for a draft with all of V.
     """
     vocab_D = reduced_vocabulary(draft)
     counts_V = torch.bincount(_supervised(answers), minlength=target.vocab_size)
@@ -87,9 +129,9 @@ def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Retargeted
     before = miss_rate(vocab_D, answers)
     if len(added):
         rows_DH = _head(draft).weight.detach()
-        new_MH = predict_rows(_output_embedding(target), vocab_D, rows_DH, added)
+        new_MH = predict_rows(target.head_VH, vocab_D, rows_DH, added)
         _replace(draft, added, removed, new_MH)
-    return Retargeted(added, removed, before, miss_rate(draft.draft_vocab, answers))
+    return Remapped(vocab_D, added, removed, before, miss_rate(draft.draft_vocab, answers))
 
 
 def exchange(vocab_D: Tensor, counts_V: Tensor, never_drop: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -116,7 +158,7 @@ def exchange(vocab_D: Tensor, counts_V: Tensor, never_drop: Sequence[int]) -> tu
 def predict_rows(
     embedding_VE: Tensor | None, vocab_D: Tensor, rows_DH: Tensor, added_M: Tensor
 ) -> Tensor:
-    """Rows [M, H] for new tokens, from the rows of those the draft says; in the rows' dtype.
+    """Rows [M, H] for new tokens, from the rows of those in the draft vocabulary; in the rows' dtype.
 
     Without an embedding, each is the mean row.
     """
@@ -176,43 +218,49 @@ def extract(draft: Draft, original_D: Tensor) -> dict[str, Tensor]:
 
     All are empty for a draft that still has it.
     """
-    vocab_D, original = reduced_vocabulary(draft).cpu(), original_D.cpu()
-    new = ~torch.isin(vocab_D, original)
-    rows_DH = _head(draft).weight.detach().cpu()
+    vocab_D, rows_DH = reduced_vocabulary(draft).cpu(), _head(draft).weight.detach().cpu()
+    return _exchange_of(vocab_D, original_D.cpu(), rows_DH)
+
+
+def _exchange_of(vocab_D: Tensor, original_D: Tensor, rows_DH: Tensor) -> dict[str, Tensor]:
+    new = ~torch.isin(vocab_D, original_D)
     return {
         NEW_ROWS: rows_DH[new],
         ADDED: vocab_D[new],
-        REMOVED: original[~torch.isin(original, vocab_D)],
+        REMOVED: original_D[~torch.isin(original_D, vocab_D)],
     }
 
 
+def _ids(d2t_D: Tensor) -> Tensor:
+    """The draft vocabulary [D] of the offsets that a checkpoint stores."""
+    return d2t_D.long() + torch.arange(len(d2t_D), device=d2t_D.device)
+
+
 @torch.no_grad()
-def attach(draft: Draft, private: Mapping[str, Tensor]) -> None:
+def attach(draft: Draft, adapter: Mapping[str, Tensor]) -> None:
     """Put adapter tensors into a draft, which has its first vocabulary or already theirs.
 
     In the second case only the new rows are written, into the parameter that is there, so that an
     optimizer keeps hold of it. Raises ValueError for a draft of any other vocabulary.
     """
     vocab_D = reduced_vocabulary(draft)
-    added = private[ADDED].to(vocab_D.device)
+    added = adapter[ADDED].to(vocab_D.device)
     new = torch.isin(vocab_D, added)
-    if int(new.sum()) == len(added) and not torch.isin(vocab_D, private[REMOVED].to(added)).any():
+    if int(new.sum()) == len(added) and not torch.isin(vocab_D, adapter[REMOVED].to(added)).any():
         weight = _head(draft).weight
-        weight[new] = private[NEW_ROWS].to(weight)
+        weight[new] = adapter[NEW_ROWS].to(weight)
     else:
-        _replace(draft, private[ADDED], private[REMOVED], private[NEW_ROWS])
+        _replace(draft, adapter[ADDED], adapter[REMOVED], adapter[NEW_ROWS])
 
 
-def apply(stored: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a stored draft its private vocabulary replaces: `lm_head.weight`, `d2t`, `t2d`.
+def apply(stored: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a stored draft the new vocabulary replaces: `lm_head.weight`, `d2t`, `t2d`.
 
     In the stored dtypes; `t2d` only where the draft stores one. Raises ValueError for tensors that
     belong to another draft vocabulary.
     """
-    d2t = stored["d2t"]
-    vocab_D = d2t.long() + torch.arange(len(d2t), device=d2t.device)
     ids, rows = exchanged(
-        vocab_D, stored[HEAD], private[ADDED], private[REMOVED], private[NEW_ROWS]
+        _ids(stored["d2t"]), stored[HEAD], adapter[ADDED], adapter[REMOVED], adapter[NEW_ROWS]
     )
     size = len(stored["t2d"]) if "t2d" in stored else int(ids.max()) + 1
     maps = vocabulary_map(ids, size)
@@ -231,7 +279,7 @@ def exchanged(
     fits = len(added) == len(removed) == len(new_MH) == int(gone.sum())
     if not fits or torch.isin(vocab_D, added).any():
         raise ValueError(
-            f"this private vocabulary exchanges {len(removed)} tokens for {len(added)}, but of a "
+            f"this adapter's vocabulary exchanges {len(removed)} tokens for {len(added)}, but of a "
             f"draft vocabulary with {int(gone.sum())} and {int(torch.isin(vocab_D, added).sum())} "
             "of them: it belongs to another draft"
         )
@@ -251,7 +299,7 @@ def row_mask(draft: Draft, added_M: Tensor) -> RemovableHandle:
     return handle
 
 
-# -- parts of a draft and a target -------------------------------------------------------------
+# -- a draft's vocabulary and head --------------------------------------------------------------
 
 
 def _replace(draft: Draft, added_M: Tensor, removed_M: Tensor, new_MH: Tensor) -> None:
@@ -267,7 +315,7 @@ def reduced_vocabulary(draft: Draft) -> Tensor:
     """The draft vocabulary [D]; UserError when it is the target's own."""
     if draft.draft_vocab is None or "d2t" not in draft.stored_state():
         raise UserError(
-            f"the {draft.kind} draft {draft.source or 'in memory'} speaks all of the target's "
+            f"the {draft.kind} draft {draft.source or 'in memory'} has a row for each of the target's "
             f"{draft.vocab_size} tokens; nothing to remap; leave out --vocab"
         )
     return draft.draft_vocab
@@ -276,14 +324,6 @@ def reduced_vocabulary(draft: Draft) -> Tensor:
 def _head(draft: Draft) -> Any:
     head = draft.get_submodule(HEAD.removesuffix(".weight"))
     return getattr(head, "base_layer", head)  # beneath a low-rank pair
-
-
-def _output_embedding(target: Target) -> Tensor | None:
-    """The target's head, one row per token [V, E]; None where it has none in plain numbers."""
-    weight: Tensor | None = getattr(target.head, "weight", None)
-    if weight is None or not weight.is_floating_point() or len(weight) < target.vocab_size:
-        return None  # no head, or a quantised one, whose values are packed
-    return weight.detach()
 
 
 def _supervised(answers: Sequence[Answer]) -> Tensor:

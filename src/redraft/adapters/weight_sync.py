@@ -1,4 +1,5 @@
-"""Refresh: a draft's frozen copies of the base's embedding, head and norm follow the target.
+"""Weight sync, in closed form: a draft's frozen copies of the base's embedding, head and norm follow
+the target.
 
     tensor' = tensor + (target's - base's)        by rows of the draft vocabulary
 
@@ -7,14 +8,16 @@ Free of training. What the draft learned itself is no copy, and is left alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.console import say
 from ..drafts.base import Draft
 from ..models.target import Target
-from .lora import stored_name
+from .kind import AdapterKind, FitBatch, Fitted, parameters_of
 
 ALIKE = 0.99
 """Mean cosine of rows from which a tensor counts as a copy; published copies differ by rounding."""
@@ -22,13 +25,29 @@ NEAR = 1e-2
 """Relative difference up to which a norm counts as a copy."""
 
 
+class WeightSync(AdapterKind):
+    def written(self, draft: Draft) -> list[str]:
+        return [name for name, _ in draft.named_parameters()]
+
+    def fit(
+        self, draft: Draft, target: Target, base: Target, batches: Callable[[], list[FitBatch]]
+    ) -> Fitted:
+        found = renewed(draft, base, target)
+        if not found:
+            say(
+                "weight-sync: the draft holds no copy of the base's tensors that changed; nothing to do"
+            )
+        self.restore(draft, found)
+        return Fitted(found)
+
+
 def renewed(draft: Draft, base: Target, target: Target) -> dict[str, Tensor]:
     """The draft's copies as they should be now, by name; empty when it holds none that changed."""
     found: dict[str, Tensor] = {}
-    parameters = {stored_name(name): p for name, p in draft.named_parameters()}
+    parameters = parameters_of(draft)
     pairs = {
         "embed_tokens.weight": (base.embedding_VH, target.embedding_VH),
-        "lm_head.weight": (_head(base), _head(target)),
+        "lm_head.weight": (base.head_VH, target.head_VH),
     }
     if draft.draft_vocab is not None and (head := pairs["lm_head.weight"])[0] is not None:
         pairs["lm_head.weight"] = tuple(t[draft.draft_vocab] for t in head)  # type: ignore[index,assignment]
@@ -53,11 +72,6 @@ def _alike(one: Tensor, other: Tensor) -> bool:
         one.float(), other.detach().to(one).float(), dim=-1
     )
     return float(cosine.mean()) > ALIKE
-
-
-def _head(target: Target) -> Tensor | None:
-    weight: Tensor | None = getattr(target.head, "weight", None)
-    return weight
 
 
 def _norm(target: Target) -> Tensor | None:

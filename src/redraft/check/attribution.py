@@ -20,7 +20,6 @@ from ..metrics.acceptance import pooled_tau
 from ..metrics.replay import BATCH_LOGITS, BATCH_TOKENS, replay
 from ..models.batching import collate, plan_once
 from ..models.target import Target
-from .base_check import head_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _apart(
 
 def _shared(model: Target) -> list[Tensor]:
     """The matrices that a draft may share: the embedding, and the head where it has one."""
-    head = head_of(model)
+    head = model.head_VH
     return [model.embedding_VH, *([] if head is None else [head])]
 
 

@@ -64,14 +64,8 @@ def compare(target: Target, base: Target, prompts: list[Prompt], theirs: list[Pr
     )
 
 
-def head_of(model: Target) -> Tensor | None:
-    """The output head's matrix [V, H]; None where it is none, as in quantised models."""
-    weight = getattr(model.head, "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
-
-
 def _head_moved(target: Target, base: Target, rows: int) -> float | None:
-    ours, theirs = head_of(target), head_of(base)
+    ours, theirs = target.head_VH, base.head_VH
     if ours is None or theirs is None:
         return None
     return _moved(ours[:rows], theirs[:rows].to(ours.device))

@@ -40,8 +40,7 @@ TRIAL_PASSES = 2.0
 
 def trial_of(method: str) -> TrainConfig:
     """The settings of a trial: two passes, without what is fitted in closed form."""
-    read = read_method(method)
-    trained = "+".join(part for part in read.parts if part not in read.closed_form)
+    trained = "+".join(read_method(method).trained)
     return dataclasses.replace(TRAINING, method=trained or TRAINING.method, epochs=TRIAL_PASSES)
 
 

@@ -1,6 +1,6 @@
 """An adapter on disk: its tensors, the record of its training, and a card, the manifest.
 
-The record (training.json) says what clock and memory said; the card holds nothing of it, so the
+The record (training.json) holds what clock and memory showed; the card holds nothing of it, so the
 same training writes the same card.
 """
 
@@ -23,11 +23,11 @@ OLD_CARD = "private.json"
 TRAINING = "training.json"
 
 
-def save_adapter(folder: Path, part: Adapter) -> None:
-    card = {"method": part.method, **part.card}
+def save_adapter(folder: Path, adapter: Adapter) -> None:
+    card = {"method": adapter.method, **adapter.card}
     files = {TRAINING: card.pop("train")} if "train" in card else {}
     texts = {n: json.dumps(v, indent=2) + "\n" for n, v in {**files, CARD: card}.items()}
-    write_folder(folder, part.tensors, texts)
+    write_folder(folder, adapter.tensors, texts)
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -58,12 +58,12 @@ def read_training(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_belongs(part: Adapter, shared: StoredDraft) -> None:
-    """Refuse an adapter that was trained next to another shared draft."""
-    expected = part.card.get("shared_hash")
+def check_belongs(adapter: Adapter, shared: StoredDraft) -> None:
+    """Refuse an adapter that was trained for another shared draft."""
+    expected = adapter.card.get("shared_hash")
     if expected is not None and expected != shared.hash():
         raise UserError(
             f"this adapter was trained next to the shared draft {expected}, but "
             f"{shared.folder} is {shared.hash()}; merge it with the draft named in its card "
-            f"({part.card.get('shared', 'not recorded')}), and with --target where the target's vocabulary grew"
+            f"({adapter.card.get('shared', 'not recorded')}), and with --target where the target's vocabulary grew"
         )

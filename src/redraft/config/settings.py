@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..adapters.table import ADAPTERS, Method, read_method
+from ..losses.table import TABLE as LOSSES
 from .values import Budget, Width, read_budget, read_endpoints, read_format, read_shares, read_width
 
 
@@ -145,9 +146,8 @@ class TrainConfig:
     )
     loss: str = _opt(
         "kl",
-        "forward KL; total variation; their LK blend; cross-entropy with the answer; the paper's "
-        "SmoothL1 on features + 0.1 KL (drafts that read the last hidden state)",
-        choices=("kl", "tv", "lk", "ce", "paper"),
+        "; ".join(row.help for row in LOSSES),
+        choices=tuple(row.name for row in LOSSES),
     )
     lr: float = _opt(
         0.0,

@@ -104,6 +104,14 @@ class Target:
         return self.model.get_output_embeddings()
 
     @property
+    def head_VH(self) -> Tensor | None:
+        """The output head's matrix; None where there is none in plain numbers, as in quantised models."""
+        weight: Tensor | None = getattr(self.head, "weight", None)
+        if weight is None or not weight.is_floating_point() or len(weight) < self.vocab_size:
+            return None
+        return weight.detach()
+
+    @property
     def template_text(self) -> str:
         """The chat template in use; '' where there is none."""
         return self.template or str(getattr(self.tokenizer, "chat_template", None) or "")

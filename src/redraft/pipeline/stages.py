@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.expert import detach
-from ..adapters.merge import home_of, merge
-from ..adapters.table import EXPERT
+from ..adapters.expert import candidate_widths, shared_width, smallest_good
+from ..adapters.kind import every_kind
+from ..adapters.merge import home_of, merge, without_adapters
 from ..checkpoints.adapter_folder import TRAINING, check_belongs, load_adapter, save_adapter
 from ..checkpoints.load import StoredDraft, load_draft, made_for, read_draft, stored
 from ..config import RegenerateConfig, TrainConfig
@@ -43,7 +43,6 @@ from ..selection.select import kept_answers, write_selection
 from ..selection.select import select as choose
 from ..training.train import Trained, train_adapters
 from ..training.train import train as train_draft
-from ..training.widths import candidate_widths, shared_width, smallest_good
 from .job import Job
 
 SELECTION = "selection.jsonl"
@@ -218,7 +217,7 @@ def train_adapter(
     With `width` auto several widths are trained together, and the smallest good one is taken.
     """
     draft = shared.build(target, torch.float32)
-    if config.width_value is not None or not config.method_value.expert:
+    if config.width_value is not None or not config.method_value.reads("width"):
         trained = train_draft(
             target, draft, answers, heldout, config, k=k, base=base, checkpoints=checkpoints
         )
@@ -252,13 +251,10 @@ def as_adapter(
         stored_tensor = tensor.to(home.dtype) if tensor.is_floating_point() else tensor
         if home_of(name) != name or not torch.equal(stored_tensor, home):
             tensors[name] = stored_tensor
-    widened = {name.split(EXPERT)[0] for name in tensors if EXPERT in name}
     card = {
         "shared": str(shared.folder),
         "shared_hash": shared.hash(),
-        "shared_widths": {
-            name: shared.tensors[f"{name}.gate_proj.weight"].shape[0] for name in sorted(widened)
-        },
+        **{k: v for kind in every_kind() for k, v in kind.card(shared.tensors, tensors).items()},
         "adapter_hash": state_hash(tensors),
         "samples": len(answers),
         "config": asdict(config),
@@ -287,8 +283,8 @@ def save_fresh(folder: Path, draft: Draft, target: Target, record: TrainRecord) 
 
     An expert trained with it is left out: it belongs to the target, the draft is what is shared.
     """
-    detach(draft)
     made = stored(draft, target)
+    made = dataclasses.replace(made, tensors=without_adapters(made.tensors))
     made.provenance["train"] = record.lasting()
     write_text(folder / TRAINING, json.dumps(to_json(record), indent=2) + "\n")
     made.save(folder)

@@ -23,10 +23,10 @@ from ..core.console import Progress
 from ..core.errors import UserError
 from ..core.records import Answer, Prompt
 from ..drafts.base import Draft
+from ..losses.functions import Teacher, forward_kl
 from ..metrics.replay import BATCH_LOGITS, BATCH_TOKENS, replay
 from ..models.batching import collate, plan_once
 from ..models.target import Target
-from ..training.losses import Teacher, forward_kl
 from .scores import (
     cosine_shift,
     flatness,

@@ -1,6 +1,6 @@
-"""A member of joint training: one adapter in training, with its own draft, optimizer and state.
+"""An adapter run: one adapter in training, with its own draft, optimizer and state.
 
-What it shares with the others is the stream: the batches and what the target says of them.
+What it shares with the others is the stream: the batches and the target's output on them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.adapter import take
+from ..adapters.kind import Fitted, adapter_of, kinds_of
 from ..adapters.table import Method
-from ..adapters.vocabulary_remap import HEAD, Retargeted, extract
+from ..adapters.vocabulary_remap import HEAD, Remapped, extract
 from ..config import TrainConfig
 from ..core.errors import UserError
 from ..drafts.base import Draft
 from .checkpoint import TrainState
-from .closed_form import Fitted
 from .flops import Flops
 from .optimizer import peak_rate, schedule
 from .precision import autocast
@@ -38,8 +38,7 @@ class DivergedError(UserError):
 
 @dataclass
 class AdapterRun:
-    """`kept` are tensors of the adapter that were fitted before training and stay;
-    `first_vocab` is what the draft could say before it was remapped."""
+    """`kept` are tensors of the adapter that were fitted before training and stay."""
 
     draft: Draft
     method: Method
@@ -48,10 +47,9 @@ class AdapterRun:
     optimizer: torch.optim.Optimizer | None
     kept: dict[str, Tensor]
     planned: int
-    first_vocab: Tensor | None = None
-    remapped: Retargeted | None = None
+    remapped: Remapped | None = None
     hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
-    fitted: Fitted = field(default_factory=lambda: Fitted({}))
+    fitted: Fitted = field(default_factory=Fitted)
     diverged: bool = False
     state: TrainState = field(init=False)
     flops: Flops = field(default_factory=Flops)
@@ -65,14 +63,14 @@ class AdapterRun:
 
     def take(self) -> dict[str, Tensor]:
         taken = take(self.draft, self.method, kept=self.kept)
-        if self.first_vocab is not None:
-            taken |= extract(self.draft, self.first_vocab)
+        if self.remapped is not None:
+            taken |= extract(self.draft, self.remapped.original)
         return taken
 
     def trained_parameters(self) -> int:
         """Numbers that training moves; of a head whose new rows alone are trained, those."""
         count = sum(parameter.numel() for parameter in self.parameters)
-        if self.remapped is not None and not self.method.owns(HEAD):
+        if self.remapped is not None and adapter_of(HEAD, kinds_of(self.method)) is None:
             head = self.draft.get_parameter(HEAD)
             count -= (len(head) - len(self.remapped.added)) * head.shape[1]
         return count

@@ -77,7 +77,7 @@ def load_checkpoint(
 ) -> TrainState | None:
     """Restore parameters and optimizer in place; None when there is no checkpoint for `key`.
 
-    A damaged checkpoint is set aside, which is said, and counts as none.
+    A damaged checkpoint is set aside, which is reported, and counts as none.
     """
     path = folder / FILE
     if not path.is_file():
@@ -112,7 +112,7 @@ def load_checkpoint(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint says and holds. Raises one of several errors when it is damaged."""
+    """What a checkpoint holds. Raises one of several errors when it is damaged."""
     with safe_open(path, framework="pt") as stream:
         metadata = stream.metadata()
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import TrainConfig
 from ..drafts.base import Draft
-from .losses import LOSSES
+from ..losses.functions import LOSSES
 from .teacher_batch import TeacherBatch
 
 
@@ -55,7 +55,7 @@ def count_flops(teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig) 
         draft.logits(last[0])
 
     counts = [int((teacher_batch.offset_N >= 1 + j).sum()) for j in range(steps)]
-    reads = LOSSES[config.loss].reads
+    reads = LOSSES[config.loss].row.reads
     total = trained = 0.0
     for work, times in ((roll_out, 1), (one_label, sum(counts))):
         with _products_of_trained(draft) as products:

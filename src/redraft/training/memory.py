@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..drafts.base import Draft
+from ..losses.functions import LOSSES
+from ..losses.table import LABELS, OWN, WHOLE
 from ..models.target import Target
-from .losses import LABELS, LOSSES, OWN, WHOLE
 from .teacher_batch import HELD, VALUES
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def predict_peak(
 
     `batch_tokens` are those of the largest batch, whose rows have `longest` tokens and whose chains
     start at `first`. Activations: the target's features and one of its layers, then what the most
-    demanding member saves for its backward pass (counted on a short row) and one chunk of logits.
+    demanding run saves for its backward pass (counted on a short row) and one chunk of logits.
     """
     element = target.dtype.itemsize
     parameters = [p for m in runs for p in m.parameters]
@@ -94,13 +95,13 @@ def free_memory(device: torch.device) -> float:
 
 
 def _of_run(target: Target, run: AdapterRun, batch_tokens: int, longest: int, first: int) -> float:
-    """Bytes of a member's step: saved tensors, and one chunk of logits with its gradients."""
+    """Bytes of a run's step: saved tensors, and one chunk of logits with its gradients."""
     draft, config = run.draft, run.config
     steps = config.rollout if draft.feeds_back else 1
     saved = _saved_per_token(draft, steps)
     chained = (longest - first) / max(longest, 1)
     rolled = batch_tokens * (saved[0] + chained * sum(saved[1:]))
-    reads = LOSSES[config.loss].reads
+    reads = LOSSES[config.loss].row.reads
     columns = _columns(target, draft)
     read = target.vocab_size if reads == WHOLE else columns
     labels = max(round(batch_tokens * chained), 1)

@@ -1,34 +1,30 @@
-"""Whether a draft can be trained as asked: what can be said before the target has answered anything."""
+"""Whether a draft can be trained with these settings, checked before the target has answered anything."""
 
 from __future__ import annotations
 
 from ..adapters.adapter import check_carries
-from ..adapters.lora import check_rank, linear_layers
-from ..adapters.table import ADAPTERS, Method
-from ..adapters.vocabulary_remap import reduced_vocabulary
+from ..adapters.kind import Setup, load
+from ..adapters.table import VOCABULARY, Method
 from ..config import TrainConfig
 from ..core.errors import UserError
 from ..drafts.base import Draft
+from ..losses.functions import LOSSES
+from ..losses.table import TABLE as LOSS_TABLE
 from ..models.target import Target
 
 
 def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target | None) -> None:
-    """Raise UserError, saying what to change, for settings that this draft and target do not allow."""
+    """Raise UserError, with what to change, for settings that this draft and target do not allow."""
     method = config.method_value
-    check_carries(draft, method)
-    if method.lora:
-        check_rank(draft, linear_layers(draft, method), config.rank)
+    setup = Setup(rank=config.rank)
+    check_carries(draft, method, setup)
     if config.vocab == "remap":
-        reduced_vocabulary(draft)
-        if "weight-sync" in method.closed_form:
-            raise UserError(
-                "weight-sync renews the rows of the draft's head, and train.vocab remap exchanges them: "
-                "leave one of the two out"
-            )
-    if config.loss == "paper" and draft.aux_layers != (target.num_layers,):
+        load(VOCABULARY).check(draft, method, setup)
+    if LOSSES[config.loss].row.states and draft.aux_layers != (target.num_layers,):
         raise UserError(
-            "train.loss paper compares the draft's states with the target's last hidden ones, which "
-            f"a draft of kind {draft.kind} does not have; use kl, tv, lk or ce"
+            f"train.loss {config.loss} compares the draft's states with the target's last hidden ones, "
+            f"which a draft of kind {draft.kind} does not have; use "
+            f"{', '.join(row.name for row in LOSS_TABLE if not row.states)}"
         )
     if not config.epochs and not method.closed_form:
         raise UserError(
@@ -40,12 +36,11 @@ def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target |
 
 
 def _check_shares(method: Method, config: TrainConfig) -> None:
-    trained = [part for part in method.parts if not ADAPTERS[part].closed_form]
-    strangers = [part for part in config.lr_parts_value if part not in trained]
+    strangers = [name for name in config.lr_parts_value if name not in method.trained]
     if strangers:
         raise UserError(
             f"train.lr_parts names {', '.join(strangers)}, which method {method.name} does not train; "
-            f"it trains {', '.join(trained) or 'nothing'}"
+            f"it trains {', '.join(method.trained) or 'nothing'}"
         )
 
 

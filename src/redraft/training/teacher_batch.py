@@ -19,10 +19,11 @@ from ..config import TrainConfig
 from ..core.errors import UserError
 from ..core.rng import seeded
 from ..drafts.base import Draft
+from ..losses.functions import LOSSES, Teacher
+from ..losses.fused import Fused, fused_loss
+from ..losses.table import LABELS, OWN
 from ..models.batching import Batch
 from ..models.target import Target
-from .fused_loss import Fused, fused_loss
-from .losses import LABELS, LOSSES, OWN, Teacher
 
 VALUES = 1 << 24
 """Logits held at once, of the target and of a draft: labels are taken so many at a time (one at least)."""
@@ -179,10 +180,10 @@ def rollout_loss(
     weights = [config.step_decay**j for j in range(len(states))]
     merged = Fused(
         loss,
-        lambda labels: teacher_batch.teacher(draft, loss.reads, labels),
+        lambda labels: teacher_batch.teacher(draft, loss.row.reads, labels),
         draft.logits,
         weights,
-        rows_at_once(teacher_batch.width(draft, loss.reads)),
+        rows_at_once(teacher_batch.width(draft, loss.row.reads)),
     )
     weight = sum(w * len(s) for w, s in zip(weights, states, strict=True))
     return fused_loss(merged, states) / weight, len(teacher_batch.label_N)

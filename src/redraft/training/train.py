@@ -1,4 +1,4 @@
-"""Training adapters: one loop with explicit arguments, for one part or joint training of them.
+"""Training adapters: one loop with explicit arguments, for one adapter or several together.
 
 The target runs inside the loop and its features are streamed; next to stored ones (`stored_target.py`)
 they are read instead. Each draft is rolled
@@ -6,9 +6,9 @@ out over several steps on the true tokens and its own states, and each step's di
 pulled towards the target's. Batches, learning rates and evaluations are decided by step numbers,
 never by the clock, so that a resumed run ends where an uninterrupted one does.
 
-A joint training is several adapters of one shared draft on one stream of batches: the target reads each
-batch once, and every member takes its own step on it. Its members end as they would alone in the
-same precision.
+Multi-adapter training is several adapters of one shared draft on one stream of batches: the target
+reads each batch once, and every adapter run takes its own step on it. Each ends as it would alone in
+the same precision.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapters.adapter import declare, merged_parameters, prepare, put
+from ..adapters.kind import Setup, adapter_of, kinds_of
 from ..adapters.table import Method
-from ..adapters.vocabulary_remap import HEAD, Retargeted, remap, row_mask
+from ..adapters.vocabulary_remap import HEAD, Remapped, remap, row_mask
 from ..config import TrainConfig
 from ..core.console import Progress, say
 from ..core.errors import UserError
@@ -51,11 +52,10 @@ from .optimizer import make_optimizer
 from .precision import choose_precision
 from .preconditions import check_fits
 from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
-from .widths import resolve_width, shared_width
 
 CALIBRATION_BATCHES = 4
 STREAM = ("epochs", "batch_tokens", "evaluations", "precision", "seed")
-"""Settings that adapters of a joint training have in common."""
+"""Settings that adapters that train together have in common."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def train_adapters(
     base: Target | None = None,
     checkpoints: Path | None = None,
 ) -> list[Trained]:
-    """Train several adapters of one draft, which is left as it is, on one stream of batches.
+    """Train several adapters of one draft, which is left unchanged, on one stream of batches.
 
     Raises UserError for configurations that differ in how the stream is made (see STREAM).
     """
@@ -106,15 +106,14 @@ def train_adapters(
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:
             raise UserError(
-                f"joint training trains on one stream of batches, so {name} must be the same for all; got "
+                f"adapters that train together share one stream of batches, so {name} must be the same for all; got "
                 f"{', '.join(map(str, sorted(values)))}"
             )
     drafts = []
     for config in configs:
         method = config.method_value
-        altered = method.closed_form or config.vocab != "keep"
-        own = [n for n in draft.trainable_names() if altered or method.trains_in_place(n)]
-        own += ["embed_tokens.weight"] if method.closed_form else []
+        own = [name for kind in kinds_of(method) for name in kind.written(draft)]
+        own += draft.trainable_names() if config.vocab != "keep" else []
         drafts.append(draft.copy_sharing(own))
     return _train(target, drafts, answers, heldout, configs, k, base, checkpoints)
 
@@ -188,7 +187,7 @@ def _train(
 def _learn(
     run: AdapterRun, teacher_batch: TeacherBatch, precision: str, trained_together: int
 ) -> None:
-    """A step. A member of joint training that diverges ends where it was best; alone, that is an error."""
+    """A step. One of several runs that diverges ends where it was best; alone, that is an error."""
     try:
         run.learn(teacher_batch, precision)
     except DivergedError as problem:
@@ -199,7 +198,7 @@ def _learn(
 
 
 class _Stream:
-    """Batches in their order, and what the target says of each."""
+    """Batches in their order, and the target's output on each."""
 
     def __init__(
         self,
@@ -221,7 +220,7 @@ class _Stream:
 
     @functools.cached_property
     def first_teacher_batches(self) -> list[TeacherBatch]:
-        """What members look at before they train, read once for all."""
+        """What runs look at before they train, read once for all."""
         return [self.teacher_batch(at) for at in range(min(CALIBRATION_BATCHES, len(self.plan)))]
 
     def teacher_batch(self, at: int) -> TeacherBatch:
@@ -253,19 +252,11 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
             for _ in draft.rollout(batch.tokens_BT, teacher_batch.features_BTF, batch.first, steps):
                 pass
 
-    first = draft.draft_vocab if config.vocab == "remap" else None
-    trainable = prepare(
-        draft,
-        method,
-        width=_width(draft, config) if method.expert else 1,
-        rank=config.rank,
-        init=config.init,
-        seed=config.seed,
-        calibrate=calibrate,
-    )
+    setup = Setup(config.width_value, config.rank, config.init, config.seed, calibrate)
+    trainable = prepare(draft, method, setup)
     remapped = hook = None
-    if first is not None:
-        remapped, hook = _remap(stream, draft, method, len(first), trainable)
+    if config.vocab == "remap":
+        remapped, hook = _remap(stream, draft, method, trainable)
     fitted = fit_closed_form(
         stream.target, base, draft, method, config, stream.answers, stream.plan
     )
@@ -278,7 +269,6 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
         make_optimizer(trainable, method, config, draft) if trainable else None,
         {name: tensor for name, tensor in fitted.tensors.items() if name not in trained},
         len(stream.plan) if trainable and config.epochs else 0,
-        first,
         remapped,
         hook,
         fitted,
@@ -287,32 +277,21 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
     return run
 
 
-def _width(draft: Draft, config: TrainConfig) -> int:
-    width = config.width_value
-    if width is None:
-        raise UserError(
-            "train.width auto compares several experts next to one draft; name a width here, for "
-            "example 64"
-        )
-    return resolve_width(width, shared_width(draft))
-
-
 def _remap(
     stream: _Stream,
     draft: Draft,
     method: Method,
-    size: int,
     trainable: list[tuple[str, nn.Parameter]],
-) -> tuple[Retargeted, RemovableHandle | None]:
+) -> tuple[Remapped, RemovableHandle | None]:
     """Exchange tokens; new rows join `trainable`, and a hook holds the head's other rows in place."""
     found = remap(draft, stream.target, stream.answers)
     say(
-        f"vocabulary: {len(found.added)} of {size} tokens exchanged; the answers' share outside it "
+        f"vocabulary: {len(found.added)} of {len(found.original)} tokens exchanged; the answers' share outside it "
         f"{found.missed_before:.1%} -> {found.missed_after:.1%}"
     )
     if not found.changed:
         return found, None
-    if method.owns(HEAD):  # the head is another tensor now, and all of it trains
+    if adapter_of(HEAD, kinds_of(method)):  # the head is another tensor now, and all of it trains
         trainable[:] = declare(draft, method)
         return found, None
     head = draft.get_parameter(HEAD)
@@ -382,7 +361,7 @@ def _announce(
 
 
 def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
-    """Decided once, by the first member that trains: a resumed run computes as it began."""
+    """Decided once, by the first run that trains: a resumed run computes as it began."""
     training = [run for run in runs if run.planned]
     if not training:
         return "fp32"
@@ -405,7 +384,7 @@ def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
 def _evaluate(
     target: Target, runs: Sequence[AdapterRun], heldout: Sequence[Answer], k: int
 ) -> None:
-    """Held-out tau of each member; of its averaged weights too, of which the better counts."""
+    """Held-out tau of each run; of its averaged weights too, of which the better counts."""
 
     def taus(some: Sequence[AdapterRun]) -> list[float]:
         found = replay_each(target, [m.draft for m in some], heldout, k)

@@ -17,9 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from redraft.config import TrainConfig, resolve
 from redraft.core.errors import UserError
-from redraft.training.fused_loss import Fused, fused_loss
-from redraft.training.losses import LABELS, LOSSES, OWN, WHOLE, Teacher, forward_kl
+from redraft.losses.functions import LOSSES, Teacher, forward_kl, load
+from redraft.losses.fused import Fused, fused_loss
+from redraft.losses.table import LABELS, OWN, TABLE, WHOLE, LossRow
 
 N, V, H = 5, 7, 4
 REDUCED = torch.tensor([1, 2, 4, 6])
@@ -55,6 +57,25 @@ def case(vocab: Tensor | None, seed: int = 0) -> Case:
     labels[:2] = torch.tensor([0, 4])  # one that the reduced vocabulary lacks, one that it has
     drafted = V if vocab is None else len(vocab)
     return Case(normal(N, V), normal(N, drafted), labels, normal(N, H), normal(N, H), vocab)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_settings_offer_the_rows_and_an_unknown_loss_lists_them() -> None:
+    for row in TABLE:
+        assert resolve([("test", {"train.loss": row.name})]).config.train.loss == row.name
+    with pytest.raises(
+        UserError, match="train.loss must be one of kl, tv, lk, ce, paper; got 'mse'"
+    ):
+        resolve([("test", {"train.loss": "mse"})])
+    help = {f.name: f.metadata["help"] for f in dataclasses.fields(TrainConfig)}["loss"]
+    assert all(row.help in help for row in TABLE)
+
+
+def test_a_row_without_its_function_fails_with_its_name() -> None:
+    with pytest.raises(TypeError, match="loss 'mse': functions.py has no mean_squared_error"):
+        load(LossRow("mse", "mean squared error", "mean_squared_error", OWN))
 
 
 # -- the oracle: one token at a time, in floats ---------------------------------------------------
@@ -415,6 +436,7 @@ def test_no_tokens_cost_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["kl", "lk", "paper"])
 def test_the_fused_loss_under_autocast_has_the_same_gradients(name: str) -> None:
+    torch.manual_seed(0)
     target_head, head, first = torch.randn(V, H), torch.randn(V, H), torch.randn(H, H)
     hidden, start = torch.randn(N, H), torch.randn(N, H)
     labels = torch.zeros(N, dtype=torch.long)
@@ -424,14 +446,14 @@ def test_the_fused_loss_under_autocast_has_the_same_gradients(name: str) -> None
         weights, before = head.clone().requires_grad_(), first.clone().requires_grad_()
 
         def draft_logits(s: Tensor) -> Tensor:
-            return s @ merged.T
+            return s @ both.T
 
         def target_logits(part: slice) -> Tensor:
             with torch.autocast("cpu", enabled=False):
                 return hidden[part] @ target_head.T
 
         with torch.autocast("cpu", torch.bfloat16):
-            merged = weights @ before  # the chunks share what was computed before them
+            both = weights @ before  # the chunks share what was computed before them
             losses = []
             for _ in range(2):  # the second sees what the first left in autocast's cache
                 if is_merged:
@@ -477,7 +499,7 @@ def test_a_loss_reads_no_more_of_the_target_than_its_row_tells(
     name: str, vocab: Tensor | None
 ) -> None:
     c = case(vocab)
-    reads = LOSSES[name].reads
+    reads = LOSSES[name].row.reads
     own = c.target if vocab is None else c.target[:, vocab]
     less = {
         LABELS: Teacher.from_own_logits(own[:, :0], vocab, c.labels, c.features),
@@ -495,8 +517,8 @@ def test_a_loss_reads_no_more_of_the_target_than_its_row_tells(
 MEASURE = """
 import json, sys
 import torch
-from redraft.training.fused_loss import Merged, fused_loss
-from redraft.training.losses import LOSSES, Teacher
+from redraft.losses.functions import LOSSES, Teacher
+from redraft.losses.fused import Fused, fused_loss
 from redraft.training.memory import current_memory, peak_memory, restart_peak
 
 name, form, vocabulary, values = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -517,8 +539,8 @@ def measure(N, V, values):
     def target(part): return hidden[part] @ target_head.T
     def teacher(part):
         return Teacher.from_logits(target(part), None, labels[part], hidden[part])
-    if form == "merged":
-        loss = fused_loss(Merged(LOSSES[name], teacher, draft, [1.0], max(1, values // V)), [states])
+    if form == "fused":
+        loss = fused_loss(Fused(LOSSES[name], teacher, draft, [1.0], max(1, values // V)), [states])
     else:
         teacher = Teacher.from_logits(target(slice(None)), None, labels, hidden)
         loss = LOSSES[name](teacher, draft(states), states)

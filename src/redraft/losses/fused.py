@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .losses import Loss, Teacher
+from .functions import Loss, Teacher
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Losses, each named for what it computes, one row each (LOSSES). Sums over supervised tokens.
+"""What the losses of the table compute: sums over supervised tokens, which the caller divides once.
 
-The caller divides once. p is the target's distribution, q the draft's, which lives on the draft vocabulary only. `kl` is
-against p renormalised over that vocabulary. `tv` and `lk` are about acceptance, so what p puts
-outside it is lost and counts.
+p is the target's distribution, q the draft's, which covers the draft vocabulary only. `kl` is against p
+renormalised over that vocabulary. `tv` and `lk` are about acceptance, so p's mass outside it is lost
+and counts.
 
 Shapes: N supervised tokens, V target vocabulary, D draft vocabulary, H hidden size.
 """
@@ -17,16 +17,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from ..core.errors import UserError
+from .table import TABLE, LossRow
 
 LK_ETA = 3.0
 """How fast `lk` turns from KL to total variation as acceptance rises."""
 PAPER_KL = 0.1
 """Weight of the distributions next to the states in `paper`."""
-
-
-LABELS, OWN, WHOLE = "labels", "own", "whole"
-"""What a loss reads of the target: nothing but the answers' tokens, its distribution over the draft
-vocabulary alone, or that over its whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +118,11 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Loss:
-    """A row of the table: teacher, the draft's logits [N, D] and its states [N, H] to a sum over
-    tokens, and what it `reads` of the target (LABELS, OWN or WHOLE)."""
+    """A row of the table with its function: of the teacher, the draft's logits [N, D] and its states
+    [N, H], to a sum over tokens."""
 
+    row: LossRow
     compute: Callable[[Teacher, Tensor, Tensor | None], Tensor]
-    reads: str
 
     def __call__(
         self, teacher: Teacher, student_logits_ND: Tensor, student_states_NH: Tensor | None = None
@@ -167,7 +163,7 @@ def lk_blend(teacher: Teacher, student_logits_ND: Tensor, _: Tensor | None = Non
 def hard_cross_entropy(
     teacher: Teacher, student_logits_ND: Tensor, _: Tensor | None = None
 ) -> Tensor:
-    """Sum over tokens of -log q(answer's token); a token the draft does not speak adds nothing."""
+    """Sum over tokens of -log q(answer's token); a token outside the draft vocabulary adds nothing."""
     wide = student_logits_ND.to(teacher.p_ND.dtype)
     return cross_entropy(wide, teacher.label_N, ignore_index=-1, reduction="sum")
 
@@ -191,17 +187,8 @@ def features_and_kl(
     return distance + PAPER_KL * forward_kl(teacher, student_logits_ND)
 
 
-LOSSES: dict[str, Loss] = {
-    "kl": Loss(forward_kl, OWN),
-    "tv": Loss(total_variation, WHOLE),
-    "lk": Loss(lk_blend, WHOLE),
-    "ce": Loss(hard_cross_entropy, LABELS),
-    "paper": Loss(features_and_kl, OWN),
-}
-
-
 def _overlap(teacher: Teacher, student_logits_ND: Tensor) -> Tensor:
-    """alpha [N] = sum of min(p, q) over the draft vocabulary, p as it is over the target's whole."""
+    """alpha [N] = sum of min(p, q) over the draft vocabulary, p being over the target's whole."""
     assert teacher.kept_N is not None, "a loss about acceptance reads the whole vocabulary"
     q_ND = student_logits_ND.to(teacher.p_ND.dtype).softmax(-1)
     return torch.minimum(teacher.p_ND * teacher.kept_N[:, None], q_ND).sum(-1)
@@ -209,3 +196,13 @@ def _overlap(teacher: Teacher, student_logits_ND: Tensor) -> Tensor:
 
 def _wide(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def load(row: LossRow) -> Loss:
+    """A row with its function. Raises TypeError, naming the row, when there is none."""
+    if row.function not in globals():
+        raise TypeError(f"loss '{row.name}': functions.py has no {row.function}")
+    return Loss(row, globals()[row.function])
+
+
+LOSSES: dict[str, Loss] = {row.name: load(row) for row in TABLE}

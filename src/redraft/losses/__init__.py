@@ -1,0 +1,1 @@
+"""Losses, each named for what it computes."""
