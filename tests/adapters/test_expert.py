@@ -11,6 +11,7 @@ from redraft.adapters.expert import measure_activity, widenable
 from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.core.errors import UserError
+from redraft.drafts.kinds import kind_names
 from redraft.models.target import Target
 from tests.conftest import fresh_draft
 
