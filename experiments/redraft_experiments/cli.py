@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-from redraft.cli.flags import (
+from redraft.config import RegenerateConfig
+from redraft.core.console import set_quiet
+from redraft.core.errors import UserError, nearest
+
+from .flags import (
     AdapterFlag,
     DraftFlag,
     DtypeFlag,
@@ -22,9 +26,6 @@ from redraft.cli.flags import (
     load,
     print_json,
 )
-from redraft.config import RegenerateConfig
-from redraft.core.console import set_quiet
-from redraft.core.errors import UserError, nearest
 
 RecordFlag = Annotated[
     str | None,

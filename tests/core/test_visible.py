@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from redraft.cli import flags, generate
+from redraft.cli import examples, generate
 from redraft.cli import main as run_command
 from redraft.core import console as console_module
 from redraft.core.visible import visible
@@ -40,7 +40,7 @@ def test_pieces_are_as_safe_as_the_whole() -> None:
 
 def test_examples_and_reports(capsys: pytest.CaptureFixture[str]) -> None:
     sample = Scored("id" + EVIL, 1.0, 3, True)
-    flags.print_examples([Example("top", 1, sample, "ask " + EVIL, "say " + EVIL)])
+    examples.print_examples([Example("top", 1, sample, "ask " + EVIL, "say " + EVIL)])
     told = capsys.readouterr().err
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, highlight=False, width=200)

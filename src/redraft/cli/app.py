@@ -36,22 +36,83 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (
+STAGES_OF_ADAPT = ("regenerate", "select", "train", "measure", "safety", "export")
+add_command(
+    app,
     check.check,
+    help={"out": "keep the answers in this folder; run again to resume"},
+)
+add_command(
+    app,
     job.adapt,
+    settings=STAGES_OF_ADAPT,
+    flags_of=job.FLAGS_OF_ADAPT,
+    help={
+        "out": "run folder; run again to resume",
+        "answers": "prompts with answers (production logs), used unchanged",
+    },
+)
+add_command(
+    app,
     stages.regenerate,
+    settings=("regenerate",),
+    help={
+        "out": "answers file (JSONL); run again to resume",
+        "selection": "answer only the prompts that `select --by prompts` kept",
+    },
+)
+add_command(
+    app,
     stages.select,
+    settings=("select",),
+    help={
+        "out": "selection file (JSONL) to write",
+        "prompts": "with --by prompts: the file to choose from",
+        "target": "target model, for every score but random",
+        "draft": "the draft in use, for draft_loss and rejection",
+    },
+)
+add_command(
+    app,
     features.features,
+    help={"out": "folder to write; run again to resume", "draft": "store what this draft reads"},
+)
+add_command(
+    app,
     stages.train,
+    settings=("train",),
+    help={
+        "out": "folder of the adapter (of the draft with --method scratch)",
+        "draft": "the shared draft",
+        "aux_layers": "scratch without --draft: hs[] indices, e.g. 2,4,5",
+    },
+)
+add_command(
+    app,
     stages.measure,
-    drafts.inspect,
+    help={
+        "prompts": "prompts that the target answers first",
+        "answers": "or an answers file (of `regenerate --lookahead K`), scored unchanged",
+        "k": "draft tokens per step; auto: chosen from costs measured here",
+    },
+)
+add_command(app, drafts.inspect, help={"target": "also check that it fits this target"})
+add_command(
+    app,
     drafts.export,
-    engine.verify,
-    job.report,
-    env.env,
-):
-    app.command()(command)
-add_command(app, generate.generate)
+    help={
+        "out": "folder of the stock draft to write",
+        "target": "the target, where the draft has other vocabulary rows than it",
+    },
+)
+add_command(app, engine.verify)
+add_command(app, job.report)
+add_command(
+    app,
+    generate.generate,
+    help={"k": "draft tokens per step; auto: chosen from costs measured here"},
+)
+add_command(app, env.env)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(recipes.app, name="recipes")
 add_extensions(app)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -64,6 +65,21 @@ class MaybeTargetFlags:
 
 
 @dataclass(frozen=True)
+class FeatureFlags:
+    """Stored features in place of the target's layers."""
+
+    features: list[str] | None = None
+    feature_aux_layers: str | None = None
+    allow_pickle: bool = False
+
+    def load(self, models: TargetFlags) -> Any:
+        """The target: without its layers where there are stored features, else whole."""
+        if not self.features:
+            return models.load()
+        return load_beside(models, self.features, self.feature_aux_layers, self.allow_pickle)
+
+
+@dataclass(frozen=True)
 class SamplingFlags:
     """How tokens are drawn."""
 
@@ -94,6 +110,37 @@ class OutputFlags:
             print_json(content)
         else:
             typer.echo(text)
+
+
+def load_beside(
+    models: TargetFlags, folders: list[str], aux_layers: str | None, allow_pickle: bool
+) -> Any:
+    """The target without its layers, with stored features in their place."""
+    from ..features.layouts import open_features
+    from ..features.stored_target import load_stored_target
+
+    named = aux_layers_from(aux_layers)
+    rows = [open_features(Path(folder), named, unpickle=allow_pickle) for folder in folders]
+    return load_stored_target(
+        models.target,
+        rows,
+        adapter=models.target_adapter,
+        chat_template=models.chat_template,
+        template_args=template_args_from(models.template_arg),
+        dtype=models.dtype,
+    )
+
+
+def aux_layers_from(text: str | None) -> tuple[int, ...] | None:
+    """The numbers that --aux-layers names; none for ''."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(",") if text)
+    except ValueError:
+        raise UserError(
+            f"--aux-layers takes layer numbers, for example 2,4,5; got '{text}'"
+        ) from None
 
 
 def template_args_from(given: list[str] | None) -> dict[str, Any]:

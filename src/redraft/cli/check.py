@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from ..config import RegenerateConfig, resolve
-from ..core.console import set_quiet
+from ..config import MeasureConfig, RegenerateConfig, resolve
 from ..core.errors import UserError
-from .flags import (
-    AdapterFlag,
-    DtypeFlag,
-    EndpointModelFlag,
-    JsonFlag,
-    MinPFlag,
-    PromptsFlag,
-    QuietFlag,
-    TemperatureFlag,
-    TemplateArgFlag,
-    TemplateFlag,
-    TopKFlag,
-    TopPFlag,
-    load,
-    print_json,
-    template_args_from,
-)
+from .bundles import MaybeTargetFlags, OutputFlags, SamplingFlags, print_json, template_args_from
 
 if TYPE_CHECKING:
     from ..check.calibration_runs import CalibrationRun
@@ -37,82 +18,24 @@ OURS = "ours"
 
 
 def check(
-    prompts: PromptsFlag,
-    target: Annotated[
-        str | None, typer.Option("--target", help="target model: folder or Hub id")
-    ] = None,
-    draft: Annotated[
-        str | None, typer.Option("--draft", help="draft model: folder or Hub id")
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--endpoint",
-            help="a vLLM server that serves both, asked in place of the weights (key: $REDRAFT_API_KEY)",
-        ),
-    ] = None,
-    endpoint_model: EndpointModelFlag = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", help="what the target was tuned from: for retention, causes, the closed form"
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="requests served at a time")] = 1,
-    k: Annotated[int, typer.Option("--k", min=1, max=16, help="draft tokens per step")] = 4,
-    most: Annotated[
-        int, typer.Option("--most", min=1, help="most prompts answered; 16 where these suffice")
-    ] = 64,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=2, help="longest answer, in tokens")
-    ] = 128,
-    temperature: TemperatureFlag = 0.0,
-    top_k: TopKFlag = 0,
-    top_p: TopPFlag = 1.0,
-    min_p: MinPFlag = 0.0,
-    published: Annotated[
-        float | None,
-        typer.Option(
-            "--published", min=1.0, help="the draft's tau on its base, for retention without --base"
-        ),
-    ] = None,
-    worth: Annotated[
-        float,
-        typer.Option(
-            "--worth", min=0.0, help="the gain in speed from which adapting is worth it (0.1: 10 %)"
-        ),
-    ] = 0.1,
-    serve: Annotated[
-        int | None,
-        typer.Option(
-            "--serve", min=1, help="tokens that will be served: the least time in all decides"
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            help="adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]",
-        ),
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibration",
-            "--cases",
-            help="calibration runs of `bench case` or `bench triage`, in place of those that come with "
-            "redraft; repeatable, `ours` adds those",
-        ),
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", help="keep the answers here; run again to resume")
-    ] = None,
-    target_adapter: AdapterFlag = None,
-    chat_template: TemplateFlag = None,
-    template_arg: TemplateArgFlag = None,
-    dtype: DtypeFlag = "auto",
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
+    models: MaybeTargetFlags,
+    prompts: str,
+    drawn: SamplingFlags,
+    output: OutputFlags,
+    draft: str | None = None,
+    endpoint: str | None = None,
+    endpoint_model: str | None = None,
+    base: str | None = None,
+    batch: int = 1,
+    k: int = MeasureConfig.k,
+    most: int = 64,
+    max_new_tokens: int = 128,
+    published: float | None = None,
+    worth: float = 0.1,
+    serve: int | None = None,
+    method: str | None = None,
+    calibration: list[str] | None = None,
+    out: str | None = None,
 ) -> None:
     """Is adapting worth it? From a few prompts: retention, causes, speed, cost, a recommendation.
 
@@ -124,7 +47,6 @@ def check(
     Example: redraft check --target ./my-model --draft org/EAGLE3-base --base org/base
     --prompts prompts.jsonl --batch 4
     """
-    set_quiet(quiet)
     from ..check.check import check as run
     from ..check.screen import print_check, print_served
     from ..check.served import check_served
@@ -135,23 +57,23 @@ def check(
 
     known = _known_runs(calibration or [OURS])
     answering = RegenerateConfig(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        temperature=drawn.temperature,
+        top_k=drawn.top_k,
+        top_p=drawn.top_p,
+        min_p=drawn.min_p,
         max_new_tokens=max_new_tokens,
     )
     if endpoint:
         given: dict[str, object] = {
-            "--target": target,
+            "--target": models.target,
             "--draft": draft,
             "--base": base,
             "--serve": serve,
             "--method": method,
             "--out": out,
-            "--target-adapter": target_adapter,
-            "--chat-template": chat_template,
-            "--min-p": min_p or None,  # vLLM refuses it where it speculates
+            "--target-adapter": models.target_adapter,
+            "--chat-template": models.chat_template,
+            "--min-p": drawn.min_p or None,  # vLLM refuses it where it speculates
         }
         _refuse(given)
         served = check_served(
@@ -164,20 +86,21 @@ def check(
             published=published,
             model=endpoint_model,
             runs=known,
-            template_args=template_args_from(template_arg),
+            template_args=template_args_from(models.template_arg),
         )
-        if as_json:
+        if output.as_json:
             print_json(to_json(served))
         else:
             print_served(served)
         return
-    if target is None or draft is None:
+    named = models.named()
+    if named is None or draft is None:
         raise UserError(
             "name what is checked: --target and --draft (folders or Hub ids), or --endpoint URL of the server "
             "that serves them"
         )
     tried = resolve([("flag", {"train.method": method} if method else {})]).config.train
-    loaded = load(target, target_adapter, chat_template, dtype, template_arg)
+    loaded = named.load()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
         with writing(folder):
@@ -188,7 +111,7 @@ def check(
                 read_draft(draft),
                 prompts,
                 folder,
-                base=load(base, None, None, dtype) if base else None,
+                base=named.load_plain(base),
                 k=k,
                 rows=batch,
                 most=most,
@@ -199,7 +122,7 @@ def check(
                 runs=known,
                 method=tried.method,
             )
-    if as_json:
+    if output.as_json:
         print_json(to_json(found))
     else:
         print_check(found)

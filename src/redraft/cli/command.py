@@ -73,8 +73,8 @@ def add_command(
 ) -> None:
     """Register a command function (see above).
 
-    `settings` are stages whose settings the command uses; those of `flags_of` (default: the same) are
-    flags. `help` replaces the help of single flags where this command means something special.
+    `settings` are stages whose settings the command uses; those in `flags_of` (stages, or single
+    settings by dotted key; default: the same stages) are flags. `help` replaces the help of single flags where this command means something special.
     Raises KeyError for a parameter that is no flag.
     """
     wrapped = _with_flags(
@@ -101,7 +101,9 @@ def _with_flags(
         elif name != "config":
             parameters[name] = _flag(parameter, help)
     by_name = {
-        key.replace(".", "__"): key for key in stage_fields() if key.split(".")[0] in flags_of
+        key.replace(".", "__"): key
+        for key in stage_fields()
+        if {key, key.split(".")[0]} & set(flags_of)
     }
     parameters |= {name: _setting_flag(name, key) for name, key in by_name.items()}
     parameters |= {parameter.name: parameter for parameter in (_CONFIG, _ASSIGNMENTS)}

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 
-from ..core.console import say, set_quiet
+from ..config import MeasureConfig
+from ..core.console import say
 from ..core.errors import UserError
 from ..core.records import Acceptance, Prompt, to_json
 from ..core.report_record import AdaptReport
-from .flags import (
-    AdapterFlag,
-    DtypeFlag,
-    JsonFlag,
-    QuietFlag,
-    TemplateArgFlag,
-    TemplateFlag,
-    print_json,
-    template_args_from,
-)
+from .bundles import MaybeTargetFlags, OutputFlags, TargetFlags, print_json
 
 NOT_GOOD = 3
 """Exit code of a verification that went through and found the draft not fit to serve."""
@@ -41,6 +34,16 @@ class Run:
     k: int
     max_new_tokens: int
 
+    def target_of(self, models: MaybeTargetFlags) -> TargetFlags:
+        """Its target, loaded as the flags want it."""
+        adapter = models.target_adapter or self.adapter
+        return dataclasses.replace(
+            TargetFlags(self.target, adapter),
+            chat_template=models.chat_template,
+            template_arg=models.template_arg,
+            dtype=models.dtype,
+        )
+
     def prompts(self, limit: int) -> list[Prompt]:
         """The prompts its record was measured on."""
         from ..generation.answer_file import read_answers
@@ -50,57 +53,20 @@ class Run:
 
 
 def verify(
-    target: Annotated[
-        str | None, typer.Option("--target", help="target model: folder or Hub id")
-    ] = None,
-    draft: Annotated[
-        str | None, typer.Option("--draft", help="draft model: folder or Hub id")
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", help="JSONL file of prompts (.gz is fine)")
-    ] = None,
-    engine: Annotated[str, typer.Option("--engine", help="the serving engine: vllm")] = "vllm",
-    python: Annotated[
-        str | None,
-        typer.Option(
-            "--python", help="Python of the engine's environment (default: $REDRAFT_VLLM_PYTHON)"
-        ),
-    ] = None,
-    run: Annotated[
-        str | None,
-        typer.Option(
-            "--run",
-            help="run folder of `redraft adapt`: its record is compared, and its target, draft, "
-            "prompts and K are the defaults",
-        ),
-    ] = None,
-    k: Annotated[
-        int | None,
-        typer.Option("--k", min=1, max=16, help="draft tokens per step [default: the run's, or 4]"),
-    ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="use only the first N prompts")] = 32,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max-new-tokens", min=2, help="longest answer [default: the run's, or 128]"),
-    ] = None,
-    concurrency: Annotated[
-        str, typer.Option("--concurrency", help="requests at a time whose speed is measured")
-    ] = "1,4,16",
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="timed passes at each concurrency")
-    ] = 3,
-    port: Annotated[
-        int | None, typer.Option("--port", min=1, max=65535, help="port [default: a free one]")
-    ] = None,
-    start_timeout: Annotated[
-        float, typer.Option("--start-timeout", min=1, help="seconds the engine may take to start")
-    ] = 900.0,
-    target_adapter: AdapterFlag = None,
-    chat_template: TemplateFlag = None,
-    template_arg: TemplateArgFlag = None,
-    dtype: DtypeFlag = "auto",
-    as_json: JsonFlag = False,
-    quiet: QuietFlag = False,
+    models: MaybeTargetFlags,
+    output: OutputFlags,
+    draft: str | None = None,
+    prompts: str | None = None,
+    engine: str = "vllm",
+    python: str | None = None,
+    run: str | None = None,
+    k: int | None = None,
+    limit: int = 32,
+    max_new_tokens: int | None = None,
+    concurrency: str = "1,4,16",
+    repeats: int = 3,
+    port: int | None = None,
+    start_timeout: float = 900.0,
 ) -> None:
     """Try a draft in a real engine: same outputs, same tau as redraft counts, how fast.
 
@@ -108,42 +74,33 @@ def verify(
 
     Example: redraft verify --run run --python .venv-vllm/bin/python
     """
-    set_quiet(quiet)
     from ..serving.engines import engine_named
 
     row = engine_named(engine)
     levels = _levels(concurrency)
     finished = _read_run(run) if run else None
+    named = models.named()
     if finished:
-        target_adapter = target_adapter or (None if target else finished.adapter)
-        target, draft = target or finished.target, draft or finished.draft
-    if target is None or draft is None or not (prompts or finished):
+        named, draft = named or finished.target_of(models), draft or finished.draft
+    if named is None or draft is None or not (prompts or finished):
         raise UserError("name --target, --draft and --prompts, or a finished run with --run")
     from ..checkpoints.inspect import REFUSED, inspect_draft
     from ..checkpoints.load import read_draft
-    from ..models.loading import load_target
     from ..report.page import keep_verification
     from ..report.terminal import print_verification
     from ..serving.verify import Request
     from ..serving.verify import verify as work
 
     environment = row.find(python)
-    loaded = load_target(
-        target,
-        adapter=target_adapter,
-        chat_template=chat_template,
-        template_args=template_args_from(template_arg),
-        dtype=dtype,
-        device="cpu",
-    )
+    loaded = named.load(device="cpu")
     files = inspect_draft(draft, loaded)
     findings = [f.says for f in files.engines if f.engine == engine and f.level != "note"]
     if files.unreadable is not None or files.serves(engine) == REFUSED:
-        _refuse(files.unreadable or f"{engine} {REFUSED}", findings, as_json)
+        _refuse(files.unreadable or f"{engine} {REFUSED}", findings, output.as_json)
     request = Request(
         engine=row,
         logs=Path(run) / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
-        k=k or (finished.k if finished else 4),
+        k=k or (finished.k if finished else MeasureConfig.k),
         max_new_tokens=max_new_tokens or (finished.max_new_tokens if finished else 128),
         concurrencies=levels,
         repeats=repeats,
@@ -161,7 +118,7 @@ def verify(
     )
     if finished and draft == finished.draft:
         keep_verification(finished.folder, found)
-    if as_json:
+    if output.as_json:
         print_json(to_json(found))
     else:
         print_verification(found)

@@ -15,8 +15,8 @@ from .. import __version__
 from ..core.errors import UserError, as_sentence
 from ..core.visible import visible
 from ..serving.environment import VARIABLE, installed, interpreters
+from .bundles import OutputFlags
 from .extensions import GROUP
-from .flags import JsonFlag, finish
 
 PACKAGES = ("torch", "transformers", "safetensors", "peft", "accelerate", "numpy")
 VARIABLES = (
@@ -36,7 +36,7 @@ VARIABLES = (
 LLAMA_CPP = ("llama-server", "llama-cli")
 
 
-def env(as_json: JsonFlag = False) -> None:
+def env(output: OutputFlags) -> None:
     """Print versions, devices and engines, to be pasted into a bug report.
 
     Example: redraft env
@@ -55,7 +55,7 @@ def env(as_json: JsonFlag = False) -> None:
         "engines": _engines(),
         "variables": {name: bool(os.environ.get(name)) for name in VARIABLES},
     }
-    finish(as_json, _as_text(found), found)
+    output.finish(_as_text(found), found)
 
 
 def _version(package: str) -> str | None:

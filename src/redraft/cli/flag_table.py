@@ -36,13 +36,15 @@ FLAGS: dict[str, Flag] = {
     "target_adapter": Flag("PEFT adapter on top of the target", MODELS),
     "base": Flag("the model that the target was fine-tuned from: folder or Hub id", MODELS),
     "draft": Flag("draft model: folder or Hub id", MODELS),
-    "adapter": Flag("adapter to merge in", MODELS, old=("--private",)),
+    "adapter": Flag(
+        "adapter to merge in; without one only the layout changes", MODELS, old=("--private",)
+    ),
     "chat_template": Flag("Jinja file, where the tokenizer has none", MODELS),
     "template_arg": Flag(
         "variable for the chat template, e.g. enable_thinking=false; repeatable", MODELS
     ),
     "dtype": Flag("target's dtype: auto (as stored), float32, bfloat16, ...", MODELS),
-    "kind": Flag("kind of a new draft", MODELS),
+    "kind": Flag("kind of a new draft, see docs/formats.md", MODELS),
     "aux_layers": Flag(
         "hs[] indices of the target's layers, e.g. 2,14,25", MODELS, old=("--taps",)
     ),
@@ -80,6 +82,17 @@ FLAGS: dict[str, Flag] = {
         "take stored or captured features instead of running the target", DATA, "--from"
     ),
     "capture": Flag("address of a running vLLM that captures hidden states", DATA),
+    "endpoint": Flag(
+        "a vLLM server that serves both, asked in place of the weights (key: $REDRAFT_API_KEY)",
+        DATA,
+    ),
+    "endpoint_model": Flag("the target's name at the endpoint", DATA),
+    "calibration": Flag(
+        "calibration runs of `bench case` or `bench triage`, in place of those that come with redraft; "
+        "repeatable, `ours` adds those",
+        DATA,
+        old=("--cases",),
+    ),
     # decoding
     "k": Flag("draft tokens per step", SAMPLING),
     "temperature": Flag("sampling temperature; 0 is greedy", SAMPLING, low=0.0),
@@ -93,13 +106,45 @@ FLAGS: dict[str, Flag] = {
         "how the draft picks a token: deterministic, coupled (seeded), sampled (sampled)", SAMPLING
     ),
     "seed": Flag("seed of sampled answers", SAMPLING),
-    "max_new_tokens": Flag("longest answer, in tokens", SAMPLING, low=1),
+    "max_new_tokens": Flag("longest answer, in tokens", SAMPLING, low=2),
     "lookahead": Flag(
         "tokens kept past each answer's end, for replay at K", SAMPLING, old=("--overrun",), low=0
     ),
     "show_drafts": Flag("colour tokens by where they come from", OUTPUT),
     "turns": Flag("of a conversation: all user turns, or the last", DATA),
+    # this run
+    "run": Flag(
+        "run folder of `redraft adapt`: its record is compared, and its target, draft, prompts and K are "
+        "the defaults"
+    ),
+    "folder": Flag("run folder of `redraft adapt`", argument=True),
+    "mode": Flag("replay (exact, batched), expected (over sampled draft tokens), or live"),
+    "batch": Flag("requests served at a time", low=1),
+    "most": Flag("most prompts answered; 16 where these suffice", low=1),
+    "published": Flag("the draft's tau on its base, for retention without --base", low=1.0),
+    "worth": Flag("the gain in speed from which adapting is worth it (0.1: 10 %)", low=0.0),
+    "serve": Flag("tokens that will be served: the least time in all decides", low=1),
+    "method": Flag(
+        "adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]"
+    ),
+    "engine": Flag("the serving engine: vllm"),
+    "python": Flag("Python of the engine's environment (default: $REDRAFT_VLLM_PYTHON)"),
+    "concurrency": Flag("requests at a time whose speed is measured"),
+    "repeats": Flag("timed passes at each concurrency", low=1),
+    "port": Flag("port [default: a free one]", low=1, high=65535),
+    "start_timeout": Flag("seconds the engine may take to start", low=1),
+    "check": Flag("check stored features: every checksum, some rows' states"),
+    "batch_tokens": Flag("tokens that the target reads at a time", low=1),
+    "verify": Flag("read the folder back by a second reader, compare logits"),
     # output
+    "examples": Flag("print samples from the top, the middle, the bottom", OUTPUT, "--explain"),
+    "save_ids": Flag("write the rendered prompts as a JSON list of id lists", OUTPUT),
+    "layout": Flag("layout to write: redraft, speculators or specforge", OUTPUT),
+    "max_gb": Flag("refuse to write more than this", OUTPUT, low=0.0),
+    "shard_mb": Flag("largest shard of a store; four times this is held", OUTPUT, low=1),
+    "format": Flag("auto (the kind's own for vLLM) or one of docs/formats.md", OUTPUT),
+    "tp": Flag("tensor-parallel sizes to pad the FFN for, e.g. 1,2,4,8", OUTPUT),
+    "push_to_hub": Flag("also upload to this Hub id, privately", OUTPUT),
     "out": Flag("what to write; run again to resume", OUTPUT),
     "as_json": Flag("print one JSON object on stdout", OUTPUT, "--json"),
     "quiet": Flag("no progress on stderr", OUTPUT, "--quiet", old=("-q",)),

@@ -10,13 +10,20 @@ import typer
 from ..config import read_yaml, recipe_names, recipe_path
 from ..core.errors import UserError
 from ..core.files import write_text
-from .flags import JsonFlag, print_json
+from .bundles import print_json
+from .command import Group
+from .flag_table import FLAGS
 
-app = typer.Typer(invoke_without_command=True, help="List the named recipes, or copy one.")
+app = typer.Typer(
+    cls=Group, invoke_without_command=True, help="List the named recipes, or copy one."
+)
 
 
 @app.callback()
-def recipes_list(ctx: typer.Context, as_json: JsonFlag = False) -> None:
+def recipes_list(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help=FLAGS["as_json"].help)] = False,
+) -> None:
     """Recipes are YAML files of settings: redraft adapt --config NAME. Example: redraft recipes"""
     if ctx.invoked_subcommand is not None:
         return
