@@ -340,7 +340,7 @@ def test_tap_ids_that_name_the_default_layers_are_harmless_for_a_known_target(
     LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target, aux_layers=aux_layers))
     assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "serves another function"
     known = inspect_draft(str(tmp_path / "d"), target)
-    assert (known.serves("vllm") == "serves it as it is") == harmless
+    assert (known.serves("vllm") == "serves it unchanged") == harmless
     edit(tmp_path / "d", eagle_aux_hidden_state_layer_ids=[1, 3, 4])
     assert inspect_draft(str(tmp_path / "d"), target).serves("vllm") == "serves another function"
 
@@ -364,7 +364,7 @@ def test_architectures_that_vllm_registers(
     edit(tmp_path / "d", architectures=[name], model_type=model_type)
     found = inspect_draft(str(tmp_path / "d"))
     assert found.unreadable is None
-    assert found.serves("vllm") == "serves it as it is"
+    assert found.serves("vllm") == "serves it unchanged"
     assert found.serves("sglang") == "does not load it"
 
 
@@ -387,7 +387,7 @@ def test_latent_attention_is_refused_by_name_and_not_judged(
 def test_what_redraft_cannot_read_it_does_not_vouch_for(target: Target, tmp_path: Path) -> None:
     LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
     edit(tmp_path / "d", eagle_config=...)
-    assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "serves it as it is"
+    assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "serves it unchanged"
     retensor(tmp_path / "d", norm__weight=torch.full((32,), float("nan")))
     assert inspect_draft(str(tmp_path / "d")).serves("vllm") == "is not known to redraft's rules"
 
@@ -399,7 +399,7 @@ def test_a_good_export_has_no_finding_for_its_engine(
     stored(fresh_draft(target, kind=kind), target).save(tmp_path / "d")
     found = inspect_draft(str(tmp_path / "d"), target)
     assert found.unreadable is None
-    assert found.serves("vllm") == "serves it as it is"
+    assert found.serves("vllm") == "serves it unchanged"
     assert json.loads(json.dumps(to_json(found)))["kind"] == kind
 
 

@@ -149,7 +149,7 @@ def test_engines_do_not_care_for_the_order(pair: Callable[..., tuple[Path, Path]
     found = inspect_draft(str(other))
     assert found.unreadable is None
     for engine in ("vllm", "sglang", "llama.cpp"):
-        assert found.serves(engine) == "serves it as it is", found.engines
+        assert found.serves(engine) == "serves it unchanged", found.engines
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -162,7 +162,7 @@ def test_an_identity_is_dropped(target: Target, tmp_path: Path, mask: bool) -> N
     assert not {"d2t", "t2d"} & set(back.tensors)
     assert back.build(target).draft_vocab is None
     back.save(tmp_path / "out")
-    assert inspect_draft(str(tmp_path / "out")).serves("vllm") == "serves it as it is"
+    assert inspect_draft(str(tmp_path / "out")).serves("vllm") == "serves it unchanged"
 
 
 @pytest.mark.parametrize(

@@ -197,9 +197,9 @@ def test_the_layers_in_the_file_count(folder: Path, tmp_path: Path, layers: Any)
     found = read_draft(str(folder))
     assert found.config == expected.config
     found.save(tmp_path / "out")
-    assert inspect_draft(str(tmp_path / "out")).serves("vllm") == "serves it as it is"
+    assert inspect_draft(str(tmp_path / "out")).serves("vllm") == "serves it unchanged"
     edit(tmp_path / "out", num_hidden_layers=layers)
-    assert inspect_draft(str(tmp_path / "out")).serves("vllm") != "serves it as it is"
+    assert inspect_draft(str(tmp_path / "out")).serves("vllm") != "serves it unchanged"
 
 
 def test_heads_need_not_share_the_hidden_size(target: Target, tmp_path: Path) -> None:

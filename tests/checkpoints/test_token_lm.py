@@ -102,7 +102,7 @@ def test_one_made_in_memory_is_saved_with_the_targets_tokenizer(
     assert (tmp_path / "d" / "tokenizer.json").is_file()
     found = inspect_draft(str(tmp_path / "d"), target)
     assert (found.kind, found.layout, found.unreadable) == ("token_lm", "hf", None)
-    assert found.serves("vllm") == found.serves("sglang") == "serves it as it is"
+    assert found.serves("vllm") == found.serves("sglang") == "serves it unchanged"
 
 
 def test_transformers_takes_it_as_assistant(target: Target, folder: Path, tmp_path: Path) -> None:
@@ -231,14 +231,14 @@ def test_padding_the_vocabulary(target: Target, folder: Path, tmp_path: Path) ->
     assert found.unreadable is None
     for engine in ("vllm", "sglang", "transformers"):
         assert found.serves(engine) == "does not load it", engine
-    assert found.serves("llama.cpp") == "serves it as it is"
+    assert found.serves("llama.cpp") == "serves it unchanged"
     said = [f.says for f in found.engines if f.engine == "vllm"]
     assert f"needs a vocab_size equal to the target's {V + 40}, here it is {V}" in said[0]
     alone = inspect_draft(str(folder))
     assert [f.level for f in alone.engines] == ["note"] * 4
     narrow = read_draft(str(folder))
     narrow.with_vocabulary(V + 40).save(tmp_path / "padded")
-    assert inspect_draft(str(tmp_path / "padded"), wide).serves("vllm") == "serves it as it is"
+    assert inspect_draft(str(tmp_path / "padded"), wide).serves("vllm") == "serves it unchanged"
     padded, plain = load_draft(str(tmp_path / "padded"), wide), narrow.build(wide)
     assert padded.draft_vocab is None
     assert plain.draft_vocab is not None

@@ -98,7 +98,7 @@ def test_surplus_rows_are_cut(
     back.save(tmp_path / "out")
     found = inspect_draft(str(tmp_path / "out"), target)
     assert found.unreadable is None
-    assert found.serves("vllm") == "serves it as it is", found.engines
+    assert found.serves("vllm") == "serves it unchanged", found.engines
 
 
 @pytest.mark.parametrize(("kind", "own"), KINDS)
@@ -123,7 +123,7 @@ def test_missing_rows_are_never_proposed(
         assert torch.equal(rows[-MORE:], padded.embedding_VH[-MORE:])
     fitted.save(tmp_path / "out")
     assert read_draft(str(tmp_path / "out")).fitted(padded).hash() == fitted.hash()
-    assert inspect_draft(str(tmp_path / "out"), padded).serves("vllm") == "serves it as it is"
+    assert inspect_draft(str(tmp_path / "out"), padded).serves("vllm") == "serves it unchanged"
 
 
 def test_tokens_past_the_targets_rows_are_dropped_from_a_map(target: Target, made: Any) -> None:
@@ -188,7 +188,7 @@ def test_inspect_and_export_with_a_target(target: Target, made: Any, tmp_path: P
     export = ["export", "--draft", str(folder), "--target", str(target.sources[0]), "-q"]
     done = CliRunner().invoke(app, [*export, "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert inspect_draft(str(tmp_path / "out"), target).serves("vllm") == "serves it as it is"
+    assert inspect_draft(str(tmp_path / "out"), target).serves("vllm") == "serves it unchanged"
 
 
 def with_shape(draft: StoredDraft, target: Target) -> Any:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from redraft.cli import examples, generate
+from redraft.cli import examples
 from redraft.cli import main as run_command
+from redraft.cli.bundles import TargetFlags
 from redraft.core import console as console_module
 from redraft.core.visible import visible
 from redraft.decoding.speculative import Step
@@ -65,7 +66,7 @@ def test_generated_text(
             yield Step([0], [len(part) - 1], [part], [ended], len(part) - 1, *[torch.zeros(1)] * 2)
 
     monkeypatch.setattr("redraft.decoding.speculative.speculate", steps)
-    monkeypatch.setattr(generate, "load", lambda *arguments: target)
+    monkeypatch.setattr(TargetFlags, "load", lambda *arguments: target)
     monkeypatch.setattr("redraft.checkpoints.load.load_draft", lambda *arguments: None)
     command = ["redraft", "generate", "--target", "T", "--draft", "D", "--prompt", "x", "--k", "2"]
     monkeypatch.setattr("sys.argv", command)

@@ -24,7 +24,7 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.faults.crashes import WRITES, Bomb, Crash, armed
 
-TAPS = (2, 4, 5)
+AUX_LAYERS = (2, 4, 5)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def store(target: Target, answers: list[Answer], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("features") / "store"
-    write_features(target, answers, TAPS, plan(out))
+    write_features(target, answers, AUX_LAYERS, plan(out))
     return out
 
 
@@ -58,7 +58,7 @@ def test_the_size_is_predicted_within_a_few_percent(
     target_folder: Path, answers: list[Answer], tmp_path: Path, layout: str, dtype: str
 ) -> None:
     target = load_target(str(target_folder), dtype=dtype)
-    done = write_features(target, answers, TAPS, plan(tmp_path, layout))
+    done = write_features(target, answers, AUX_LAYERS, plan(tmp_path, layout))
     small = ("manifest.json", "about.json", "witness.safetensors", "redraft-features.json")
     actual = sum(len(c) for n, c in contents(tmp_path).items() if n not in small)
     assert done.predicted == pytest.approx(actual, rel=0.03)
@@ -70,12 +70,12 @@ def test_too_much_is_refused_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr(features_module, "read_states", None)
     with pytest.raises(UserError, match=r"take about 0.00\d GB, more than --max-gb 0.0005; store"):
-        write_features(target, answers, TAPS, plan(tmp_path / "a", max_gb=0.0005))
+        write_features(target, answers, AUX_LAYERS, plan(tmp_path / "a", max_gb=0.0005))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 20_100_000))
     with pytest.raises(
         UserError, match=r"need about 0.00\d GB more, and the disk of .* 0.000 GB to"
     ):
-        write_features(target, answers, TAPS, plan(tmp_path / "b"))
+        write_features(target, answers, AUX_LAYERS, plan(tmp_path / "b"))
     for refused in ("a", "b"):  # so that the folder is free for less
         assert list((tmp_path / refused).glob("[!.]*")) == []
 
@@ -89,10 +89,10 @@ def test_what_is_there_already_needs_no_room(
 ) -> None:
     out = Path(shutil.copytree(store, tmp_path / "s"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 20_100_000))
-    write_features(target, answers, TAPS, plan(out))
+    write_features(target, answers, AUX_LAYERS, plan(out))
     (out / "shard-00001.safetensors").unlink()
     with pytest.raises(UserError, match="need about 0.000 GB more"):
-        write_features(target, answers, TAPS, plan(out))
+        write_features(target, answers, AUX_LAYERS, plan(out))
 
 
 # -- resuming --------------------------------------------------------------------------------------
@@ -102,14 +102,14 @@ def test_what_is_there_already_needs_no_room(
 def test_a_crash_anywhere_resumes_to_the_same_bytes(
     target: Target, answers: list[Answer], tmp_path: Path, layout: str
 ) -> None:
-    write_features(target, answers[:5], TAPS, plan(tmp_path / "whole", layout))
+    write_features(target, answers[:5], AUX_LAYERS, plan(tmp_path / "whole", layout))
     expected = contents(tmp_path / "whole")
     hits = []
     for after in range(200):
         out = tmp_path / f"{after}"
         with armed(bomb := Bomb(after)):
             try:
-                write_features(target, answers[:5], TAPS, plan(out, layout))
+                write_features(target, answers[:5], AUX_LAYERS, plan(out, layout))
             except Crash:
                 hits.append(bomb.hit)
         if not bomb.hit:
@@ -117,7 +117,7 @@ def test_a_crash_anywhere_resumes_to_the_same_bytes(
         if layout == "redraft" and not (out / "manifest.json").is_file():
             with pytest.raises(UserError, match="expected features|no manifest.json"):
                 open_features(out)
-        write_features(target, answers[:5], TAPS, plan(out, layout))
+        write_features(target, answers[:5], AUX_LAYERS, plan(out, layout))
         left = {n: c for n, c in contents(out).items() if not n.endswith(".tmp")}
         assert left == expected, bomb.hit
         shutil.rmtree(out)
@@ -137,8 +137,8 @@ def test_a_full_disk_is_one_sentence_and_resumes(
         armed(bomb),
         pytest.raises(UserError, match="No space left on device; everything finished"),
     ):
-        write_features(target, answers, TAPS, plan(tmp_path / "s"))
-    write_features(target, answers, TAPS, plan(tmp_path / "s"))
+        write_features(target, answers, AUX_LAYERS, plan(tmp_path / "s"))
+    write_features(target, answers, AUX_LAYERS, plan(tmp_path / "s"))
     assert contents(tmp_path / "s") == contents(store)
 
 
@@ -160,7 +160,7 @@ def test_only_missing_shards_are_written_again(
         return honest(*args)
 
     monkeypatch.setattr(features_module, "read_states", counted)
-    write_features(target, answers, TAPS, plan(out))
+    write_features(target, answers, AUX_LAYERS, plan(out))
     assert (
         0
         < len(read)
@@ -173,7 +173,7 @@ def test_only_missing_shards_are_written_again(
     }
     assert list(FeatureStore(out).check())
     read.clear()
-    write_features(target, answers, TAPS, plan(out))
+    write_features(target, answers, AUX_LAYERS, plan(out))
     assert read == []
 
 
@@ -186,7 +186,7 @@ def test_another_job_is_not_continued(
         write_features(target, answers[:3], (2, 3, 4), plan(store))
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"holds other files .notes.txt.; name an empty folder"):
-        write_features(target, answers, TAPS, plan(tmp_path))
+        write_features(target, answers, AUX_LAYERS, plan(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_mistakes_are_named(
 ) -> None:
     layout, some = ("parquet", answers) if what == "layout" else ("redraft", [])
     with pytest.raises(UserError, match=message):
-        write_features(target, some, TAPS, plan(tmp_path / "x", layout))
+        write_features(target, some, AUX_LAYERS, plan(tmp_path / "x", layout))
 
 
 # -- from one layout to another --------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_layouts_go_there_and_back(
     source = open_features(store)
     convert_features(beside, source, None, plan(tmp_path / "there", layout), beside.normed)
     direct = tmp_path / "direct"
-    write_features(target, answers, TAPS, plan(direct, layout))
+    write_features(target, answers, AUX_LAYERS, plan(direct, layout))
     there = open_features(tmp_path / "there", unpickle=True)
     for row in range(len(answers)):
         own = open_features(direct, unpickle=True).states(row)
@@ -239,7 +239,7 @@ def test_layouts_go_there_and_back(
 def test_a_norm_cannot_be_undone(
     target: Target, beside: StoredTarget, answers: list[Answer], tmp_path: Path
 ) -> None:
-    write_features(target, answers[:2], TAPS, plan(tmp_path / "f", "specforge"))
+    write_features(target, answers[:2], AUX_LAYERS, plan(tmp_path / "f", "specforge"))
     source = open_features(tmp_path / "f", unpickle=True)
     with pytest.raises(UserError, match="a norm cannot be undone; write them from the target"):
         convert_features(beside, source, None, plan(tmp_path / "s", "speculators"), beside.normed)
@@ -261,7 +261,7 @@ def test_comparing_with_the_target_sees_other_taps(
     target: Target, answers: list[Answer], store: Path, tmp_path: Path
 ) -> None:
     assert max(compare_features(target, open_features(store)).values()) < 1e-5
-    write_features(target, answers[:3], TAPS, plan(tmp_path / "s", "speculators"))
+    write_features(target, answers[:3], AUX_LAYERS, plan(tmp_path / "s", "speculators"))
     apart = compare_features(target, open_features(tmp_path / "s", (3, 5, 6)))
     assert list(apart) == ["hs[3]", "hs[5]", "hs[6]", "last"]
     assert min(list(apart.values())[:3]) > 0.1

@@ -40,7 +40,7 @@ from redraft.training.teacher_batch import read_teacher_batch
 from redraft.training.train import train
 from tests.conftest import FAMILIES, SHAPE, fresh_draft, make_tokenizer, save_target
 
-TAPS = (2, 4, 5)
+AUX_LAYERS = (2, 4, 5)
 V = len(make_tokenizer())
 OTHERS: dict[str, Any] = {  # what they do after their layers, and what they call them, differs
     "gemma2": Gemma2Config(vocab_size=V, head_dim=8, final_logit_softcapping=5.0, **SHAPE),
@@ -84,7 +84,7 @@ def written(
     layout: str = "redraft",
     batch_tokens: int = 16,
 ) -> Path:
-    write_features(target, answers, TAPS, Plan(out, layout, batch_tokens=batch_tokens))
+    write_features(target, answers, AUX_LAYERS, Plan(out, layout, batch_tokens=batch_tokens))
     return out
 
 
@@ -110,14 +110,14 @@ def test_every_family_reads_as_with_its_layers(family: str, tmp_path: Path) -> N
     folder = save_target(tmp_path / "target", config)
     target = load_target(str(folder))
     rows = [Answer("a", (5, 9, 40), (41, 42, 7), 3, "length"), Answer("b", (9, 8), (7,), 1, "stop")]
-    write_features(target, rows, TAPS, Plan(tmp_path / "store", batch_tokens=1))
+    write_features(target, rows, AUX_LAYERS, Plan(tmp_path / "store", batch_tokens=1))
     beside = load_stored_target(str(folder), [open_features(tmp_path / "store")])
     kept, whole = (sum(p.numel() for p in t.model.parameters()) for t in (beside, target))
     assert kept < whole
     assert (beside.num_layers, beside.vocab_size) == (8, target.vocab_size)
     for row in rows:
         tokens = torch.tensor([[*row.prompt, *row.tokens]])
-        aux_layers = (*TAPS, target.num_layers)
+        aux_layers = (*AUX_LAYERS, target.num_layers)
         for keep in (0, 2):
             own, stored = (t.read(tokens, aux_layers, keep=keep) for t in (target, beside))
             assert torch.equal(stored.logits_BTV, own.logits_BTV)
@@ -360,7 +360,7 @@ def test_an_adapter_of_layers_needs_no_layers(
     rows = [open_features(written(target, answers[:3], tmp_path / "s"))]
     beside = load_stored_target(str(target_folder), rows, adapter=adapter)
     tokens = torch.tensor([[*answers[1].prompt, *answers[1].tokens]])
-    own, stored = (t.read(tokens, TAPS) for t in (target, beside))
+    own, stored = (t.read(tokens, AUX_LAYERS) for t in (target, beside))
     assert torch.equal(stored.logits_BTV, own.logits_BTV)
     assert torch.equal(stored.features_BTF, own.features_BTF)
     with pytest.raises(UserError, match="another model"):

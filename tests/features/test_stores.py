@@ -27,7 +27,7 @@ from redraft.models.final_norm import find_final_norm
 from redraft.models.target import Target
 from tests.conftest import make_tokenizer
 
-TAPS = (2, 4, 5)
+AUX_LAYERS = (2, 4, 5)
 LAYOUTS = ("redraft", "speculators", "specforge")
 CAPTURE = Path(__file__).parent / "vllm_capture.safetensors"
 
@@ -39,7 +39,7 @@ def stores(
     root = tmp_path_factory.mktemp("features")
     for layout in LAYOUTS:
         plan = Plan(root / layout, layout, shard_mb=0.2, batch_tokens=128)
-        write_features(target, answers, TAPS, plan)
+        write_features(target, answers, AUX_LAYERS, plan)
     return {layout: root / layout for layout in LAYOUTS}
 
 
@@ -56,17 +56,23 @@ def test_states_read_back_are_the_targets(
     stores: dict[str, Path], layout: str, target: Target, answers: list[Answer]
 ) -> None:
     rows = opened(stores, layout)
-    assert (rows.layout, rows.aux_layers, rows.pre_norm) == (layout, TAPS, layout != "specforge")
+    assert (rows.layout, rows.aux_layers, rows.pre_norm) == (
+        layout,
+        AUX_LAYERS,
+        layout != "specforge",
+    )
     norm = find_final_norm(target)
     for answer in answers:
         tokens = row_tokens(answer)
         row, length = rows.index.find(tokens)
         assert length == len(tokens)
         states = rows.states(row)
-        own = read_states(target, norm, torch.from_numpy(tokens)[None], TAPS, rows.pre_norm)[0]
+        own = read_states(target, norm, torch.from_numpy(tokens)[None], AUX_LAYERS, rows.pre_norm)[
+            0
+        ]
         assert torch.allclose(states, own, rtol=1e-5, atol=1e-5)
         # Each column by what it is called, the last one before or after the norm.
-        said = target.read(torch.from_numpy(tokens)[None], (*TAPS, target.num_layers))
+        said = target.read(torch.from_numpy(tokens)[None], (*AUX_LAYERS, target.num_layers))
         hs2, hs4, hs5, last = said.features_BTF[0].unflatten(-1, (4, -1)).unbind(1)
         assert torch.allclose(states[:, :3], torch.stack([hs2, hs4, hs5], 1), atol=1e-5)
         post = norm(states[:, 3]) if rows.pre_norm else states[:, 3]
@@ -106,7 +112,7 @@ def test_layer_ids_of_vllm_are_hs_and_its_last_state_is_before_the_norm(tmp_path
         parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.15 * noise)
     captured = Target(model, make_tokenizer(), ["captured"])
     shutil.copy(CAPTURE, tmp_path / "cmpl-0.safetensors")
-    rows = SpeculatorsRows(tmp_path, TAPS)
+    rows = SpeculatorsRows(tmp_path, AUX_LAYERS)
     tokens = torch.from_numpy(rows.tokens[0])[None]
 
     def apart(aux_layers: tuple[int, ...], pre_norm: bool) -> list[float]:
@@ -114,11 +120,11 @@ def test_layer_ids_of_vllm_are_hs_and_its_last_state_is_before_the_norm(tmp_path
         stored = rows.states(0)
         return ((stored - own).norm(dim=(0, 2)) / own.norm(dim=(0, 2))).tolist()
 
-    assert max(apart(TAPS, True)) < 1e-5
+    assert max(apart(AUX_LAYERS, True)) < 1e-5
     shifted = apart((3, 5, 6), True)  # SGLang's numbering
     assert min(shifted[:3]) > 0.1
     assert shifted[3] < 1e-5
-    assert apart(TAPS, False)[3] > 0.1  # the last state taken for the one after the norm
+    assert apart(AUX_LAYERS, False)[3] > 0.1  # the last state taken for the one after the norm
 
 
 # -- looking rows up -------------------------------------------------------------------------------
@@ -293,14 +299,14 @@ def test_foreign_files_do_not_say_their_layers(stores: dict[str, Path], tmp_path
             open_features(folder)
         with pytest.raises(UserError, match=complaint):
             open_features(folder, (2, 4), unpickle=True)
-        assert open_features(folder, TAPS, unpickle=True).aux_layers == TAPS
+        assert open_features(folder, AUX_LAYERS, unpickle=True).aux_layers == AUX_LAYERS
 
 
 def test_a_capture_without_a_dataset_needs_answers(stores: dict[str, Path], tmp_path: Path) -> None:
     own = load_file(stores["speculators"] / "hidden_states" / "hs_3.safetensors")
     save_file(own, tmp_path / "cmpl-17-0.safetensors")
     (tmp_path / "cmpl-17-0.safetensors.lock").touch()
-    rows = open_features(tmp_path, TAPS)
+    rows = open_features(tmp_path, AUX_LAYERS)
     assert torch.equal(rows.states(0), own["hidden_states"])
     with pytest.raises(UserError, match=r"has no dataset.*name the answers.*with --answers"):
         rows.answers()
@@ -313,7 +319,7 @@ def test_the_dataset_needs_pyarrow(
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"needs pyarrow: pip install 'redraft\[parquet\]'"):
-        write_features(target, answers, TAPS, Plan(tmp_path / "s", "speculators"))
+        write_features(target, answers, AUX_LAYERS, Plan(tmp_path / "s", "speculators"))
 
 
 def test_a_damaged_capture_is_named(stores: dict[str, Path], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from redraft.models.target import Target
 from redraft.serving import capture as capture_module
 from redraft.serving.capture import Capture
 
-TAPS = (2, 4, 5)
+AUX_LAYERS = (2, 4, 5)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def server(target: Target, folder: Path, **plan: Any) -> Iterator[str]:
     def write(path: Path, lock: Any, tokens: list[int]) -> None:
         with turn:  # hooks of one model
             states = read_states(
-                target, norm, torch.tensor([tokens]), plan.get("aux_layers", TAPS), True
+                target, norm, torch.tensor([tokens]), plan.get("aux_layers", AUX_LAYERS), True
             )
         time.sleep(plan.get("delay", 0.0))
         ids = torch.tensor(plan.get("tokens", tokens))
@@ -84,7 +84,7 @@ def server(target: Target, folder: Path, **plan: Any) -> Iterator[str]:
 
 
 def asking(address: str, dtype: torch.dtype = torch.float32) -> Capture:
-    return Capture(address, TAPS, 8, dtype, concurrency=4)
+    return Capture(address, AUX_LAYERS, 8, dtype, concurrency=4)
 
 
 @pytest.mark.parametrize("layout", ["redraft", "specforge"])
@@ -94,7 +94,7 @@ def test_captured_features_are_the_targets(
     bare = load_stored_target(str(target_folder), [])
     with server(target, tmp_path / "shared", delay=0.05) as address:
         plan = Plan(tmp_path / "f", layout, batch_tokens=512)
-        capture_features(bare, asking(address), answers[:6], TAPS, plan, bare.normed)
+        capture_features(bare, asking(address), answers[:6], AUX_LAYERS, plan, bare.normed)
     assert list((tmp_path / "shared").iterdir()) == []  # read and removed
     rows = open_features(tmp_path / "f", unpickle=layout == "specforge")
     beside = load_stored_target(str(target_folder), [rows])

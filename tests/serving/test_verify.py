@@ -189,7 +189,7 @@ def test_another_dtype_is_not_called_another_target(
 def test_prompts_without_room_are_left_out(target: Target, few_prompts: list[Prompt]) -> None:
     long = Prompt("long", tuple([5] * 240))
     assert fitting([*few_prompts, long], target, Request(Path())) == few_prompts
-    with pytest.raises(UserError, match="none of the 1 prompts leaves room for 128 tokens"):
+    with pytest.raises(UserError, match="none of the 1 prompts leaves space for 128 tokens"):
         fitting([long], target, Request(Path()))
 
 

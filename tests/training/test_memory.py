@@ -112,10 +112,10 @@ def test_a_run_that_does_not_fit_is_refused_with_the_numbers(
     target = Target(tiny_model("llama"), None, ("llama",))
     monkeypatch.setattr(memory, "current_memory", lambda _: 1000.0)
     monkeypatch.setattr(memory, "free_memory", lambda _: 2000.0)
-    memory.check_room(target, 2400.0, 4096, 512)
+    memory.check_memory(target, 2400.0, 4096, 512)
     with pytest.raises(
         UserError, match=r"about 2,600 MB.*3,000 MB can be had.*batch_tokens \(4,096"
     ):
-        memory.check_room(target, 2600.0, 4096, 512)
+        memory.check_memory(target, 2600.0, 4096, 512)
     with pytest.raises(UserError, match=r"a batch of its own with 20,000 tokens"):
-        memory.check_room(target, 9000.0, 4096, 20_000)
+        memory.check_memory(target, 9000.0, 4096, 20_000)

@@ -45,7 +45,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class FitBatch:
-    """A batch that the target has read: its features there, and the loss of the draft as it is at the
+    """A batch that the target has read: its features there, and the loss of the unchanged draft at the
     time of the call, with the number of labels."""
 
     batch: Batch

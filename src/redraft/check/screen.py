@@ -248,7 +248,7 @@ def _way(sampling: Sampling) -> str:
 
 
 def _sets(check: Check | ServedCheck) -> str:
-    """The settings that adapt needs to train, sample and measure as it is predicted here."""
+    """The settings that adapt needs to train, sample and measure like the prediction here."""
     found: dict[str, object] = dict(SETTINGS)
     if drawn := _drawn(check.sampling):
         found |= {f"regenerate.{name}": value for name, value in drawn.items()}

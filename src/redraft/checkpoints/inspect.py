@@ -13,7 +13,7 @@ from ..models.target import Target
 from .engine_rules import Finding, judge
 from .load import StoredDraft, interpret, recognise
 
-REFUSED, AS_IT_IS = "does not load it", "serves it as it is"
+REFUSED, UNCHANGED = "does not load it", "serves it unchanged"
 NOT_KNOWN = "is not known to redraft's rules"
 
 
@@ -42,7 +42,7 @@ class Inspection:
         if "wrong" in levels:
             return "serves another function"
         # What redraft cannot read it does not vouch for, even where no rule is broken.
-        return NOT_KNOWN if "unknown" in levels or self.unreadable else AS_IT_IS
+        return NOT_KNOWN if "unknown" in levels or self.unreadable else UNCHANGED
 
 
 def inspect_draft(

@@ -109,7 +109,7 @@ class StoredDraft:
     def with_vocabulary(self, rows: int) -> StoredDraft:
         """The draft with its own vocabulary padded with zeros to the target's `rows`, as engines want it.
 
-        One without is returned as it is. Raises UserError when it has more rows already.
+        One without is returned unchanged. Raises UserError when it has more rows already.
         """
         if self.row.pad_vocabulary is None:
             return self
@@ -151,14 +151,14 @@ class StoredDraft:
 def stored(draft: Draft, target: Target) -> StoredDraft:
     """A draft made in memory, as it would be read back from a folder."""
     tensors = {name: t.cpu() for name, t in draft.stored_state().items()}
-    beside: dict[str, bytes] = {}
+    more_files: dict[str, bytes] = {}
     companions = kind_named(draft.kind).companions
     if companions is not None:
         with tempfile.TemporaryDirectory() as scratch:
             target.tokenizer.save_pretrained(scratch)
-            beside = companions(Path(scratch))
+            more_files = companions(Path(scratch))
     return StoredDraft(
-        Path("(memory)"), draft.kind, draft.config, tensors, made_for(target), beside
+        Path("(memory)"), draft.kind, draft.config, tensors, made_for(target), more_files
     )
 
 
@@ -198,14 +198,14 @@ def interpret(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor
     provenance = _read_provenance(record) if record.is_file() else {}
     if layout.describe is not None:
         provenance["read_from"] = layout.describe(raw, stored, folder)
-    beside = {} if kind.companions is None else kind.companions(folder)
-    found = StoredDraft(folder, kind.name, config, named, provenance, beside)
+    more_files = {} if kind.companions is None else kind.companions(folder)
+    found = StoredDraft(folder, kind.name, config, named, provenance, more_files)
     recorded = provenance.get("tensors_hash")
     if recorded is not None and recorded != found.hash():
         raise UserError(
             f"{folder}: the weights hash to {found.hash()}, but {PROVENANCE} records {recorded}: a "
             f"damaged copy, or edited since redraft wrote it. Copy it again, or remove {PROVENANCE} "
-            "to take it as it is"
+            "to read it unchanged"
         )
     return found
 

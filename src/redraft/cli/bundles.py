@@ -76,7 +76,7 @@ class FeatureFlags:
         """The target: without its layers where there are stored features, else whole."""
         if not self.features:
             return models.load()
-        return load_beside(models, self.features, self.feature_aux_layers, self.allow_pickle)
+        return load_stored(models, self.features, self.feature_aux_layers, self.allow_pickle)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class OutputFlags:
             typer.echo(text)
 
 
-def load_beside(
+def load_stored(
     models: TargetFlags, folders: list[str], aux_layers: str | None, allow_pickle: bool
 ) -> Any:
     """The target without its layers, with stored features in their place."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.console import Progress, say
 from ..core.errors import UserError
-from .bundles import OutputFlags, TargetFlags, aux_layers_from, load_beside
+from .bundles import OutputFlags, TargetFlags, aux_layers_from, load_stored
 
 APART = 0.1
 """Relative difference at which stored states are no longer this target's."""
@@ -119,7 +119,7 @@ class _Asked:
         return check_aux_layers(named, target.num_layers)
 
     def _stored(self, folders: list[str]) -> Any:
-        return load_beside(self.models, folders, self.aux_layers, self.allow_pickle)
+        return load_stored(self.models, folders, self.aux_layers, self.allow_pickle)
 
 
 def _check(

@@ -131,7 +131,7 @@ class DraftKind(Row):
     """What it reads of a target: of a shape (None: unreadable) and the target's layers (None: no target)."""
     speaks: Callable[[Any, Tensors], str] = REQUIRED
     """Its vocabulary, in words."""
-    misreadings: Callable[[Any, Tensors, Target], Iterator[tuple[str, Named]]] = _no_readings
+    config_variants: Callable[[Any, Tensors, Target], Iterator[tuple[str, Named]]] = _no_readings
     """The draft as other readings of its files have it, each with what is then wrong with them."""
 
     engines: Mapping[str, tuple[Rule, ...]] = REQUIRED

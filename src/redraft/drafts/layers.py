@@ -1,4 +1,4 @@
-"""The building blocks drafts share: RMS norm, gated FFN with room for an expert, RoPE, attention.
+"""The building blocks drafts share: RMS norm, gated FFN with a place for an expert, RoPE, attention.
 
 Shapes: B batch, T tokens, N query heads, G key/value heads, C head_dim.
 """

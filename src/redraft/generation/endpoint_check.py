@@ -108,7 +108,7 @@ def remarks(url: str, found: Findings, asking: Asking, prompts: Sequence[Prompt]
             "tokens than it sampled. vLLM from 0.10.2 on returns them"
         )
     cut = sum(
-        asking.room_after(length, found.context) < asking.room_after(length)
+        asking.space_after(length, found.context) < asking.space_after(length)
         for length in lengths_of(prompts)
     )
     if cut:
@@ -224,8 +224,8 @@ class _Check:
         self, prompts: Sequence[Prompt]
     ) -> tuple[bool, int, float | None, float]:
         """Whether token ids come back, tokens compared, mean difference and mean gap in nats."""
-        room = (self.asking.room_after(length, self.context) for length in lengths_of(prompts))
-        fit = (i for i, most in enumerate(room) if most >= 1)
+        space = (self.asking.space_after(length, self.context) for length in lengths_of(prompts))
+        fit = (i for i, most in enumerate(space) if most >= 1)
         probes = [prompts[i] for i in itertools.islice(fit, PROBES)]
         if not probes:
             raise self._error(
@@ -300,7 +300,7 @@ class _Check:
 
     async def _check_lookahead(self, prompt: Prompt) -> None:
         """Does the server go on after a stop token, and with the target's own tokens?"""
-        count = self.asking.room(prompt, self.context)
+        count = self.asking.space(prompt, self.context)
         nothing = Answer(prompt.id, prompt.tokens, (), 0, "length")
         body = self.asking.lookahead_body(nothing, count, self.model)
         try:

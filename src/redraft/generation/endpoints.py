@@ -177,7 +177,7 @@ class Endpoints:
         named = self.config.endpoint_model
         found = await check(state.client, asking.target, prompts, named, asking.lookahead)
         lengths = lengths_of(prompts)
-        long = [i for i, n in enumerate(lengths) if asking.room_after(n, found.context) < 1]
+        long = [i for i, n in enumerate(lengths) if asking.space_after(n, found.context) < 1]
         if long:
             raise UserError(
                 f"{state.url} serves a context of {min(found.context, asking.target.max_positions)} "

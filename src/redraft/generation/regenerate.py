@@ -219,9 +219,9 @@ def _write_originals(
     answers = []
     cut = 0
     for prompt in kept:
-        room = min(longest, target.max_positions - len(prompt.tokens))
-        cut += len(prompt.reference or ()) > room
-        tokens = (prompt.reference or ())[:room]
+        most = min(longest, target.max_positions - len(prompt.tokens))
+        cut += len(prompt.reference or ()) > most
+        tokens = (prompt.reference or ())[:most]
         end = next((i for i, t in enumerate(tokens) if t in target.stop_ids), len(tokens) - 1)
         tokens = tokens[: end + 1]  # templates may write more after the stop token
         finish = "stop" if tokens[-1] in target.stop_ids else "length"
@@ -244,5 +244,5 @@ def _with_references(prompts: Sequence[Prompt], target: Target) -> Iterator[Prom
                 yield turn
             try:
                 turn = next_turn(turn, None, target)
-            except ValueError:  # no room in the context for the turns from here on
+            except ValueError:  # no space in the context for the turns from here on
                 turn = None

@@ -31,7 +31,7 @@ TABLE = (
     LossRow("ce", "cross-entropy with the answer", "hard_cross_entropy", LABELS),
     LossRow(
         "paper",
-        "the paper's SmoothL1 on features + 0.1 KL (eagle drafts)",
+        "the paper's SmoothL1 on features + 0.1 KL (drafts that read the last hidden state)",
         "features_and_kl",
         OWN,
         states=True,

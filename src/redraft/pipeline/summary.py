@@ -32,7 +32,7 @@ def report_of(
     resolved: Resolved,
     safety: Safety | None = None,
 ) -> AdaptReport:
-    """Make report.json and report.html anew, and return the record."""
+    """Make report.json and report.html again, and return the record."""
     part = load_adapter(run.path / "adapter")
     in_rounds = resolved.config.select.budget == AUTO
     answers = read_answers(run.path / (ANSWERS if in_rounds else "answers/adapt.jsonl"))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..checkpoints.inspect import AS_IT_IS, Inspection, engines
+from ..checkpoints.inspect import UNCHANGED, Inspection, engines
 from ..core.records import (
     Acceptance,
     Lossless,
@@ -193,7 +193,7 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
         _show(out, f"  redraft     refuses it: {found.unreadable}", style="red")
     for engine in engines(found.kind):
         conclusion = found.serves(engine)
-        style = "green" if conclusion == AS_IT_IS else "red"
+        style = "green" if conclusion == UNCHANGED else "red"
         _show(out, f"  {engine:11} {conclusion}", style=style)
         for finding in found.engines:
             if finding.engine == engine:

@@ -151,10 +151,10 @@ def within_budget(lengths: Sequence[int], budget: Budget) -> list[int]:
     if budget.auto:
         raise UserError("budget 'auto' answers prompts in rounds, which redraft adapt does")
     if budget.kind == "tokens":
-        kept, room = [], int(budget.number)
+        kept, left = [], int(budget.number)
         for rank, length in enumerate(lengths):
-            if length <= room:
-                room -= length
+            if length <= left:
+                left -= length
                 kept.append(rank)
     else:
         scale = len(lengths) if budget.kind == "share" else 1

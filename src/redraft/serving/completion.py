@@ -61,18 +61,18 @@ class Asking:
     seed: int
     lookahead: int = 0
 
-    def room(self, prompt: Prompt, context: int = UNBOUNDED) -> int:
+    def space(self, prompt: Prompt, context: int = UNBOUNDED) -> int:
         """The longest answer that fits the target's context and the server's with its lookahead tokens."""
-        return self.room_after(len(prompt.tokens), context)
+        return self.space_after(len(prompt.tokens), context)
 
-    def room_after(self, length: int, context: int = UNBOUNDED) -> int:
+    def space_after(self, length: int, context: int = UNBOUNDED) -> int:
         """The same after a prompt of `length` tokens."""
         most = min(self.target.max_positions, context) - length - self.lookahead
         return min(self.max_new_tokens, most)
 
     def body(self, prompt: Prompt, model: str, context: int = UNBOUNDED) -> dict[str, Any]:
         """The request for one prompt's answer."""
-        most = max(self.room(prompt, context), 1)
+        most = max(self.space(prompt, context), 1)
         stops = {"stop_token_ids": list(self.target.stop_ids)}
         return self._request(prompt.tokens, most, model, ("answer", prompt.id)) | stops
 
@@ -127,7 +127,7 @@ class Asking:
             raise Trouble("gave an empty answer")
         # Without a stop token an answer is one that was cut, whatever the server calls it.
         ended = "stop" if tokens[-1] in self.target.stop_ids else "length"
-        short = ended == "length" and len(tokens) < self.room(prompt)
+        short = ended == "length" and len(tokens) < self.space(prompt)
         keyed = asdict(self.sampling) if self.sampling.temperature else {}
         answer = Answer(prompt.id, prompt.tokens, tokens, len(tokens), ended, **keyed)
         return Completion(answer, retokenised, doubtful, short)

@@ -110,11 +110,11 @@ def method_of(stored: StoredDraft) -> str:
 
 def fitting(prompts: Sequence[Prompt], target: Target, request: Request) -> list[Prompt]:
     """The prompts whose longest answer, and the last step past its end, fit the target's context."""
-    room = request.max_new_tokens + 2 * request.k
-    kept = [p for p in prompts if len(p.tokens) + room <= target.max_positions]
+    needed = request.max_new_tokens + 2 * request.k
+    kept = [p for p in prompts if len(p.tokens) + needed <= target.max_positions]
     if not kept:
         raise UserError(
-            f"none of the {len(prompts)} prompts leaves room for {request.max_new_tokens} tokens "
+            f"none of the {len(prompts)} prompts leaves space for {request.max_new_tokens} tokens "
             f"in the target's context of {target.max_positions}; lower --max-new-tokens"
         )
     if len(kept) < len(prompts):

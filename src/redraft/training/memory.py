@@ -31,7 +31,7 @@ DRAFT_COPIES, TEACHER_COPIES = 5, {LABELS: 0, OWN: 1, WHOLE: 4}
 a loss reads of it. Measured."""
 PROBE = 24
 """Tokens of the row on which a draft's saved tensors are counted."""
-LEAST_ROOM_MB = 512
+LEAST_FREE_MB = 512
 """Memory left free by a run that is let begin."""
 
 
@@ -60,10 +60,10 @@ def predict_peak(
     return current_memory(target.device) + (optimizer + activations) / MB
 
 
-def check_room(target: Target, predicted: float, batch_tokens: int, longest: int) -> None:
+def check_memory(target: Target, predicted: float, batch_tokens: int, longest: int) -> None:
     """Raise UserError, saying what to change, for a run that does not fit into what is free."""
-    room = current_memory(target.device) + free_memory(target.device)
-    if predicted + LEAST_ROOM_MB <= room:
+    usable = current_memory(target.device) + free_memory(target.device)
+    if predicted + LEAST_FREE_MB <= usable:
         return
     way = (
         f"lower train.batch_tokens ({batch_tokens:,})"
@@ -71,7 +71,7 @@ def check_room(target: Target, predicted: float, batch_tokens: int, longest: int
         else f"leave out answers as long as the longest, a batch of its own with {longest:,} tokens"
     )
     raise UserError(
-        f"training would take about {predicted:,.0f} MB at the peak and {room:,.0f} MB can be had on "
+        f"training would take about {predicted:,.0f} MB at the peak and {usable:,.0f} MB can be had on "
         f"{target.device}: {way}, take a smaller draft vocabulary than {target.vocab_size:,} tokens, or "
         "train fewer parameters"
     )

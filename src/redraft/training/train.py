@@ -47,7 +47,7 @@ from .adapter_run import AdapterRun, DivergedError
 from .checkpoint import load_checkpoint, save_checkpoint
 from .closed_form import fit_closed_form
 from .flops import count_flops, counted
-from .memory import check_room, peak_memory, predict_peak, restart_peak
+from .memory import check_memory, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizer
 from .precision import choose_precision
 from .preconditions import check_fits
@@ -156,7 +156,7 @@ def _train(
     precision = _precision(stream, runs)
     del stream.first_teacher_batches
     predicted = _predicted(target, runs, answers, plan)
-    check_room(target, predicted, c.batch_tokens, max(lengths))
+    check_memory(target, predicted, c.batch_tokens, max(lengths))
     _announce(runs, plan, precision, predicted)
 
     def evaluate(some: Sequence[AdapterRun]) -> None:

@@ -48,7 +48,7 @@ EAGLE = DraftKind(
     },
     reads=files.reads,
     speaks=rows_in_words,
-    misreadings=files.misreadings,
+    config_variants=files.config_variants,
     engines=engines.ENGINES,
     canonical=files.canonical,
     judged=engines.judged,

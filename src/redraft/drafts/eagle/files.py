@@ -209,7 +209,9 @@ def reads(c: EagleConfig | None, num_layers: int | None) -> str:
     return "hs[n], the state after the target's final norm"
 
 
-def misreadings(c: EagleConfig, tensors: Tensors, target: Target) -> Iterator[tuple[str, Named]]:
+def config_variants(
+    c: EagleConfig, tensors: Tensors, target: Target
+) -> Iterator[tuple[str, Named]]:
     """Without the bias of fc."""
     if c.fc_bias:
         without = {name: t for name, t in tensors.items() if name != "fc.bias"}

@@ -49,7 +49,7 @@ SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algori
     },
     reads=files.reads,
     speaks=files.speaks,
-    misreadings=files.misreadings,
+    config_variants=files.config_variants,
     engines=engines.ENGINES,
     canonical=files.canonical,
     judged=engines.judged,

@@ -37,8 +37,8 @@ from ..stored.engine_rules import (
     vllm_window,
 )
 from ..stored.layer import has_values
+from .files import AUX_LAYERS as TOP
 from .files import LAYER, QWEN3, wrapped
-from .files import TAPS as TOP
 
 PLACED = (
     "fc.weight",

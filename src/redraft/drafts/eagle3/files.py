@@ -42,7 +42,7 @@ from .network import Eagle3Config, Eagle3Draft
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 QWEN3 = "Eagle3Qwen3ForCausalLM"
 LAYER = "midlayer."
-TAPS = "eagle_aux_hidden_state_layer_ids"
+AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 """The key of the aux layer ids: hs[] indices at the top level, layers in `eagle_config`."""
 
 
@@ -254,8 +254,8 @@ def expected_shapes(
 
 def read_aux_layers(values: ConfigValues) -> tuple[int, ...] | None:
     """hs[] indices from either numbering; None for the default set."""
-    nested = values.inside("eagle_config").integers(TAPS, least=-1)
-    return values.integers(TAPS) or tuple(k + 1 for k in nested) or None
+    nested = values.inside("eagle_config").integers(AUX_LAYERS, least=-1)
+    return values.integers(AUX_LAYERS) or tuple(k + 1 for k in nested) or None
 
 
 def config_json(c: Eagle3Config) -> dict[str, Any]:
@@ -274,10 +274,10 @@ def config_json(c: Eagle3Config) -> dict[str, Any]:
     if c.fc_norm:
         config["fc_norm"] = True
     if c.aux_layers is not None:
-        config[TAPS] = list(c.aux_layers)
+        config[AUX_LAYERS] = list(c.aux_layers)
         config["num_aux_hidden_states"] = len(c.aux_layers)
         config["eagle_config"] = {
-            TAPS: [aux_layer - 1 for aux_layer in c.aux_layers],
+            AUX_LAYERS: [aux_layer - 1 for aux_layer in c.aux_layers],
             "use_aux_hidden_state": True,
         }
     return config
@@ -328,7 +328,9 @@ def reads(c: Eagle3Config | None, num_layers: int | None) -> str:
     return f"the engines' default, hs[2], hs[n//2], hs[n-3]{default}"
 
 
-def misreadings(c: Eagle3Config, tensors: Tensors, target: Target) -> Iterator[tuple[str, Named]]:
+def config_variants(
+    c: Eagle3Config, tensors: Tensors, target: Target
+) -> Iterator[tuple[str, Named]]:
     """Other aux layers, and the other residual."""
     same, most = dict(tensors), target.num_layers
     aux_layers = c.aux_layers or default_aux_layers(most)

@@ -48,7 +48,7 @@ def flatten(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise UserError(f"{where}: a speculators draft of type '{kind}'; redraft reads eagle3")
     if not values.given("transformer_layer_config"):
         raise UserError(f"{where}/config.json: expected a mapping transformer_layer_config")
-    aux_layers = values.integers(files.TAPS)
+    aux_layers = values.integers(files.AUX_LAYERS)
     return {
         **values.inside("transformer_layer_config").raw,
         **{key: raw[key] for key in SHARED_KEYS if values.given(key)},

@@ -200,9 +200,9 @@ class TokenLMDraft(Draft):
     def _apply(self, fn: Any, recurse: bool = True) -> TokenLMDraft:
         """Cast the weights; what else an LM holds (rotary frequencies, the scale of its embedding) is
         as in a model made in that dtype, which may be more exact than a cast."""
-        before = self._beside_weights()
+        before = self._own_weights()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = self._beside_weights()
+        after = self._own_weights()
         if any(after[name].dtype != buffer.dtype for name, buffer in before.items()):
             dtype = self.body.get_input_embeddings().weight.dtype
             made = dict(new_lm(self.config, filled=False, dtype=dtype).named_buffers())
@@ -211,7 +211,7 @@ class TokenLMDraft(Draft):
                 setattr(self.get_submodule(home), attribute, made[name].to(buffer.device))
         return self
 
-    def _beside_weights(self) -> dict[str, Tensor]:
+    def _own_weights(self) -> dict[str, Tensor]:
         """Floating buffers that no checkpoint holds, by name."""
         stored = self.state_dict()
         return {
