@@ -72,7 +72,7 @@ docs: install
 
 # The pages as a site in build/site; a broken link is an error.
 docs-site: install
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf demo build dist $(VENV) $(ENGINE)

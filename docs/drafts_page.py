@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from redraft.core.records import AdaptReport
+from redraft.core.report_record import AdaptReport
 from redraft.report.terminal import print_report
 
 RESULTS = Path(__file__).parent / "results"

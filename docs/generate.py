@@ -2,7 +2,7 @@
 
 docs/cli.md      the command reference, from each command's own --help
 docs/engines.md  which engine serves what, from docs/results/engines.json and the rules of `inspect`
-docs/config.md   every setting with its default, from the dataclasses in config.py
+docs/config.md   every setting with its default, from the dataclasses in config/settings.py
 README.md        the end of a run and the measured table, from the records in docs/results/
 docs/architecture.md  every file with the first line of its docstring
 docs/results/drafts.md    the same records in full
@@ -90,6 +90,8 @@ def cli_reference() -> str:
 def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
     """The words of every command, in the order that `--help` lists them."""
     for name, command in group.commands.items():
+        if command.hidden:
+            continue
         if hasattr(command, "commands"):
             yield from [[*path, name]] if command.invoke_without_command else []
             yield from _commands(command, (*path, name))
@@ -100,7 +102,7 @@ def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
 def config_reference() -> str:
     lines = [
         "# Settings\n",
-        "Generated from `config.py` by `make docs`. Set one with `--set stage.name=value`, several in",
+        "Generated from `config/settings.py` by `make docs`. Set one with `--set stage.name=value`, several in",
         "a YAML file (`--config FILE`), or start from a recipe: "
         + ", ".join(f"`{name}`" for name in recipe_names())
         + ".\n",
@@ -113,11 +115,11 @@ def config_reference() -> str:
         lines.append(f"| `{key}` | `{field.default}` | {text} |")
     lines += [
         "\n## Adapters\n",
-        "`--method` joins them with +: `expert+fc+norms`. `feature-map` and `weight-sync` need `--base`. What no part",
-        "owns is shared and stays bit for bit what it was. docs/results/methods.md compares them.\n",
-        "| part | what is trained |",
+        "`--method` joins them with +: `expert+fc+norms`. `feature-map` and `weight-sync` need `--base`. What no adapter",
+        "trains is shared and stays bit for bit what it was. docs/results/methods.md compares them.\n",
+        "| adapter | what is trained |",
         "|---|---|",
-        *(f"| `{name}` | {part.help} |" for name, part in ADAPTERS.items()),
+        *(f"| `{name}` | {row.help} |" for name, row in ADAPTERS.items()),
     ]
     return "\n".join(lines) + "\n"
 
