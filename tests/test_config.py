@@ -84,12 +84,12 @@ def test_other_widths_are_refused(text: str) -> None:
 def test_values_are_read_once_and_the_text_is_what_is_stored() -> None:
     found = resolve([("f", {"train.method": "fc+expert", "select.budget": "20000t"})]).config
     train, budget = found.train, found.select.budget_value
-    assert train.method_value.parts == ("expert", "fc")
+    assert train.method_value.adapters == ("expert", "fc")
     assert train.method_value is train.method_value
     assert train.width_value == 1.0
     assert (budget.kind, budget.number, budget.auto) == ("tokens", 20000, False)
     assert dataclasses.asdict(train) == dataclasses.asdict(TrainConfig(method="fc+expert"))
-    assert dataclasses.replace(train, method="fc").method_value.parts == ("fc",)
+    assert dataclasses.replace(train, method="fc").method_value.adapters == ("fc",)
 
 
 @pytest.mark.parametrize("value", [8, 0.5])

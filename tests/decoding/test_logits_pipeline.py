@@ -275,8 +275,8 @@ def synth_id() -> Any:
             lambda: hf.UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, None),
             "UnbatchedClassifierFreeGuidanceLogitsProcessor",
         ),
-        (Counting, r"test_door\.Counting"),
-        (lambda: TopKLogitsWarper(3), r"test_door\.TopKLogitsWarper"),
+        (Counting, r"test_logits_pipeline\.Counting"),
+        (lambda: TopKLogitsWarper(3), r"test_logits_pipeline\.TopKLogitsWarper"),
     ],
 )
 def test_processors_not_known_to_be_pure_are_refused_by_name(

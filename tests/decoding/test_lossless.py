@@ -167,7 +167,7 @@ def bonus_off_by_one(patch: pytest.MonkeyPatch) -> None:
         chosen = self.choose(scores, acceptance_modes._onwards(at, scores.shape[1]), seeds)
         return n, chosen.gather(1, (n - 1).clamp(min=0)[:, None]).squeeze(1)
 
-    patch.setattr(acceptance_modes.Mode, "settle", wrong)
+    patch.setattr(acceptance_modes.Mode, "verify", wrong)
 
 
 def one_too_many(patch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def noise_by_row(patch: pytest.MonkeyPatch) -> None:
 def raw_softmax_at_temperature_0(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         acceptance_modes.Greedy,
-        "settle",
+        "verify",
         lambda self, *rest: acceptance_modes.Sampled().verify(*rest),
     )
     patch.setattr(LogitsPipeline, "scores", lambda self, processed: processed)

@@ -282,7 +282,7 @@ def test_more_refusals(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="cannot be rolled back exactly"):
         hook(net, one["input_ids"], generation_config=config)
     config.cache_implementation = None
-    with pytest.raises(UserError, match="was not told to: pass do_sample=True"):
+    with pytest.raises(UserError, match="was not asked to sample: pass do_sample=True"):
         net.generate(
             **one,
             max_new_tokens=4,

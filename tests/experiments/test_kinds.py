@@ -77,7 +77,7 @@ def test_what_a_member_is_made_from_comes_before_it() -> None:
     order = list(MEMBERS)
     for name, row in MEMBERS.items():
         assert all(order.index(part) < order.index(name) for part in row.needs)
-    with pytest.raises(UserError, match="unknown member 'zo'; did you mean 'all fine-tunes'"):
+    with pytest.raises(UserError, match="unknown member 'zo'; did you mean 'zoo'"):
         chosen_members(["zo"])
 
 

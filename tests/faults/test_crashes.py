@@ -403,7 +403,7 @@ def test_a_read_only_folder_is_one_sentence(
         (errno.EROFS, "make the folder writable"),
         (errno.EDQUOT, "free space in the disk quota"),
         (errno.EACCES, "make the folder writable"),
-        (errno.EIO, "mend that"),
+        (errno.EIO, "fix that"),
     ],
 )
 def test_each_refusal_has_its_remedy(tmp_path: Path, number: int, remedy: str) -> None:

@@ -18,7 +18,7 @@ from .settings import (
     SelectConfig,
     TrainConfig,
 )
-from .values import Budget, read_budget, read_endpoints, read_shares, read_width
+from .values import Budget, read_budget, read_endpoints, read_format, read_shares, read_width
 
 __all__ = [
     "STAGES",
@@ -33,6 +33,7 @@ __all__ = [
     "parse_set",
     "read_budget",
     "read_endpoints",
+    "read_format",
     "read_shares",
     "read_width",
     "read_yaml",
