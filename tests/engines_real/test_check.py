@@ -10,6 +10,7 @@ import pytest
 
 from redraft.check.served import check_served
 from redraft.checkpoints.load import load_draft
+from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
 from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all, measure_answers
@@ -22,6 +23,7 @@ from tests.engines_real.conftest import BUILD, ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1200)]
 PROMPTS, TOKENS, K = 32, 96, 4
+ANSWERING = RegenerateConfig(max_new_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,9 @@ def test_a_server_is_checked_by_its_counters(
         url = f"http://127.0.0.1:{client.server.port}"
         if not drafted:
             with pytest.raises(UserError, match="without speculation"):
-                check_served(url, file, most=8, max_new_tokens=TOKENS)
+                check_served(url, file, most=8, answering=ANSWERING)
             return
-        found = check_served(url, file, most=PROMPTS, rows=4, max_new_tokens=TOKENS)
+        found = check_served(url, file, most=PROMPTS, rows=4, answering=ANSWERING)
     target = load_member(BUILD / "suite", "sft")
     prompts = read_prompts(file, target, PROMPTS, "last").prompts
     answers = answer_all(target, prompts, TOKENS, K, Sampling())
