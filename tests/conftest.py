@@ -44,6 +44,14 @@ console.set_quiet(True)
 # Tests run in two processes, and models this small gain nothing from a second thread.
 torch.set_num_threads(1)
 
+LONGEST = "test_pretrained.py"
+"""The file that takes longest: with it at the end, one worker would wait for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != LONGEST)
+
+
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,

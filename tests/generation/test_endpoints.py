@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from redraft.cli import job, main, stages
+from redraft.cli import command, main
 from redraft.config import RegenerateConfig, read_endpoints, resolve
 from redraft.core import console
 from redraft.core.errors import UserError
@@ -493,14 +493,14 @@ def test_flags_of_both_commands(monkeypatch: pytest.MonkeyPatch) -> None:
 
     flags = "--endpoint http://a:1 --endpoint http://b:2/v1 --concurrency 5 --timeout 9 "
     flags += "--endpoint-model tuned"
-    for module, command in (
-        (stages, f"regenerate --target T --prompts P --out O {flags} --patience 3"),
-        (job, f"adapt --target T --draft D --prompts P --out O {flags}"),
+    for line in (
+        f"regenerate --target T --prompts P --out O {flags} --patience 3",
+        f"adapt --target T --draft D --prompts P --out O {flags}",
     ):
         seen.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(module, "resolve", stop)
-            patch.setattr(sys, "argv", ["redraft", *command.split()])
+            patch.setattr(command, "resolve", stop)
+            patch.setattr(sys, "argv", ["redraft", *line.split()])
             with pytest.raises(SystemExit):
                 main()
         assert seen["regenerate.endpoints"] == "http://a:1,http://b:2/v1"
