@@ -61,7 +61,7 @@ def run(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         trained.append(len(found))
         return found
 
-    monkeypatch.setattr(bench, "train_gang", counted)
+    monkeypatch.setattr(bench, "train_adapters", counted)
     pool = tmp_path / "prompts" / "tiny" / "math.jsonl"
     pool.parent.mkdir(parents=True)
     write_prompts(pool, 40)
