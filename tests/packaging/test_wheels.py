@@ -91,7 +91,7 @@ def test_the_wheel_holds_no_word_lists_and_no_benches(dist: Path) -> None:
     assert [name for name in wheel_names(dist, "redraft") if EXPERIMENTS_ONLY.search(name)] == []
     experiments = wheel_names(dist, "redraft_experiments")
     assert experiments == files(ROOT / "experiments" / "redraft_experiments", ROOT / "experiments")
-    assert "redraft_experiments/world_tables.py" in experiments
+    assert "redraft_experiments/synthetic_tables.py" in experiments
 
 
 def test_the_sdist_holds_the_whole_project(dist: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_wheel_in_an_empty_environment(
         )
     pip(python, "--no-deps", wheel(dist, "redraft_experiments"))
     assert "--out" in run(redraft, "demo", "--help", cwd=tmp_path)
-    assert "family" in run(redraft, "bench", "--help", cwd=tmp_path)
+    assert "suite" in run(redraft, "bench", "--help", cwd=tmp_path)
 
 
 def try_commands(redraft: Path, folder: Path) -> None:
