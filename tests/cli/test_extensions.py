@@ -83,7 +83,7 @@ def test_a_function_and_a_group_become_commands(install: Install) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("demo",), ("bench", "family", "--out", "x"), ("demo", "--help")]
+    "words", [("demo",), ("bench", "suite", "--out", "x"), ("demo", "--help")]
 )
 def test_the_experiments_are_missing(install: Install, words: tuple[str, ...]) -> None:
     assert refused(*words) == (

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 HERE = "{}.{}".format(*sys.version_info)
 OTHERS = sorted({"3.10", "3.13"} - {HERE})
 NEED_TORCH = ("torch", "peft")
-EXPERIMENTS_ONLY = re.compile("experiments|world|bench|corpus|family|members|demo.py")
+EXPERIMENTS_ONLY = re.compile("experiments|synthetic|bench|corpus|suite|members|demo.py")
 
 
 def run(*command: object, code: int = 0, cwd: Path | None = None) -> str:
