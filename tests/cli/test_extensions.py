@@ -82,9 +82,7 @@ def test_a_function_and_a_group_become_commands(install: Install) -> None:
     assert RUNNER.invoke(app, ["more", "two"]).output == "two\n"
 
 
-@pytest.mark.parametrize(
-    "words", [("demo",), ("bench", "suite", "--out", "x"), ("demo", "--help")]
-)
+@pytest.mark.parametrize("words", [("demo",), ("bench", "suite", "--out", "x"), ("demo", "--help")])
 def test_the_experiments_are_missing(install: Install, words: tuple[str, ...]) -> None:
     assert refused(*words) == (
         f"`redraft {words[0]}` is in the package redraft-experiments, which is not installed; "
