@@ -41,7 +41,7 @@ Each run is a fine-tune of a toy suite's base with the base's draft. A check mea
 measured on 128 other prompts: kept; in closed form, fitted on the answers of the check; adapted (`expert+fc+norms`, hard
 labels, {adapt} answers, {adapt_epochs:g} passes); from scratch (the same shape from nothing, {scratch} answers or all there are,
 {scratch_epochs:g} passes). K = 4, by replay, one training seed, two CPU cores. Where T is not 0 all answers were sampled there, those
-that were trained on too. nano speaks a synthetic corpus, micro (3.7 M parameters) learned from real data.
+that were trained on too. nano has a synthetic corpus, micro (3.7 M parameters) learned from real data.
 
 A run is predicted from the runs of **other kinds** alone (leave one kind out). The recommendation climbs from keep: the closed form has
 to be faster than what was taken so far by 5 %, adapt by 10 %, from scratch by 25 %, in the most of 2,000 draws. The right one goes by the

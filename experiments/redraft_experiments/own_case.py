@@ -58,7 +58,7 @@ def bench_case(
     for flag, given in (("--name", name), ("--family", family)):
         if given != Path(given).name or given == "..":
             raise UserError(f"{flag} '{given}' has to do as the name of a file: no slashes")
-    check_fits(stored.build(target), TRAINING, target, base)  # before anything is paid for
+    check_fits(stored.build(target), TRAINING, target, base)  # before anything is generated
     starts = {"heldout": CHECKED, "eval": CHECKED + HELDOUT, "adapt": CHECKED + HELDOUT + EVALUATED}
     found = _prompts(source, target, starts["adapt"])
     inputs = answer_inputs(target, found, answering, 0)

@@ -118,15 +118,7 @@ class RecurrentDraft(Draft):
         self.to(target.device)
 
 
-def new(
-    target: Target,
-    *,
-    width: int | None = None,
-    draft_vocab: Tensor | None = None,
-    aux_layers: tuple[int, ...] | None = None,
-) -> RecurrentDraft:
-    if draft_vocab is not None or aux_layers is not None:
-        raise UserError("a recurrent draft takes neither --draft-vocab nor --aux-layers")
+def new(target: Target, *, width: int | None = None) -> RecurrentDraft:
     H = target.hidden_size
     return RecurrentDraft(RecurrentConfig(H, width or 2 * H, target.vocab_size))
 
@@ -226,6 +218,6 @@ RECURRENT = DraftKind(
     second_reading=second_reading,
     function="x = fc([E[t+1]; hs[n] or own state]); logits = target's lm_head(x + mlp(norm(x)))",
     reads=reads,
-    speaks=rows_in_words,
+    vocabulary=rows_in_words,
     engines={"vllm": (not_served,), "sglang": (not_served,)},
 )

@@ -227,7 +227,9 @@ def test_an_eagle_draft_reads_the_normed_state_and_uses_the_targets_head(target6
 
 
 def test_what_a_kind_does_not_have_is_refused(target: Target) -> None:
-    with pytest.raises(UserError, match="--aux-layers and --draft-vocab belong to --kind eagle3"):
+    with pytest.raises(
+        UserError, match="an? eagle draft takes no --aux-layers; it is for --kind eagle3"
+    ):
         new_draft(target, [], kind="eagle", aux_layers=(1, 2, 3))
     with pytest.raises(UserError, match="unknown kind of draft 'eagel'; did you mean 'eagle'"):
         new_draft(target, [], kind="eagel")

@@ -262,9 +262,9 @@ def fresh_weights(draft: TokenLMDraft, seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_what_it_does_not_have_is_refused(target: Target) -> None:
-    with pytest.raises(UserError, match="--aux-layers and --draft-vocab belong to --kind eagle3"):
+    with pytest.raises(UserError, match="takes no --aux-layers; it is for --kind eagle3"):
         new_draft(target, [], kind="token_lm", aux_layers=(1, 2, 3))
-    with pytest.raises(UserError, match="--aux-layers and --draft-vocab belong to --kind eagle3"):
+    with pytest.raises(UserError, match="takes no --draft-vocab; it is for --kind eagle3"):
         fresh_draft(target, kind="token_lm", vocab=40)
 
 

@@ -24,7 +24,7 @@ def make_merged(out: Path, name: str, row: Merged) -> None:
 
 
 def mean_of(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted mean of states with the same names and shapes, in float32, stored as they are."""
+    """The weighted mean of states with the same names and shapes, in float32, stored unchanged."""
     return {
         name: sum(
             (share * state[name].float() for share, state in zip(shares, states, strict=True)),

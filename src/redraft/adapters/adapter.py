@@ -94,7 +94,7 @@ def owned(draft: Draft, method: Method) -> list[tuple[str, nn.Parameter]]:
 def take(
     draft: Draft, method: Method, dtype: torch.dtype | None = None, kept: Mapping[str, Tensor] = {}
 ) -> dict[str, Tensor]:
-    """A copy of the adapter tensors as they are now, on the CPU, in `dtype` (default: unchanged).
+    """A copy of the adapter tensors of now, on the CPU, in `dtype` (default: unchanged).
 
     `kept` are further tensors of the adapter that are not trained.
     """

@@ -120,7 +120,7 @@ def remap(draft: Draft, target: Target, answers: Sequence[Answer]) -> Remapped:
 
     As few tokens as possible are exchanged: a token comes in only for one that the answers use
     less, and the target's stop tokens always stay. The draft gets a new buffer and a new head
-    parameter; tensors it shared with a copy are left as they are. Nothing is added where the draft
+    parameter; tensors it shared with a copy are left unchanged. Nothing is added where the draft
     already has what the answers use most. Raises UserError for a draft with all of V.
     """
     vocab_D = reduced_vocabulary(draft)

@@ -75,7 +75,7 @@ def check(
     """
     stored.check_servable()
     known = list(runs) if runs is not None else read_runs()
-    check_enough(known)  # before anything is paid for
+    check_enough(known)  # before anything is generated
     trial = trial_of(method)
     check_fits(stored.build(target), trial, target, base)
     found = gather(

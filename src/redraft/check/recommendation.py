@@ -1,4 +1,4 @@
-"""The recommendation: which action is worth it, how sure that is, and when it has paid for itself. Pure.
+"""The recommendation: which action is worth it, how sure that is, and when its cost is won back. Pure.
 
 Without a number of tokens to serve, it climbs: from the draft unchanged, each dearer action is taken if it is faster
 than the one taken so far by its share of `worth` (see EFFORT). With such a number, it is the action that
@@ -54,7 +54,7 @@ class Pace:
 @dataclass(frozen=True)
 class Option:
     """An action's prospects: tau and speed-up over plain decoding (median, 95 % interval), its cost, and
-    the tokens to be served until it has paid for itself (None: not known, never, or nothing to pay).
+    the tokens to be served until its cost is won back (None: not known, never, or nothing to pay).
     `probability` is the share of draws in which it is the right one."""
 
     action: str

@@ -114,7 +114,7 @@ def _shape(config: Shape) -> dict[str, Any]:
 def _vocabulary(stored: StoredDraft | None, target: Target | None) -> str:
     if stored is None:
         return "not readable"
-    rows, text = stored.config.vocab_size, stored.row.speaks(stored.config, stored.tensors)
+    rows, text = stored.config.vocab_size, stored.row.vocabulary(stored.config, stored.tensors)
     if stored.row.with_rows_of is None or target is None or target.vocab_size == rows:
         return text
     return f"{text}; this target has {target.vocab_size:,} rows"

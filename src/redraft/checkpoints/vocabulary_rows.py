@@ -1,7 +1,7 @@
 """A draft under a target whose vocabulary has other rows: tokens added at its end, or another padding.
 
 Rows beyond a tokenizer's length mean nothing, and tools pad or cut them as they like. So a draft's surplus
-rows are cut, and rows that it lacks are never proposed: one with a head of its own then speaks a reduced
+rows are cut, and rows that it lacks are never proposed: one with a head of its own then has a reduced
 vocabulary, the tokens it was made for (d2t, t2d), until it is trained with `vocab: remap`. The result is a
 stock checkpoint with the target's number of rows; how it gets them is the kind's (`with_rows_of`).
 """

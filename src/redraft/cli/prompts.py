@@ -1,4 +1,4 @@
-"""Looking at prompts before anything is paid for."""
+"""Looking at prompts before anything is generated."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .command import Group, add_command
 if TYPE_CHECKING:
     from ..prompts.inspection import Inspection, Span
 
-app = typer.Typer(help="Look at a prompts file before anything is paid for.", cls=Group)
+app = typer.Typer(help="Look at a prompts file before anything is generated.", cls=Group)
 
 
 @app.callback()
 def root() -> None:
-    """Look at a prompts file before anything is paid for."""
+    """Look at a prompts file before anything is generated."""
 
 
 def inspect(

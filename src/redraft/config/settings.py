@@ -46,7 +46,7 @@ class RegenerateConfig:
     turns: str = _opt(
         "all",
         "of a conversation, 'all': each user turn is answered, on top of the target's own earlier "
-        "answers; 'last': only the last one, with the turns before it as they are in the file",
+        "answers; 'last': only the last one, with the turns before it unchanged",
         choices=("all", "last"),
     )
     seed: int = _opt(0, "seed of the sampled answers")

@@ -50,7 +50,7 @@ class Draft(nn.Module, ABC):
     source: str | None = None
     """The folder it was loaded from; None for one made in memory."""
     draft_vocab: Tensor | None
-    """Target ids of the draft's rows, ascending, int64 [D]; None when the draft speaks all of V."""
+    """Target ids of the draft's rows, ascending, int64 [D]; None for all of V."""
 
     @abstractmethod
     def rollout(

@@ -100,7 +100,9 @@ class DraftKind(Row):
 
     network: type[Draft] = REQUIRED
     new: Callable[..., Draft] = REQUIRED
-    """An unbound draft of the usual shape for a target: (target, width=, draft_vocab=, aux_layers=)."""
+    """An unbound draft of the usual shape for a target: (target, width=, and its `choices`)."""
+    choices: tuple[str, ...] = ()
+    """What else a new one can be given, of draft_vocab (target ids of its rows) and aux_layers."""
 
     stored_as: str = REQUIRED
     """Which drafts are read, and whose files."""
@@ -129,7 +131,7 @@ class DraftKind(Row):
     """What a field of the shape means for the function when it is set."""
     reads: Callable[[Any, int | None], str] = REQUIRED
     """What it reads of a target: of a shape (None: unreadable) and the target's layers (None: no target)."""
-    speaks: Callable[[Any, Tensors], str] = REQUIRED
+    vocabulary: Callable[[Any, Tensors], str] = REQUIRED
     """Its vocabulary, in words."""
     config_variants: Callable[[Any, Tensors, Target], Iterator[tuple[str, Named]]] = _no_readings
     """The draft as other readings of its files have it, each with what is then wrong with them."""

@@ -38,7 +38,14 @@ def new_draft(
             f"a draft vocabulary of {size} is larger than the target's {target.vocab_size} tokens"
         )
     vocabulary = None if size == target.vocab_size else frequent_tokens(answers, size)
-    draft = row.new(target, width=width, draft_vocab=vocabulary, aux_layers=aux_layers)
+    given = {"draft_vocab": vocabulary, "aux_layers": aux_layers}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in set(chosen) - set(row.choices):
+        others = ", ".join(kind.name for kind in KINDS if name in kind.choices)
+        raise UserError(
+            f"a {row.name} draft takes no --{name.replace('_', '-')}; it is for --kind {others}"
+        )
+    draft = row.new(target, width=width, **chosen)
     draft.bind(target)
     return draft
 

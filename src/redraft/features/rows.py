@@ -26,7 +26,7 @@ TOKENS, STATES = "token_ids", "hidden_states"
 
 
 class FeatureRows(ABC):
-    """The rows of one folder, read as they are asked for."""
+    """The rows of one folder, each read when it is asked for."""
 
     layout: str
     folder: Path

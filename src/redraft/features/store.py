@@ -211,7 +211,7 @@ class FeatureStore(FeatureRows):
         return len(self._lines)
 
     def check(self) -> Iterator[str]:
-        """Read every shard whole and compare its hash; yields their names as they are found right."""
+        """Read every shard whole and compare its hash; yields the name of each that agrees."""
         for line in self._lines:
             digest = hashlib.sha256()
             with (self.folder / line["file"]).open("rb") as stream:

@@ -90,7 +90,7 @@ def adapt(
     file, resolved = _source(prompts, answers, resolved)
     sources = Sources(file, limit, eval_prompts, off_domain, safety_prompts)
     unadapted = read_draft(_folder_of(draft)).fitted(target)
-    check_job(target, unadapted, base, resolved.config)  # before anything is paid for
+    check_job(target, unadapted, base, resolved.config)  # before anything is generated
     continue_time(target, [Path(out) / "run.json"])
     asked = read_job_prompts(target, sources, resolved.config)
     with RunFolder.open(out) as run:

@@ -1,4 +1,4 @@
-"""A job: what every stage works with, and what is refused before anything is paid for."""
+"""A job: what every stage works with, and what is refused before anything is generated."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def _choice_cost(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
 
 
 def _on_policy(run: RunFolder, resolved: Resolved) -> dict[str, Any]:
-    """What was measured of answers that were taken as they are."""
+    """What was measured of answers that were taken unchanged."""
     if resolved.config.regenerate.answers != "original":
         return {}
     return {"given_answers": read_json(run.path / "on_policy.json")}

@@ -1,4 +1,4 @@
-"""Rows as people store them, turned into one shape: a conversation, or text or tokens taken as they are.
+"""Rows as people store them, turned into one shape: a conversation, or text or tokens taken unchanged.
 
 The names of columns are in `columns.py`, turns in `messages.py`, rows of tokens in `masks.py`. Lines of
 redraft's answers files are rows too.

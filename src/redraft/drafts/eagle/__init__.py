@@ -47,7 +47,7 @@ EAGLE = DraftKind(
         **VARIANTS,
     },
     reads=files.reads,
-    speaks=rows_in_words,
+    vocabulary=rows_in_words,
     config_variants=files.config_variants,
     engines=engines.ENGINES,
     canonical=files.canonical,

@@ -77,18 +77,8 @@ class EagleDraft(OneLayerDraft):
         target: Target,
         *,
         width: int | None = None,
-        draft_vocab: Tensor | None = None,
-        aux_layers: tuple[int, ...] | None = None,
     ) -> EagleDraft:
-        """A draft of the usual shape, not yet bound.
-
-        Raises UserError for aux layers or a draft vocabulary: this kind has neither.
-        """
-        if aux_layers is not None or draft_vocab is not None:
-            raise UserError(
-                f"an {cls.kind} draft reads the target's last hidden state and speaks its whole "
-                "vocabulary: --aux-layers and --draft-vocab belong to --kind eagle3"
-            )
+        """A draft of the usual shape, not yet bound."""
         return cls(EagleConfig(**shape_of(target, width)))
 
     def first_state(self, features_BTF: Tensor) -> Tensor:

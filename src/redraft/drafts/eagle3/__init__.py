@@ -14,6 +14,7 @@ EAGLE3 = DraftKind(
     name="eagle3",
     network=Eagle3Draft,
     new=Eagle3Draft.for_target,
+    choices=("draft_vocab", "aux_layers"),
     stored_as="EAGLE-3 drafts (of SafeAILab, SpecForge, speculators, vLLM, SGLang)",
     layouts=(
         Layout(
@@ -48,7 +49,7 @@ SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algori
         **VARIANTS,
     },
     reads=files.reads,
-    speaks=files.speaks,
+    vocabulary=files.vocabulary,
     config_variants=files.config_variants,
     engines=engines.ENGINES,
     canonical=files.canonical,

@@ -189,7 +189,7 @@ def build(config: Eagle3Config, tensors: Mapping[str, Tensor], dtype: torch.dtyp
 
 
 def draft_vocabulary(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Target ids of the draft's rows, int64 [D]; None when it speaks the whole vocabulary.
+    """Target ids of the draft's rows, int64 [D]; None for the whole vocabulary.
 
     Raises UserError when d2t cannot be offsets, or disagrees with t2d.
     """
@@ -284,7 +284,7 @@ def config_json(c: Eagle3Config) -> dict[str, Any]:
 
 
 def lay_out(c: Eagle3Config, tensors: dict[str, Tensor], target: str) -> Files:
-    """config.json and tensors as they are."""
+    """config.json and tensors, unchanged."""
     return config_json(c), dict(tensors)
 
 
@@ -294,7 +294,7 @@ def lay_out(c: Eagle3Config, tensors: dict[str, Tensor], target: str) -> Files:
 def with_rows_of(c: Eagle3Config, tensors: Tensors, target: Target) -> Named:
     """Shape and tensors with the target's number of rows: the head keeps those that the target has.
 
-    The draft then speaks a reduced vocabulary, the tokens it was made for.
+    The draft then has a reduced vocabulary: the tokens that it was made for.
     """
     V = target.vocab_size
     vocab = draft_vocabulary(c, tensors)
@@ -312,7 +312,7 @@ def with_rows_of(c: Eagle3Config, tensors: Tensors, target: Target) -> Named:
     return dataclasses.replace(config, draft_vocab_size=said), found
 
 
-def speaks(c: Eagle3Config, tensors: Tensors) -> str:
+def vocabulary(c: Eagle3Config, tensors: Tensors) -> str:
     """The vocabulary, in words."""
     if "d2t" in tensors:
         return f"{c.draft_vocab_size:,} of {c.vocab_size:,} tokens, d2t as offsets"

@@ -34,5 +34,5 @@ def _embedding(own: Tensor, target: Target) -> Tensor:
 
 
 def rows_in_words(config: Any, tensors: Tensors) -> str:
-    """The vocabulary of a kind that speaks the target's whole one."""
+    """The vocabulary of a kind that has the target's whole one."""
     return f"the target's whole vocabulary, {config.vocab_size:,} tokens"

@@ -31,7 +31,7 @@ Transformers:  model.generate(..., assistant_model=AutoModelForCausalLM.from_pre
     second_reading=files.second_reading,
     function="a causal LM of its own: logits = lm_head(body(tokens)); nothing of the target's is read",
     reads=files.reads,
-    speaks=files.speaks,
+    vocabulary=files.vocabulary,
     engines=engines.ENGINES,
     vllm_method="draft_model",
 )

@@ -147,7 +147,7 @@ def lay_out(config: TokenLMConfig, tensors: dict[str, Tensor], target: str) -> F
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """The files next to the weights, as they are but for the path that old tokenizers wrote."""
+    """The files next to the weights, unchanged but for the path that old tokenizers wrote."""
     found = [folder / name for name in COMPANIONS if (folder / name).is_file()]
     files = {path.name: path.read_bytes() for path in found}
     if TOKENIZER_CONFIG in files:
@@ -209,7 +209,7 @@ def reads(config: TokenLMConfig | None, num_layers: int | None) -> str:
     return "none: it reads tokens only"
 
 
-def speaks(config: TokenLMConfig, tensors: Tensors) -> str:
+def vocabulary(config: TokenLMConfig, tensors: Tensors) -> str:
     """The vocabulary, in words."""
     return f"its own {config.vocab_size:,} rows, cut or left impossible to fit the target"
 

@@ -38,7 +38,7 @@ class Cache:
 
 
 class TokenLMDraft(Draft):
-    """A causal LM as a draft; bound to a target, it speaks as much of the vocabulary as both have."""
+    """A causal LM as a draft; bound to a target, it proposes the tokens that both have."""
 
     kind: ClassVar[str] = "token_lm"
     feeds_back: ClassVar[bool] = False
@@ -69,18 +69,8 @@ class TokenLMDraft(Draft):
         target: Target,
         *,
         width: int | None = None,
-        draft_vocab: Tensor | None = None,
-        aux_layers: tuple[int, ...] | None = None,
     ) -> TokenLMDraft:
-        """A small LM of the target's own architecture, half as wide, not yet bound.
-
-        Raises UserError for aux layers or a draft vocabulary: this kind has neither.
-        """
-        if aux_layers is not None or draft_vocab is not None:
-            raise UserError(
-                f"a {cls.kind} draft reads tokens only and speaks its whole vocabulary: --aux-layers and "
-                "--draft-vocab belong to --kind eagle3"
-            )
+        """A small LM of the target's own architecture, half as wide, not yet bound."""
         config = target.model.config.get_text_config()
         with as_sentence(
             f"no small {config.model_type} model can be made for target {target.name}; name a small "
