@@ -97,6 +97,10 @@ def test_a_file_gives_settings_and_flags_and_the_line_goes_first(
     )
     assert (seen["models"].target, seen["limit"], seen["lr"]) == ("u", 2, 0.1)
     assert run(app, "look", "--config", str(file), "--prompts", "p")["limit"] == 7
+    given = ("--set", "target=u", "--set", "train.lr=0.1", "--lr", "0.5")
+    seen = run(app, "learn", *given, "--config", str(file))  # in whatever order
+    assert (seen["lr"], seen["origin"]) == (0.5, "flag")
+    assert seen["models"].target == "u"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Each field is a name in `flag_table.FLAGS`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,14 @@ class OutputFlags:
 
     def finish(self, text: str, content: dict[str, Any]) -> None:
         """The result, as text or as one JSON object."""
+        self.show(content, lambda: typer.echo(text))
+
+    def show(self, content: dict[str, Any], printed: Callable[[], None]) -> None:
+        """The result, printed or as one JSON object."""
         if self.as_json:
             print_json(content)
         else:
-            typer.echo(text)
+            printed()
 
 
 def load_stored(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import MeasureConfig, RegenerateConfig, resolve
 from ..core.errors import UserError
-from .bundles import MaybeTargetFlags, OutputFlags, SamplingFlags, print_json, template_args_from
+from .bundles import MaybeTargetFlags, OutputFlags, SamplingFlags, template_args_from
 
 if TYPE_CHECKING:
     from ..check.calibration_runs import CalibrationRun
+    from ..check.check import Check
 
 OURS = "ours"
 """What `--calibration` calls the runs that come with redraft."""
@@ -47,85 +49,61 @@ def check(
     Example: redraft check --target ./my-model --draft org/EAGLE3-base --base org/base
     --prompts prompts.jsonl --batch 4
     """
-    from ..check.check import check as run
     from ..check.screen import print_check, print_served
     from ..check.served import check_served
+    from ..core.records import to_json
+
+    asked: dict[str, Any] = {
+        "rows": batch,
+        "most": most,
+        "answering": RegenerateConfig(**dataclasses.asdict(drawn), max_new_tokens=max_new_tokens),
+        "worth": worth,
+        "published": published,
+        "runs": _known_runs(calibration or [OURS]),
+    }
+    if endpoint:
+        _refuse(models, drawn, draft=draft, base=base, serve=serve, method=method, out=out)
+        variables = template_args_from(models.template_arg)
+        served = check_served(
+            endpoint, prompts, model=endpoint_model, template_args=variables, **asked
+        )
+        output.show(to_json(served), lambda: print_served(served))
+        return
+    tried = resolve([("flag", {"train.method": method} if method else {})]).config.train
+    found = _check_weights(
+        models, draft, prompts, out, base, k=k, serve=serve, method=tried.method, **asked
+    )
+    output.show(to_json(found), lambda: print_check(found))
+
+
+def _check_weights(
+    models: MaybeTargetFlags,
+    draft: str | None,
+    prompts: str,
+    out: str | None,
+    base: str | None,
+    **asked: Any,
+) -> Check:
+    """The check of a target and a draft that are loaded here; answers are kept in `out`, if that is named."""
+    from ..check.check import check as run
     from ..checkpoints.load import read_draft
     from ..core.files import writing
     from ..core.lock import held
-    from ..core.records import to_json
 
-    known = _known_runs(calibration or [OURS])
-    answering = RegenerateConfig(
-        temperature=drawn.temperature,
-        top_k=drawn.top_k,
-        top_p=drawn.top_p,
-        min_p=drawn.min_p,
-        max_new_tokens=max_new_tokens,
-    )
-    if endpoint:
-        given: dict[str, object] = {
-            "--target": models.target,
-            "--draft": draft,
-            "--base": base,
-            "--serve": serve,
-            "--method": method,
-            "--out": out,
-            "--target-adapter": models.target_adapter,
-            "--chat-template": models.chat_template,
-            "--min-p": drawn.min_p or None,  # vLLM refuses it where it speculates
-        }
-        _refuse(given)
-        served = check_served(
-            endpoint,
-            prompts,
-            rows=batch,
-            most=most,
-            answering=answering,
-            worth=worth,
-            published=published,
-            model=endpoint_model,
-            runs=known,
-            template_args=template_args_from(models.template_arg),
-        )
-        if output.as_json:
-            print_json(to_json(served))
-        else:
-            print_served(served)
-        return
     named = models.named()
     if named is None or draft is None:
         raise UserError(
             "name what is checked: --target and --draft (folders or Hub ids), or --endpoint URL of the server "
             "that serves them"
         )
-    tried = resolve([("flag", {"train.method": method} if method else {})]).config.train
-    loaded = named.load()
+    target = named.load()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with held(folder):
-            found = run(
-                loaded,
-                read_draft(draft),
-                prompts,
-                folder,
-                base=named.load_plain(base),
-                k=k,
-                rows=batch,
-                most=most,
-                answering=answering,
-                worth=worth,
-                serve=serve,
-                published=published,
-                runs=known,
-                method=tried.method,
-            )
-    if output.as_json:
-        print_json(to_json(found))
-    else:
-        print_check(found)
+            stored, origin = read_draft(draft), named.load_plain(base)
+            return run(target, stored, prompts, folder, base=origin, **asked)
 
 
 def _known_runs(files: list[str]) -> list[CalibrationRun]:
@@ -141,9 +119,16 @@ def _known_runs(files: list[str]) -> list[CalibrationRun]:
     return known
 
 
-def _refuse(given: dict[str, object]) -> None:
+def _refuse(models: MaybeTargetFlags, drawn: SamplingFlags, **given: object) -> None:
     """Raises UserError for flags that need the weights."""
-    named = [flag for flag, value in given.items() if value is not None]
+    flags = {
+        "target": models.target,
+        **given,
+        "target-adapter": models.target_adapter,
+        "chat-template": models.chat_template,
+        "min-p": drawn.min_p or None,  # vLLM refuses it where it speculates
+    }
+    named = [f"--{flag}" for flag, value in flags.items() if value is not None]
     if named:
         raise UserError(
             f"--endpoint asks a server, which cannot use {', '.join(named)}: leave these "

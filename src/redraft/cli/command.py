@@ -39,10 +39,10 @@ class GroupedCommand(TyperCommand):
                 continue
             argument = parameter.param_type_name == "argument"
             group = "Arguments" if argument else getattr(parameter, "rich_help_panel", None)
-            flag = FLAGS.get(str(parameter.name))
             head = record[0]
-            for old in flag.old if flag else ():
-                head = head.replace(f", {old}", "")
+            for old in parameter.opts[1:]:
+                if old.startswith("--"):  # a name of before; -q is shown
+                    head = head.replace(f", {old}", "")
             groups.setdefault(group or OUTPUT, []).append((head, record[1]))
         for group, rows in sorted(groups.items(), key=lambda item: item[0] == OUTPUT):
             with formatter.section(group):
@@ -67,29 +67,31 @@ def add_command(
     function: Callable[..., None],
     *,
     name: str | None = None,
+    hidden: bool = False,
+    **schema: Any,
+) -> None:
+    """Register a command function with the flags that `with_flags` gives it by `schema`."""
+    command = with_flags(function, **schema)
+    app.command(name or function.__name__, cls=GroupedCommand, hidden=hidden)(command)
+
+
+def with_flags(
+    function: Callable[..., None],
+    *,
     settings: tuple[str, ...] = (),
     flags_of: tuple[str, ...] | None = None,
     help: Mapping[str, str] | None = None,
-) -> None:
-    """Register a command function (see above).
+    flags: Mapping[str, Flag] | None = None,
+) -> Callable[..., None]:
+    """A command function (see above) as Typer reads it.
 
     `settings` are stages whose settings the command uses; those in `flags_of` (stages, or single
-    settings by dotted key; default: the same stages) are flags. `help` replaces the help of single flags where this command means something special.
-    Raises KeyError for a parameter that is no flag.
+    settings by dotted key; default: the same stages) are flags. `help` replaces the help of single flags
+    where this command means something special. `flags` are more than those in FLAGS. Raises KeyError
+    for a parameter that is no flag.
     """
-    wrapped = _with_flags(
-        function, settings, settings if flags_of is None else flags_of, help or {}
-    )
-    app.command(name or function.__name__, cls=GroupedCommand)(wrapped)
-
-
-def _with_flags(
-    function: Callable[..., None],
-    settings: tuple[str, ...],
-    flags_of: tuple[str, ...],
-    help: Mapping[str, str],
-) -> Callable[..., None]:
     signature = inspect.signature(function, eval_str=True)
+    known, text = {**FLAGS, **(flags or {})}, help or {}
     bundles: dict[str, Any] = {}
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in signature.parameters.items():
@@ -97,13 +99,12 @@ def _with_flags(
         if dataclasses.is_dataclass(kind) and name != "config":
             bundles[name] = kind
             for one in inspect.signature(bundles[name], eval_str=True).parameters.values():
-                parameters[one.name] = _flag(one, help)
+                parameters[one.name] = _flag(one, known[one.name], text)
         elif name != "config":
-            parameters[name] = _flag(parameter, help)
+            parameters[name] = _flag(parameter, known[name], text)
+    chosen = set(settings if flags_of is None else flags_of)
     by_name = {
-        key.replace(".", "__"): key
-        for key in stage_fields()
-        if {key, key.split(".")[0]} & set(flags_of)
+        key.replace(".", "__"): key for key in stage_fields() if {key, key.split(".")[0]} & chosen
     }
     parameters |= {name: _setting_flag(name, key) for name, key in by_name.items()}
     parameters |= {parameter.name: parameter for parameter in (_CONFIG, _ASSIGNMENTS)}
@@ -111,8 +112,8 @@ def _with_flags(
     @functools.wraps(function)
     def wrapper(**given: Any) -> None:
         file, assigned = given.pop("config_file"), given.pop("assignments")
-        flags = {key: joined(given.pop(name)) for name, key in by_name.items()}
-        resolved = resolve(_layers(file, assigned, flags, settings, function.__name__))
+        set_flags = {key: joined(given.pop(name)) for name, key in by_name.items()}
+        resolved = resolve(_layers(file, assigned, set_flags, settings, function.__name__))
         for name, bundle in bundles.items():
             names = [field.name for field in dataclasses.fields(bundle)]
             given[name] = bundle(**{one: given.pop(one) for one in names})
@@ -125,9 +126,8 @@ def _with_flags(
     return wrapper
 
 
-def _flag(parameter: inspect.Parameter, help: Mapping[str, str]) -> inspect.Parameter:
+def _flag(parameter: inspect.Parameter, flag: Flag, help: Mapping[str, str]) -> inspect.Parameter:
     """A parameter as Typer has it, with the names, bounds, help and group of its flag."""
-    flag: Flag = FLAGS[parameter.name]
     text = help.get(parameter.name, flag.help)
     if flag.argument:
         info: Any = typer.Argument(help=text)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from ..core.errors import UserError
-from .bundles import OutputFlags, TargetFlags, print_json
+from .bundles import OutputFlags, TargetFlags
 
 
 def inspect(
@@ -24,10 +24,7 @@ def inspect(
 
     loaded = TargetFlags(target).load() if target else None
     found = inspect_draft(path, loaded, unpickle=allow_pickle)
-    if output.as_json:
-        print_json(to_json(found))
-    else:
-        print_inspection(found)
+    output.show(to_json(found), lambda: print_inspection(found))
     if found.unreadable:
         raise typer.Exit(2)
 

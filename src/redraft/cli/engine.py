@@ -118,10 +118,7 @@ def verify(
     )
     if finished and draft == finished.draft:
         keep_verification(finished.folder, found)
-    if output.as_json:
-        print_json(to_json(found))
-    else:
-        print_verification(found)
+    output.show(to_json(found), lambda: print_verification(found))
     if not found.good:
         raise typer.Exit(NOT_GOOD)
 

@@ -88,10 +88,7 @@ def report(folder: str, output: OutputFlags) -> None:
             f"{path} is no report of redraft ({problem!r}); redraft adapt in that folder writes it"
         ) from None
     write_page(Path(folder) / "report.html", found)
-    if output.as_json:
-        print_json(to_json(found))
-    else:
-        print_report(found)
+    output.show(to_json(found), lambda: print_report(found))
 
 
 def _pairs(texts: list[str], flag: str) -> dict[str, str]:

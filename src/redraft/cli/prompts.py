@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..core.visible import visible
-from .bundles import OutputFlags, TargetFlags, print_json
+from .bundles import OutputFlags, TargetFlags
 from .command import Group, add_command
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def inspect(
         raise UserError(f"--turns {problem}") from None
     loaded = models.load()
     found = inspect_prompts(read_prompts(file, loaded, limit, turns), loaded, rows)
-    if output.as_json:
-        print_json(asdict(found))
-    else:
-        _print(found)
+    output.show(asdict(found), lambda: _print(found))
 
 
 add_command(app, inspect)

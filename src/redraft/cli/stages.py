@@ -17,7 +17,6 @@ from .bundles import (
     TargetFlags,
     aux_layers_from,
     k_from,
-    print_json,
 )
 from .examples import print_examples
 
@@ -216,22 +215,11 @@ def measure(
     from ..checkpoints.load import load_draft
     from ..core.records import to_json
     from ..decoding.acceptance_modes import Decoding
-    from ..metrics.measure import WAYS
     from ..pipeline.stages import measure_file
     from ..report.terminal import print_acceptance
 
-    if mode not in WAYS:
-        raise UserError(f"--mode must be one of {', '.join(WAYS)}; got '{mode}'")
-    if (prompts is None) == (answers is None):
-        raise UserError(
-            "name either prompts, which the target answers first, or an answers file, which is scored "
-            "unchanged (--prompts FILE or --answers FILE)"
-        )
-    if stored.features and prompts:
-        raise UserError(
-            "--features stand in for the target's layers, which cannot answer prompts; name --answers"
-        )
     chosen = k_from(k)
+    _check_sources(mode, prompts, answers, stored)
     if answers is not None:
         _check_scores_only(mode, chosen, drawn, save_ids)
     loaded = stored.load(models)
@@ -256,10 +244,26 @@ def measure(
             seed=seed,
             save_ids=save_ids,
         )
-    if output.as_json:
-        print_json({**to_json(measured), "left_out": left_out})
-    else:
-        print_acceptance(measured)
+    output.show({**to_json(measured), "left_out": left_out}, lambda: print_acceptance(measured))
+
+
+def _check_sources(
+    mode: str, prompts: str | None, answers: str | None, stored: FeatureFlags
+) -> None:
+    """Raises UserError where it is not clear what is measured, or it cannot be."""
+    from ..metrics.measure import WAYS
+
+    if mode not in WAYS:
+        raise UserError(f"--mode must be one of {', '.join(WAYS)}; got '{mode}'")
+    if (prompts is None) == (answers is None):
+        raise UserError(
+            "name either prompts, which the target answers first, or an answers file, which is scored "
+            "unchanged (--prompts FILE or --answers FILE)"
+        )
+    if stored.features and prompts:
+        raise UserError(
+            "--features stand in for the target's layers, which cannot answer prompts; name --answers"
+        )
 
 
 def _check_scores_only(
