@@ -20,7 +20,13 @@ from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.selection.explain import explain
 from redraft.selection.near_duplicates import clusters, near_duplicates
-from redraft.selection.select import read_selection, select, within_budget, write_selection
+from redraft.selection.select import (
+    kept_answers,
+    read_selection,
+    select,
+    within_budget,
+    write_selection,
+)
 from tests.conftest import write_prompts
 
 
@@ -91,6 +97,21 @@ def test_budgets_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         console.set_quiet(True)
     assert "asks for 12 samples, the pool has 10: all are kept" in capsys.readouterr().err
+
+
+def test_answers_worth_training_on(tmp_path: Path) -> None:
+    """Those of two tokens or more, that the selection keeps; a selection of others is refused."""
+    lengths = {"a": 3, "b": 1, "c": 2, "d": 2}
+    answers = [Answer(name, (1,), (5,) * n, n, "stop") for name, n in lengths.items()]
+    assert [a.id for a in kept_answers(answers, None)] == ["a", "c", "d"]
+    found = select(answers, SelectConfig(budget="3", duplicates=0.0))
+    write_selection(tmp_path / "s.jsonl", found)
+    kept = {sample.id for sample in found.kept}
+    assert len(kept) == 3
+    chosen = [a.id for a in kept_answers(answers, tmp_path / "s.jsonl")]
+    assert chosen == sorted(kept - {"b"})
+    with pytest.raises(UserError, match="keeps 3 samples, of which 2 are here"):
+        kept_answers([a for a in answers if a.id != min(kept)], tmp_path / "s.jsonl")
 
 
 def test_a_selection_is_stored_and_explained(target: Target, tmp_path: Path) -> None:
