@@ -43,6 +43,8 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "train.lr_parts": "fc=fast",
         "train.average": 1,
         "train.seed": True,
+        "export.format": "hff",
+        "train.loss": "mse",
     }
     with pytest.raises(UserError) as caught:
         resolve([("run.yaml", layers)])
@@ -58,6 +60,8 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert "got 'fc=fast'" in text
     assert "train.average must be between 0.0 and 0.9999; got 1.0" in text
     assert "train.seed expected int, got True" in text
+    assert "export.format names an unknown export format 'hff'; did you mean 'hf'" in text
+    assert "train.loss must be one of kl, tv, lk, ce, paper; got 'mse'" in text
 
 
 @pytest.mark.parametrize(

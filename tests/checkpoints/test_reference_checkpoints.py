@@ -17,9 +17,10 @@ from redraft.checkpoints.reload_check import check_export
 from redraft.core.errors import UserError
 from redraft.drafts.eagle.routed import RoutedShape
 from redraft.models.target import Target
+from redraft.pipeline.adapt import adapt
 from redraft.report.terminal import print_inspection
 from tests.checkpoints.crafted import as_pickle, eda_reference, edit, retensor
-from tests.conftest import fresh_draft, in_double
+from tests.conftest import fresh_draft, in_double, write_prompts
 from tests.drafts.test_drafts import read, worst_difference
 
 ROUTED = RoutedShape(3, 2, 2, 1, 10)
@@ -80,6 +81,16 @@ def test_saving_says_why_it_cannot(target: Target, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="routed experts, 3 shared .* no dense layer is equal"):
             stored.save(tmp_path / "out", format, tp=[1, 5])
     assert not (tmp_path / "out").exists()
+
+
+def test_adapting_it_is_refused_before_anything_is_generated(
+    target: Target, tmp_path: Path
+) -> None:
+    draft = str(eda_reference(tmp_path / "d", made(target)))
+    write_prompts(tmp_path / "p.jsonl", 8)
+    with pytest.raises(UserError, match="no dense layer is equal"):
+        adapt(target, draft, str(tmp_path / "p.jsonl"), method="fc", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_inspect_says_what_it_is(target: Target, tmp_path: Path) -> None:

@@ -125,4 +125,4 @@ def read_format(text: str) -> None:
         try:
             format_named(text)
         except UserError as problem:
-            raise ValueError(str(problem)) from None
+            raise ValueError(f"names an {problem}") from None
