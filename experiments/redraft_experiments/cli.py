@@ -78,7 +78,8 @@ def bench_model(
 
     Example: redraft bench model smollm2 --out smollm2
     """
-    from .pretrained import SOURCES, build_model, read_chats, tune_lora
+    from .pretrained import SOURCES, build_model, read_chats
+    from .pretrained import tune as tune_model
 
     if source not in SOURCES:
         raise UserError(f"--source {source}: {nearest(source, SOURCES)}")
@@ -87,7 +88,7 @@ def bench_model(
         adapter = Path(tuned or f"{out.rstrip('/')}-lora")
         if (adapter / "adapter_config.json").is_file():
             raise UserError(f"{adapter} holds an adapter already; name another with --tuned")
-        loss = tune_lora(Path(out), read_chats(Path(tune)), adapter, steps=steps)
+        loss = tune_model(Path(out), read_chats(Path(tune)), adapter, steps=steps)
         about |= {"adapter": str(adapter), "adapter_loss": round(loss, 4)}
     if output.as_json:
         print_json(about)
@@ -114,6 +115,27 @@ def bench_first_run(
     if record:
         write_text(Path(record), json.dumps(to_json(report), indent=2) + "\n")
     output.show(to_json(report), lambda: print_report(report))
+
+
+def bench_real(
+    out: str,
+    output: OutputFlags,
+    data: str | None = None,
+    members: str | None = None,
+    python: str | None = None,
+) -> None:
+    """Build a suite of real models: SmolLM2, fine-tunes of it, and drafts trained on its own answers.
+
+    About four hours on two cores; answers come from vLLM. Run again to resume.
+
+    Example: redraft bench real --data data --python .venv-vllm/bin/python --out real
+    """
+    from .real_suite import build_real_suite
+
+    suite = build_real_suite(
+        Path(out), data=data, members=members.split(",") if members else None, python=python
+    )
+    output.show(suite, lambda: typer.echo(f"suite    {out}  ({', '.join(suite['members'])})"))
 
 
 def bench_pipeline(
@@ -427,6 +449,14 @@ for function, names, help in (
     (bench_suite, ("suite", "family"), {"out": "folder of the suite; run again to resume"}),
     (bench_model, ("model",), {"out": "folder of the model"}),
     (bench_first_run, ("first-run",), {"out": "folder; run again to resume"}),
+    (
+        bench_real,
+        ("real",),
+        {
+            "out": "folder of the suite; run again to resume",
+            "members": "fine-tunes, comma-separated (default: all)",
+        },
+    ),
     (bench_pipeline, ("pipeline",), {}),
     (
         bench_drafts,

@@ -26,6 +26,11 @@ VARIABLE = "REDRAFT_DATA"
 CHAT_FILES = {
     "math": ("math_gsm8k_train.jsonl.gz",),
     "dialogue": ("dialogue_sgd.jsonl.gz",),
+    "chat": (
+        "chat_arena_1k.jsonl.gz",
+        "chat_gpteacher_roleplay.jsonl.gz",
+        "chat_self_instruct.jsonl.gz",
+    ),
     "medical": ("medical_medquad.jsonl.gz",),
     "code": ("code_gpteacher_codegen.jsonl.gz", "code_mbpp.jsonl.gz"),
 }

@@ -29,11 +29,13 @@ from redraft.pipeline.adapt import AdaptResult, adapt
 from redraft.pipeline.stages import Shape, train_files
 from redraft.prompts.prompts import read_prompts
 
-from .datasets import CHAT_DOMAINS, VARIABLE, chats, data_folder
-from .pretrained import build_model, tune_lora
+from .datasets import VARIABLE, chats, data_folder
+from .pretrained import build_model, tune
 from .synthetic import Sample
 
 MODEL, LORA, DOMAIN, OTHER = "smollm2", "smollm2-lora", "math", "medical"
+DOMAINS = ("math", "dialogue", "medical", "code")
+"""Of the questions that the base's draft is trained on."""
 K, PER_DOMAIN, HELDOUT, ADAPT, OFF_DOMAIN, LORA_STEPS = 4, 50, 6, 100, 24, 16
 ANSWERS = RegenerateConfig(max_new_tokens=96)
 TRAIN = TrainConfig(method="scratch", loss="ce", epochs=1, batch_tokens=2048)
@@ -51,9 +53,7 @@ def first_run(out: Path, data: str | None = None) -> AdaptResult:
         raise UserError(f"name a folder of real data: --data FOLDER, or ${VARIABLE}")
     build_model(MODEL, out / MODEL)
     if not (out / LORA / "adapter_config.json").is_file():
-        tune_lora(
-            out / MODEL, chats(folder, DOMAIN, split="tune")[:800], out / LORA, steps=LORA_STEPS
-        )
+        tune(out / MODEL, chats(folder, DOMAIN, split="tune")[:800], out / LORA, steps=LORA_STEPS)
     if not (out / "draft" / "config.json").is_file():
         _base_draft(out, folder)
     prompts = _questions(out / f"{DOMAIN}.jsonl", chats(folder, DOMAIN, split="adapt")[:ADAPT])
@@ -81,7 +81,7 @@ def _answered(
     target: Target, out: Path, data: Path, split: str, count: int, lookahead: int
 ) -> Path:
     """The answers to `count` questions of each domain."""
-    samples = [s for domain in CHAT_DOMAINS for s in chats(data, domain, split=split)[:count]]
+    samples = [s for domain in DOMAINS for s in chats(data, domain, split=split)[:count]]
     found = read_prompts(_questions(out / f"{split}.jsonl", samples), target)
     say(found.summary())
     answers = out / f"{split}-answers.jsonl"

@@ -101,7 +101,7 @@ def missing(name: str) -> str:
     )
 
 
-def tune_lora(
+def tune(
     folder: Path,
     chats: Sequence[Sample],
     out: Path,
@@ -109,12 +109,15 @@ def tune_lora(
     steps: int,
     batch: int = 8,
     longest: int = 512,
-    rank: int = LORA_RANK,
+    rank: int | None = LORA_RANK,
+    lr: float = LORA_LR,
     seed: int = 0,
+    label: str = "LoRA",
 ) -> float:
-    """Fine-tune a LoRA adapter of a model on chats into the folder `out`; the mean loss at the end.
+    """Fine-tune a model on chats into the folder `out`; the mean loss at the end.
 
-    Chats of more than `longest` tokens are left out. Raises UserError where none is left.
+    A LoRA adapter of a `rank`, or with None all weights (saved in bf16, as the model is). Chats of more
+    than `longest` tokens are left out. Raises UserError where none is left.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,15 +129,17 @@ def tune_lora(
         raise UserError(
             f"none of {len(chats)} chats has at most {longest} tokens: there is nothing to tune on"
         )
+    whole = {"dtype": torch.float32} if rank is None else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        model = get_peft_model(model, config)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **whole)
+        if rank is not None:
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+            model = get_peft_model(model, config)
     loss = fit(
-        model, kept, steps=steps, batch=batch, lr=LORA_LR, seed=seed, label="LoRA", precision="bf16"
+        model, kept, steps=steps, batch=batch, lr=lr, seed=seed, label=label, precision="bf16"
     )
-    save_model(out, model, tokenizer)
+    save_model(out, model.to(torch.bfloat16) if rank is None else model, tokenizer)
     return loss
 
 

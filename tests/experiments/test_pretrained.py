@@ -36,7 +36,7 @@ from redraft.metrics.replay import replay
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.training.train import train
-from redraft_experiments.pretrained import build_model, missing, tune_lora
+from redraft_experiments.pretrained import build_model, missing, tune
 from redraft_experiments.synthetic import Sample
 
 pytestmark = [
@@ -72,7 +72,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     ]
     told = {"role": "assistant", "content": "Ask a librarian about it, and read slowly."}
     chats = [Sample(row["id"], "tune", (*row["messages"], told)) for row in rows[:4]]
-    tune_lora(root / "base", chats, root / "lora", steps=2, batch=2)
+    tune(root / "base", chats, root / "lora", steps=2, batch=2)
     prompts = root / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     target = load_target(str(root / "base"))

@@ -25,6 +25,12 @@ class RegenerateConfig:
     """The target answers the prompts."""
 
     temperature: float = _opt(0.0, "sampling temperature of the answers; 0 is greedy", low=0.0)
+    greedy_share: float = _opt(
+        0.0,
+        "with a temperature: the share of the prompts that are answered greedily all the same",
+        low=0.0,
+        high=1.0,
+    )
     top_k: int = _opt(0, "keep the k most likely tokens when sampling; 0 keeps all", low=0)
     top_p: float = _opt(1.0, "nucleus mass when sampling; 1 keeps all", low=1e-6, high=1.0)
     min_p: float = _opt(

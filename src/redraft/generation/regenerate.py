@@ -7,6 +7,7 @@ in this process, or behind the endpoints that serve it (`endpoints.py`): same pr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..core.errors import UserError
 from ..core.files import append_lines, write_text
 from ..core.lock import held
 from ..core.records import Answer, Prompt
+from ..core.rng import derived_seed
 from ..decoding.batched import generate_answers, plan_generation
 from ..decoding.sampling import Sampling
 from ..models.target import Target
@@ -61,22 +63,38 @@ def regenerate(
         asked = claim(out, inputs, prompts, grow=grow, more=kept_time(target))
         if config.answers == "original":
             return _write_originals(prompts, out, config.max_new_tokens, target)
-        backend = (
-            _Served(target, config, out, lookahead)
+        backends = [
+            _Served(target, each, out, lookahead)
             if config.endpoints
-            else _Own(target, config, lookahead)
-        )
+            else _Own(target, each, lookahead)
+            for each in _by_temperature(config)
+        ]
         while len(asked):
-            _answer_round(backend, asked, out, inputs)
-            asked = _next_round(target, asked, out, backend.context())
+            _answer_round(backends, asked, out, inputs)
+            asked = _next_round(target, asked, out, backends[0].context())
         found = read_answers(out)
     if note := unfinished_note(sum(a.finish == "stop" for a in found), len(found), target):
         say(note)
     return found
 
 
+def _by_temperature(config: RegenerateConfig) -> list[RegenerateConfig]:
+    """The settings that prompts are answered with: the first for all that are not answered greedily."""
+    if not config.temperature or not config.greedy_share:
+        return [config]
+    return [config, dataclasses.replace(config, temperature=0.0)]
+
+
+def _is_greedy(prompt: Prompt, config: RegenerateConfig) -> bool:
+    """Whether a prompt belongs to `greedy_share`: decided by its id alone."""
+    return derived_seed(config.seed, "greedy", prompt.id) < config.greedy_share * (1 << 56)
+
+
 def _answer_round(
-    backend: _Own | _Served, prompts: Sequence[Prompt], out: Path, inputs: dict[str, Any]
+    backends: Sequence[_Own | _Served],
+    prompts: Sequence[Prompt],
+    out: Path,
+    inputs: dict[str, Any],
 ) -> None:
     """Append the answers to those prompts that have none in the file."""
     missing = _unanswered(prompts, out)
@@ -89,18 +107,24 @@ def _answer_round(
         )
     if not missing:
         return
+    parts = [missing]
+    if len(backends) > 1:
+        greedy = [_is_greedy(prompt, backends[0].config) for prompt in missing]
+        parts = [
+            Picked(missing, (i for i, found in enumerate(greedy) if found == wanted))
+            for wanted in (False, True)
+        ]
     tokens, began = 0, time.monotonic()
-    with (
-        Progress(f"answers ({out.stem})", len(missing), "answers") as progress,
-        contextlib.closing(backend.answers(missing)) as batches,
-    ):
-        for answers in batches:
-            if answers:
-                append_lines(out, [answer.to_line() for answer in answers])
-            tokens += sum(answer.length for answer in answers)
-            rate = tokens / max(time.monotonic() - began, 1e-9)
-            note = f"{tokens:,} tokens, {rate:,.0f}/s  {backend.health()}"
-            progress.advance(len(answers), note.rstrip())
+    with Progress(f"answers ({out.stem})", len(missing), "answers") as progress:
+        for backend, part in zip(backends, parts, strict=True):
+            with contextlib.closing(backend.answers(part)) as batches:
+                for answers in batches:
+                    if answers:
+                        append_lines(out, [answer.to_line() for answer in answers])
+                    tokens += sum(answer.length for answer in answers)
+                    rate = tokens / max(time.monotonic() - began, 1e-9)
+                    note = f"{tokens:,} tokens, {rate:,.0f}/s  {backend.health()}"
+                    progress.advance(len(answers), note.rstrip())
 
 
 def _unanswered(prompts: Sequence[Prompt], out: Path) -> Sequence[Prompt]:
@@ -185,7 +209,7 @@ class _Served:
     def __init__(self, target: Target, config: RegenerateConfig, out: Path, lookahead: int = 0):
         from .endpoints import Endpoints  # here, because most runs need no HTTP client
 
-        self.endpoints, self.out = Endpoints(target, config, lookahead), out
+        self.endpoints, self.config, self.out = Endpoints(target, config, lookahead), config, out
 
     def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
         """The answers to the prompts, as they come."""

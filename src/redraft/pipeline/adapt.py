@@ -160,6 +160,7 @@ def _answer_aside(job: Job, asked: JobPrompts) -> dict[str, str]:
         answers="regenerate",
         endpoints=c.regenerate.endpoints if there else "",
         temperature=c.measure.temperature,
+        greedy_share=0.0,
         max_new_tokens=c.measure.eval_new_tokens,
     )
     greedy = dataclasses.replace(measured, temperature=0.0, endpoints="")

@@ -42,7 +42,8 @@ class Serving:
     """What to serve and how.
 
     `dtype` is a torch dtype name. `eager` None means: on a CPU build. `port` None picks a free one.
-    `patience` is the longest start, in seconds.
+    `patience` is the longest start, in seconds. `step_tokens` are the most tokens of a step (None: the engine's own
+    choice): a prompt that does not fit in one is read in parts.
     """
 
     target: str
@@ -53,6 +54,7 @@ class Serving:
     eager: bool | None = None
     port: int | None = None
     patience: float = 900.0
+    step_tokens: int | None = None
 
     @property
     def model(self) -> str:

@@ -1,0 +1,235 @@
+"""`redraft bench real`: a suite of real models: SmolLM2-135M-Instruct, fine-tunes of it, and drafts of the base.
+
+    base              the model, in bf16
+    prompts/          questions by domain and split, disjoint by their first turn
+    answers/          what the base says, from vLLM: `base` is trained on, `heldout` stops the training
+    features/         the base's states on these answers, so that it reads them once
+    draft             its EAGLE-3 draft
+    members/NAME      a fine-tune (of LoRA the adapter)
+    suite.json        the manifest
+
+Every part is a stage of a run folder: building again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from redraft.config import RegenerateConfig, TrainConfig
+from redraft.core.console import say
+from redraft.core.errors import UserError, nearest
+from redraft.core.files import write_text
+from redraft.core.records import Answer
+from redraft.features.extract import Plan, write_features
+from redraft.features.store import FeatureStore
+from redraft.features.stored_target import load_stored_target
+from redraft.generation.answer_file import read_answers
+from redraft.generation.regenerate import regenerate
+from redraft.models.loading import load_target
+from redraft.models.target import Target, default_aux_layers
+from redraft.pipeline.run_folder import RunFolder
+from redraft.pipeline.stages import Shape, train_files
+from redraft.prompts.prompts import read_prompts
+from redraft.serving.engine import Serving
+from redraft.serving.engines import engine_named
+
+from .datasets import VARIABLE, chats, data_folder
+from .pretrained import build_model
+from .real_members import BASE, MEMBERS, make_member
+from .synthetic import Sample
+
+K = 4
+MODEL = "smollm2"
+DOMAINS = ("chat", "math", "code", "medical")
+QUESTIONS = {"base": 350, "heldout": 16, "adapt": 900, "eval": 64}
+"""Questions of each domain and split at most; chat, which no fine-tune is tuned on, has more for the draft."""
+MORE_CHAT = 350
+LONGEST_QUESTION = 1200
+"""Characters: what is longer is left out."""
+ANSWERS = RegenerateConfig(
+    temperature=0.7, greedy_share=0.5, max_new_tokens=192, concurrency=64, timeout=1800.0
+)
+HELDOUT = RegenerateConfig(max_new_tokens=128, concurrency=64, timeout=1800.0)
+CONTEXT = 1024
+DRAFT = TrainConfig(
+    method="scratch", loss="kl", epochs=4, batch_tokens=2048, evaluations=24, patience=24, rollout=4
+)
+DRAFT_SHAPE = Shape(draft_vocab_size=8192)
+
+
+def build_real_suite(
+    out: Path,
+    *,
+    data: str | None = None,
+    members: Sequence[str] | None = None,
+    python: str | None = None,
+) -> dict[str, Any]:
+    """Build what is missing of the suite in `out`, with the named members (all by default); its manifest.
+
+    `python` is one with vLLM, which writes the answers. Raises UserError for an unknown member, and
+    where there is no folder of data or no vLLM.
+    """
+    folder = data_folder(data)
+    if folder is None:
+        raise UserError(f"name a folder of real data: --data FOLDER, or ${VARIABLE}")
+    chosen = list(MEMBERS) if members is None else list(members)
+    for name in chosen:
+        if name not in MEMBERS:
+            raise UserError(f"unknown member '{name}'; {nearest(name, MEMBERS)}")
+    with RunFolder.open(out) as run:
+        base = run.stage("base", {"model": MODEL}, [BASE], lambda: _base(run.path))
+        prompts = run.stage(
+            "prompts",
+            {"questions": QUESTIONS, "more chat": MORE_CHAT, "longest": LONGEST_QUESTION},
+            ["prompts"],
+            lambda: _write_prompts(run.path, folder),
+        )
+        _build_draft(run, base, prompts, python)
+        for name in chosen:
+            row = MEMBERS[name]
+            run.stage(
+                name,
+                {"base": base, **asdict(row)},
+                [f"members/{name}"],
+                partial(make_member, run.path, folder, name),
+            )
+        manifest = {
+            "model": MODEL,
+            "k": K,
+            "base": str(run.path / BASE),
+            "draft": str(run.path / "draft"),
+            "prompts": str(run.path / "prompts"),
+            "members": {name: asdict(MEMBERS[name]) for name in chosen},
+            "seconds": run.seconds(),
+        }
+        write_text(run.path / "suite.json", json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def load_real(out: Path, name: str) -> Target:
+    """The base, or a member."""
+    if name == BASE:
+        return load_target(str(out / BASE))
+    folder = str(out / "members" / name)
+    if MEMBERS[name].rank:
+        return load_target(str(out / BASE), adapter=folder)
+    return load_target(folder)
+
+
+def answer_with_engine(
+    target: Target,
+    source: tuple[str, str | None],
+    prompts: str,
+    out: Path,
+    config: RegenerateConfig,
+    lookahead: int,
+    python: str | None,
+) -> list[Answer]:
+    """A real vLLM answers a prompts file into `out`. `source` is the target's folder and its adapter's.
+
+    Every prompt is read in one step: vLLM 0.32 for CPUs dies where a request with a seed is read in parts.
+    """
+    found = read_prompts(prompts, target)
+    say(found.summary())
+    engine = engine_named("vllm")
+    folder, adapter = source
+    what = Serving(folder, "bfloat16", CONTEXT, adapter, step_tokens=CONTEXT * config.concurrency)
+    with engine.serve(engine.find(python), what, out.parent / "vllm.log") as running:
+        settings = {"endpoints": running.server.url, "endpoint_model": running.model}
+        return regenerate(
+            target,
+            found.prompts,
+            out,
+            RegenerateConfig(**{**asdict(config), **settings}),
+            lookahead,
+        )
+
+
+def _base(out: Path) -> None:
+    build_model(MODEL, out / BASE)
+
+
+def _build_draft(run: RunFolder, base: str, prompts: str, python: str | None) -> None:
+    out = run.path
+    keys = {}
+    for name, config, lookahead in (("base", ANSWERS, 0), ("heldout", HELDOUT, K)):
+        file = f"answers/{name}.jsonl"
+        keys[name] = run.stage(
+            f"answers {name}",
+            {"base": base, "prompts": prompts, "lookahead": lookahead, **asdict(config)},
+            [file],
+            partial(_answers, out, name, config, lookahead, python),
+            keeps=[file],
+        )
+    stored = run.stage("features", keys, ["features"], lambda: _features(out), ["features"])
+    run.stage(
+        "draft",
+        {"features": stored, "shape": asdict(DRAFT_SHAPE), **asdict(DRAFT)},
+        ["draft/config.json", "draft/model.safetensors"],
+        lambda: _draft(out),
+        ["draft"],
+    )
+
+
+def _answers(
+    out: Path, name: str, config: RegenerateConfig, lookahead: int, python: str | None
+) -> None:
+    folder = str(out / BASE)
+    answer_with_engine(
+        load_target(folder),
+        (folder, None),
+        str(out / "prompts" / f"{name}.jsonl"),
+        out / "answers" / f"{name}.jsonl",
+        config,
+        lookahead,
+        python,
+    )
+
+
+def _features(out: Path) -> None:
+    base = load_target(str(out / BASE))
+    answers = [a for n in ("base", "heldout") for a in read_answers(out / "answers" / f"{n}.jsonl")]
+    plan = Plan(out / "features", batch_tokens=8192)
+    write_features(base, answers, default_aux_layers(base.num_layers), plan)
+
+
+def _draft(out: Path) -> None:
+    base = load_stored_target(str(out / BASE), [FeatureStore(out / "features")])
+    answers = out / "answers"
+    train_files(
+        base,
+        answers / "base.jsonl",
+        answers / "heldout.jsonl",
+        out / "draft",
+        DRAFT,
+        K,
+        shape=DRAFT_SHAPE,
+    )
+
+
+def _write_prompts(out: Path, data: Path) -> None:
+    (out / "prompts").mkdir(parents=True, exist_ok=True)
+    for split, most in QUESTIONS.items():
+        asked = {d: _short(chats(data, d, split=split))[:most] for d in DOMAINS}
+        if split == "base":
+            asked["chat"] += _short(chats(data, "chat", split="tune"))[:MORE_CHAT]
+        if split in ("adapt", "eval"):
+            for domain, samples in asked.items():
+                _write(out / "prompts" / f"{domain}-{split}.jsonl", samples)
+        else:
+            _write(out / "prompts" / f"{split}.jsonl", [s for some in asked.values() for s in some])
+
+
+def _short(samples: Sequence[Sample]) -> list[Sample]:
+    return [s for s in samples if len(s.messages[0]["content"]) <= LONGEST_QUESTION]
+
+
+def _write(path: Path, samples: Sequence[Sample]) -> None:
+    """The first question of each chat."""
+    rows = [{"id": s.id, "messages": [dict(s.messages[0])]} for s in samples]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
