@@ -375,7 +375,9 @@ def test_the_papers_loss_is_for_states_that_stand_for_features(
         train(target, draft, answers, answers[:4], config, k=3)
 
 
-def rising(target: Target, runs: Sequence[AdapterRun], heldout: object, k: int) -> None:
+def rising(
+    target: Target, runs: Sequence[AdapterRun], heldout: object, k: int, guard: object
+) -> None:
     """An evaluation that finds each step better than the one before."""
     for run in runs:
         run.note_tau(float(run.state.step))
@@ -525,7 +527,9 @@ def test_it_stops_early_and_keeps_the_best(
     taus = iter([1.5, 2.0, 3.0, 2.5, 2.6, 2.7, 2.8, 2.9])
     snapshots = []
 
-    def evaluate(target: object, runs: Sequence[AdapterRun], heldout: object, k: int) -> None:
+    def evaluate(
+        target: object, runs: Sequence[AdapterRun], heldout: object, k: int, guard: object
+    ) -> None:
         (run,) = runs
         run.note_tau(next(taus))
         snapshots.append(run.take())
@@ -549,6 +553,40 @@ def test_a_rise_within_the_noise_is_no_progress(target: Target) -> None:
     for tau, stalled in ((1.0, False), (2.0, False), (2.0004, False), (2.0008, True), (2.1, False)):
         run.note_tau(tau)
         assert run.stalled() == stalled, tau
+
+
+def test_a_step_that_lost_on_general_prompts_is_not_the_best(target: Target) -> None:
+    draft, method = fresh_draft(target), read_method("fc")
+    trainable = prepare(draft, method, Setup(width=1, init="active", seed=0))
+    run = AdapterRun(draft, method, CONFIG, trainable, None, {}, 100)
+    for step, tau, general, best in (
+        (0, 1.0, 2.0, 0),
+        (1, 1.5, 1.985, 1),  # less than a hundredth lost
+        (2, 1.9, 1.97, 1),
+        (3, 1.4, 2.5, 1),  # not better in domain
+        (4, 1.6, 2.0, 4),
+    ):
+        run.state.step = step
+        run.note_tau(tau, general, most_lost=0.01)
+        assert run.state.best_step == best, step
+        assert run.state.best_tau() == dict(run.state.heldout_tau)[best]
+
+
+def test_a_guard_keeps_the_unadapted_draft_where_every_step_loses(
+    target: Target, draft_folder: Path, answers: list[Answer]
+) -> None:
+    """A guard that forbids any loss, on the answers themselves scrambled: nothing is learned of them."""
+    from redraft.training.adapter_run import Guard
+
+    config = replace(CONFIG, method="full", lr=0.3, epochs=4, evaluations=4, patience=9)
+    free, _ = run(target, draft_folder, answers, config)
+    draft = load_draft(str(draft_folder), target, torch.float32)
+    kept = train(target, draft, answers, answers[:4], config, k=3, guard=Guard(answers[4:8], 0.0))
+    lost = [tau < kept.record.general_tau[0][1] for _, tau in kept.record.general_tau]
+    assert any(lost), "the test has no teeth: nothing was lost"
+    at = {step: bad for (step, _), bad in zip(kept.record.general_tau, lost, strict=True)}
+    assert not at[kept.record.best_step]
+    assert kept.record.heldout_tau == free.record.heldout_tau  # a guard changes no step
 
 
 def test_operations_are_counted_and_grow_with_the_tokens(

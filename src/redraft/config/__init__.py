@@ -13,6 +13,7 @@ from .resolve import (
 from .settings import (
     STAGES,
     AdaptConfig,
+    GeneralConfig,
     MeasureConfig,
     RegenerateConfig,
     SelectConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "STAGES",
     "AdaptConfig",
     "Budget",
+    "GeneralConfig",
     "MeasureConfig",
     "RegenerateConfig",
     "Resolved",

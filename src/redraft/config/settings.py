@@ -78,6 +78,32 @@ class RegenerateConfig:
 
 
 @dataclass(frozen=True)
+class GeneralConfig:
+    """General prompts: what keeps other traffic than that of the prompts from losing acceptance."""
+
+    share: float = _opt(
+        0.0,
+        "general prompts trained on, as a share of the prompts adapted on; 0: none, and none measured",
+        low=0.0,
+        high=10.0,
+    )
+    prompts: str = _opt(
+        "",
+        "file of general prompts; '': the target makes them up, from the beginning of a user's turn",
+        flag="general-prompts",
+    )
+    aside: int = _opt(
+        24, "general prompts kept aside to stop training, and as many more to be measured", low=2
+    )
+    loss: float = _opt(
+        0.01,
+        "the share of its held-out tau on general prompts that the adapter which is kept may lose",
+        low=0.0,
+    )
+    seed: int = _opt(0, "seed of the prompts that the target makes up")
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """Which answered prompts are trained on."""
 
@@ -257,6 +283,7 @@ class AdaptConfig:
     """Everything `redraft adapt` can be told, stage by stage."""
 
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    general: GeneralConfig = field(default_factory=GeneralConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -266,6 +293,7 @@ class AdaptConfig:
 
 STAGES: dict[str, Any] = {
     "regenerate": RegenerateConfig,
+    "general": GeneralConfig,
     "select": SelectConfig,
     "train": TrainConfig,
     "measure": MeasureConfig,

@@ -194,6 +194,11 @@ class Acceptance:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+def best_tau(by_step: Sequence[tuple[int, float]], best_step: int) -> float:
+    """The held-out tau of the best step, -inf where nothing was evaluated."""
+    return max((tau for step, tau in by_step if step == best_step), default=float("-inf"))
+
+
 @dataclass(frozen=True)
 class TrainRecord:
     """What a training run did. Tokens are counted, not estimated."""
@@ -218,9 +223,10 @@ class TrainRecord:
     miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, remapped
     target_flops: float = 0.0  # counted on one batch, times the tokens read
     draft_flops: float = 0.0
+    general_tau: tuple[tuple[int, float], ...] = ()  # (step, tau) on general prompts
 
     def best_tau(self) -> float:
-        return max((tau for _, tau in self.heldout_tau), default=float("-inf"))
+        return best_tau(self.heldout_tau, self.best_step)
 
     def lasting(self) -> dict[str, Any]:
         """As plain JSON types without what clock and memory say: the same for the same work."""

@@ -47,6 +47,8 @@ def answer_inputs(
 ) -> dict[str, Any]:
     """All that an answer depends on: not who computes it, nor how many at a time."""
     settings = {k: v for k, v in asdict(config).items() if k not in NO_INPUTS}
+    if not config.temperature or not config.greedy_share:
+        del settings["greedy_share"]
     return {
         "target": target.fingerprint(),
         "prompts": prompts_hash(prompts),

@@ -9,6 +9,7 @@ What is measured as "after" is the exported folder, read back as an engine would
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from ..checkpoints.load import StoredDraft, read_draft
 from ..config import Resolved, resolve
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.records import Acceptance, Safety
+from ..core.records import Acceptance, Prompt, Safety
 from ..core.report_record import AdaptReport
 from ..drafts.base import Draft
 from ..generation.answer_file import prompts_hash, read_answers
 from ..models.target import Target
 from ..prompts.clock import continue_time
 from ..selection.scoring import as_samples
-from ..selection.select import kept_prompts
+from ..selection.select import kept_prompts, most_kept
 from .auto_budget import train_in_rounds
+from .general import HELDOUT, MEASURED, TRAINED, answering, general_prompts
 from .job import Job, check_job, record_job
 from .job_prompts import JobPrompts, Sources, read_job_prompts
 from .run_folder import RunFolder
@@ -103,15 +105,29 @@ def adapt(
 
 def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
     """Every stage that is not done yet; returns what was found on safety prompts, if there are any."""
-    aside = _answer_aside(job, asked)
+    general = general_prompts(job, most_kept(len(asked.adapt), job.config.select.budget_value))
+    stopping, measured = {"heldout": asked.heldout}, dict(asked.measured)
+    if general:
+        stopping[HELDOUT], measured[MEASURED] = general.heldout, general.measured
+    aside = _answer_aside(job, stopping | measured, asked.safety is not None)
+    until = [aside[name] for name in stopping]
     if job.config.select.budget_value.auto:
-        trained = train_in_rounds(job, asked.adapt, aside["heldout"])
+        trained = train_in_rounds(job, asked.adapt, until, general)
     else:
         chosen = _answer_and_select(job, asked)
         selection = job.run.path / SELECTION if job.config.select.by == "answers" else None
-        trained = train(job, ["adapt"], [chosen, aside["heldout"]], selection=selection)
+        files = {}
+        if general:
+            files[TRAINED] = answer(job, TRAINED, general.trained, answering(job.config.regenerate))
+        trained = train(
+            job,
+            ["adapt"],
+            [chosen, *files.values(), *until],
+            general=list(files),
+            selection=selection,
+        )
     exported = export(job, trained)
-    measure(job, exported, {name: aside[name] for name in asked.measured})
+    measure(job, exported, {name: aside[name] for name in measured})
     if asked.safety is None:
         return None
     return measure_safety(job, asked.safety, asked.whole.prompts, exported, aside[OFF])
@@ -144,7 +160,9 @@ def _folder_of(draft: Draft | str) -> str:
     return draft.source
 
 
-def _answer_aside(job: Job, asked: JobPrompts) -> dict[str, str]:
+def _answer_aside(
+    job: Job, asked: Mapping[str, Sequence[Prompt]], with_safety: bool
+) -> dict[str, str]:
     """The target answers the prompts that stop training and those measured; the stage key of each file.
 
     They are answered at `measure.temperature`, with K lookahead tokens, and in this process unless
@@ -164,10 +182,10 @@ def _answer_aside(job: Job, asked: JobPrompts) -> dict[str, str]:
         max_new_tokens=c.measure.eval_new_tokens,
     )
     greedy = dataclasses.replace(measured, temperature=0.0, endpoints="")
-    is_safety = {OFF} if asked.safety else set()
+    is_safety = {OFF} if with_safety else set()
     return {
         name: answer(job, name, prompts, greedy if name in is_safety else measured, job.k)
-        for name, prompts in {"heldout": asked.heldout, **asked.measured}.items()
+        for name, prompts in asked.items()
     }
 
 

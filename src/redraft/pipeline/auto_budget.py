@@ -23,6 +23,7 @@ from ..core.records import Prompt, TrainRecord
 from ..generation.answer_file import read_answers
 from ..prompts.disk_list import Picked
 from ..selection.scores import random_score
+from .general import TRAINED, GeneralPrompts, answering
 from .job import Job
 from .run_folder import RunFolder
 from .stages import answer, train
@@ -63,10 +64,13 @@ def pays(before: Round, after: Round, least_gain: float) -> bool:
     return after.heldout_tau >= before.heldout_tau * (1 + least_gain)
 
 
-def train_in_rounds(job: Job, prompts: Sequence[Prompt], heldout: str) -> str:
+def train_in_rounds(
+    job: Job, prompts: Sequence[Prompt], until: Sequence[str], general: GeneralPrompts | None
+) -> str:
     """Answer and train until it stops paying; `prompts` are asked in an order that their ids decide.
 
-    `heldout` is the stage key of answers/heldout.jsonl. Leaves the answers in answers/rounds.jsonl and
+    `until` are the stage keys of the answers that stop training. Of `general` prompts each round asks the same
+    share as of the others. Leaves the answers in answers/rounds.jsonl and
     the best round's adapter in adapter/, and returns the key of the latter.
     """
     least_gain = job.config.select.least_gain
@@ -77,10 +81,15 @@ def train_in_rounds(job: Job, prompts: Sequence[Prompt], heldout: str) -> str:
     for number, size in enumerate(round_sizes(len(prompts)), 1):
         added = Picked(prompts, range(begin, size))
         keys.append(answer(job, f"round-{number}", added, job.config.regenerate))
+        if general:
+            some = [round(len(general.trained) * n / len(prompts)) for n in (begin, size)]
+            added = Picked(general.trained, range(*some))
+            keys.append(answer(job, f"{TRAINED}-{number}", added, answering(job.config.regenerate)))
         key = train(
             job,
             _files(number),
-            [*keys, heldout],
+            [*keys, *until],
+            general=[f"{TRAINED}-{n}" for n in range(1, number + 1)] if general else (),
             name=f"train round {number}",
             folder=f"rounds/{number}",
             checkpoints=f"checkpoints/round-{number}",

@@ -41,8 +41,10 @@ from ..models.target import Target
 from ..selection.scoring import NEEDS, Scorers
 from ..selection.select import kept_answers, write_selection
 from ..selection.select import select as choose
+from ..training.adapter_run import Guard
 from ..training.train import Trained, train_adapters
 from ..training.train import train as train_draft
+from .general import HELDOUT
 from .job import Job
 
 SELECTION = "selection.jsonl"
@@ -109,6 +111,7 @@ def train(
     files: Sequence[str],
     chosen: Sequence[str],
     *,
+    general: Sequence[str] = (),
     selection: Path | None = None,
     name: str = "train",
     folder: str = "adapter",
@@ -116,20 +119,27 @@ def train(
 ) -> str:
     """Train an adapter on the answers in `files` (of which `selection` keeps some) into `folder`.
 
+    Those in the `general` files are trained on too, and then those to the general prompts kept aside guard it.
     `chosen` are the keys of what is trained on and stopped by.
     """
 
     def work() -> None:
         answers = [a for file in files for a in read_answers(job.answers(file))]
+        chosen = list(kept_answers(answers, selection))
+        guard = None
+        if general:
+            chosen += [a for file in general for a in read_answers(job.answers(file))]
+            guard = Guard(read_answers(job.answers(HELDOUT)), job.config.general.loss)
         adapter = train_adapter(
             job.target,
             job.draft,
-            kept_answers(answers, selection),
+            chosen,
             read_answers(job.answers("heldout")),
             job.config.train,
             job.k,
             job.run.path / checkpoints,
             job.base,
+            guard,
         )
         save_adapter(job.run.path / folder, adapter)
 
@@ -138,6 +148,7 @@ def train(
         "shared": job.draft.hash(),
         "k": job.k,
         "base": job.fingerprint("base") if job.config.train.method_value.closed_form else None,
+        **({"loss on general prompts": job.config.general.loss} if general else {}),
         **asdict(job.config.train),
     }
     # Not training.json, which holds seconds: the same tensors trained again are the same adapter.
@@ -211,6 +222,7 @@ def train_adapter(
     k: int,
     checkpoints: Path | None = None,
     base: Target | None = None,
+    guard: Guard | None = None,
 ) -> Adapter:
     """Train an adapter of a stored draft; its tensors are returned in the draft's own dtype.
 
@@ -219,13 +231,29 @@ def train_adapter(
     draft = shared.build(target, torch.float32)
     if config.width_value is not None or not config.method_value.reads("width"):
         trained = train_draft(
-            target, draft, answers, heldout, config, k=k, base=base, checkpoints=checkpoints
+            target,
+            draft,
+            answers,
+            heldout,
+            config,
+            k=k,
+            base=base,
+            checkpoints=checkpoints,
+            guard=guard,
         )
         return as_adapter(target, shared, trained, answers, config)
     widths = candidate_widths(shared_width(draft))
     configs = [dataclasses.replace(config, width=str(width)) for width in widths]
     trained_together = train_adapters(
-        target, draft, answers, heldout, configs, k=k, base=base, checkpoints=checkpoints
+        target,
+        draft,
+        answers,
+        heldout,
+        configs,
+        k=k,
+        base=base,
+        checkpoints=checkpoints,
+        guard=guard,
     )
     taus = [trained.record.best_tau() for trained in trained_together]
     chosen = smallest_good(widths, taus)

@@ -20,6 +20,7 @@ from ..prompts.prompts import PromptSet
 from ..report.answers import choose_answers
 from ..report.page import write_page
 from .auto_budget import ANSWERS, AUTO, trained_in_all
+from .general import TRAINED
 from .run_folder import RunFolder
 from .stages import STEPS
 
@@ -41,6 +42,11 @@ def report_of(
     trained = TrainRecord(**read_training(run.path / "adapter"))
     paid = read_answers(run.path / "answers" / "heldout.jsonl")
     paid += answers if resolved.config.regenerate.answers == "regenerate" else []
+    general = [
+        answer
+        for file in sorted((run.path / "answers").glob(f"{TRAINED}*.jsonl"))
+        for answer in read_answers(file)
+    ]
     off = {
         path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
         for path in sorted((run.path / "measure").glob("off-*.json"))
@@ -59,6 +65,7 @@ def report_of(
             "left_out_rows": [list(row) for row in prompts.left_out],
             "answered": len(answers),
             "trained_on": part.card["samples"],
+            **({"general": len(general)} if general else {}),
             **_on_policy(run, resolved),
             **({"answered_by_endpoints": served} if served else {}),
         },
@@ -67,7 +74,7 @@ def report_of(
         off_domain=off,
         train=trained,
         cost={
-            "unique_generated_tokens": sum(answer.length for answer in paid),
+            "unique_generated_tokens": sum(answer.length for answer in [*paid, *general]),
             "supervised_tokens": trained_in_all(run) if in_rounds else trained.supervised_tokens,
             **_choice_cost(run, resolved),
             "seconds": run.seconds(),

@@ -21,6 +21,9 @@ from ..prompts.disk_list import Picked
 from .near_duplicates import clusters, near_duplicates
 from .scoring import Scorers, score
 
+ANSWER_TOKENS = 100
+"""What an answer is taken to have where it is not known yet."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -130,6 +133,16 @@ def kept_answers(answers: Sequence[Answer], selection: Path | None) -> list[Answ
 def kept_prompts(prompts: Sequence[Prompt], selection: Path) -> Sequence[Prompt]:
     """The prompts that a selection file keeps. Raises UserError when it keeps others."""
     return Picked(prompts, _kept([prompt.id for prompt in prompts], selection))
+
+
+def most_kept(pool: int, budget: Budget) -> int:
+    """About how many of a pool's samples a budget keeps, before any is answered; of `auto` all."""
+    kept = {
+        "count": budget.number,
+        "share": budget.number * pool,
+        "tokens": budget.number / ANSWER_TOKENS,
+    }.get(budget.kind, pool)
+    return min(pool, max(round(kept), 1))
 
 
 def _kept(ids: Sequence[str], selection: Path) -> list[int]:

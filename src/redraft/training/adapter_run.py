@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from ..adapters.table import Method
 from ..adapters.vocabulary_remap import HEAD, Remapped, extract
 from ..config import TrainConfig
 from ..core.errors import UserError
+from ..core.records import Answer
 from ..drafts.base import Draft
 from .checkpoint import TrainState
 from .flops import Flops
@@ -34,6 +35,15 @@ RISE = 0.001
 
 class DivergedError(UserError):
     """The loss stopped being finite."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Held-out `answers` to general prompts: a step on which their tau fell by more than the share `loss` of
+    what it was at the start is never the best one."""
+
+    answers: Sequence[Answer]
+    loss: float
 
 
 @dataclass
@@ -111,11 +121,18 @@ class AdapterRun:
         self._average()
         state.seconds += teacher_batch.seconds + time.monotonic() - began
 
-    def note_tau(self, tau: float) -> None:
-        """Record an evaluation of the present tensors, and keep them if they are the best so far."""
-        if tau > self.state.best_tau():
-            self.state.best, self.state.best_step = self.take(), self.state.step
-        self.state.heldout_tau.append((self.state.step, tau))
+    def note_tau(self, tau: float, general: float | None = None, most_lost: float = 0.0) -> None:
+        """Record an evaluation of the present tensors, and keep them if they are the best so far.
+
+        They are not where `general`, the tau on general prompts, lost more than the share `most_lost`.
+        """
+        state = self.state
+        if general is not None:
+            state.general_tau.append((state.step, general))
+        lost = general is not None and general < state.general_tau[0][1] * (1 - most_lost)
+        if tau > state.best_tau() and not lost:
+            state.best, state.best_step = self.take(), state.step
+        state.heldout_tau.append((state.step, tau))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

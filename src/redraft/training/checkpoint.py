@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.console import say
 from ..core.files import set_aside, write_tensors
 from ..core.folders import state_hash
+from ..core.records import best_tau
 
 FILE = "checkpoint.safetensors"
 
@@ -34,9 +35,10 @@ class TrainState:
     precision: str = ""
     evaluation_seconds: float = 0.0
     average: dict[str, Tensor] = field(default_factory=dict)
+    general_tau: list[tuple[int, float]] = field(default_factory=list)
 
     def best_tau(self) -> float:
-        return max((tau for _, tau in self.heldout_tau), default=float("-inf"))
+        return best_tau(self.heldout_tau, self.best_step)
 
 
 def save_checkpoint(
@@ -63,6 +65,7 @@ def save_checkpoint(
         "seconds": state.seconds,
         "precision": state.precision,
         "evaluation_seconds": state.evaluation_seconds,
+        "general_tau": state.general_tau,
     }
     text = json.dumps(about)
     metadata = {"about": text, "sum": _sum(text, tensors)}
@@ -107,7 +110,8 @@ def load_checkpoint(
     average = {
         n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")
     }
-    about["heldout_tau"] = [(int(step), float(tau)) for step, tau in about["heldout_tau"]]
+    for name in ("heldout_tau", "general_tau"):
+        about[name] = [(int(step), float(tau)) for step, tau in about.get(name, ())]
     return TrainState(best=best, average=average, **about)
 
 

@@ -43,7 +43,7 @@ from ..metrics.acceptance import pooled_tau
 from ..metrics.replay import check_lookahead, replay_each
 from ..models.batching import collate, plan_epochs
 from ..models.target import Target
-from .adapter_run import AdapterRun, DivergedError
+from .adapter_run import AdapterRun, DivergedError, Guard
 from .checkpoint import load_checkpoint, save_checkpoint
 from .closed_form import fit_closed_form
 from .flops import count_flops, counted
@@ -76,14 +76,16 @@ def train(
     k: int,
     base: Target | None = None,
     checkpoints: Path | None = None,
+    guard: Guard | None = None,
 ) -> Trained:
     """Train `config.method`'s adapter of `draft` (float32, bound to `target`) in place.
 
     `heldout` answers, with K-1 tokens of lookahead, decide when to stop and which step is best.
     `base` is the model that the target was tuned from; only feature-map and weight-sync look at it.
+    A `guard` decides which steps may be the best one.
     Raises UserError when the loss stops being finite; the last checkpoint is kept.
     """
-    (trained,) = _train(target, [draft], answers, heldout, [config], k, base, checkpoints)
+    (trained,) = _train(target, [draft], answers, heldout, [config], k, base, checkpoints, guard)
     return trained
 
 
@@ -97,6 +99,7 @@ def train_adapters(
     k: int,
     base: Target | None = None,
     checkpoints: Path | None = None,
+    guard: Guard | None = None,
 ) -> list[Trained]:
     """Train several adapters of one draft, which is left unchanged, on one stream of batches.
 
@@ -115,7 +118,7 @@ def train_adapters(
         own = [name for kind in kinds_of(method) for name in kind.written(draft)]
         own += draft.trainable_names() if config.vocab != "keep" else []
         drafts.append(draft.copy_sharing(own))
-    return _train(target, drafts, answers, heldout, configs, k, base, checkpoints)
+    return _train(target, drafts, answers, heldout, configs, k, base, checkpoints, guard)
 
 
 def _train(
@@ -127,6 +130,7 @@ def _train(
     k: int,
     base: Target | None,
     checkpoints: Path | None,
+    guard: Guard | None,
 ) -> list[Trained]:
     answers = [answer for answer in answers if answer.length >= 2]
     heldout = [answer for answer in heldout if answer.length >= 2]
@@ -136,12 +140,15 @@ def _train(
             "two tokens or more (the first comes from the prefill); does the target answer at all?"
         )
     check_lookahead(heldout, k)
+    if guard:
+        guard = dataclasses.replace(guard, answers=[a for a in guard.answers if a.length >= 2])
+        check_lookahead(guard.answers, k)
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
     stream = _Stream(target, drafts[0].aux_layers, answers, plan, hold=len(drafts) > 1)
     keys = [
-        _key(config, plan, target, base, draft, answers, heldout, k)
+        _key(config, plan, target, base, draft, answers, heldout, k, guard)
         for draft, config in zip(drafts, configs, strict=True)
     ]
     for draft, config in zip(drafts, configs, strict=True):
@@ -160,7 +167,7 @@ def _train(
     _announce(runs, plan, precision, predicted)
 
     def evaluate(some: Sequence[AdapterRun]) -> None:
-        _evaluate(target, some, heldout, k)
+        _evaluate(target, some, heldout, k, guard)
         for run, folder, key in zip(runs, folders, keys, strict=True):
             if folder and run in some and run.optimizer:
                 save_checkpoint(folder, run.state, run.trainable, run.optimizer, key)
@@ -323,6 +330,7 @@ def _finished(
         unique_answer_tokens=sum(a.length for a in stream.answers),
         final_loss=state.last_loss if math.isfinite(state.last_loss) else 0.0,
         heldout_tau=tuple(state.heldout_tau),
+        general_tau=tuple(state.general_tau),
         best_step=state.best_step,
         seconds=state.seconds + state.evaluation_seconds + run.fitted.seconds,
         tokens_per_second=read / max(state.seconds, 1e-9),
@@ -382,26 +390,35 @@ def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
 
 
 def _evaluate(
-    target: Target, runs: Sequence[AdapterRun], heldout: Sequence[Answer], k: int
+    target: Target,
+    runs: Sequence[AdapterRun],
+    heldout: Sequence[Answer],
+    k: int,
+    guard: Guard | None,
 ) -> None:
-    """Held-out tau of each run; of its averaged weights too, of which the better counts."""
+    """Held-out tau of each run, and the guard's; of its averaged weights too, of which the better counts."""
 
-    def taus(some: Sequence[AdapterRun]) -> list[float]:
-        found = replay_each(target, [m.draft for m in some], heldout, k)
+    def taus(some: Sequence[AdapterRun], answers: Sequence[Answer]) -> list[float]:
+        found = replay_each(target, [m.draft for m in some], answers, k)
         return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
 
+    def both(some: Sequence[AdapterRun]) -> list[tuple[float, float | None]]:
+        general = taus(some, guard.answers) if guard else [None] * len(some)
+        return list(zip(taus(some, heldout), general, strict=True))
+
+    most_lost = guard.loss if guard else 0.0
     began = time.monotonic()
-    found = taus(runs)
+    found = both(runs)
     for run in runs:
         run.state.evaluation_seconds += (time.monotonic() - began) / len(runs)
-    for run, tau in zip(runs, found, strict=True):
+    for run, (tau, general) in zip(runs, found, strict=True):
         if run.state.average:
             with run.averaged():
-                (averaged,) = taus([run])
+                ((averaged, averaged_general),) = both([run])
                 if averaged > tau:
-                    run.note_tau(averaged)
+                    run.note_tau(averaged, averaged_general, most_lost)
                     continue
-        run.note_tau(tau)
+        run.note_tau(tau, general, most_lost)
 
 
 def _note(runs: Sequence[AdapterRun]) -> str:
@@ -411,7 +428,8 @@ def _note(runs: Sequence[AdapterRun]) -> str:
     note = f"loss {state.last_loss:.3f}"
     if not state.heldout_tau:
         return note
-    return f"{note}  held-out tau {state.heldout_tau[-1][1]:.3f}"
+    note += f"  held-out tau {state.heldout_tau[-1][1]:.3f}"
+    return note + (f", general {state.general_tau[-1][1]:.3f}" if state.general_tau else "")
 
 
 def _folder(checkpoints: Path | None, i: int, runs: int) -> Path | None:
@@ -429,6 +447,7 @@ def _key(
     answers: Sequence[Answer],
     heldout: Sequence[Answer],
     k: int,
+    guard: Guard | None = None,
 ) -> str:
     """Identifies everything that a run's tensors depend on; a checkpoint of another is not continued."""
     about: list[Any] = [
@@ -440,11 +459,16 @@ def _key(
         state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
     ]
     digest = hashlib.sha256(json.dumps(about)[:-1].encode())
-    for some in (answers, heldout):  # one at a time: the whole text would be as large as the file
+    guarded = [guard.answers] if guard else []
+    for some in (
+        answers,
+        heldout,
+        *guarded,
+    ):  # one at a time: the whole text would be as large as the file
         digest.update(b", [")
         for at, answer in enumerate(some):
             row = json.dumps([answer.id, list(answer.tokens)])
             digest.update(f"{', ' if at else ''}{row}".encode())
         digest.update(b"]")
-    digest.update(f", {json.dumps(k)}]".encode())
+    digest.update(f", {json.dumps(k)}{f', {guard.loss}' if guard else ''}]".encode())
     return digest.hexdigest()[:16]

@@ -1,0 +1,81 @@
+"""The general prompts of a job: those trained on, those that guard the training, those measured.
+
+general.jsonl                        the questions, made up by the target or taken from a file
+answers/general.jsonl                trained on, next to the answers to the job's own prompts
+answers/general-heldout.jsonl        on these the adapter that is kept must not lose
+answers/off-general.jsonl            measured before and after
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import RegenerateConfig
+from ..core.errors import UserError
+from ..core.files import write_text
+from ..core.records import Prompt
+from ..generation.general_prompts import made_up_questions
+from ..prompts.prompts import read_prompts
+from .job import Job
+
+FILE = "general.jsonl"
+TRAINED, HELDOUT, MEASURED = "general", "general-heldout", "off-general"
+"""The names of their answers files."""
+FEWEST = 8
+"""Prompts of a file, at least, for each of the three parts."""
+LONGEST = 256
+"""Tokens of an answer that is trained on, at most, where the job's own are taken as long as they are."""
+
+
+@dataclass(frozen=True)
+class GeneralPrompts:
+    trained: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    measured: Sequence[Prompt]
+
+
+def general_prompts(job: Job, adapted: int) -> GeneralPrompts | None:
+    """The general prompts next to so many that are adapted on; None where no share is asked for.
+
+    Raises UserError for a file with too few of them.
+    """
+    c = job.config.general
+    if not c.share:
+        return None
+    trained, aside = max(round(c.share * adapted), 1), c.aside
+    if not c.prompts:
+        _make_up(job, trained + 2 * aside)
+    source = c.prompts or str(job.run.path / FILE)
+    found = read_prompts(source, job.target, trained + 2 * aside, "last").prompts
+    if len(found) < 3 * FEWEST:
+        raise UserError(
+            f"{source} holds {len(found)} general prompts; {3 * FEWEST} are the least: some are trained on, some "
+            "stop the training, some are measured"
+        )
+    if len(found) < trained + 2 * aside:
+        aside = min(aside, len(found) // 3)
+    return GeneralPrompts(
+        found[2 * aside : 2 * aside + trained], found[:aside], found[aside : 2 * aside]
+    )
+
+
+def answering(config: RegenerateConfig) -> RegenerateConfig:
+    """How the general prompts that are trained on are answered: as the job's own, and always by the target."""
+    longest = config.max_new_tokens if config.answers == "regenerate" else LONGEST
+    return dataclasses.replace(config, answers="regenerate", max_new_tokens=longest)
+
+
+def _make_up(job: Job, count: int) -> None:
+    def work() -> None:
+        questions = made_up_questions(job.target, count, job.config.general.seed)
+        rows = [
+            {"id": f"general-{i}", "messages": [{"role": "user", "content": text}]}
+            for i, text in enumerate(questions)
+        ]
+        write_text(job.run.path / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+
+    inputs = {"target": job.target.fingerprint(), "count": count, "seed": job.config.general.seed}
+    job.run.stage("general prompts", inputs, [FILE], work)

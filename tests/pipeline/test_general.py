@@ -1,0 +1,154 @@
+"""General prompts: what is trained on next to the prompts, and what guards other traffic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from redraft.core.errors import UserError
+from redraft.core.records import Answer
+from redraft.generation import general_prompts
+from redraft.generation.answer_file import read_answers
+from redraft.generation.general_prompts import made_up_questions
+from redraft.models.target import Target
+from redraft.pipeline import adapt as pipeline
+from redraft.pipeline import general
+from tests.conftest import write_prompts
+from tests.pipeline.test_adapt import settings
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("general")
+    return write_prompts(folder / "p.jsonl", COUNT), write_prompts(
+        folder / "g.jsonl", 60, start=200
+    )
+
+
+def run(
+    target: Target, draft: Path, files: tuple[Path, Path], out: Path, **changes: object
+) -> pipeline.AdaptResult:
+    about = {"general__share": 0.5, "general__prompts": str(files[1]), "general__aside": 10}
+    return pipeline.adapt(
+        target, str(draft), str(files[0]), out=out, config=settings(**{**about, **changes})
+    )
+
+
+@pytest.mark.parametrize("budget", ["0.5", "auto"])
+def test_a_share_is_trained_on_some_guard_it_and_some_are_measured(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path, budget: str
+) -> None:
+    result = run(target, draft_folder, files, tmp_path / "run", select__budget=budget)
+    answers = {f.stem: read_answers(f) for f in (tmp_path / "run/answers").glob("*.jsonl")}
+    asked = {name: {tuple(a.prompt) for a in found} for name, found in answers.items()}
+    trained = set().union(*(asked[n] for n in asked if n in ("general", "general-1")))
+    kept = len(answers["rounds"]) if budget == "auto" else len(answers["adapt"]) // 2
+    assert len(trained) == round(kept / 2)
+    assert len(asked["general-heldout"]) == len(asked["off-general"]) == 10
+    assert not trained & asked["general-heldout"]
+    assert not (trained | asked["general-heldout"]) & asked["off-general"]
+    report = result.report
+    assert report.prompts["trained_on"] == kept + len(trained)
+    assert {"general-before", "general-after"} <= set(report.off_domain)
+    steps = [step for step, _ in report.train.heldout_tau]
+    assert [step for step, _ in report.train.general_tau] == steps
+    generated = sum(a.length for n, found in answers.items() if n in paid(answers) for a in found)
+    assert report.cost["unique_generated_tokens"] == generated
+
+
+def paid(answers: dict[str, list[Answer]]) -> set[str]:
+    return {"heldout", "general", "general-1", "general-heldout"} | (
+        {"rounds"} if "rounds" in answers else {"adapt"}
+    )
+
+
+def test_without_a_share_nothing_of_it_is_there(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = run(target, draft_folder, files, tmp_path / "run", general__share=0.0)
+    assert not list((tmp_path / "run").rglob("*general*"))
+    assert not result.report.train.general_tau
+
+
+def test_a_second_run_has_nothing_to_do_and_another_share_costs_only_its_own(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run(target, draft_folder, files, out)
+    assert not run(target, draft_folder, files, out).worked
+    before = {f: f.read_bytes() for f in (out / "answers").glob("*.jsonl")}
+    run(target, draft_folder, files, out, general__share=1.0)
+    changed = {f.stem for f in before if f.read_bytes() != before[f]}
+    assert changed == {"general"}
+
+
+def test_a_file_with_too_few_is_refused(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    few = write_prompts(tmp_path / "few.jsonl", 3 * general.FEWEST - 1, start=300)
+    with pytest.raises(UserError, match=r"holds 23 general prompts; 24 are the least"):
+        run(target, draft_folder, (files[0], few), tmp_path / "run")
+
+
+def test_the_questions_are_what_the_target_writes_in_a_users_place(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, tokenizer = target.stop_ids[0], target.tokenizer
+    texts = [
+        "What is the first town?",
+        "what is the first town?",
+        "hi",
+        "Name two lakes of it.",
+        "Is it so?  ",
+    ]
+    opening: list[list[int]] = []
+
+    def written(target: Target, batch: list[object], plan: object, **how: object) -> object:
+        for prompt, text in zip(batch, texts, strict=False):
+            opening.append(list(prompt.tokens))  # type: ignore[attr-defined]
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+            ends = text != "Name two lakes of it."
+            tokens += [stop] if ends else []
+            yield [Answer("x", prompt.tokens, tokens, len(tokens), "stop" if ends else "length")]  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(general_prompts, "generate_answers", written)
+    # The same in other letters, too short, and without an end: none of these is a question of its own.
+    assert made_up_questions(target, 2) == ["What is the first town?", "Is it so?"]
+    whole = target.render([{"role": "user", "content": "What is the first town?"}])
+    assert whole[: len(opening[0])] == opening[0]
+    assert len(opening[0]) < len(whole)
+    with pytest.raises(UserError, match=r"made up 2 different questions in 12 tries, 3 are wanted"):
+        made_up_questions(target, 3)
+
+
+def test_a_template_that_hides_the_users_place_is_refused(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "render_text", lambda messages: "no user's text")
+    with pytest.raises(UserError, match="does not show where a user's turn begins"):
+        made_up_questions(target, 1)
+
+
+def test_the_made_up_questions_are_kept(
+    target: Target,
+    draft_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def made_up(target: Target, count: int, seed: int) -> list[str]:
+        asked.append(count)
+        return [f"say the word {i}" for i in range(count)]
+
+    monkeypatch.setattr(general, "made_up_questions", made_up)
+    for _ in range(2):
+        run(target, draft_folder, files, tmp_path / "run", general__prompts="")
+    rows = [json.loads(line) for line in (tmp_path / "run/general.jsonl").read_text().splitlines()]
+    assert asked == [len(rows)]
+    assert rows[0]["messages"] == [{"role": "user", "content": "say the word 0"}]
