@@ -57,7 +57,14 @@ ANSWERS = RegenerateConfig(
 HELDOUT = RegenerateConfig(max_new_tokens=128, concurrency=64, timeout=1800.0)
 CONTEXT = 1024
 DRAFT = TrainConfig(
-    method="scratch", loss="kl", epochs=4, batch_tokens=2048, evaluations=24, patience=24, rollout=4
+    method="scratch",
+    loss="kl",
+    epochs=4,
+    batch_tokens=1024,
+    rollout=4,
+    evaluations=16,
+    patience=16,
+    precision="bf16",
 )
 DRAFT_SHAPE = Shape(draft_vocab_size=8192)
 

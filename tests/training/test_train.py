@@ -623,9 +623,18 @@ def test_plans_cover_every_sample_and_repeat() -> None:
     assert 0 < len(plan_epochs(lengths, 300, 0.5, seed=1)) < len(plan_once(lengths, 300))
 
 
-@pytest.mark.parametrize(("factor", "expected"), [(0.5, "bf16"), (0.95, "fp32"), (2.0, "fp32")])
+@pytest.mark.parametrize(
+    ("factor", "seconds", "expected"),
+    [
+        (0.5, 0.1, "bf16"),
+        (0.75, 0.1, "fp32"),
+        (0.75, 1.0, "bf16"),  # compiling for new shapes costs little next to a long step
+        (0.95, 1.0, "fp32"),
+        (2.0, 0.1, "fp32"),
+    ],
+)
 def test_precision_goes_to_the_clearly_faster(
-    factor: float, expected: str, monkeypatch: pytest.MonkeyPatch
+    factor: float, seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     seen = []
@@ -633,7 +642,7 @@ def test_precision_goes_to_the_clearly_faster(
 
     def step(at: int) -> None:
         seen.append(at)
-        clock[0] += 0.1 * (factor if torch.is_autocast_enabled("cpu") else 1.0)
+        clock[0] += seconds * (factor if torch.is_autocast_enabled("cpu") else 1.0)
 
     assert choose_precision(torch.device("cpu"), step) == expected
     assert len(set(seen)) >= 3, "one batch repeated hides the cost of new shapes"
