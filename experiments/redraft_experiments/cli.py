@@ -98,25 +98,6 @@ def bench_model(
             typer.echo(f"adapter  {about['adapter']}  (loss {about['adapter_loss']})")
 
 
-def bench_first_run(
-    out: str, output: OutputFlags, data: str | None = None, record: str | None = None
-) -> None:
-    """The run of the README on a real model: SmolLM2, a LoRA of it, a draft, and `adapt`.
-
-    Example: redraft bench first-run --data data --out first-run
-    """
-    from redraft.core.files import write_text
-    from redraft.core.records import to_json
-    from redraft.report.terminal import print_report
-
-    from .first_run import first_run
-
-    report = first_run(Path(out), data).report
-    if record:
-        write_text(Path(record), json.dumps(to_json(report), indent=2) + "\n")
-    output.show(to_json(report), lambda: print_report(report))
-
-
 def bench_real(
     out: str,
     output: OutputFlags,
@@ -448,7 +429,6 @@ demo = with_flags(_demo, flags=FLAGS, help={"out": "folder of the demo"})
 for function, names, help in (
     (bench_suite, ("suite", "family"), {"out": "folder of the suite; run again to resume"}),
     (bench_model, ("model",), {"out": "folder of the model"}),
-    (bench_first_run, ("first-run",), {"out": "folder; run again to resume"}),
     (
         bench_real,
         ("real",),

@@ -102,7 +102,7 @@ def test_the_questions_are_what_the_target_writes_in_a_users_place(
         "What is the first town?",
         "what is the first town?",
         "hi",
-        "Name two lakes of it.",
+        "Name two lakes. And of the",
         "Is it so?  ",
     ]
     opening: list[list[int]] = []
@@ -111,18 +111,18 @@ def test_the_questions_are_what_the_target_writes_in_a_users_place(
         for prompt, text in zip(batch, texts, strict=False):
             opening.append(list(prompt.tokens))  # type: ignore[attr-defined]
             tokens = tokenizer.encode(text, add_special_tokens=False)
-            ends = text != "Name two lakes of it."
+            ends = not text.startswith("Name")
             tokens += [stop] if ends else []
             yield [Answer("x", prompt.tokens, tokens, len(tokens), "stop" if ends else "length")]  # type: ignore[attr-defined]
 
     monkeypatch.setattr(general_prompts, "generate_answers", written)
-    # The same in other letters, too short, and without an end: none of these is a question of its own.
-    assert made_up_questions(target, 2) == ["What is the first town?", "Is it so?"]
+    # The same in other letters and what is too short are left out; what has no end is cut at a sentence's.
+    assert made_up_questions(target, 2) == ["What is the first town?", "Name two lakes."]
     whole = target.render([{"role": "user", "content": "What is the first town?"}])
     assert whole[: len(opening[0])] == opening[0]
     assert len(opening[0]) < len(whole)
-    with pytest.raises(UserError, match=r"made up 2 different questions in 12 tries, 3 are wanted"):
-        made_up_questions(target, 3)
+    with pytest.raises(UserError, match=r"made up 3 different questions in 16 tries, 4 are wanted"):
+        made_up_questions(target, 4)
 
 
 def test_a_template_that_hides_the_users_place_is_refused(

@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-STAGES_OF_ADAPT = ("regenerate", "select", "train", "measure", "safety", "export")
+STAGES_OF_ADAPT = ("regenerate", "general", "select", "train", "measure", "safety", "export")
 add_command(
     app,
     check.check,

@@ -8,6 +8,7 @@ MODELS, DATA, SAMPLING, OUTPUT = "Models", "Data", "Decoding", "Output"
 RUN = "This run"
 SETTING_GROUPS = {
     "regenerate": "Answers",
+    "general": "General prompts",
     "select": "Selection",
     "train": "Training",
     "measure": "Measuring",

@@ -86,6 +86,7 @@ class GeneralConfig:
         "general prompts trained on, as a share of the prompts adapted on; 0: none, and none measured",
         low=0.0,
         high=10.0,
+        flag="general-share",
     )
     prompts: str = _opt(
         "",

@@ -7,6 +7,7 @@ rarely questions, so what it asks is still as mixed as what its base was tuned o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from ..core.console import Progress
@@ -17,14 +18,15 @@ from ..decoding.sampling import Sampling
 from ..models.target import Target
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)
-LONGEST = 96
-"""Tokens; a question that has not ended by then is left out."""
+LONGEST = 64
+"""Tokens; a question that has not ended by then ends with its last whole sentence."""
 SHORTEST = 8
 """Characters."""
 BATCH = 64
 PATIENCE = 4
 """Questions tried for each one wanted, before it is given up."""
 PLACE = "redraft-question"
+SENTENCE = re.compile(r".*[.?!:](?=\s|$)", re.DOTALL)
 
 
 def made_up_questions(target: Target, count: int, seed: int = 0) -> list[str]:
@@ -77,12 +79,15 @@ def _tries(
 
 
 def _question(target: Target, tokens: list[int], end: str) -> str | None:
-    """The text up to where the turn ends; None where it does not end, or holds the template's own tokens."""
+    """The text up to where the turn ends, or its last whole sentence; None where there is none, and where it
+    holds the template's own tokens."""
     ended = bool(tokens) and tokens[-1] in target.stop_ids
     text = str(target.tokenizer.decode(tokens[:-1] if ended else tokens))
-    if not ended and end:
-        text, sign, _ = text.partition(end)
-        ended = bool(sign)
+    if not ended:
+        text, ended = (text.split(end)[0], True) if end and end in text else (text, False)
+    if not ended:
+        whole = SENTENCE.match(text)
+        text = whole.group() if whole else ""
     text = text.strip()
     special = any(token in text for token in target.tokenizer.all_special_tokens)
-    return text if ended and len(text) >= SHORTEST and not special else None
+    return text if len(text) >= SHORTEST and not special else None
