@@ -66,6 +66,22 @@ def paid(answers: dict[str, list[Answer]]) -> set[str]:
     )
 
 
+def test_what_is_measured_has_one_temperature(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    changes = {
+        "regenerate__temperature": 0.8,
+        "regenerate__greedy_share": 0.5,
+        "measure__temperature": 0.8,
+    }
+    run(target, draft_folder, files, tmp_path / "run", **changes)
+    found = {f.stem: read_answers(f) for f in (tmp_path / "run/answers").glob("*.jsonl")}
+    ways = {name: {answer.temperature for answer in some} for name, some in found.items()}
+    assert ways.pop("adapt") == {0.0, 0.8}
+    ways.pop("general")
+    assert set(map(frozenset, ways.values())) == {frozenset({0.8})}
+
+
 def test_without_a_share_nothing_of_it_is_there(
     target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -582,7 +582,10 @@ def test_a_guard_keeps_the_unadapted_draft_where_every_step_loses(
     free, _ = run(target, draft_folder, answers, config)
     draft = load_draft(str(draft_folder), target, torch.float32)
     kept = train(target, draft, answers, answers[:4], config, k=3, guard=Guard(answers[4:8], 0.0))
-    lost = [tau < kept.record.general_tau[0][1] for _, tau in kept.record.general_tau]
+    unadapted = load_draft(str(draft_folder), target, torch.float32)
+    start = pooled_tau([t for t in replay(target, unadapted, answers[4:8], 3) if t.accepted])
+    assert kept.record.general_tau[0][1] == pytest.approx(start)
+    lost = [tau < start for _, tau in kept.record.general_tau]
     assert any(lost), "the test has no teeth: nothing was lost"
     at = {step: bad for (step, _), bad in zip(kept.record.general_tau, lost, strict=True)}
     assert not at[kept.record.best_step]
