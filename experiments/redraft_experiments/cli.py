@@ -104,19 +104,36 @@ def bench_real(
     data: str | None = None,
     members: str | None = None,
     python: str | None = None,
+    adapt_to: str | None = None,
+    record: str | None = None,
 ) -> None:
-    """Build a suite of real models: SmolLM2, fine-tunes of it, and drafts trained on its own answers.
+    """Build a suite of real models: SmolLM2, fine-tunes of it, and a draft trained on its own answers.
 
-    About four hours on two cores; answers come from vLLM. Run again to resume.
+    About two hours on two cores, one with --members math-sft; answers come from vLLM. With --adapt-to
+    the draft is adapted to that fine-tune, which is the run that README shows.
 
     Example: redraft bench real --data data --python .venv-vllm/bin/python --out real
     """
-    from .real_suite import build_real_suite
+    from redraft.core.files import write_text
+    from redraft.core.records import to_json
+    from redraft.report.terminal import print_report
 
-    suite = build_real_suite(
-        Path(out), data=data, members=members.split(",") if members else None, python=python
-    )
-    output.show(suite, lambda: typer.echo(f"suite    {out}  ({', '.join(suite['members'])})"))
+    from .real_members import MEMBERS
+    from .real_suite import adapt_real, build_real_suite
+
+    chosen = members.split(",") if members else list(MEMBERS)
+    if adapt_to is not None and adapt_to not in chosen:
+        raise UserError(
+            f"--adapt-to {adapt_to} is not among the members; {nearest(adapt_to, chosen)}"
+        )
+    suite = build_real_suite(Path(out), data=data, members=chosen, python=python)
+    if adapt_to is None:
+        output.show(suite, lambda: typer.echo(f"suite    {out}  ({', '.join(suite['members'])})"))
+        return
+    report = adapt_real(Path(out), adapt_to).report
+    if record:
+        write_text(Path(record), json.dumps(to_json(report), indent=2) + "\n")
+    output.show(to_json(report), lambda: print_report(report))
 
 
 def bench_pipeline(
@@ -435,6 +452,7 @@ for function, names, help in (
         {
             "out": "folder of the suite; run again to resume",
             "members": "fine-tunes, comma-separated (default: all)",
+            "record": "also write the report of --adapt-to to this JSON file",
         },
     ),
     (bench_pipeline, ("pipeline",), {}),

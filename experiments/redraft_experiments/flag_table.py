@@ -15,6 +15,7 @@ FLAGS: dict[str, Flag] = {
     "source": Flag("package, hub, or auto: the package where it is installed"),
     "tune": Flag("also tune a LoRA adapter on the chats of this file (JSONL)"),
     "tuned": Flag("folder of that adapter (default: OUT-lora)"),
+    "adapt_to": Flag("also adapt the draft to this fine-tune"),
     "steps": Flag("steps of --tune", low=1),
     "suite": Flag("folder of `redraft bench suite`", old=("--family",)),
     "called": Flag("what to call it (default: the target's name)", name="--name"),

@@ -6,6 +6,7 @@
     features/         the base's states on these answers, so that it reads them once
     draft             its EAGLE-3 draft
     members/NAME      a fine-tune (of LoRA the adapter)
+    runs/NAME         the draft adapted to it, where that is asked for
     suite.json        the manifest
 
 Every part is a stage of a run folder: building again continues where it stopped.
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from redraft.config import RegenerateConfig, TrainConfig
+from redraft.config import RegenerateConfig, TrainConfig, resolve
 from redraft.core.console import say
 from redraft.core.errors import UserError, nearest
 from redraft.core.files import write_text
@@ -32,6 +33,7 @@ from redraft.generation.answer_file import read_answers
 from redraft.generation.regenerate import regenerate
 from redraft.models.loading import load_target
 from redraft.models.target import Target, default_aux_layers
+from redraft.pipeline.adapt import AdaptResult, adapt
 from redraft.pipeline.run_folder import RunFolder
 from redraft.pipeline.stages import Shape, train_files
 from redraft.prompts.prompts import read_prompts
@@ -66,6 +68,17 @@ DRAFT = TrainConfig(
     patience=16,
     precision="bf16",
 )
+SHOWN = 330
+"""Prompts of the run that README shows."""
+SETTINGS = {
+    "general.share": 0.25,
+    "regenerate.max_new_tokens": 128,
+    "measure.eval_limit": 48,
+    "measure.heldout": 24,
+    "measure.eval_new_tokens": 96,
+    "train.batch_tokens": 2048,
+    "train.precision": "bf16",
+}
 DRAFT_SHAPE = Shape(draft_vocab_size=8192)
 
 
@@ -116,6 +129,20 @@ def build_real_suite(
         }
         write_text(run.path / "suite.json", json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def adapt_real(out: Path, name: str) -> AdaptResult:
+    """The run that README shows: the suite's draft adapted to a member, in runs/NAME."""
+    domain, prompts = MEMBERS[name].domain, out / "prompts"
+    return adapt(
+        load_real(out, name),
+        str(out / "draft"),
+        str(prompts / f"{domain}-adapt.jsonl"),
+        out=out / "runs" / name,
+        limit=SHOWN,
+        off_domain={"chat": str(prompts / "chat-eval.jsonl")},
+        config=resolve([("bench real", SETTINGS)]),
+    )
 
 
 def load_real(out: Path, name: str) -> Target:

@@ -28,6 +28,7 @@ from redraft.decoding.plain import decode_plain
 from redraft.decoding.sampling import Sampling
 from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.drafts.new import new_draft
+from redraft.generation.general_prompts import made_up_questions
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.live import live
 from redraft.metrics.lossless import compare
@@ -221,3 +222,9 @@ def test_transformers_generate_is_plain_generate_up_to_near_ties(suite: Suite) -
             )
             texts[drafted].append(out[0, ids.shape[1] :].tolist())
     assert compare(suite.target, some, texts[False], texts[True]).holds
+
+
+def test_it_makes_up_questions_that_a_user_might_ask(suite: Suite) -> None:
+    found = made_up_questions(suite.target, 4)
+    assert len({text.casefold() for text in found}) == 4
+    assert all(len(text.split()) > 2 and "<|im_" not in text for text in found)

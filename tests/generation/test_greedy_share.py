@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from redraft.config import RegenerateConfig
 from redraft.core.records import Prompt
-from redraft.generation.answer_file import read_answers
+from redraft.generation.answer_file import answer_inputs, read_answers
 from redraft.generation.regenerate import regenerate
 from redraft.models.target import Target
 from tests.generation.conftest import TOKENS, own, settings
@@ -57,6 +58,17 @@ def test_a_run_that_was_cut_gives_the_same_answers(
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[: len(lines) // 3]))
     assert own(target, prompts, tmp_path, **settings) == whole
+
+
+def test_a_share_that_changes_nothing_is_no_other_input(
+    target: Target, prompts: list[Prompt]
+) -> None:
+    """Files of before name no share: they are continued."""
+    plain = answer_inputs(target, prompts, RegenerateConfig(), 0)
+    assert "greedy_share" not in plain
+    assert plain == answer_inputs(target, prompts, RegenerateConfig(greedy_share=0.5), 0)
+    mixed = RegenerateConfig(temperature=0.8, greedy_share=0.5)
+    assert answer_inputs(target, prompts, mixed, 0)["greedy_share"] == 0.5
 
 
 def test_endpoints_are_asked_greedily_for_the_same_prompts(

@@ -106,8 +106,39 @@ def test_a_file_with_too_few_is_refused(
     target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     few = write_prompts(tmp_path / "few.jsonl", 3 * general.FEWEST - 1, start=300)
-    with pytest.raises(UserError, match=r"holds 23 general prompts; 24 are the least"):
+    with pytest.raises(
+        UserError, match=r"holds 23 general prompts that are not asked already, 24 are the least"
+    ):
         run(target, draft_folder, (files[0], few), tmp_path / "run")
+
+
+def test_no_general_prompt_is_asked_elsewhere(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A file that holds the job's own prompts first: training on what is measured would flatter it."""
+    both = tmp_path / "both.jsonl"
+    both.write_text(files[0].read_text() + files[1].read_text())
+    run(target, draft_folder, (files[0], both), tmp_path / "run")
+    found = {f.stem: read_answers(f) for f in (tmp_path / "run/answers").glob("*.jsonl")}
+    asked = [tuple(a.prompt) for some in found.values() for a in some]
+    assert len(set(asked)) == len(asked)
+
+
+def test_the_name_of_the_measured_set_is_taken(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    about = {"general__share": 0.5, "general__prompts": str(files[1])}
+    off = {"general": str(files[1])}
+    with pytest.raises(UserError, match="off-domain name 'general' is that of the general prompts"):
+        pipeline.adapt(
+            target,
+            str(draft_folder),
+            str(files[0]),
+            out=tmp_path / "run",
+            config=settings(**about),
+            off_domain=off,
+        )
+    assert not (tmp_path / "run/answers").exists()
 
 
 def test_the_questions_are_what_the_target_writes_in_a_users_place(

@@ -22,6 +22,7 @@ from redraft.selection.explain import explain
 from redraft.selection.near_duplicates import clusters, near_duplicates
 from redraft.selection.select import (
     kept_answers,
+    most_kept,
     read_selection,
     select,
     within_budget,
@@ -84,6 +85,13 @@ def test_coverage_lets_clusters_take_turns(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_tokens_pass_over_what_does_not_fit() -> None:
     assert within_budget([300, 50, 200, 30], read_budget("200t")) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"), [("7", 7), ("70", 20), ("0.25", 5), ("0.01", 1), ("900t", 9), ("auto", 20)]
+)
+def test_what_a_budget_keeps_is_known_before_anything_is_answered(budget: str, kept: int) -> None:
+    assert most_kept(20, read_budget(budget)) == kept
 
 
 def test_budgets_that_do_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

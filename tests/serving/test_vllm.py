@@ -51,6 +51,7 @@ def test_the_server_gets_target_draft_and_no_python_path_of_ours(
     assert "trust" not in " ".join(arguments)
     assert variables["HF_HUB_OFFLINE"] == "1"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert variables["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
     assert variables["VLLM_NO_USAGE_STATS"] == "1"
     assert "/ours" not in variables["PYTHONPATH"]
 
@@ -60,8 +61,14 @@ def test_a_gpu_build_keeps_its_graphs_and_its_memory(monkeypatch: pytest.MonkeyP
     assert "--enforce-eager" not in command_line(GPU, PLAIN, 1)
     assert "--enforce-eager" in command_line(GPU, dataclasses.replace(PLAIN, eager=True), 1)
     assert "--enforce-eager" not in command_line(CPU, dataclasses.replace(PLAIN, eager=False), 1)
-    assert "VLLM_CPU_KVCACHE_SPACE" not in variables_for(GPU, PLAIN)
+    assert not {n for n in variables_for(GPU, PLAIN) if n.startswith("VLLM_CPU_")}
     assert "HF_HUB_OFFLINE" not in variables_for(GPU, PLAIN)
+
+
+def test_the_tokens_of_a_step_are_its_own_choice_unless_named() -> None:
+    assert "--max-num-batched-tokens" not in command_line(CPU, PLAIN, 1)
+    line = command_line(CPU, dataclasses.replace(PLAIN, step_tokens=4096), 1)
+    assert line[line.index("--max-num-batched-tokens") + 1] == "4096"
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -567,7 +567,7 @@ def test_a_step_that_lost_on_general_prompts_is_not_the_best(target: Target) -> 
         (4, 1.6, 2.0, 4),
     ):
         run.state.step = step
-        run.note_tau(tau, general, most_lost=0.01)
+        run.note_tau(tau, general, tolerance=0.01)
         assert run.state.best_step == best, step
         assert run.state.best_tau() == dict(run.state.heldout_tau)[best]
 

@@ -79,7 +79,7 @@ class RegenerateConfig:
 
 @dataclass(frozen=True)
 class GeneralConfig:
-    """General prompts: what keeps other traffic than that of the prompts from losing acceptance."""
+    """General prompts keep other traffic from losing acceptance."""
 
     share: float = _opt(
         0.0,
@@ -96,9 +96,9 @@ class GeneralConfig:
     aside: int = _opt(
         24, "general prompts kept aside to stop training, and as many more to be measured", low=2
     )
-    loss: float = _opt(
+    tolerance: float = _opt(
         0.01,
-        "the share of its held-out tau on general prompts that the adapter which is kept may lose",
+        "the share of held-out tau on general prompts that the kept adapter may lose",
         low=0.0,
     )
     seed: int = _opt(0, "seed of the prompts that the target makes up")

@@ -83,9 +83,9 @@ def _question(target: Target, tokens: list[int], end: str) -> str | None:
     holds the template's own tokens."""
     ended = bool(tokens) and tokens[-1] in target.stop_ids
     text = str(target.tokenizer.decode(tokens[:-1] if ended else tokens))
-    if not ended:
-        text, ended = (text.split(end)[0], True) if end and end in text else (text, False)
-    if not ended:
+    if end and end in text:
+        text = text.split(end)[0]
+    elif not ended:
         whole = SENTENCE.match(text)
         text = whole.group() if whole else ""
     text = text.strip()

@@ -25,9 +25,9 @@ from ..generation.answer_file import prompts_hash, read_answers
 from ..models.target import Target
 from ..prompts.clock import continue_time
 from ..selection.scoring import as_samples
-from ..selection.select import kept_prompts, most_kept
+from ..selection.select import kept_prompts
 from .auto_budget import train_in_rounds
-from .general import HELDOUT, MEASURED, TRAINED, answering, general_prompts
+from .general import GENERAL, GENERAL_HELDOUT, OFF_GENERAL, answering, general_prompts
 from .job import Job, check_job, record_job
 from .job_prompts import JobPrompts, Sources, read_job_prompts
 from .run_folder import RunFolder
@@ -105,10 +105,10 @@ def adapt(
 
 def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
     """Every stage that is not done yet; returns what was found on safety prompts, if there are any."""
-    general = general_prompts(job, most_kept(len(asked.adapt), job.config.select.budget_value))
+    general = general_prompts(job, asked)
     stopping, measured = {"heldout": asked.heldout}, dict(asked.measured)
     if general:
-        stopping[HELDOUT], measured[MEASURED] = general.heldout, general.measured
+        stopping[GENERAL_HELDOUT], measured[OFF_GENERAL] = general.heldout, general.measured
     aside = _answer_aside(job, stopping | measured, asked.safety is not None)
     until = [aside[name] for name in stopping]
     if job.config.select.budget_value.auto:
@@ -118,12 +118,13 @@ def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
         selection = job.run.path / SELECTION if job.config.select.by == "answers" else None
         files = {}
         if general:
-            files[TRAINED] = answer(job, TRAINED, general.trained, answering(job.config.regenerate))
+            files[GENERAL] = answer(job, GENERAL, general.trained, answering(job.config.regenerate))
         trained = train(
             job,
             ["adapt"],
             [chosen, *files.values(), *until],
             general=list(files),
+            guarded_by=GENERAL_HELDOUT if general else None,
             selection=selection,
         )
     exported = export(job, trained)

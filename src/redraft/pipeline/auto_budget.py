@@ -23,7 +23,7 @@ from ..core.records import Prompt, TrainRecord
 from ..generation.answer_file import read_answers
 from ..prompts.disk_list import Picked
 from ..selection.scores import random_score
-from .general import TRAINED, GeneralPrompts, answering
+from .general import GENERAL, GENERAL_HELDOUT, GeneralPrompts, answering
 from .job import Job
 from .run_folder import RunFolder
 from .stages import answer, train
@@ -69,8 +69,8 @@ def train_in_rounds(
 ) -> str:
     """Answer and train until it stops paying; `prompts` are asked in an order that their ids decide.
 
-    `until` are the stage keys of the answers that stop training. Of `general` prompts each round asks the same
-    share as of the others. Leaves the answers in answers/rounds.jsonl and
+    `until` are the stage keys of the answers that stop training. Each round asks the same share of the `general`
+    prompts. Leaves the answers in answers/rounds.jsonl and
     the best round's adapter in adapter/, and returns the key of the latter.
     """
     least_gain = job.config.select.least_gain
@@ -84,12 +84,13 @@ def train_in_rounds(
         if general:
             some = [round(len(general.trained) * n / len(prompts)) for n in (begin, size)]
             added = Picked(general.trained, range(*some))
-            keys.append(answer(job, f"{TRAINED}-{number}", added, answering(job.config.regenerate)))
+            keys.append(answer(job, f"{GENERAL}-{number}", added, answering(job.config.regenerate)))
         key = train(
             job,
             _files(number),
             [*keys, *until],
-            general=[f"{TRAINED}-{n}" for n in range(1, number + 1)] if general else (),
+            general=[f"{GENERAL}-{n}" for n in range(1, number + 1)] if general else (),
+            guarded_by=GENERAL_HELDOUT if general else None,
             name=f"train round {number}",
             folder=f"rounds/{number}",
             checkpoints=f"checkpoints/round-{number}",

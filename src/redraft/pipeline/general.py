@@ -19,41 +19,52 @@ from ..core.files import write_text
 from ..core.records import Prompt
 from ..generation.general_prompts import made_up_questions
 from ..prompts.prompts import read_prompts
+from ..selection.select import most_kept
 from .job import Job
+from .job_prompts import JobPrompts, apart
 
 FILE = "general.jsonl"
-TRAINED, HELDOUT, MEASURED = "general", "general-heldout", "off-general"
+GENERAL, GENERAL_HELDOUT, OFF_GENERAL = "general", "general-heldout", "off-general"
 """The names of their answers files."""
 FEWEST = 8
 """Prompts of a file, at least, for each of the three parts."""
 LONGEST = 256
-"""Tokens of an answer that is trained on, at most, where the job's own are taken as long as they are."""
+"""The longest answer that is trained on, in tokens, where the job's own answers are given and have no limit."""
 
 
 @dataclass(frozen=True)
 class GeneralPrompts:
+    """Disjoint, in three parts."""
+
     trained: Sequence[Prompt]
     heldout: Sequence[Prompt]
     measured: Sequence[Prompt]
 
 
-def general_prompts(job: Job, adapted: int) -> GeneralPrompts | None:
-    """The general prompts next to so many that are adapted on; None where no share is asked for.
+def general_prompts(job: Job, asked: JobPrompts) -> GeneralPrompts | None:
+    """The general prompts of a job that asks these; None where no share is wanted.
 
-    Raises UserError for a file with too few of them.
+    None of them is asked already. Raises UserError for a file with too few of them, and for a set of this name.
     """
     c = job.config.general
     if not c.share:
         return None
-    trained, aside = max(round(c.share * adapted), 1), c.aside
+    if OFF_GENERAL in asked.measured:
+        raise UserError(
+            "off-domain name 'general' is that of the general prompts, which are measured as well; choose another"
+        )
+    kept = most_kept(len(asked.adapt), job.config.select.budget_value)
+    trained, aside = max(round(c.share * kept), 1), c.aside
     if not c.prompts:
         _make_up(job, trained + 2 * aside)
     source = c.prompts or str(job.run.path / FILE)
-    found = read_prompts(source, job.target, trained + 2 * aside, "last").prompts
+    others = [asked.adapt, asked.heldout, *asked.measured.values()]
+    most = trained + 2 * aside + sum(map(len, others))
+    found = apart(read_prompts(source, job.target, most, "last").prompts, others)
     if len(found) < 3 * FEWEST:
         raise UserError(
-            f"{source} holds {len(found)} general prompts; {3 * FEWEST} are the least: some are trained on, some "
-            "stop the training, some are measured"
+            f"{source} holds {len(found)} general prompts that are not asked already, {3 * FEWEST} are the least; add "
+            "more, or set general.share to 0"
         )
     if len(found) < trained + 2 * aside:
         aside = min(aside, len(found) // 3)

@@ -57,7 +57,9 @@ def read_job_prompts(target: Target, sources: Sources, config: AdaptConfig) -> J
     if sources.evaluation:
         measured["eval"] = read_prompts(sources.evaluation, target, limit, turns).prompts
         limit = 0
-    rest = _apart(whole.prompts, measured.values())
+    rest = apart(whole.prompts, measured.values())
+    if len(rest) < len(whole.prompts):
+        say(f"{len(whole.prompts) - len(rest)} prompts are measured on, so not trained on")
     adapt, heldout, aside = split_prompts(
         rest, limit, config.measure.heldout, config.regenerate.seed
     )
@@ -75,10 +77,7 @@ def _check_names(sources: Sources) -> None:
             )
 
 
-def _apart(prompts: Sequence[Prompt], files: Iterable[Sequence[Prompt]]) -> Sequence[Prompt]:
+def apart(prompts: Sequence[Prompt], files: Iterable[Sequence[Prompt]]) -> Sequence[Prompt]:
     """The prompts that are in none of these files."""
-    measured = {prompt.tokens for file in files for prompt in file}
-    rest = Picked(prompts, (i for i, p in enumerate(prompts) if p.tokens not in measured))
-    if len(rest) < len(prompts):
-        say(f"{len(prompts) - len(rest)} prompts are measured on, so not trained on")
-    return rest
+    taken = {prompt.tokens for file in files for prompt in file}
+    return Picked(prompts, (i for i, p in enumerate(prompts) if p.tokens not in taken))

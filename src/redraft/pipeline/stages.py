@@ -44,7 +44,6 @@ from ..selection.select import select as choose
 from ..training.adapter_run import Guard
 from ..training.train import Trained, train_adapters
 from ..training.train import train as train_draft
-from .general import HELDOUT
 from .job import Job
 
 SELECTION = "selection.jsonl"
@@ -112,6 +111,7 @@ def train(
     chosen: Sequence[str],
     *,
     general: Sequence[str] = (),
+    guarded_by: str | None = None,
     selection: Path | None = None,
     name: str = "train",
     folder: str = "adapter",
@@ -119,21 +119,21 @@ def train(
 ) -> str:
     """Train an adapter on the answers in `files` (of which `selection` keeps some) into `folder`.
 
-    Those in the `general` files are trained on too, and then those to the general prompts kept aside guard it.
+    Those in the `general` files are trained on too; those in the file `guarded_by` guard it (see `Guard`).
     `chosen` are the keys of what is trained on and stopped by.
     """
 
     def work() -> None:
         answers = [a for file in files for a in read_answers(job.answers(file))]
-        chosen = list(kept_answers(answers, selection))
+        trained_on = list(kept_answers(answers, selection))
+        trained_on += [a for file in general for a in read_answers(job.answers(file))]
         guard = None
-        if general:
-            chosen += [a for file in general for a in read_answers(job.answers(file))]
-            guard = Guard(read_answers(job.answers(HELDOUT)), job.config.general.loss)
+        if guarded_by:
+            guard = Guard(read_answers(job.answers(guarded_by)), job.config.general.tolerance)
         adapter = train_adapter(
             job.target,
             job.draft,
-            chosen,
+            trained_on,
             read_answers(job.answers("heldout")),
             job.config.train,
             job.k,
@@ -148,7 +148,7 @@ def train(
         "shared": job.draft.hash(),
         "k": job.k,
         "base": job.fingerprint("base") if job.config.train.method_value.closed_form else None,
-        **({"loss on general prompts": job.config.general.loss} if general else {}),
+        **({"general tolerance": job.config.general.tolerance} if guarded_by else {}),
         **asdict(job.config.train),
     }
     # Not training.json, which holds seconds: the same tensors trained again are the same adapter.

@@ -11,7 +11,7 @@ from ..checkpoints.adapter_folder import load_adapter, read_training
 from ..checkpoints.load import StoredDraft
 from ..config import Resolved
 from ..core.folders import read_json
-from ..core.records import Safety, TrainRecord, acceptance, to_json
+from ..core.records import Answer, Safety, TrainRecord, acceptance, to_json
 from ..core.report_record import AdaptReport, Change
 from ..generation.answer_file import endpoints_of, read_answers
 from ..metrics import intervals
@@ -20,7 +20,7 @@ from ..prompts.prompts import PromptSet
 from ..report.answers import choose_answers
 from ..report.page import write_page
 from .auto_budget import ANSWERS, AUTO, trained_in_all
-from .general import TRAINED
+from .general import GENERAL
 from .run_folder import RunFolder
 from .stages import STEPS
 
@@ -42,11 +42,7 @@ def report_of(
     trained = TrainRecord(**read_training(run.path / "adapter"))
     paid = read_answers(run.path / "answers" / "heldout.jsonl")
     paid += answers if resolved.config.regenerate.answers == "regenerate" else []
-    general = [
-        answer
-        for file in sorted((run.path / "answers").glob(f"{TRAINED}*.jsonl"))
-        for answer in read_answers(file)
-    ]
+    general = _general(run)
     off = {
         path.stem.removeprefix("off-"): acceptance(json.loads(path.read_text()))
         for path in sorted((run.path / "measure").glob("off-*.json"))
@@ -96,6 +92,12 @@ def report_of(
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)
     return report
+
+
+def _general(run: RunFolder) -> list[Answer]:
+    """The answers to general prompts, but for those that are only measured."""
+    files = sorted((run.path / "answers").glob(f"{GENERAL}*.jsonl"))
+    return [answer for file in files for answer in read_answers(file)]
 
 
 def measured_changes(steps: dict[str, list[list[int]]], k: int) -> dict[str, Change]:

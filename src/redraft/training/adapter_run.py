@@ -39,11 +39,11 @@ class DivergedError(UserError):
 
 @dataclass(frozen=True)
 class Guard:
-    """Held-out `answers` to general prompts: a step on which their tau fell by more than the share `loss` of
-    what it was at the start is never the best one."""
+    """Held-out `answers` to general prompts. A step at which their tau is below that of the start, by more
+    than the share `tolerance` of it, is never the best one."""
 
     answers: Sequence[Answer]
-    loss: float
+    tolerance: float
 
 
 @dataclass
@@ -121,15 +121,15 @@ class AdapterRun:
         self._average()
         state.seconds += teacher_batch.seconds + time.monotonic() - began
 
-    def note_tau(self, tau: float, general: float | None = None, most_lost: float = 0.0) -> None:
+    def note_tau(self, tau: float, general: float | None = None, tolerance: float = 0.0) -> None:
         """Record an evaluation of the present tensors, and keep them if they are the best so far.
 
-        They are not where `general`, the tau on general prompts, lost more than the share `most_lost`.
+        They are not kept where `general`, the tau on general prompts, fell by more than the share `tolerance`.
         """
         state = self.state
         if general is not None:
             state.general_tau.append((state.step, general))
-        lost = general is not None and general < state.general_tau[0][1] * (1 - most_lost)
+        lost = general is not None and general < state.general_tau[0][1] * (1 - tolerance)
         if tau > state.best_tau() and not lost:
             state.best, state.best_step = self.take(), state.step
         state.heldout_tau.append((state.step, tau))

@@ -406,7 +406,7 @@ def _evaluate(
         general = taus(some, guard.answers) if guard else [None] * len(some)
         return list(zip(taus(some, heldout), general, strict=True))
 
-    most_lost = guard.loss if guard else 0.0
+    tolerance = guard.tolerance if guard else 0.0
     began = time.monotonic()
     found = both(runs)
     for run in runs:
@@ -416,9 +416,9 @@ def _evaluate(
             with run.averaged():
                 ((averaged, averaged_general),) = both([run])
                 if averaged > tau:
-                    run.note_tau(averaged, averaged_general, most_lost)
+                    run.note_tau(averaged, averaged_general, tolerance)
                     continue
-        run.note_tau(tau, general, most_lost)
+        run.note_tau(tau, general, tolerance)
 
 
 def _note(runs: Sequence[AdapterRun]) -> str:
@@ -470,5 +470,5 @@ def _key(
             row = json.dumps([answer.id, list(answer.tokens)])
             digest.update(f"{', ' if at else ''}{row}".encode())
         digest.update(b"]")
-    digest.update(f", {json.dumps(k)}{f', {guard.loss}' if guard else ''}]".encode())
+    digest.update(f", {json.dumps(k)}{f', {guard.tolerance}' if guard else ''}]".encode())
     return digest.hexdigest()[:16]
