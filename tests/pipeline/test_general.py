@@ -172,6 +172,13 @@ def test_the_questions_are_what_the_target_writes_in_a_users_place(
         made_up_questions(target, 4)
 
 
+def test_a_turn_that_ends_with_a_text_ends_there(target: Target) -> None:
+    """Some templates end a user's turn with ordinary tokens; what the target answers is no question."""
+    tokens = target.tokenizer.encode("Name the lake [/INST] It is so.", add_special_tokens=False)
+    question = general_prompts._question(target, tokens, "[/INST]")
+    assert question == "Name the lake"
+
+
 def test_a_template_that_hides_the_users_place_is_refused(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
