@@ -136,6 +136,35 @@ def bench_real(
     output.show(to_json(report), lambda: print_report(report))
 
 
+def bench_real_methods(
+    suite: str,
+    out: str,
+    output: OutputFlags,
+    members: str = "math-sft",
+    rows: str = "all",
+    seeds: str = "1",
+    python: str | None = None,
+    record: str | None = None,
+) -> None:
+    """The race on real models: ways to get a draft for a fine-tune, on the same answers of a real vLLM.
+
+    Example: redraft bench real-methods --suite real --python .venv-vllm/bin/python --out race
+    """
+    from .real_cells import print_real_cells, read_real_cells
+    from .real_methods import bench_real_methods as run
+    from .real_rows import ROWS
+
+    cells = run(
+        Path(suite),
+        Path(out),
+        members=members.split(","),
+        rows=list(ROWS) if rows == "all" else rows.split(","),
+        seeds=_numbers("--seeds", seeds),
+        python=python,
+    )
+    _end(output, cells, print_real_cells, record, read_real_cells(Path(out)))
+
+
 def bench_pipeline(
     output: OutputFlags,
     suite: str | None = None,
@@ -453,6 +482,16 @@ for function, names, help in (
             "out": "folder of the suite; run again to resume",
             "members": "fine-tunes, comma-separated (default: all)",
             "record": "also write the report of --adapt-to to this JSON file",
+        },
+    ),
+    (
+        bench_real_methods,
+        ("real-methods",),
+        {
+            "suite": "folder of `redraft bench real`",
+            "members": "fine-tunes of the suite, comma-separated",
+            "rows": "rows, comma-separated (all: every one)",
+            "record": "also write every cell of --out to this JSONL file",
         },
     ),
     (bench_pipeline, ("pipeline",), {}),

@@ -14,9 +14,10 @@ Every part is a stage of a run folder: building again continues where it stopped
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from redraft.config import RegenerateConfig, TrainConfig, resolve
 from redraft.core.console import say
 from redraft.core.errors import UserError, nearest
 from redraft.core.files import write_text
-from redraft.core.records import Answer
+from redraft.core.records import Prompt
 from redraft.features.extract import Plan, write_features
 from redraft.features.store import FeatureStore
 from redraft.features.stored_target import load_stored_target
@@ -48,7 +49,7 @@ from .synthetic import Sample
 K = 4
 MODEL = "smollm2"
 DOMAINS = ("chat", "math", "code", "medical")
-QUESTIONS = {"base": 350, "heldout": 16, "adapt": 900, "eval": 64}
+QUESTIONS = {"base": 700, "heldout": 16, "adapt": 900, "eval": 64}
 """Questions of each domain and split at most; chat, which no fine-tune is tuned on, has more for the draft."""
 MORE_CHAT = 350
 LONGEST_QUESTION = 1200
@@ -61,7 +62,7 @@ CONTEXT = 1024
 DRAFT = TrainConfig(
     method="scratch",
     loss="kl",
-    epochs=4,
+    epochs=3,
     batch_tokens=1024,
     rollout=4,
     evaluations=16,
@@ -147,41 +148,45 @@ def adapt_real(out: Path, name: str) -> AdaptResult:
 
 def load_real(out: Path, name: str) -> Target:
     """The base, or a member."""
+    folder, adapter = folders_of(out, name)
+    return load_target(folder, adapter=adapter)
+
+
+def folders_of(out: Path, name: str) -> tuple[str, str | None]:
+    """The folder of the base or of a member, and that of its LoRA adapter if it is one."""
     if name == BASE:
-        return load_target(str(out / BASE))
+        return str(out / BASE), None
     folder = str(out / "members" / name)
-    if MEMBERS[name].rank:
-        return load_target(str(out / BASE), adapter=folder)
-    return load_target(folder)
+    return (str(out / BASE), folder) if MEMBERS[name].rank else (folder, None)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Prompts to be answered into the file `out`."""
+
+    prompts: Sequence[Prompt]
+    out: Path
+    config: RegenerateConfig
+    lookahead: int = 0
 
 
 def answer_with_engine(
-    target: Target,
-    source: tuple[str, str | None],
-    prompts: str,
-    out: Path,
-    config: RegenerateConfig,
-    lookahead: int,
-    python: str | None,
-) -> list[Answer]:
-    """A real vLLM answers a prompts file into `out`. `source` is the target's folder and its adapter's.
+    target: Target, source: tuple[str, str | None], asks: Sequence[Ask], python: str | None
+) -> None:
+    """A real vLLM answers. `source` is the target's folder and its adapter's.
 
     Every prompt is read in one step: vLLM 0.32 for CPUs dies where a request with a seed is read in parts.
     """
-    found = read_prompts(prompts, target)
-    say(found.summary())
     engine = engine_named("vllm")
     folder, adapter = source
-    what = Serving(folder, "bfloat16", CONTEXT, adapter, step_tokens=CONTEXT * config.concurrency)
-    with engine.serve(engine.find(python), what, out.parent / "vllm.log") as running:
+    most = max(ask.config.concurrency for ask in asks)
+    what = Serving(folder, "bfloat16", CONTEXT, adapter, step_tokens=CONTEXT * most)
+    log = asks[0].out.parent / "vllm.log"
+    with engine.serve(engine.find(python), what, log) as running:
         settings = {"endpoints": running.server.url, "endpoint_model": running.model}
-        return regenerate(
-            target,
-            found.prompts,
-            out,
-            RegenerateConfig(**{**asdict(config), **settings}),
-            lookahead,
-        )
+        for ask in asks:
+            config = dataclasses.replace(ask.config, **settings)
+            regenerate(target, ask.prompts, ask.out, config, ask.lookahead)
 
 
 def _base(out: Path) -> None:
@@ -214,15 +219,11 @@ def _answers(
     out: Path, name: str, config: RegenerateConfig, lookahead: int, python: str | None
 ) -> None:
     folder = str(out / BASE)
-    answer_with_engine(
-        load_target(folder),
-        (folder, None),
-        str(out / "prompts" / f"{name}.jsonl"),
-        out / "answers" / f"{name}.jsonl",
-        config,
-        lookahead,
-        python,
-    )
+    target = load_target(folder)
+    found = read_prompts(str(out / "prompts" / f"{name}.jsonl"), target)
+    say(found.summary())
+    ask = Ask(found.prompts, out / "answers" / f"{name}.jsonl", config, lookahead)
+    answer_with_engine(target, (folder, None), [ask], python)
 
 
 def _features(out: Path) -> None:

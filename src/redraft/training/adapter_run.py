@@ -61,11 +61,14 @@ class AdapterRun:
     hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
     fitted: Fitted = field(default_factory=Fitted)
     diverged: bool = False
+    start: dict[str, Tensor] = field(init=False)
+    """The tensors before the first step."""
     state: TrainState = field(init=False)
     flops: Flops = field(default_factory=Flops)
 
     def __post_init__(self) -> None:
-        self.state = TrainState(0, 0, [], 0, self.take(), math.nan, 0.0)
+        self.start = self.take()
+        self.state = TrainState(0, 0, [], 0, self.start, math.nan, 0.0)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

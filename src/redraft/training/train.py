@@ -60,10 +60,12 @@ STREAM = ("epochs", "batch_tokens", "evaluations", "precision", "seed")
 
 @dataclass(frozen=True)
 class Trained:
-    """The adapter tensors at the best held-out tau (float32, CPU), and the record of the run."""
+    """The adapter tensors at the best held-out tau (float32, CPU), the record of the run, and the tensors
+    before its first step."""
 
     tensors: dict[str, Tensor]
     record: TrainRecord
+    start: dict[str, Tensor]
 
 
 def train(
@@ -343,7 +345,7 @@ def _finished(
         target_flops=stream.flops_per_token * (read + run.fitted.target_tokens) + flops.head * read,
         draft_flops=flops.step * read + flops.rollout * run.fitted.draft_tokens,
     )
-    return Trained(state.best, record)
+    return Trained(state.best, record, run.start)
 
 
 def _predicted(

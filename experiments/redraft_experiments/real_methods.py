@@ -1,0 +1,271 @@
+"""`redraft bench real-methods`: the race on real models: ways to get a draft for a fine-tune, on the same answers.
+
+    OUT/MEMBER/made-up.jsonl   general questions that the fine-tune makes up
+    OUT/MEMBER/answers/        the fine-tune's answers, from vLLM: trained on, stopped by, measured on
+    OUT/MEMBER/features/       its states on all of them, so that it reads them once
+    OUT/MEMBER/cells/          one JSON file per row and seed
+
+Only what is missing is done. Every row trains as many tokens a step and as many passes; the step with the best
+held-out tau is kept. It is measured as exported, in the draft's own dtype, and on the way from the unadapted
+draft's tensors to the trained ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft.checkpoints.load import StoredDraft, read_draft
+from redraft.config import RegenerateConfig, TrainConfig
+from redraft.core.console import say
+from redraft.core.errors import UserError, nearest
+from redraft.core.files import write_text
+from redraft.core.records import Answer, Prompt, StepTrace, to_json, versions
+from redraft.features.extract import Plan, write_features
+from redraft.features.store import FeatureStore
+from redraft.features.stored_target import StoredTarget, load_stored_target
+from redraft.generation.answer_file import read_answers
+from redraft.generation.general_prompts import made_up_questions
+from redraft.metrics.replay import replay_each
+from redraft.models.target import Target, default_aux_layers
+from redraft.pipeline.run_folder import RunFolder
+from redraft.pipeline.stages import as_adapter, merge_draft
+from redraft.prompts.prompts import read_prompts
+from redraft.training.adapter_run import Guard
+from redraft.training.train import train
+
+from .real_cells import MEASURED, WHOLE, Counts, RealCell
+from .real_members import MEMBERS
+from .real_rows import GREEDY, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
+from .real_suite import Ask, K, answer_with_engine, folders_of, load_real
+
+POOL, ASIDE, EVALUATED, CHAT, GENERAL = 240, 32, 64, 48, 120
+"""Prompts adapted on, kept to stop training, measured on (own traffic, chat), and general ones of each origin."""
+LONGEST = {"adapt": 128, "measured": 96}
+TEMPERATURE = 0.7
+SHARES = (0.25, 0.5, 0.75)
+"""Of the way from the unadapted draft's tensors to the trained ones."""
+TRAIN: dict[str, Any] = {
+    "epochs": 4.0,
+    "batch_tokens": 2048,
+    "rollout": K,
+    "evaluations": 6,
+    "patience": 6,
+    "precision": "bf16",
+}
+
+
+def bench_real_methods(
+    suite: Path,
+    out: Path,
+    *,
+    members: Sequence[str],
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    python: str | None = None,
+) -> list[RealCell]:
+    """Run the cells that are missing in `out`, and return all that were asked for.
+
+    Raises UserError for unknown rows and members, and for a suite that lacks a member or its draft.
+    """
+    for what, words, known in (("row", rows, ROWS), ("fine-tune", members, MEMBERS)):
+        for word in words:
+            if word not in known:
+                raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
+    for part in ("draft", *(f"members/{member}" for member in members)):
+        if not (suite / part).is_dir():
+            raise UserError(
+                f"{suite} has no {part}; build it with redraft bench real --out {suite}"
+            )
+    cells = []
+    for member in members:
+        with RunFolder.open(out / member) as run:
+            race = _Race(suite, run, member, python)
+            cells += [race.cell(row, seed) for seed in seeds for row in rows]
+    return cells
+
+
+class _Race:
+    """One fine-tune's cells. Answers and features are made when a cell is missing, and kept on disk."""
+
+    def __init__(self, suite: Path, run: RunFolder, member: str, python: str | None):
+        self.suite, self.run, self.member, self.python = suite, run, member, python
+        self.shared = read_draft(str(suite / "draft"))
+        self.target: StoredTarget | None = None
+        self.answer_seconds = 0.0
+
+    def cell(self, name: str, seed: int) -> RealCell:
+        path = self.run.path / "cells" / f"{name}.s{seed}.json"
+        if not path.is_file():
+            self._prepare()
+            say(f"{self.member}: {name}, seed {seed}")
+            cell = self._made(name, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(to_json(cell)) + "\n")
+        return RealCell.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+    # -- answers and features --------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        if self.target is not None:
+            return
+        out, row = self.run.path, MEMBERS[self.member]
+        whole = load_real(self.suite, self.member)
+        about = {"target": whole.fingerprint()}
+        self.run.stage(
+            "made up", {**about, "count": GENERAL}, ["made-up.jsonl"], lambda: self._make_up(whole)
+        )
+        asks = self._asks(whole, row.domain)
+        files = [f"answers/{ask.out.name}" for ask in asks]
+        inputs = {ask.out.name: [asdict(ask.config), [p.id for p in ask.prompts]] for ask in asks}
+        source = folders_of(self.suite, self.member)
+        (out / "answers").mkdir(exist_ok=True)
+        key = self.run.stage(
+            "answers",
+            {**about, **inputs},
+            files,
+            lambda: answer_with_engine(whole, source, asks, self.python),
+            keeps=files,
+        )
+        self.run.stage(
+            "features", {"answers": key}, ["features"], lambda: self._read(whole), ["features"]
+        )
+        self.answer_seconds = self.run.seconds()["answers"]
+        folder, adapter = source
+        self.target = load_stored_target(folder, [FeatureStore(out / "features")], adapter=adapter)
+
+    def _make_up(self, target: Target) -> None:
+        rows = [
+            {"id": f"made-up-{i}", "messages": [{"role": "user", "content": text}]}
+            for i, text in enumerate(made_up_questions(target, GENERAL))
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text(self.run.path / "made-up.jsonl", text)
+
+    def _asks(self, target: Target, domain: str) -> list[Ask]:
+        """Every file of answers. All prompts of a domain's file are disjoint, those of two files by their split."""
+
+        def prompts(path: Path) -> list[Prompt]:
+            return list(read_prompts(str(path), target, None, "last").prompts)
+
+        asked = {
+            name: prompts(self.suite / "prompts" / f"{name}.jsonl")
+            for name in (f"{domain}-adapt", f"{domain}-eval", "chat-adapt", "chat-eval")
+        }
+        own, chat = asked[f"{domain}-adapt"], asked["chat-adapt"]
+        made_up = prompts(self.run.path / "made-up.jsonl")
+        greedy = RegenerateConfig(max_new_tokens=LONGEST["adapt"], concurrency=64, timeout=1800.0)
+        sampled = dataclasses.replace(greedy, temperature=TEMPERATURE)
+        mixed = dataclasses.replace(sampled, greedy_share=0.5)
+        measured = {GREEDY: greedy, SAMPLED: sampled}
+        measured = {
+            name: dataclasses.replace(config, max_new_tokens=LONGEST["measured"])
+            for name, config in measured.items()
+        }
+        plan = {
+            "adapt-greedy": (own[:POOL], greedy, 0),
+            "adapt-sampled": (own[:POOL], sampled, 0),
+            "general-people": (chat[: 2 * GENERAL], mixed, 0),
+            "general-made-up": (made_up, mixed, 0),
+            "heldout-greedy": (own[-ASIDE:], measured[GREEDY], K),
+            "heldout-sampled": (own[-ASIDE:], measured[SAMPLED], K),
+            "heldout-people": (chat[-ASIDE:], measured[GREEDY], K),
+            "eval-greedy": (asked[f"{domain}-eval"][:EVALUATED], measured[GREEDY], K),
+            "eval-sampled": (asked[f"{domain}-eval"][:EVALUATED], measured[SAMPLED], K),
+            "eval-chat": (asked["chat-eval"][:CHAT], measured[GREEDY], K),
+            "eval-chat-sampled": (asked["chat-eval"][:CHAT], measured[SAMPLED], K),
+        }
+        answers = self.run.path / "answers"
+        return [Ask(some, answers / f"{name}.jsonl", *how) for name, (some, *how) in plan.items()]
+
+    def _read(self, whole: Target) -> None:
+        files = sorted((self.run.path / "answers").glob("*.jsonl"))
+        answers = [answer for file in files for answer in read_answers(file)]
+        plan = Plan(self.run.path / "features", batch_tokens=8192)
+        write_features(whole, answers, default_aux_layers(whole.num_layers), plan)
+
+    def _answers(self, name: str) -> list[Answer]:
+        found = read_answers(self.run.path / "answers" / f"{name}.jsonl")
+        return sorted((a for a in found if a.length >= 2), key=lambda a: a.id)
+
+    def _trained_on(self, row: RealRow) -> tuple[list[Answer], list[Answer]]:
+        """A row's answers to the prompts adapted on, and those to general ones."""
+        greedy, sampled = self._answers("adapt-greedy"), self._answers("adapt-sampled")
+        own = {
+            GREEDY: greedy,
+            SAMPLED: sampled,
+            MIXED: [*greedy[::2], *(a for a in sampled if a.id in {b.id for b in greedy[1::2]})],
+        }[row.answers]
+        if not row.general:
+            return own, []
+        origin = {PEOPLE: "general-people", MADE_UP: "general-made-up"}[row.general]
+        return own, self._answers(origin)[: round(row.share * len(own))]
+
+    # -- training and measuring ------------------------------------------------------------------
+
+    def _made(self, name: str, seed: int) -> RealCell:
+        row = ROWS[name]
+        if row.settings is None:
+            return self._cell(name, seed, {WHOLE: self.shared})
+        own, general = self._trained_on(row)
+        config = TrainConfig(**{**TRAIN, "seed": seed, **row.settings})
+        heldout = self._answers("heldout-greedy" if row.answers == GREEDY else "heldout-sampled")
+        target, answers = self._loaded(), [*own, *general]
+        draft = self.shared.build(target, torch.float32)
+        guard = Guard(self._answers("heldout-people"), tolerance=float("inf"))  # looked at only
+        trained = train(target, draft, answers, heldout, config, k=K, guard=guard)
+        start, end = (
+            merge_draft(self.shared, as_adapter(target, self.shared, one, answers, config))
+            for one in (dataclasses.replace(trained, tensors=trained.start), trained)
+        )
+        drafts = {WHOLE: end}
+        if not config.method_value.fresh:  # else it started elsewhere
+            drafts |= {share: _between(start, end, share) for share in SHARES}
+        lengths = [sum(answer.length for answer in some) for some in (own, general)]
+        every = sum(a.length for ask in self._all() for a in ask)
+        return dataclasses.replace(
+            self._cell(name, seed, drafts),
+            answer_tokens=lengths[0],
+            general_tokens=lengths[1],
+            answer_seconds=self.answer_seconds * sum(lengths) / every,
+            train=to_json(trained.record),
+        )
+
+    def _cell(self, name: str, seed: int, drafts: Mapping[float, StoredDraft]) -> RealCell:
+        target = self._loaded()
+        built = [draft.build(target) for draft in drafts.values()]
+        counts: dict[str, dict[str, Counts]] = {str(share): {} for share in drafts}
+        for measured in MEASURED:
+            answers = self._answers(f"eval-{measured}")
+            for share, traces in zip(counts, replay_each(target, built, answers, K), strict=True):
+                counts[share][measured] = _counts(traces)
+        return RealCell(self.member, name, seed, counts, versions=versions())
+
+    def _loaded(self) -> StoredTarget:
+        if self.target is None:
+            raise AssertionError("answers and features are made before a cell is")
+        return self.target
+
+    def _all(self) -> list[list[Answer]]:
+        return [self._answers(f.stem) for f in (self.run.path / "answers").glob("*.jsonl")]
+
+
+def _counts(traces: Sequence[StepTrace]) -> Counts:
+    return tuple((int(t.gained), int(t.steps)) for t in traces if t.accepted)
+
+
+def _between(start: StoredDraft, end: StoredDraft, share: float) -> StoredDraft:
+    """The draft whose tensors lie so far on the way; source: weight-space ensembles (arXiv 2109.01903)."""
+    tensors = {
+        name: start.tensors[name].float().lerp(tensor.float(), share).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in end.tensors.items()
+    }
+    return end.with_tensors(tensors, {})

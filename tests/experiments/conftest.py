@@ -1,0 +1,72 @@
+"""The suite of real models, built of a tiny one."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from redraft.config import RegenerateConfig
+from redraft.generation.regenerate import regenerate
+from redraft.models.target import Target
+from redraft.pipeline.stages import Shape
+from redraft_experiments import datasets, real_methods, real_suite
+from redraft_experiments.real_members import MEMBERS, RealMember
+from redraft_experiments.real_suite import Ask
+from tests.conftest import SHAPE, make_tokenizer, save_target
+
+ROWS = 120
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Every file of chats, with a few rows each."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    files = [*sum(datasets.CHAT_FILES.values(), ()), *sum(datasets.EVAL_FILES.values(), ())]
+    for name in files:
+        turns = (
+            [
+                {"role": "user", "content": f"{name[:-9]} {i * 7}?"},
+                {"role": "assistant", "content": f"It is {i}."},
+            ]
+            for i in range(ROWS)
+        )
+        rows = [json.dumps({"id": f"{name}/{i}", "messages": t}) for i, t in enumerate(turns)]
+        with gzip.open(folder / name, "wt") as stream:
+            stream.write("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def small_real(monkeypatch: pytest.MonkeyPatch) -> list[RegenerateConfig]:
+    """A tiny model, few questions and steps; this process answers in the engine's place."""
+    asked: list[RegenerateConfig] = []
+
+    def model(name: str, out: Path) -> None:
+        save_target(out, LlamaConfig(vocab_size=len(make_tokenizer()), **SHAPE))
+
+    def answer(target: Target, source: object, asks: Sequence[Ask], python: str | None) -> None:
+        for ask in asks:
+            asked.append(ask.config)
+            config = dataclasses.replace(ask.config, max_new_tokens=12)
+            regenerate(target, ask.prompts, ask.out, config, ask.lookahead)
+
+    monkeypatch.setattr(real_suite, "build_model", model)
+    for module in (real_suite, real_methods):
+        monkeypatch.setattr(module, "answer_with_engine", answer)
+    monkeypatch.setattr(real_suite, "QUESTIONS", {"base": 6, "heldout": 2, "adapt": 9, "eval": 5})
+    monkeypatch.setattr(real_suite, "MORE_CHAT", 3)
+    draft = dataclasses.replace(
+        real_suite.DRAFT, epochs=1, batch_tokens=256, evaluations=2, precision="fp32"
+    )
+    monkeypatch.setattr(real_suite, "DRAFT", draft)
+    monkeypatch.setattr(real_suite, "DRAFT_SHAPE", Shape(draft_vocab_size=64, width=16))
+    monkeypatch.setitem(MEMBERS, "math-sft", RealMember("math", None, 2, 1e-4))
+    monkeypatch.setitem(MEMBERS, "code-lora", RealMember("code", 2, 2, 1e-3))
+    return asked

@@ -1,0 +1,71 @@
+"""The race on real models, on a tiny one: what a cell holds, what a second run skips, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from redraft.checkpoints.load import read_draft
+from redraft.config import RegenerateConfig
+from redraft.core.errors import UserError
+from redraft_experiments import real_methods
+from redraft_experiments.real_cells import MEASURED, print_real_cells, read_real_cells
+from redraft_experiments.real_methods import _between, bench_real_methods
+from redraft_experiments.real_suite import build_real_suite
+
+
+@pytest.fixture
+def suite(
+    data: Path, tmp_path: Path, small_real: list[RegenerateConfig], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    for name, value in (("POOL", 5), ("ASIDE", 2), ("EVALUATED", 3), ("CHAT", 3), ("GENERAL", 2)):
+        monkeypatch.setattr(real_methods, name, value)
+    monkeypatch.setattr(real_methods, "made_up_questions", lambda target, count: ["a b?", "c d?"])
+    small = {"epochs": 2.0, "batch_tokens": 128, "precision": "fp32", "evaluations": 1}
+    monkeypatch.setattr(real_methods, "TRAIN", {**real_methods.TRAIN, **small})
+    build_real_suite(tmp_path / "real", data=str(data), members=["math-sft", "code-lora"])
+    return tmp_path / "real"
+
+
+@pytest.mark.parametrize("member", ["math-sft", "code-lora"])
+def test_a_cell_measures_the_draft_on_the_way_to_the_trained_one(
+    suite: Path, tmp_path: Path, small_real: list[RegenerateConfig], member: str
+) -> None:
+    rows = ["unadapted", "expert", "people 1"]
+    out = tmp_path / "race"
+    cells = bench_real_methods(suite, out, members=[member], rows=rows, seeds=[1])
+    zero, expert, people = cells
+    assert list(zero.counts) == ["1.0"]
+    assert list(expert.counts) == ["1.0", "0.25", "0.5", "0.75"]
+    for cell in cells:
+        for counts in cell.counts.values():
+            assert tuple(counts) == MEASURED
+    steps = {name: [n for _, n in some] for name, some in zero.counts["1.0"].items()}
+    assert all(steps.values())
+    assert not expert.general_tokens
+    assert people.general_tokens
+    assert people.answer_tokens == expert.answer_tokens
+    assert expert.train["steps"]
+    asked = len(small_real)
+    again = bench_real_methods(suite, out, members=[member], rows=rows, seeds=[1])
+    assert again == cells == sorted(read_real_cells(out), key=lambda c: rows.index(c.row))
+    assert len(small_real) == asked
+    print_real_cells(cells)
+
+
+def test_no_share_of_the_way_is_the_unadapted_draft_and_all_of_it_the_trained_one(
+    suite: Path,
+) -> None:
+    draft = read_draft(str(suite / "draft"))
+    moved = {n: t + 1 if t.is_floating_point() else t for n, t in draft.tensors.items()}
+    end = draft.with_tensors(moved, {})
+    assert _between(draft, end, 0.0).hash() == draft.hash()
+    assert _between(draft, end, 1.0).hash() == end.hash() != draft.hash()
+
+
+def test_mistakes_are_named(suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown row 'experts'; did you mean"):
+        bench_real_methods(suite, tmp_path, members=["math-sft"], rows=["experts"], seeds=[1])
+    with pytest.raises(UserError, match="has no members/medical-sft; build it"):
+        bench_real_methods(suite, tmp_path, members=["medical-sft"], rows=["expert"], seeds=[1])
