@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from . import recovery
-from .recovery import Steps
 
 MEASURED = ("greedy", "sampled", "chat", "chat-sampled")
 """What is measured: the fine-tune's own traffic and chat, each greedily and at temperature 0.7."""
@@ -56,7 +55,7 @@ def read_real_cells(folder: Path) -> list[RealCell]:
     ]
 
 
-def counts_of(cells: Sequence[RealCell], name: str, share: float = WHOLE) -> Steps:
+def counts_of(cells: Sequence[RealCell], name: str, share: float = WHOLE) -> list[Counts]:
     """The (accepted, steps) of cells that differ in their seed alone."""
     ordered = sorted(cells, key=lambda cell: cell.seed)
     return [cell.counts[str(share)][name] for cell in ordered if str(share) in cell.counts]

@@ -168,21 +168,23 @@ class _Race:
             name: dataclasses.replace(config, max_new_tokens=LONGEST["measured"])
             for name, config in measured.items()
         }
-        plan = {
-            "adapt-greedy": (own[:POOL], greedy, 0),
-            "adapt-sampled": (own[:POOL], sampled, 0),
-            "general-people": (chat[: 2 * GENERAL], mixed, 0),
-            "general-made-up": (made_up, mixed, 0),
-            "heldout-greedy": (own[-ASIDE:], measured[GREEDY], K),
-            "heldout-sampled": (own[-ASIDE:], measured[SAMPLED], K),
-            "heldout-people": (chat[-ASIDE:], measured[GREEDY], K),
-            "eval-greedy": (asked[f"{domain}-eval"][:EVALUATED], measured[GREEDY], K),
-            "eval-sampled": (asked[f"{domain}-eval"][:EVALUATED], measured[SAMPLED], K),
-            "eval-chat": (asked["chat-eval"][:CHAT], measured[GREEDY], K),
-            "eval-chat-sampled": (asked["chat-eval"][:CHAT], measured[SAMPLED], K),
-        }
         answers = self.run.path / "answers"
-        return [Ask(some, answers / f"{name}.jsonl", *how) for name, (some, *how) in plan.items()]
+        return [
+            Ask(some, answers / f"{name}.jsonl", config, lookahead)
+            for name, some, config, lookahead in (
+                ("adapt-greedy", own[:POOL], greedy, 0),
+                ("adapt-sampled", own[:POOL], sampled, 0),
+                ("general-people", chat[: 2 * GENERAL], mixed, 0),
+                ("general-made-up", made_up, mixed, 0),
+                ("heldout-greedy", own[-ASIDE:], measured[GREEDY], K),
+                ("heldout-sampled", own[-ASIDE:], measured[SAMPLED], K),
+                ("heldout-people", chat[-ASIDE:], measured[GREEDY], K),
+                ("eval-greedy", asked[f"{domain}-eval"][:EVALUATED], measured[GREEDY], K),
+                ("eval-sampled", asked[f"{domain}-eval"][:EVALUATED], measured[SAMPLED], K),
+                ("eval-chat", asked["chat-eval"][:CHAT], measured[GREEDY], K),
+                ("eval-chat-sampled", asked["chat-eval"][:CHAT], measured[SAMPLED], K),
+            )
+        ]
 
     def _read(self, whole: Target) -> None:
         files = sorted((self.run.path / "answers").glob("*.jsonl"))

@@ -183,9 +183,10 @@ def answer_with_engine(
     what = Serving(folder, "bfloat16", CONTEXT, adapter, step_tokens=CONTEXT * most)
     log = asks[0].out.parent / "vllm.log"
     with engine.serve(engine.find(python), what, log) as running:
-        settings = {"endpoints": running.server.url, "endpoint_model": running.model}
         for ask in asks:
-            config = dataclasses.replace(ask.config, **settings)
+            config = dataclasses.replace(
+                ask.config, endpoints=running.server.url, endpoint_model=running.model
+            )
             regenerate(target, ask.prompts, ask.out, config, ask.lookahead)
 
 
