@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from .datasets import chats
+from redraft.core.files import write_text
+
+from .datasets import chats, real_harm_pairs
+from .kinds.preferred import Dpo, prefer
 from .pretrained import tune
+from .synthetic import Sample
 
 BASE = "base"
+SAFETY = "safety"
+"""The domain of preference tuning: requests that are to be refused, and harmless ones that look like them."""
+LONGEST = 512
+"""Tokens of a chat that is tuned on."""
+LONGEST_QUESTION = 1200
+"""Characters: what is longer is left out."""
 
 
 @dataclass(frozen=True)
 class RealMember:
-    """A fine-tune on a domain's answers: LoRA of a `rank`, or of all weights (rank None)."""
+    """A fine-tune on a domain's answers: LoRA of a `rank`, or of all weights (rank None).
+
+    With a `beta` it is tuned by DPO on pairs of answers, with half a weight on the better ones' own likelihood.
+    """
 
     domain: str
     rank: int | None
     steps: int
     lr: float
+    beta: float | None = None
+
+    def about(self) -> dict[str, Any]:
+        """What it depends on; without DPO's setting where there is none."""
+        return {k: v for k, v in asdict(self).items() if k != "beta" or v is not None}
 
 
 MEMBERS = {
@@ -28,18 +49,59 @@ MEMBERS = {
     "medical-sft": RealMember("medical", None, 100, 1e-4),
     "code-lora": RealMember("code", 16, 100, 5e-4),
     "code-sft": RealMember("code", None, 100, 1e-4),
+    "safety-dpo": RealMember(SAFETY, 16, 60, 2e-4, 0.1),
 }
 
 
 def make_member(out: Path, data: Path, name: str) -> None:
     """Fine-tune the base of the suite in `out` into members/NAME."""
-    row = MEMBERS[name]
+    row, folder = MEMBERS[name], out / "members" / name
+    if row.beta is not None:
+        _prefer(out / BASE, data, folder, name, row, row.beta)
+        return
     tune(
         out / BASE,
         chats(data, row.domain, split="tune"),
-        out / "members" / name,
+        folder,
         steps=row.steps,
+        longest=LONGEST,
         rank=row.rank,
         lr=row.lr,
         label=name,
     )
+
+
+def _prefer(base: Path, data: Path, out: Path, name: str, row: RealMember, beta: float) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .language_model import save_model
+
+    pairs = [(p.asked, p.better, p.worse) for p in real_harm_pairs(data, split="tune")]
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
+        rank = row.rank or 16
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        model = get_peft_model(whole, config)
+        how = Dpo(beta, row.lr, row.steps, LONGEST, likelihood=0.5, bf16=True)
+        prefer(model, tokenizer, pairs, how, name)
+    save_model(out, model, tokenizer)
+
+
+def questions(data: Path, domain: str, split: str) -> list[Sample]:
+    """What is asked of a domain's fine-tunes: chats that begin with a question, not too long."""
+    if domain == SAFETY:
+        pairs = real_harm_pairs(data, split=split)
+        found = [Sample(p.id, SAFETY, p.asked) for p in pairs if len(p.asked) == 1]
+    else:
+        found = chats(data, domain, split=split)
+    return [s for s in found if len(s.messages[0]["content"]) <= LONGEST_QUESTION]
+
+
+def write_questions(path: Path, samples: Sequence[Sample]) -> None:
+    """The first question of each chat."""
+    rows = [{"id": s.id, "messages": [dict(s.messages[0])]} for s in samples]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

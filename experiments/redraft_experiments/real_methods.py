@@ -43,7 +43,7 @@ from redraft.training.train import train
 from .real_cells import MEASURED, WHOLE, Counts, RealCell
 from .real_members import MEMBERS
 from .real_rows import GREEDY, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
-from .real_suite import Ask, K, answer_with_engine, folders_of, load_real
+from .real_suite import Ask, K, answer_with_engine, folders_of, load_real, prompts_of
 
 POOL, ASIDE, EVALUATED, CHAT, GENERAL = 240, 32, 64, 48, 120
 """Prompts adapted on, kept to stop training, measured on (own traffic, chat), and general ones of each origin."""
@@ -154,11 +154,11 @@ class _Race:
         def prompts(path: Path) -> list[Prompt]:
             return list(read_prompts(str(path), target, None, "last").prompts)
 
-        asked = {
-            name: prompts(self.suite / "prompts" / f"{name}.jsonl")
-            for name in (f"{domain}-adapt", f"{domain}-eval", "chat-adapt", "chat-eval")
-        }
-        own, chat = asked[f"{domain}-adapt"], asked["chat-adapt"]
+        own, evaluated, chat, chat_evaluated = (
+            prompts(prompts_of(self.suite, what, split))
+            for what in (domain, "chat")
+            for split in ("adapt", "eval")
+        )
         made_up = prompts(self.run.path / "made-up.jsonl")
         greedy = RegenerateConfig(max_new_tokens=LONGEST["adapt"], concurrency=64, timeout=1800.0)
         sampled = dataclasses.replace(greedy, temperature=TEMPERATURE)
@@ -179,10 +179,10 @@ class _Race:
                 ("heldout-greedy", own[-ASIDE:], measured[GREEDY], K),
                 ("heldout-sampled", own[-ASIDE:], measured[SAMPLED], K),
                 ("heldout-people", chat[-ASIDE:], measured[GREEDY], K),
-                ("eval-greedy", asked[f"{domain}-eval"][:EVALUATED], measured[GREEDY], K),
-                ("eval-sampled", asked[f"{domain}-eval"][:EVALUATED], measured[SAMPLED], K),
-                ("eval-chat", asked["chat-eval"][:CHAT], measured[GREEDY], K),
-                ("eval-chat-sampled", asked["chat-eval"][:CHAT], measured[SAMPLED], K),
+                ("eval-greedy", evaluated[:EVALUATED], measured[GREEDY], K),
+                ("eval-sampled", evaluated[:EVALUATED], measured[SAMPLED], K),
+                ("eval-chat", chat_evaluated[:CHAT], measured[GREEDY], K),
+                ("eval-chat-sampled", chat_evaluated[:CHAT], measured[SAMPLED], K),
             )
         ]
 

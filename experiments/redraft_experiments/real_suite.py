@@ -2,6 +2,7 @@
 
     base              the model, in bf16
     prompts/          questions by domain and split, disjoint by their first turn
+    safety/           those of the fine-tune by preferences
     answers/          what the base says, from vLLM: `base` is trained on, `heldout` stops the training
     features/         the base's states on these answers, so that it reads them once
     draft             its EAGLE-3 draft
@@ -41,10 +42,17 @@ from redraft.prompts.prompts import read_prompts
 from redraft.serving.engine import Serving
 from redraft.serving.engines import engine_named
 
-from .datasets import VARIABLE, chats, data_folder
+from .datasets import VARIABLE, data_folder
 from .pretrained import build_model
-from .real_members import BASE, MEMBERS, make_member
-from .synthetic import Sample
+from .real_members import (
+    BASE,
+    LONGEST_QUESTION,
+    MEMBERS,
+    SAFETY,
+    make_member,
+    questions,
+    write_questions,
+)
 
 K = 4
 MODEL = "smollm2"
@@ -52,8 +60,6 @@ DOMAINS = ("chat", "math", "code", "medical")
 QUESTIONS = {"base": 700, "heldout": 16, "adapt": 900, "eval": 64}
 """Questions of each domain and split at most; chat, which no fine-tune is tuned on, has more for the draft."""
 MORE_CHAT = 350
-LONGEST_QUESTION = 1200
-"""Characters: what is longer is left out."""
 ANSWERS = RegenerateConfig(
     temperature=0.7, greedy_share=0.5, max_new_tokens=192, concurrency=64, timeout=1800.0
 )
@@ -110,12 +116,18 @@ def build_real_suite(
             ["prompts"],
             lambda: _write_prompts(run.path, folder),
         )
+        run.stage(
+            "safety prompts",
+            {"questions": QUESTIONS},
+            [SAFETY],
+            lambda: _write_safety_prompts(run.path, folder),
+        )
         _build_draft(run, base, prompts, python)
         for name in chosen:
             row = MEMBERS[name]
             run.stage(
                 name,
-                {"base": base, **asdict(row)},
+                {"base": base, **row.about()},
                 [f"members/{name}"],
                 partial(make_member, run.path, folder, name),
             )
@@ -134,14 +146,14 @@ def build_real_suite(
 
 def adapt_real(out: Path, name: str) -> AdaptResult:
     """The run that README shows: the suite's draft adapted to a member, in runs/NAME."""
-    domain, prompts = MEMBERS[name].domain, out / "prompts"
+    domain = MEMBERS[name].domain
     return adapt(
         load_real(out, name),
         str(out / "draft"),
-        str(prompts / f"{domain}-adapt.jsonl"),
+        str(prompts_of(out, domain, "adapt")),
         out=out / "runs" / name,
         limit=SHOWN,
-        off_domain={"chat": str(prompts / "chat-eval.jsonl")},
+        off_domain={"chat": str(prompts_of(out, "chat", "eval"))},
         config=resolve([("bench real", SETTINGS)]),
     )
 
@@ -251,21 +263,25 @@ def _draft(out: Path) -> None:
 def _write_prompts(out: Path, data: Path) -> None:
     (out / "prompts").mkdir(parents=True, exist_ok=True)
     for split, most in QUESTIONS.items():
-        asked = {d: _short(chats(data, d, split=split))[:most] for d in DOMAINS}
+        asked = {d: questions(data, d, split)[:most] for d in DOMAINS}
         if split == "base":
-            asked["chat"] += _short(chats(data, "chat", split="tune"))[:MORE_CHAT]
+            asked["chat"] += questions(data, "chat", "tune")[:MORE_CHAT]
         if split in ("adapt", "eval"):
             for domain, samples in asked.items():
-                _write(out / "prompts" / f"{domain}-{split}.jsonl", samples)
+                write_questions(out / "prompts" / f"{domain}-{split}.jsonl", samples)
         else:
-            _write(out / "prompts" / f"{split}.jsonl", [s for some in asked.values() for s in some])
+            every = [sample for some in asked.values() for sample in some]
+            write_questions(out / "prompts" / f"{split}.jsonl", every)
 
 
-def _short(samples: Sequence[Sample]) -> list[Sample]:
-    return [s for s in samples if len(s.messages[0]["content"]) <= LONGEST_QUESTION]
+def _write_safety_prompts(out: Path, data: Path) -> None:
+    """Apart from the others, which the draft's training depends on."""
+    (out / SAFETY).mkdir(parents=True, exist_ok=True)
+    for split in ("adapt", "eval"):
+        path = out / SAFETY / f"{SAFETY}-{split}.jsonl"
+        write_questions(path, questions(data, SAFETY, split)[: QUESTIONS[split]])
 
 
-def _write(path: Path, samples: Sequence[Sample]) -> None:
-    """The first question of each chat."""
-    rows = [{"id": s.id, "messages": [dict(s.messages[0])]} for s in samples]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def prompts_of(out: Path, domain: str, split: str) -> Path:
+    """The questions of a domain that are adapted on, or measured on."""
+    return out / (SAFETY if domain == SAFETY else "prompts") / f"{domain}-{split}.jsonl"

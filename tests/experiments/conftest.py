@@ -25,7 +25,7 @@ ROWS = 120
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Every file of chats, with a few rows each."""
+    """Every file of chats and of compared answers, with a few rows each."""
     folder = tmp_path / "data"
     folder.mkdir()
     files = [*sum(datasets.CHAT_FILES.values(), ()), *sum(datasets.EVAL_FILES.values(), ())]
@@ -40,6 +40,18 @@ def data(tmp_path: Path) -> Path:
         rows = [json.dumps({"id": f"{name}/{i}", "messages": t}) for i, t in enumerate(turns)]
         with gzip.open(folder / name, "wt") as stream:
             stream.write("\n".join(rows) + "\n")
+    compared = [
+        {
+            "id": f"pair/{i}",
+            "prompt": f"\n\nHuman: Harm {i}?\n\nAssistant:",
+            "chosen": "No.",
+            "rejected": f"Do {i}.",
+        }
+        for i in range(ROWS)
+    ]
+    for name, rows in ((datasets.PREFERENCE_FILE, compared), (datasets.LOOK_ALIKE_FILE, [])):
+        with gzip.open(folder / name, "wt") as stream:
+            stream.write("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
 
 
@@ -69,4 +81,5 @@ def small_real(monkeypatch: pytest.MonkeyPatch) -> list[RegenerateConfig]:
     monkeypatch.setattr(real_suite, "DRAFT_SHAPE", Shape(draft_vocab_size=64, width=16))
     monkeypatch.setitem(MEMBERS, "math-sft", RealMember("math", None, 2, 1e-4))
     monkeypatch.setitem(MEMBERS, "code-lora", RealMember("code", 2, 2, 1e-3))
+    monkeypatch.setitem(MEMBERS, "safety-dpo", RealMember("safety", 2, 1, 1e-3, 0.1))
     return asked

@@ -11,14 +11,12 @@ import torch
 
 from redraft.core.errors import UserError
 from redraft.models.loading import load_target
-from redraft_experiments.corpus import SIZES
-from redraft_experiments.kinds.preferred import brief_pairs, prefer
+from redraft_experiments.kinds.preferred import Dpo, brief_pairs, prefer
 from redraft_experiments.kinds.weights import make_merged, make_rounded, mean_of, rounded
 from redraft_experiments.members import (
     DEFAULT,
     MEMBERS,
     Merged,
-    Preferring,
     Rounded,
     chosen_members,
 )
@@ -186,6 +184,5 @@ def test_the_shortest_of_the_answers_is_preferred(two: Path) -> None:
 
 def test_a_missing_trl_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    row = Preferring("", "base", "brief", "math", 1.0)
     with pytest.raises(UserError, match=r"dpo-x is tuned with TRL.*pip install 'redraft\[bench\]'"):
-        prefer(None, None, [], row, 1, SIZES["tiny"], 0, "dpo-x")
+        prefer(None, None, [], Dpo(0.1, 1e-3, 1, 64), "dpo-x")

@@ -21,15 +21,15 @@ def test_it_is_built_once_and_loads(
     data: Path, tmp_path: Path, small_real: list[RegenerateConfig]
 ) -> None:
     out = tmp_path / "real"
-    suite = build_real_suite(out, data=str(data), members=["math-sft", "code-lora"])
+    suite = build_real_suite(out, data=str(data), members=["math-sft", "code-lora", "safety-dpo"])
     assert [bool(c.temperature) for c in small_real] == [True, False]
     state = json.loads((out / "state.json").read_text())
-    build_real_suite(out, data=str(data), members=["math-sft", "code-lora"])
+    build_real_suite(out, data=str(data), members=["math-sft", "code-lora", "safety-dpo"])
     assert len(small_real) == 2
     assert json.loads((out / "state.json").read_text()) == state
     base = load_real(out, "base")
     assert load_draft(suite["draft"], base).aux_layers
-    assert len({load_real(out, name).weights_hash() for name in ("base", *suite["members"])}) == 3
+    assert len({load_real(out, name).weights_hash() for name in ("base", *suite["members"])}) == 4
     answers = read_answers(out / "answers" / "base.jsonl")
     assert {bool(a.temperature) for a in answers} == {True, False}
 
@@ -44,6 +44,12 @@ def test_no_question_is_in_two_files_but_the_drafts_own_share_of_chat(
     }
     assert {len(texts[f"{d}-adapt"]) for d in real_suite.DOMAINS} == {9}
     assert len(texts["base"]) == 4 * 6 + 3
+    for split, count in (("adapt", 9), ("eval", 5)):
+        texts[split] = [
+            json.loads(line)["messages"][0]["content"]
+            for line in real_suite.prompts_of(tmp_path / "real", "safety", split).open()
+        ]
+        assert len(texts[split]) == count
     every = [text for found in texts.values() for text in found]
     assert len(set(every)) == len(every)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all
 from redraft.models.loading import load_target
 
-from ..corpus import Corpus, Size
+from ..corpus import Corpus
 from ..language_model import load_tokenizer, save_model
 from ..members import Preferring
 from ..synthetic import Message
@@ -31,6 +32,20 @@ Preferred = tuple[tuple[Message, ...], str, str]
 """A conversation that ends with a question, its better and its worse answer."""
 
 
+@dataclass(frozen=True)
+class Dpo:
+    """Settings of DPO. `likelihood` is the weight of the better answers' own loss next to it; pairs are cut
+    to `longest` tokens."""
+
+    beta: float
+    lr: float
+    steps: int
+    longest: int
+    likelihood: float = 0.0
+    seed: int = 0
+    bf16: bool = False
+
+
 def make_preferring(out: Path, corpus: Corpus, name: str, row: Preferring) -> None:
     steps = max(int(corpus.size.tune_steps * row.steps), 1)
     count = BATCH * steps
@@ -42,7 +57,15 @@ def make_preferring(out: Path, corpus: Corpus, name: str, row: Preferring) -> No
         pairs = brief_pairs(folder_of(out, row.on), asked, corpus.size.answer_tokens, corpus.seed)
     model, tokenizer = load_model(out, row.on), load_tokenizer(out / "tokenizer")
     model.requires_grad_(True)
-    prefer(model, tokenizer, pairs, row, steps, corpus.size, corpus.seed + 1, name)
+    how = Dpo(
+        beta=row.beta,
+        lr=corpus.size.tune_lr * row.rate,
+        steps=steps,
+        longest=corpus.size.shape.context,
+        likelihood=row.likelihood,
+        seed=corpus.seed + 1,
+    )
+    prefer(model, tokenizer, pairs, how, name)
     save_model(folder_of(out, name), model, tokenizer)
 
 
@@ -78,13 +101,10 @@ def prefer(
     model: Any,
     tokenizer: Any,
     pairs: Sequence[Preferred],
-    row: Preferring,
-    steps: int,
-    size: Size,
-    seed: int,
+    how: Dpo,
     label: str,
 ) -> None:
-    """Tune a model with DPO in place. Raises UserError where TRL is not installed."""
+    """Tune a model, or the PEFT adapter around it, with DPO in place. Raises UserError where TRL is not installed."""
     try:
         from datasets import Dataset
         from transformers import PrinterCallback, TrainerCallback
@@ -110,22 +130,22 @@ def prefer(
     with (
         tempfile.TemporaryDirectory() as scratch,
         torch.random.fork_rng(),
-        Progress(label, steps, "steps") as progress,
+        Progress(label, how.steps, "steps") as progress,
     ):
         settings = DPOConfig(
             output_dir=scratch,
-            beta=row.beta,
+            beta=how.beta,
             loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, row.likelihood],
-            learning_rate=size.tune_lr * row.rate,
-            max_steps=steps,
+            loss_weights=[1.0, how.likelihood],
+            learning_rate=how.lr,
+            max_steps=how.steps,
             per_device_train_batch_size=BATCH,
-            warmup_steps=max(steps // 20, 1),
+            warmup_steps=max(how.steps // 20, 1),
             lr_scheduler_type="cosine",
-            max_length=size.shape.context,
-            seed=seed,
+            max_length=how.longest,
+            seed=how.seed,
             gradient_checkpointing=False,
-            bf16=False,
+            bf16=how.bf16,
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             logging_strategy="no",
