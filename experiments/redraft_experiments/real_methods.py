@@ -4,6 +4,7 @@
     OUT/MEMBER/answers/        the fine-tune's answers, from vLLM: trained on, stopped by, measured on
     OUT/MEMBER/features/       its states on all of them, so that it reads them once
     OUT/MEMBER/cells/          one JSON file per row and seed
+    OUT/MEMBER/drafts/         the trained drafts as engines read them
 
 Only what is missing is done. Every row trains as many tokens a step and as many passes; the step with the best
 held-out tau is kept. It is measured as exported, in the draft's own dtype, and on the way from the unadapted
@@ -226,6 +227,7 @@ class _Race:
             merge_draft(self.shared, as_adapter(target, self.shared, one, answers, config))
             for one in (dataclasses.replace(trained, tensors=trained.start), trained)
         )
+        end.save(self.run.path / "drafts" / f"{name}.s{seed}")
         drafts = {WHOLE: end}
         if not config.method_value.fresh:  # else it started elsewhere
             drafts |= {share: _between(start, end, share) for share in SHARES}

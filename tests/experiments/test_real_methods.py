@@ -47,6 +47,7 @@ def test_a_cell_measures_the_draft_on_the_way_to_the_trained_one(
     assert people.general_tokens
     assert people.answer_tokens == expert.answer_tokens
     assert expert.train["steps"]
+    assert read_draft(str(out / member / "drafts" / "expert.s1")).config
     asked = len(small_real)
     again = bench_real_methods(suite, out, members=[member], rows=rows, seeds=[1])
     assert again == cells == sorted(read_real_cells(out), key=lambda c: rows.index(c.row))

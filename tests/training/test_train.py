@@ -552,6 +552,9 @@ def test_a_rise_within_the_noise_is_no_progress(target: Target) -> None:
     run = AdapterRun(draft, method, replace(CONFIG, patience=2), trainable, None, {}, 100)
     for tau, stalled in ((1.0, False), (2.0, False), (2.0004, False), (2.0008, True), (2.1, False)):
         run.note_tau(tau)
+        run.state.step = 49
+        assert not run.stalled(), "training stops in the second half of its steps at the earliest"
+        run.state.step = 50
         assert run.stalled() == stalled, tau
 
 

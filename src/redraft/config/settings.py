@@ -213,7 +213,9 @@ class TrainConfig:
         high=0.9999,
     )
     evaluations: int = _opt(8, "how often held-out tau is measured during training", low=1)
-    patience: int = _opt(3, "evaluations without a rise before training stops early", low=1)
+    patience: int = _opt(
+        3, "evaluations without a rise before training stops early, in its second half", low=1
+    )
     precision: str = _opt(
         "auto",
         "'auto' probes which is faster",

@@ -92,9 +92,12 @@ class AdapterRun:
         return self.diverged or self.state.step >= self.planned or self.stalled()
 
     def stalled(self) -> bool:
-        """Whether the last `patience` evaluations brought no rise over those before them."""
+        """Whether the last `patience` evaluations brought no rise over those before them.
+
+        Not before half of the steps: much of the rise comes as the learning rate falls.
+        """
         taus, patience = [tau for _, tau in self.state.heldout_tau], self.config.patience
-        if len(taus) <= patience:
+        if len(taus) <= patience or 2 * self.state.step < self.planned:
             return False
         return max(taus[-patience:]) < max(taus[:-patience]) + RISE
 
