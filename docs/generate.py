@@ -9,6 +9,7 @@ docs/results/drafts.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
 docs/results/positions.md  recovery by position and temperature, from the cells there; with a figure
 docs/results/methods.md   adapters on matched data, from the cells there; with figures
+docs/results/real-methods.md  the race on real models, from the cells there
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from drafts_page import measured_table, results_page, run_output
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
+from real_page import real_page
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
@@ -49,6 +51,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "results" / "drafts.md": results_page(),
         ROOT / "docs" / "results" / "decode.md": decode_page(),
         ROOT / "docs" / "results" / "methods.md": methods_page(),
+        ROOT / "docs" / "results" / "real-methods.md": real_page(),
         ROOT / "docs" / "results" / "selection.md": selection_page(),
         ROOT / "docs" / "results" / "triage.md": triage_page(),
         ROOT / "docs" / "results" / "positions.md": positions_page(),

@@ -103,6 +103,7 @@ def bench_real(
     output: OutputFlags,
     data: str | None = None,
     members: str | None = None,
+    drafts: str = "eagle3",
     python: str | None = None,
     adapt_to: str | None = None,
     record: str | None = None,
@@ -126,7 +127,9 @@ def bench_real(
         raise UserError(
             f"--adapt-to {adapt_to} is not among the members; {nearest(adapt_to, chosen)}"
         )
-    suite = build_real_suite(Path(out), data=data, members=chosen, python=python)
+    suite = build_real_suite(
+        Path(out), data=data, members=chosen, drafts=drafts.split(","), python=python
+    )
     if adapt_to is None:
         output.show(suite, lambda: typer.echo(f"suite    {out}  ({', '.join(suite['members'])})"))
         return
@@ -163,6 +166,36 @@ def bench_real_methods(
         python=python,
     )
     _end(output, cells, print_real_cells, record, read_real_cells(Path(out)))
+
+
+def bench_real_serving(
+    suite: str,
+    race: str,
+    output: OutputFlags,
+    member: str = "math-sft",
+    rows: str = "unadapted,expert",
+    ks: str = "2,4",
+    seed: int = 1,
+    python: str | None = None,
+    record: str | None = None,
+) -> None:
+    """The drafts of the race on real models in a real vLLM: tokens/s at 1, 4 and 16 requests at a time.
+
+    Example: redraft bench real-serving --suite real --race race --python .venv-vllm/bin/python
+    """
+    from .real_serving import bench_real_serving as run
+    from .real_serving import print_served, read_served
+
+    cells = run(
+        Path(suite),
+        Path(race),
+        member=member,
+        rows=rows.split(","),
+        ks=_numbers("--ks", ks),
+        seed=seed,
+        python=python,
+    )
+    _end(output, cells, print_served, record, read_served(Path(race)))
 
 
 def bench_pipeline(
@@ -492,6 +525,16 @@ for function, names, help in (
             "members": "fine-tunes of the suite, comma-separated",
             "rows": "rows, comma-separated (all: every one)",
             "record": "also write every cell of --out to this JSONL file",
+        },
+    ),
+    (
+        bench_real_serving,
+        ("real-serving",),
+        {
+            "suite": "folder of `redraft bench real`",
+            "rows": "rows whose drafts are served, comma-separated",
+            "seed": "the training seed of the drafts",
+            "record": "also write every trial of --race to this JSONL file",
         },
     ),
     (bench_pipeline, ("pipeline",), {}),

@@ -42,9 +42,11 @@ from redraft.training.adapter_run import Guard
 from redraft.training.train import train
 
 from .real_cells import MEASURED, WHOLE, Counts, RealCell
+from .real_drafts import K
 from .real_members import MEMBERS
 from .real_rows import GREEDY, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
-from .real_suite import Ask, K, answer_with_engine, folders_of, load_real, prompts_of
+from .real_suite import Ask, answer_with_engine, folders_of, load_real, prompts_of
+from .rivals.speculators import Finetune, finetune
 
 POOL, ASIDE, EVALUATED, CHAT, GENERAL = 240, 32, 64, 48, 120
 """Prompts adapted on, kept to stop training, measured on (own traffic, chat), and general ones of each origin."""
@@ -213,24 +215,22 @@ class _Race:
     # -- training and measuring ------------------------------------------------------------------
 
     def _made(self, name: str, seed: int) -> RealCell:
-        row = ROWS[name]
+        row, target = ROWS[name], self._loaded()
         if row.settings is None:
             return self._cell(name, seed, {WHOLE: self.shared})
         own, general = self._trained_on(row)
-        config = TrainConfig(**{**TRAIN, "seed": seed, **row.settings})
+        answers = [*own, *general]
         heldout = self._answers("heldout-greedy" if row.answers == GREEDY else "heldout-sampled")
-        target, answers = self._loaded(), [*own, *general]
-        draft = self.shared.build(target, torch.float32)
-        guard = Guard(self._answers("heldout-people"), tolerance=float("inf"))  # looked at only
-        trained = train(target, draft, answers, heldout, config, k=K, guard=guard)
-        start, end = (
-            merge_draft(self.shared, as_adapter(target, self.shared, one, answers, config))
-            for one in (dataclasses.replace(trained, tensors=trained.start), trained)
-        )
-        end.save(self.run.path / "drafts" / f"{name}.s{seed}")
-        drafts = {WHOLE: end}
-        if not config.method_value.fresh:  # else it started elsewhere
-            drafts |= {share: _between(start, end, share) for share in SHARES}
+        config = TrainConfig(**{**TRAIN, "seed": seed, **row.settings})
+        drafts: dict[float, StoredDraft]
+        if row.rival:
+            how = Finetune(int(config.epochs), config.batch_tokens, seed)
+            out = self.run.path / row.rival / f"s{seed}"
+            made, record = finetune(self.shared, target, answers, heldout, out, how)
+            drafts = {WHOLE: made}
+        else:
+            drafts, record = self._trained(target, answers, heldout, config)
+        drafts[WHOLE].save(self.run.path / "drafts" / f"{name}.s{seed}")
         lengths = [sum(answer.length for answer in some) for some in (own, general)]
         every = sum(a.length for ask in self._all() for a in ask)
         return dataclasses.replace(
@@ -238,8 +238,28 @@ class _Race:
             answer_tokens=lengths[0],
             general_tokens=lengths[1],
             answer_seconds=self.answer_seconds * sum(lengths) / every,
-            train=to_json(trained.record),
+            train=record,
         )
+
+    def _trained(
+        self,
+        target: StoredTarget,
+        answers: Sequence[Answer],
+        heldout: Sequence[Answer],
+        config: TrainConfig,
+    ) -> tuple[dict[float, StoredDraft], dict[str, Any]]:
+        """The merged drafts by their share of the way, and the record of the training."""
+        draft = self.shared.build(target, torch.float32)
+        guard = Guard(self._answers("heldout-people"), tolerance=float("inf"))  # looked at only
+        trained = train(target, draft, answers, heldout, config, k=K, guard=guard)
+        start, end = (
+            merge_draft(self.shared, as_adapter(target, self.shared, one, answers, config))
+            for one in (dataclasses.replace(trained, tensors=trained.start), trained)
+        )
+        drafts = {WHOLE: end}
+        if not config.method_value.fresh:  # else it started elsewhere
+            drafts |= {share: _between(start, end, share) for share in SHARES}
+        return drafts, to_json(trained.record)
 
     def _cell(self, name: str, seed: int, drafts: Mapping[float, StoredDraft]) -> RealCell:
         target = self._loaded()

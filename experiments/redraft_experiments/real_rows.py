@@ -17,7 +17,8 @@ DEFAULT = "expert+fc+norms"
 class RealRow:
     """A way to get a draft for a fine-tune. `settings` are training settings, None for no training at all.
 
-    `general` prompts, a `share` of those adapted on, are trained on as well.
+    `general` prompts, a `share` of those adapted on, are trained on as well. A `rival` trains instead of redraft,
+    with its own settings.
     """
 
     says: str
@@ -25,6 +26,7 @@ class RealRow:
     answers: str = MIXED
     general: str = ""
     share: float = 0.0
+    rival: str = ""
 
 
 def _trained(method: str, says: str, **settings: Any) -> RealRow:
@@ -45,6 +47,7 @@ ROWS: dict[str, RealRow] = {
     "fc": _trained("fc", "the feature interface alone (as ReFit)"),
     "full": _trained("full", "every tensor, from the base's draft"),
     "scratch": _trained("scratch", "every tensor, from nothing, on the same answers"),
+    "speculators": RealRow("every tensor but the head, by speculators 0.9", rival="speculators"),
     "random expert": _trained(
         "expert+fc",
         "the paper's start: a random expert, one step deep, noisy features",

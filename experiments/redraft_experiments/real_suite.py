@@ -5,7 +5,7 @@
     safety/           those of the fine-tune by preferences
     answers/          what the base says, from vLLM: `base` is trained on, `heldout` stops the training
     features/         the base's states on these answers, so that it reads them once
-    draft             its EAGLE-3 draft
+    draft             its EAGLE-3 draft; draft-eagle, draft-lm: others, where they are asked for
     members/NAME      a fine-tune (of LoRA the adapter)
     runs/NAME         the draft adapted to it, where that is asked for
     suite.json        the manifest
@@ -23,27 +23,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from redraft.config import RegenerateConfig, TrainConfig, resolve
+from redraft.config import RegenerateConfig, resolve
 from redraft.core.console import say
 from redraft.core.errors import UserError, nearest
 from redraft.core.files import write_text
 from redraft.core.records import Prompt
 from redraft.features.extract import Plan, write_features
-from redraft.features.store import FeatureStore
-from redraft.features.stored_target import load_stored_target
 from redraft.generation.answer_file import read_answers
 from redraft.generation.regenerate import regenerate
 from redraft.models.loading import load_target
 from redraft.models.target import Target, default_aux_layers
 from redraft.pipeline.adapt import AdaptResult, adapt
 from redraft.pipeline.run_folder import RunFolder
-from redraft.pipeline.stages import Shape, train_files
 from redraft.prompts.prompts import read_prompts
 from redraft.serving.engine import Serving
 from redraft.serving.engines import engine_named
 
 from .datasets import VARIABLE, data_folder
 from .pretrained import build_model
+from .real_drafts import DRAFTS, K, make_draft
 from .real_members import (
     BASE,
     LONGEST_QUESTION,
@@ -54,7 +52,6 @@ from .real_members import (
     write_questions,
 )
 
-K = 4
 MODEL = "smollm2"
 DOMAINS = ("chat", "math", "code", "medical")
 QUESTIONS = {"base": 700, "heldout": 16, "adapt": 900, "eval": 64}
@@ -65,16 +62,6 @@ ANSWERS = RegenerateConfig(
 )
 HELDOUT = RegenerateConfig(max_new_tokens=128, concurrency=64, timeout=1800.0)
 CONTEXT = 1024
-DRAFT = TrainConfig(
-    method="scratch",
-    loss="kl",
-    epochs=3,
-    batch_tokens=1024,
-    rollout=4,
-    evaluations=16,
-    patience=16,
-    precision="bf16",
-)
 SHOWN = 330
 """Prompts of the run that README shows."""
 SETTINGS = {
@@ -86,7 +73,6 @@ SETTINGS = {
     "train.batch_tokens": 2048,
     "train.precision": "bf16",
 }
-DRAFT_SHAPE = Shape(draft_vocab_size=8192)
 
 
 def build_real_suite(
@@ -94,20 +80,22 @@ def build_real_suite(
     *,
     data: str | None = None,
     members: Sequence[str] | None = None,
+    drafts: Sequence[str] = ("eagle3",),
     python: str | None = None,
 ) -> dict[str, Any]:
     """Build what is missing of the suite in `out`, with the named members (all by default); its manifest.
 
-    `python` is one with vLLM, which writes the answers. Raises UserError for an unknown member, and
+    `python` is one with vLLM, which writes the answers. Raises UserError for an unknown member or draft, and
     where there is no folder of data or no vLLM.
     """
     folder = data_folder(data)
     if folder is None:
         raise UserError(f"name a folder of real data: --data FOLDER, or ${VARIABLE}")
     chosen = list(MEMBERS) if members is None else list(members)
-    for name in chosen:
-        if name not in MEMBERS:
-            raise UserError(f"unknown member '{name}'; {nearest(name, MEMBERS)}")
+    for what, names, known in (("member", chosen, MEMBERS), ("draft", drafts, DRAFTS)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"unknown {what} '{name}'; {nearest(name, known)}")
     with RunFolder.open(out) as run:
         base = run.stage("base", {"model": MODEL}, [BASE], lambda: _base(run.path))
         prompts = run.stage(
@@ -122,7 +110,16 @@ def build_real_suite(
             [SAFETY],
             lambda: _write_safety_prompts(run.path, folder),
         )
-        _build_draft(run, base, prompts, python)
+        stored = _read_base(run, base, prompts, python)
+        for name in drafts:
+            made = DRAFTS[name].folder
+            run.stage(
+                made,
+                {"features": stored, **DRAFTS[name].about()},
+                [f"{made}/config.json", f"{made}/model.safetensors"],
+                partial(make_draft, run.path, name),
+                [made],
+            )
         for name in chosen:
             row = MEMBERS[name]
             run.stage(
@@ -206,7 +203,8 @@ def _base(out: Path) -> None:
     build_model(MODEL, out / BASE)
 
 
-def _build_draft(run: RunFolder, base: str, prompts: str, python: str | None) -> None:
+def _read_base(run: RunFolder, base: str, prompts: str, python: str | None) -> str:
+    """The base's answers, and its states on them; the key of the states."""
     out = run.path
     keys = {}
     for name, config, lookahead in (("base", ANSWERS, 0), ("heldout", HELDOUT, K)):
@@ -218,14 +216,7 @@ def _build_draft(run: RunFolder, base: str, prompts: str, python: str | None) ->
             partial(_answers, out, name, config, lookahead, python),
             keeps=[file],
         )
-    stored = run.stage("features", keys, ["features"], lambda: _features(out), ["features"])
-    run.stage(
-        "draft",
-        {"features": stored, "shape": asdict(DRAFT_SHAPE), **asdict(DRAFT)},
-        ["draft/config.json", "draft/model.safetensors"],
-        lambda: _draft(out),
-        ["draft"],
-    )
+    return run.stage("features", keys, ["features"], lambda: _features(out), ["features"])
 
 
 def _answers(
@@ -244,20 +235,6 @@ def _features(out: Path) -> None:
     answers = [a for n in ("base", "heldout") for a in read_answers(out / "answers" / f"{n}.jsonl")]
     plan = Plan(out / "features", batch_tokens=8192)
     write_features(base, answers, default_aux_layers(base.num_layers), plan)
-
-
-def _draft(out: Path) -> None:
-    base = load_stored_target(str(out / BASE), [FeatureStore(out / "features")])
-    answers = out / "answers"
-    train_files(
-        base,
-        answers / "base.jsonl",
-        answers / "heldout.jsonl",
-        out / "draft",
-        DRAFT,
-        K,
-        shape=DRAFT_SHAPE,
-    )
 
 
 def _write_prompts(out: Path, data: Path) -> None:

@@ -15,7 +15,8 @@ from redraft.config import RegenerateConfig
 from redraft.generation.regenerate import regenerate
 from redraft.models.target import Target
 from redraft.pipeline.stages import Shape
-from redraft_experiments import datasets, real_methods, real_suite
+from redraft_experiments import datasets, real_drafts, real_methods, real_suite
+from redraft_experiments.real_drafts import DRAFTS, Pruned, Trained
 from redraft_experiments.real_members import MEMBERS, RealMember
 from redraft_experiments.real_suite import Ask
 from tests.conftest import SHAPE, make_tokenizer, save_target
@@ -74,11 +75,16 @@ def small_real(monkeypatch: pytest.MonkeyPatch) -> list[RegenerateConfig]:
         monkeypatch.setattr(module, "answer_with_engine", answer)
     monkeypatch.setattr(real_suite, "QUESTIONS", {"base": 6, "heldout": 2, "adapt": 9, "eval": 5})
     monkeypatch.setattr(real_suite, "MORE_CHAT", 3)
-    draft = dataclasses.replace(
-        real_suite.DRAFT, epochs=1, batch_tokens=256, evaluations=2, precision="fp32"
+    config = dataclasses.replace(
+        real_drafts.DRAFT, epochs=1, batch_tokens=256, evaluations=2, precision="fp32"
     )
-    monkeypatch.setattr(real_suite, "DRAFT", draft)
-    monkeypatch.setattr(real_suite, "DRAFT_SHAPE", Shape(draft_vocab_size=64, width=16))
+    eagle3, eagle = Shape(draft_vocab_size=64, width=16), Shape(kind="eagle", width=16)
+    for name, row in (
+        ("eagle3", Trained("draft", eagle3, config)),
+        ("eagle", Trained("draft-eagle", eagle, config)),
+        ("small-lm", Pruned("draft-lm", (0, 2), 2)),
+    ):
+        monkeypatch.setitem(DRAFTS, name, row)
     monkeypatch.setitem(MEMBERS, "math-sft", RealMember("math", None, 2, 1e-4))
     monkeypatch.setitem(MEMBERS, "code-lora", RealMember("code", 2, 2, 1e-3))
     monkeypatch.setitem(MEMBERS, "safety-dpo", RealMember("safety", 2, 1, 1e-3, 0.1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from redraft_experiments import real_methods
 from redraft_experiments.real_cells import MEASURED, print_real_cells, read_real_cells
 from redraft_experiments.real_methods import _between, bench_real_methods
 from redraft_experiments.real_suite import build_real_suite
+from redraft_experiments.rivals import speculators
 
 
 @pytest.fixture
@@ -63,6 +65,37 @@ def test_no_share_of_the_way_is_the_unadapted_draft_and_all_of_it_the_trained_on
     end = draft.with_tensors(moved, {})
     assert _between(draft, end, 0.0).hash() == draft.hash()
     assert _between(draft, end, 1.0).hash() == end.hash() != draft.hash()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rival_trains_in_an_environment_of_its_own(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Its script is a stand-in that gives the draft back, or ends with an error."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import argparse, json, pathlib, shutil\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for name in ('draft', 'data', 'out', 'target'): parser.add_argument('--' + name)\n"
+        "asked, rest = parser.parse_known_args()\n"
+        "assert len(list(pathlib.Path(asked.data, 'hidden_states').iterdir())) == 5 + 2, rest\n"
+        "shutil.copytree(asked.draft, asked.out)\n"
+        "pathlib.Path(asked.out, 'summary.json').write_text(json.dumps({'rest': rest}))\n"
+        f"if {code}: raise SystemExit({code})\n"
+    )
+    monkeypatch.setattr(speculators, "SCRIPT", script)
+    asked = {"members": ["math-sft"], "rows": ["unadapted", "speculators"], "seeds": [1]}
+    monkeypatch.delenv(speculators.VARIABLE, raising=False)
+    with pytest.raises(UserError, match="runs speculators, which was not found; install it"):
+        bench_real_methods(suite, tmp_path / "race", **asked)
+    monkeypatch.setenv(speculators.VARIABLE, sys.executable)
+    if code:
+        with pytest.raises(UserError, match="speculators ended with 3"):
+            bench_real_methods(suite, tmp_path / "race", **asked)
+        return
+    unadapted, made = bench_real_methods(suite, tmp_path / "race", **asked)
+    assert made.counts == unadapted.counts
+    assert made.train["rest"][:2] == ["--pick", "last"]
 
 
 def test_mistakes_are_named(suite: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
 from redraft.generation.answer_file import read_answers
 from redraft_experiments import datasets, real_suite
+from redraft_experiments.real_drafts import DRAFTS
 from redraft_experiments.real_suite import build_real_suite, load_real
 
 pytestmark = pytest.mark.usefixtures("small_real")
@@ -21,14 +22,17 @@ def test_it_is_built_once_and_loads(
     data: Path, tmp_path: Path, small_real: list[RegenerateConfig]
 ) -> None:
     out = tmp_path / "real"
-    suite = build_real_suite(out, data=str(data), members=["math-sft", "code-lora", "safety-dpo"])
+    members = ["math-sft", "code-lora", "safety-dpo"]
+    suite = build_real_suite(out, data=str(data), members=members, drafts=list(DRAFTS))
     assert [bool(c.temperature) for c in small_real] == [True, False]
     state = json.loads((out / "state.json").read_text())
-    build_real_suite(out, data=str(data), members=["math-sft", "code-lora", "safety-dpo"])
+    build_real_suite(out, data=str(data), members=members, drafts=list(DRAFTS))
     assert len(small_real) == 2
     assert json.loads((out / "state.json").read_text()) == state
     base = load_real(out, "base")
     assert load_draft(suite["draft"], base).aux_layers
+    drafts = [load_draft(str(out / row.folder), base) for row in DRAFTS.values()]
+    assert len({type(draft) for draft in drafts}) == 3
     assert len({load_real(out, name).weights_hash() for name in ("base", *suite["members"])}) == 4
     answers = read_answers(out / "answers" / "base.jsonl")
     assert {bool(a.temperature) for a in answers} == {True, False}
@@ -57,6 +61,8 @@ def test_no_question_is_in_two_files_but_the_drafts_own_share_of_chat(
 def test_mistakes_are_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"unknown member 'math'; did you mean"):
         build_real_suite(tmp_path / "real", data=str(data), members=["math"])
+    with pytest.raises(UserError, match=r"unknown draft 'eagle4'; did you mean"):
+        build_real_suite(tmp_path / "real", data=str(data), members=[], drafts=["eagle4"])
     monkeypatch.delenv(datasets.VARIABLE, raising=False)
     with pytest.raises(UserError, match="name a folder of real data: --data FOLDER"):
         build_real_suite(tmp_path / "real")

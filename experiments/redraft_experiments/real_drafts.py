@@ -1,0 +1,119 @@
+"""The drafts of the suite of real models, one row each, and how they are made of the base's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft.config import TrainConfig
+from redraft.features.store import FeatureStore
+from redraft.features.stored_target import load_stored_target
+from redraft.generation.answer_file import read_answers
+from redraft.pipeline.stages import Shape, train_files
+
+from .language_model import IGNORE, Example, fit, save_model
+from .real_members import BASE
+
+K = 4
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A draft of a `shape`, trained from nothing as `config` says."""
+
+    folder: str
+    shape: Shape
+    config: TrainConfig
+
+    def about(self) -> dict[str, Any]:
+        return {"shape": asdict(self.shape), **asdict(self.config)}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A small language model: some `layers` of the base, tuned on its answers."""
+
+    folder: str
+    layers: tuple[int, ...]
+    steps: int
+    batch: int = 8
+    lr: float = 3e-4
+
+    def about(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+DRAFT = TrainConfig(
+    method="scratch",
+    loss="kl",
+    epochs=3,
+    batch_tokens=1024,
+    rollout=4,
+    evaluations=16,
+    patience=16,
+    precision="bf16",
+)
+DRAFTS: dict[str, Trained | Pruned] = {
+    "eagle3": Trained("draft", Shape(draft_vocab_size=8192), DRAFT),
+    "eagle": Trained(
+        "draft-eagle",
+        Shape(kind="eagle"),
+        TrainConfig(**{**asdict(DRAFT), "epochs": 1, "evaluations": 6}),
+    ),
+    "small-lm": Pruned("draft-lm", (0, 1, 2, 15, 28, 29), 400),
+}
+
+
+def make_draft(out: Path, name: str) -> None:
+    """A draft of the suite in `out`."""
+    row = DRAFTS[name]
+    if isinstance(row, Pruned):
+        _prune(out, row)
+        return
+    base = load_stored_target(str(out / BASE), [FeatureStore(out / "features")])
+    answers, heldout = (out / "answers" / f"{name}.jsonl" for name in ("base", "heldout"))
+    train_files(base, answers, heldout, out / row.folder, row.config, K, shape=row.shape)
+
+
+def _prune(out: Path, row: Pruned) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = out / BASE
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    keep_layers(model, row.layers)
+    examples = [
+        _example(answer.prompt, answer.answer)
+        for answer in read_answers(out / "answers" / "base.jsonl")
+    ]
+    steps, batch = row.steps, row.batch
+    fit(
+        model,
+        examples,
+        steps=steps,
+        batch=batch,
+        lr=row.lr,
+        seed=0,
+        label=row.folder,
+        precision="bf16",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    save_model(out / row.folder, model.to(torch.bfloat16), tokenizer)
+
+
+def keep_layers(model: Any, layers: tuple[int, ...]) -> None:
+    """Take all other layers out of a Llama, in place. Raises IndexError for a layer that it does not have."""
+    kept = [model.model.layers[i] for i in layers]
+    for at, layer in enumerate(kept):
+        layer.self_attn.layer_idx = at
+    model.model.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in layers]
+
+
+def _example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    return [*prompt, *answer], [IGNORE] * len(prompt) + list(answer)

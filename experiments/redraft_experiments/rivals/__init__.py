@@ -1,0 +1,1 @@
+"""Other tools that train drafts, each in an environment of its own."""
