@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig, TrainConfig
@@ -38,7 +39,7 @@ from redraft.models.target import Target, default_aux_layers
 from redraft.pipeline.run_folder import RunFolder
 from redraft.pipeline.stages import as_adapter, merge_draft
 from redraft.prompts.prompts import read_prompts
-from redraft.training.adapter_run import Guard
+from redraft.training.guard import between
 from redraft.training.train import train
 
 from .real_cells import MEASURED, WHOLE, Counts, RealCell
@@ -250,8 +251,7 @@ class _Race:
     ) -> tuple[dict[float, StoredDraft], dict[str, Any]]:
         """The merged drafts by their share of the way, and the record of the training."""
         draft = self.shared.build(target, torch.float32)
-        guard = Guard(self._answers("heldout-people"), tolerance=float("inf"))  # looked at only
-        trained = train(target, draft, answers, heldout, config, k=K, guard=guard)
+        trained = train(target, draft, answers, heldout, config, k=K)
         start, end = (
             merge_draft(self.shared, as_adapter(target, self.shared, one, answers, config))
             for one in (dataclasses.replace(trained, tensors=trained.start), trained)
@@ -285,11 +285,10 @@ def _counts(traces: Sequence[StepTrace]) -> Counts:
 
 
 def _between(start: StoredDraft, end: StoredDraft, share: float) -> StoredDraft:
-    """The draft whose tensors lie so far on the way; source: weight-space ensembles (arXiv 2109.01903)."""
-    tensors = {
-        name: start.tensors[name].float().lerp(tensor.float(), share).to(tensor.dtype)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in end.tensors.items()
-    }
-    return end.with_tensors(tensors, {})
+    """The draft whose tensors lie so far on the way."""
+    tensors = between(_wide(start), _wide(end), share)
+    return end.with_tensors({n: t.to(end.tensors[n].dtype) for n, t in tensors.items()}, {})
+
+
+def _wide(draft: StoredDraft) -> dict[str, Tensor]:
+    return {n: t.float() if t.is_floating_point() else t for n, t in draft.tensors.items()}

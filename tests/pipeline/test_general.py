@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from redraft.core.errors import UserError
 from redraft.core.records import Answer
@@ -15,6 +17,8 @@ from redraft.generation.general_prompts import made_up_questions
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.pipeline import general
+from redraft.report.terminal import print_report
+from redraft.training.guard import SHARES
 from tests.conftest import write_prompts
 from tests.pipeline.test_adapt import settings
 
@@ -54,8 +58,7 @@ def test_a_share_is_trained_on_some_guard_it_and_some_are_measured(
     report = result.report
     assert report.prompts["trained_on"] == kept + len(trained)
     assert {"general-before", "general-after"} <= set(report.off_domain)
-    steps = [step for step, _ in report.train.heldout_tau]
-    assert [step for step, _ in report.train.general_tau] == steps
+    assert [share for share, _, _ in report.train.way] == list(SHARES)
     generated = sum(a.length for n, found in answers.items() if n in paid(answers) for a in found)
     assert report.cost["unique_generated_tokens"] == generated
 
@@ -82,12 +85,31 @@ def test_what_is_measured_has_one_temperature(
     assert set(map(frozenset, ways.values())) == {frozenset({0.8})}
 
 
+def test_a_guard_alone_trains_on_no_general_prompts(
+    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    changes = {"general__share": 0.0, "general__guard": "on"}
+    result = run(target, draft_folder, files, tmp_path / "run", **changes)
+    found = {f.stem for f in (tmp_path / "run/answers").glob("*general*.jsonl")}
+    assert found == {"general-heldout", "off-general"}
+    report = result.report
+    assert (
+        report.prompts["trained_on"] == len(read_answers(tmp_path / "run/answers/adapt.jsonl")) // 2
+    )
+    shown = Console(width=400, record=True, file=io.StringIO())
+    print_report(report, shown)
+    kept = next(row for row in report.train.way if row[0] == report.train.share)
+    assert f"kept {kept[0]:.0%} of the way from the unadapted draft" in shown.export_text()
+    assert kept[2] >= report.train.way[0][2] * 0.99
+    assert report.train.best_tau() == kept[1]
+
+
 def test_without_a_share_nothing_of_it_is_there(
     target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     result = run(target, draft_folder, files, tmp_path / "run", general__share=0.0)
     assert not list((tmp_path / "run").rglob("*general*"))
-    assert not result.report.train.general_tau
+    assert not result.report.train.way
 
 
 def test_a_second_run_has_nothing_to_do_and_another_share_costs_only_its_own(

@@ -11,7 +11,7 @@ from .bundles import OutputFlags, TargetFlags, print_json
 
 FLAGS_OF_ADAPT = (
     *("train.method", "train.width", "train.vocab", "select.select", "select.budget"),
-    *("general.share", "general.prompts"),
+    *("general.guard", "general.share", "general.prompts"),
     *(
         "regenerate.endpoints",
         "regenerate.endpoint_model",

@@ -81,9 +81,15 @@ class RegenerateConfig:
 class GeneralConfig:
     """General prompts keep other traffic from losing acceptance."""
 
+    guard: str = _opt(
+        "off",
+        "'on': go back towards the unadapted draft until general prompts lose nothing (a share above 0 does so too)",
+        choices=("off", "on"),
+        flag="guard",
+    )
     share: float = _opt(
         0.0,
-        "general prompts trained on, as a share of the prompts adapted on; 0: none, and none measured",
+        "general prompts trained on as well, as a share of the prompts adapted on",
         low=0.0,
         high=10.0,
         flag="general-share",
@@ -93,12 +99,10 @@ class GeneralConfig:
         "file of general prompts; '': the target makes them up, from the beginning of a user's turn",
         flag="general-prompts",
     )
-    aside: int = _opt(
-        24, "general prompts kept aside to stop training, and as many more to be measured", low=2
-    )
+    aside: int = _opt(48, "general prompts that guard, and as many more that are measured", low=2)
     tolerance: float = _opt(
         0.01,
-        "the share of held-out tau on general prompts that the kept adapter may lose",
+        "the share of tau on the general prompts that guard which the kept adapter may lose",
         low=0.0,
     )
     seed: int = _opt(0, "seed of the prompts that the target makes up")

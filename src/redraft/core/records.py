@@ -223,9 +223,21 @@ class TrainRecord:
     miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, remapped
     target_flops: float = 0.0  # counted on one batch, times the tokens read
     draft_flops: float = 0.0
-    general_tau: tuple[tuple[int, float], ...] = ()  # (step, tau) on general prompts
+    general_tau: tuple[
+        tuple[int, float], ...
+    ] = ()  # (step, tau) of runs whose guard looked at every step
+    share: float = (
+        1.0  # of the way from the unadapted draft to the best step, kept because of the guard
+    )
+    way: tuple[
+        tuple[float, float, float], ...
+    ] = ()  # (share, held-out tau, tau on general prompts)
 
     def best_tau(self) -> float:
+        """The held-out tau of what was kept."""
+        for share, tau, _ in self.way:
+            if share == self.share:
+                return tau
         return best_tau(self.heldout_tau, self.best_step)
 
     def lasting(self) -> dict[str, Any]:

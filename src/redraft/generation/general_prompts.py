@@ -48,7 +48,8 @@ def made_up_questions(target: Target, count: int, seed: int = 0) -> list[str]:
                 return list(found.values())
     raise UserError(
         f"target {target.name} made up {len(found)} different questions in {PATIENCE * count} tries, "
-        f"{count} are wanted: name a file of general prompts with --general-prompts, or set general.share to 0"
+        f"{count} are wanted: name a file of general prompts with --general-prompts, or leave --guard and "
+        "--general-share out"
     )
 
 
@@ -58,7 +59,8 @@ def _around_question(target: Target) -> tuple[str, str]:
     if len(pieces) != 2 or not pieces[0]:
         raise UserError(
             f"the chat template of {target.name} does not show where a user's turn begins, so no general "
-            "prompts can be made up: name a file of them with --general-prompts, or set general.share to 0"
+            "prompts can be made up: name a file of them with --general-prompts, or leave --guard and "
+            "--general-share out"
         )
     return pieces[0], pieces[1]
 

@@ -117,7 +117,7 @@ def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
         chosen = _answer_and_select(job, asked)
         selection = job.run.path / SELECTION if job.config.select.by == "answers" else None
         files = {}
-        if general:
+        if general and general.trained:
             files[GENERAL] = answer(job, GENERAL, general.trained, answering(job.config.regenerate))
         trained = train(
             job,

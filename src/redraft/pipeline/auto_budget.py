@@ -81,7 +81,7 @@ def train_in_rounds(
     for number, size in enumerate(round_sizes(len(prompts)), 1):
         added = Picked(prompts, range(begin, size))
         keys.append(answer(job, f"round-{number}", added, job.config.regenerate))
-        if general:
+        if general and general.trained:
             some = [round(len(general.trained) * n / len(prompts)) for n in (begin, size)]
             added = Picked(general.trained, range(*some))
             keys.append(answer(job, f"{GENERAL}-{number}", added, answering(job.config.regenerate)))
@@ -89,7 +89,7 @@ def train_in_rounds(
             job,
             _files(number),
             [*keys, *until],
-            general=[f"{GENERAL}-{n}" for n in range(1, number + 1)] if general else (),
+            general=[f"{GENERAL}-{n}" for n in range(1, number + 1) if general and general.trained],
             guarded_by=GENERAL_HELDOUT if general else None,
             name=f"train round {number}",
             folder=f"rounds/{number}",

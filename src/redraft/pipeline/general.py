@@ -1,7 +1,7 @@
-"""The general prompts of a job: those trained on, those that guard the training, those measured.
+"""The general prompts of a job: those trained on, those that guard what is kept, those measured.
 
 general.jsonl                        the questions, made up by the target or taken from a file
-answers/general.jsonl                trained on, next to the answers to the job's own prompts
+answers/general.jsonl                trained on, next to the answers to the job's own prompts, where a share is wanted
 answers/general-heldout.jsonl        on these the adapter that is kept must not lose
 answers/off-general.jsonl            measured before and after
 """
@@ -42,19 +42,19 @@ class GeneralPrompts:
 
 
 def general_prompts(job: Job, asked: JobPrompts) -> GeneralPrompts | None:
-    """The general prompts of a job that asks these; None where no share is wanted.
+    """The general prompts of a job that asks these; None where no guard and no share is wanted.
 
     None of them is asked already. Raises UserError for a file with too few of them, and for a set of this name.
     """
     c = job.config.general
-    if not c.share:
+    if not c.share and c.guard == "off":
         return None
     if OFF_GENERAL in asked.measured:
         raise UserError(
             "off-domain name 'general' is that of the general prompts, which are measured as well; choose another"
         )
     kept = most_kept(len(asked.adapt), job.config.select.budget_value)
-    trained, aside = max(round(c.share * kept), 1), c.aside
+    trained, aside = max(round(c.share * kept), 1) if c.share else 0, c.aside
     if not c.prompts:
         _make_up(job, trained + 2 * aside)
     source = c.prompts or str(job.run.path / FILE)
@@ -64,7 +64,7 @@ def general_prompts(job: Job, asked: JobPrompts) -> GeneralPrompts | None:
     if len(found) < 3 * FEWEST:
         raise UserError(
             f"{source} holds {len(found)} general prompts that are not asked already, {3 * FEWEST} are the least; add "
-            "more, or set general.share to 0"
+            "more, or leave --guard and --general-share out"
         )
     if len(found) < trained + 2 * aside:
         aside = min(aside, len(found) // 3)

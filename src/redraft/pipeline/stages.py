@@ -41,7 +41,7 @@ from ..models.target import Target
 from ..selection.scoring import NEEDS, Scorers
 from ..selection.select import kept_answers, write_selection
 from ..selection.select import select as choose
-from ..training.adapter_run import Guard
+from ..training.guard import Guard
 from ..training.train import Trained, train_adapters
 from ..training.train import train as train_draft
 from .job import Job

@@ -14,6 +14,7 @@ from ..core.records import (
     Lossless,
     RefusalRates,
     Safety,
+    TrainRecord,
     Verification,
 )
 from ..core.report_record import AdaptReport, Change
@@ -59,6 +60,8 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
         f"{' (stopped early)' if t.stopped_early else ''}, {t.seconds:.0f} s, {t.precision}, peak "
         f"{t.peak_mb:,.0f} MB (predicted {t.predicted_peak_mb:,.0f})",
     )
+    if t.way:
+        _show(out, kept_of_the_way(t))
     if t.miss_rate is not None:
         was, now = t.miss_rate
         _show(
@@ -80,6 +83,17 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
         )
     _show(out, f"draft  {report.draft}\nreport {report.draft.removesuffix('draft')}report.html")
     _show(out, f"next   {verify_command(report)} measures the speed-up in the engine")
+
+
+def kept_of_the_way(train: TrainRecord) -> str:
+    """What a guard did, with what it measured."""
+    (*_, own, general) = train.way[-1]
+    kept = next(row for row in train.way if row[0] == train.share)
+    return (
+        f"kept {train.share:.0%} of the way from the unadapted draft, so that general prompts lose nothing: held-out tau "
+        f"{kept[1]:.2f}, on general prompts {kept[2]:.2f} (all of it: {own:.2f} and {general:.2f}; none: "
+        f"{train.way[0][1]:.2f} and {train.way[0][2]:.2f})"
+    )
 
 
 def headline(report: AdaptReport) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,6 @@ from ..adapters.table import Method
 from ..adapters.vocabulary_remap import HEAD, Remapped, extract
 from ..config import TrainConfig
 from ..core.errors import UserError
-from ..core.records import Answer
 from ..drafts.base import Draft
 from .checkpoint import TrainState
 from .flops import Flops
@@ -35,15 +34,6 @@ RISE = 0.001
 
 class DivergedError(UserError):
     """The loss stopped being finite."""
-
-
-@dataclass(frozen=True)
-class Guard:
-    """Held-out `answers` to general prompts. A step at which their tau is below that of the start, by more
-    than the share `tolerance` of it, is never the best one."""
-
-    answers: Sequence[Answer]
-    tolerance: float
 
 
 @dataclass
@@ -127,16 +117,10 @@ class AdapterRun:
         self._average()
         state.seconds += teacher_batch.seconds + time.monotonic() - began
 
-    def note_tau(self, tau: float, general: float | None = None, tolerance: float = 0.0) -> None:
-        """Record an evaluation of the present tensors, and keep them if they are the best so far.
-
-        They are not kept where `general`, the tau on general prompts, fell by more than the share `tolerance`.
-        """
+    def note_tau(self, tau: float) -> None:
+        """Record an evaluation of the present tensors, and keep them if they are the best so far."""
         state = self.state
-        if general is not None:
-            state.general_tau.append((state.step, general))
-        lost = general is not None and general < state.general_tau[0][1] * (1 - tolerance)
-        if tau > state.best_tau() and not lost:
+        if tau > state.best_tau():
             state.best, state.best_step = self.take(), state.step
         state.heldout_tau.append((state.step, tau))
 

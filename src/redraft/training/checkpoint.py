@@ -23,7 +23,8 @@ FILE = "checkpoint.safetensors"
 @dataclass
 class TrainState:
     """Where a run stands. `best` are the adapter tensors with the highest held-out tau so far,
-    `average` the running average of those that train, where one is kept."""
+    `average` the running average of those that train, where one is kept. `share` and `way` are a guard's, once the
+    last step is taken (see `guard.py`)."""
 
     step: int
     supervised_tokens: int
@@ -35,7 +36,8 @@ class TrainState:
     precision: str = ""
     evaluation_seconds: float = 0.0
     average: dict[str, Tensor] = field(default_factory=dict)
-    general_tau: list[tuple[int, float]] = field(default_factory=list)
+    share: float = 1.0
+    way: list[tuple[float, float, float]] = field(default_factory=list)
 
     def best_tau(self) -> float:
         return best_tau(self.heldout_tau, self.best_step)
@@ -65,7 +67,6 @@ def save_checkpoint(
         "seconds": state.seconds,
         "precision": state.precision,
         "evaluation_seconds": state.evaluation_seconds,
-        "general_tau": state.general_tau,
     }
     text = json.dumps(about)
     metadata = {"about": text, "sum": _sum(text, tensors)}
@@ -110,8 +111,8 @@ def load_checkpoint(
     average = {
         n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")
     }
-    for name in ("heldout_tau", "general_tau"):
-        about[name] = [(int(step), float(tau)) for step, tau in about.get(name, ())]
+    about.pop("general_tau", None)  # of runs that a guard looked at during the steps
+    about["heldout_tau"] = [(int(step), float(tau)) for step, tau in about["heldout_tau"]]
     return TrainState(best=best, average=average, **about)
 
 

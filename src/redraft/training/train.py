@@ -43,10 +43,11 @@ from ..metrics.acceptance import pooled_tau
 from ..metrics.replay import check_lookahead, replay_each
 from ..models.batching import collate, plan_epochs
 from ..models.target import Target
-from .adapter_run import AdapterRun, DivergedError, Guard
+from .adapter_run import AdapterRun, DivergedError
 from .checkpoint import load_checkpoint, save_checkpoint
 from .closed_form import fit_closed_form
 from .flops import count_flops, counted
+from .guard import Guard, go_back
 from .memory import check_memory, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizer
 from .precision import choose_precision
@@ -84,7 +85,7 @@ def train(
 
     `heldout` answers, with K-1 tokens of lookahead, decide when to stop and which step is best.
     `base` is the model that the target was tuned from; only feature-map and weight-sync look at it.
-    A `guard` decides which steps may be the best one.
+    A `guard` decides how much of what was trained is kept (see `guard.py`).
     Raises UserError when the loss stops being finite; the last checkpoint is kept.
     """
     (trained,) = _train(target, [draft], answers, heldout, [config], k, base, checkpoints, guard)
@@ -150,7 +151,7 @@ def _train(
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
     stream = _Stream(target, drafts[0].aux_layers, answers, plan, hold=len(drafts) > 1)
     keys = [
-        _key(config, plan, target, base, draft, answers, heldout, k, guard)
+        _key(config, plan, target, base, draft, answers, heldout, k)
         for draft, config in zip(drafts, configs, strict=True)
     ]
     for draft, config in zip(drafts, configs, strict=True):
@@ -169,7 +170,7 @@ def _train(
     _announce(runs, plan, precision, predicted)
 
     def evaluate(some: Sequence[AdapterRun]) -> None:
-        _evaluate(target, some, heldout, k, guard)
+        _evaluate(target, some, heldout, k)
         for run, folder, key in zip(runs, folders, keys, strict=True):
             if folder and run in some and run.optimizer:
                 save_checkpoint(folder, run.state, run.trainable, run.optimizer, key)
@@ -190,6 +191,12 @@ def _train(
                 evaluate(active)
             point("training: after a step")
             progress.advance(1, _note(runs))
+    for run in runs:
+        if (
+            guard and run.planned and not run.method.fresh
+        ):  # else the unadapted draft is not its start
+            go_back(target, run, heldout, k, guard)
+            say(_kept(run))
     return [_finished(stream, run, len(runs), precision, predicted) for run in runs]
 
 
@@ -332,7 +339,8 @@ def _finished(
         unique_answer_tokens=sum(a.length for a in stream.answers),
         final_loss=state.last_loss if math.isfinite(state.last_loss) else 0.0,
         heldout_tau=tuple(state.heldout_tau),
-        general_tau=tuple(state.general_tau),
+        share=state.share,
+        way=tuple(state.way),
         best_step=state.best_step,
         seconds=state.seconds + state.evaluation_seconds + run.fitted.seconds,
         tokens_per_second=read / max(state.seconds, 1e-9),
@@ -392,35 +400,26 @@ def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
 
 
 def _evaluate(
-    target: Target,
-    runs: Sequence[AdapterRun],
-    heldout: Sequence[Answer],
-    k: int,
-    guard: Guard | None,
+    target: Target, runs: Sequence[AdapterRun], heldout: Sequence[Answer], k: int
 ) -> None:
-    """Held-out tau of each run, and the guard's; of its averaged weights too, of which the better counts."""
+    """Held-out tau of each run; of its averaged weights too, of which the better counts."""
 
-    def taus(some: Sequence[AdapterRun], answers: Sequence[Answer]) -> list[float]:
-        found = replay_each(target, [m.draft for m in some], answers, k)
+    def taus(some: Sequence[AdapterRun]) -> list[float]:
+        found = replay_each(target, [m.draft for m in some], heldout, k)
         return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
 
-    def both(some: Sequence[AdapterRun]) -> list[tuple[float, float | None]]:
-        general = taus(some, guard.answers) if guard else [None] * len(some)
-        return list(zip(taus(some, heldout), general, strict=True))
-
-    tolerance = guard.tolerance if guard else 0.0
     began = time.monotonic()
-    found = both(runs)
+    found = taus(runs)
     for run in runs:
         run.state.evaluation_seconds += (time.monotonic() - began) / len(runs)
-    for run, (tau, general) in zip(runs, found, strict=True):
+    for run, tau in zip(runs, found, strict=True):
         if run.state.average:
             with run.averaged():
-                ((averaged, averaged_general),) = both([run])
+                (averaged,) = taus([run])
                 if averaged > tau:
-                    run.note_tau(averaged, averaged_general, tolerance)
+                    run.note_tau(averaged)
                     continue
-        run.note_tau(tau, general, tolerance)
+        run.note_tau(tau)
 
 
 def _note(runs: Sequence[AdapterRun]) -> str:
@@ -428,10 +427,16 @@ def _note(runs: Sequence[AdapterRun]) -> str:
     best = max(training, key=lambda m: m.state.heldout_tau[-1][1] if m.state.heldout_tau else 0.0)
     state = best.state
     note = f"loss {state.last_loss:.3f}"
-    if not state.heldout_tau:
-        return note
-    note += f"  held-out tau {state.heldout_tau[-1][1]:.3f}"
-    return note + (f", general {state.general_tau[-1][1]:.3f}" if state.general_tau else "")
+    return note + (f"  held-out tau {state.heldout_tau[-1][1]:.3f}" if state.heldout_tau else "")
+
+
+def _kept(run: AdapterRun) -> str:
+    state = run.state
+    rows = (f"{share:.0%}: {own:.3f}, {general:.3f}" for share, own, general in state.way)
+    return (
+        f"kept {state.share:.0%} of the way from the unadapted draft (held-out tau and tau on general prompts at "
+        f"{'; '.join(rows)})"
+    )
 
 
 def _folder(checkpoints: Path | None, i: int, runs: int) -> Path | None:
@@ -449,7 +454,6 @@ def _key(
     answers: Sequence[Answer],
     heldout: Sequence[Answer],
     k: int,
-    guard: Guard | None = None,
 ) -> str:
     """Identifies everything that a run's tensors depend on; a checkpoint of another is not continued."""
     about: list[Any] = [
@@ -461,16 +465,11 @@ def _key(
         state_hash({**draft.stored_state(), "features": torch.tensor(draft.feature_size)}),
     ]
     digest = hashlib.sha256(json.dumps(about)[:-1].encode())
-    guarded = [guard.answers] if guard else []
-    for some in (
-        answers,
-        heldout,
-        *guarded,
-    ):  # one at a time: the whole text would be as large as the file
+    for some in (answers, heldout):  # one at a time: the whole text would be as large as the file
         digest.update(b", [")
         for at, answer in enumerate(some):
             row = json.dumps([answer.id, list(answer.tokens)])
             digest.update(f"{', ' if at else ''}{row}".encode())
         digest.update(b"]")
-    digest.update(f", {json.dumps(k)}{f', {guard.tolerance}' if guard else ''}]".encode())
+    digest.update(f", {json.dumps(k)}]".encode())
     return digest.hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""Guarding other traffic: from the trained tensors back towards the unadapted draft, until nothing is lost there.
+
+Between weights that share a beginning, the way is smooth: part of it keeps most of what training brought, and loses
+less on what was not trained on. Source: weight-space ensembles (WiSE-FT, arXiv 2109.01903).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..adapters.adapter import put
+from ..adapters.kind import stored_name
+from ..core.records import Answer
+from ..drafts.base import Draft
+from ..metrics.acceptance import pooled_tau
+from ..metrics.replay import replay_each
+from ..models.target import Target
+from .adapter_run import AdapterRun
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the way from the unadapted draft to the best step."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Held-out `answers` to general prompts, of whose tau no more than the share `tolerance` may be lost."""
+
+    answers: Sequence[Answer]
+    tolerance: float
+
+
+def go_back(
+    target: Target, run: AdapterRun, heldout: Sequence[Answer], k: int, guard: Guard
+) -> None:
+    """Keep the share of the way with the best held-out tau among those that the guard allows.
+
+    Nothing of it, the unadapted draft, is always allowed.
+    """
+    began, state = time.monotonic(), run.state
+    ends = [between(run.start, state.best, share) for share in SHARES]
+    drafts = [_copy(run, tensors) for tensors in ends]
+    own, general = (_taus(target, drafts, some, k) for some in (heldout, guard.answers))
+    least = general[0] * (1 - guard.tolerance)
+    allowed = [at for at, tau in enumerate(general) if tau >= least]
+    kept = max(allowed, key=lambda at: own[at])
+    state.way = list(zip(SHARES, own, general, strict=True))
+    state.best, state.share = ends[kept], SHARES[kept]
+    state.evaluation_seconds += time.monotonic() - began
+
+
+def between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Tensors so far on the way; those that are no floats are the end's."""
+    return {
+        name: start[name].lerp(tensor, share) if tensor.is_floating_point() else tensor
+        for name, tensor in end.items()
+    }
+
+
+def _copy(run: AdapterRun, tensors: dict[str, Tensor]) -> Draft:
+    """The run's draft with other adapter tensors."""
+    named = run.draft.named_parameters()
+    own = [name for name, p in named if p.requires_grad or stored_name(name) in tensors]
+    draft = run.draft.copy_sharing(own)
+    put(draft, tensors)
+    return draft
+
+
+def _taus(
+    target: Target, drafts: Sequence[Draft], answers: Sequence[Answer], k: int
+) -> list[float]:
+    found = replay_each(target, drafts, answers, k)
+    return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
