@@ -47,7 +47,7 @@ from .real_drafts import K
 from .real_members import MEMBERS
 from .real_rows import GREEDY, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
 from .real_suite import Ask, answer_with_engine, folders_of, load_real, prompts_of
-from .rivals.speculators import Finetune, finetune
+from .rivals.speculators_run import Finetune, finetune
 
 POOL, ASIDE, EVALUATED, CHAT, GENERAL = 240, 32, 64, 48, 120
 """Prompts adapted on, kept to stop training, measured on (own traffic, chat), and general ones of each origin."""

@@ -57,6 +57,7 @@ ROWS: dict[str, RealRow] = {
     ),
     "narrow": _trained(DEFAULT, "expert of a quarter of the width", width="0.25"),
     "slow": _trained(DEFAULT, "a third of the learning rate", lr=9e-4),
+    "full slow": _trained("full", "every tensor, at a third of the learning rate", lr=2.3e-4),
     "made-up 0.25": RealRow(
         "a quarter of made-up prompts as well", {"method": DEFAULT}, MIXED, MADE_UP, 0.25
     ),

@@ -14,7 +14,7 @@ from redraft_experiments import real_methods
 from redraft_experiments.real_cells import MEASURED, print_real_cells, read_real_cells
 from redraft_experiments.real_methods import _between, bench_real_methods
 from redraft_experiments.real_suite import build_real_suite
-from redraft_experiments.rivals import speculators
+from redraft_experiments.rivals import speculators_run
 
 
 @pytest.fixture
@@ -80,22 +80,25 @@ def test_a_rival_trains_in_an_environment_of_its_own(
         "asked, rest = parser.parse_known_args()\n"
         "assert len(list(pathlib.Path(asked.data, 'hidden_states').iterdir())) == 5 + 2, rest\n"
         "shutil.copytree(asked.draft, asked.out)\n"
-        "pathlib.Path(asked.out, 'summary.json').write_text(json.dumps({'rest': rest}))\n"
+        "about = dict.fromkeys(('seconds', 'steps', 'tokens', 'tokens_per_second'), 7)\n"
+        "about |= {'trained': {'a': '[3, 4] float32', 'b': '[5] float32'}, 'validation_loss': rest}\n"
+        "pathlib.Path(asked.out, 'summary.json').write_text(json.dumps(about))\n"
         f"if {code}: raise SystemExit({code})\n"
     )
-    monkeypatch.setattr(speculators, "SCRIPT", script)
+    monkeypatch.setattr(speculators_run, "SCRIPT", script)
     asked = {"members": ["math-sft"], "rows": ["unadapted", "speculators"], "seeds": [1]}
-    monkeypatch.delenv(speculators.VARIABLE, raising=False)
+    monkeypatch.delenv(speculators_run.VARIABLE, raising=False)
     with pytest.raises(UserError, match="runs speculators, which was not found; install it"):
         bench_real_methods(suite, tmp_path / "race", **asked)
-    monkeypatch.setenv(speculators.VARIABLE, sys.executable)
+    monkeypatch.setenv(speculators_run.VARIABLE, sys.executable)
     if code:
         with pytest.raises(UserError, match="speculators ended with 3"):
             bench_real_methods(suite, tmp_path / "race", **asked)
         return
     unadapted, made = bench_real_methods(suite, tmp_path / "race", **asked)
     assert made.counts == unadapted.counts
-    assert made.train["rest"][:2] == ["--pick", "last"]
+    assert made.train["trained_parameters"] == 3 * 4 + 5
+    assert made.train["validation_loss"][:2] == ["--pick", "last"]
 
 
 def test_mistakes_are_named(suite: Path, tmp_path: Path) -> None:

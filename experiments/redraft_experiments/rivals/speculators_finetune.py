@@ -1,6 +1,6 @@
 """Fine-tune an EAGLE-3 draft with the trainer of the package `speculators`, on a CPU.
 
-A script for an environment of its own (see `speculators.py`), which imports nothing of redraft. Arguments, data
+A script for an environment of its own (see `speculators_run.py`), which imports nothing of redraft. Arguments, data
 loader, model, loss, optimizers, schedule and checkpoints are the package's: it is
 `speculators train --from-pretrained`. Written against speculators 0.9.0, torch 2.13.0, transformers 5.19.0.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ def finetune(
     out: Path,
     how: Finetune,
 ) -> tuple[StoredDraft, dict[str, Any]]:
-    """The fine-tuned draft, with `out`/summary.json. Answers longer than a batch are cut by its loader.
+    """The fine-tuned draft, and the record of its training. Answers longer than a batch are cut by its loader.
 
     Its own settings, but for the passes and the tokens of a step. Raises UserError where it is not installed or ends
     with an error.
@@ -81,6 +83,16 @@ def finetune(
         raise UserError(
             f"speculators ended with {process.returncode}: {last_words(log)}; log {log}"
         )
-    summary: dict[str, Any] = json.loads((made / "summary.json").read_text(encoding="utf-8"))
     remove(data)
-    return read_draft(str(made)), summary
+    summary = json.loads((made / "summary.json").read_text(encoding="utf-8"))
+    return read_draft(str(made)), record_of(summary)
+
+
+def record_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a cell keeps of its summary: no folders, and of the tensors how many numbers were trained."""
+    shapes = (re.findall(r"\d+", text.split("]")[0]) for text in summary["trained"].values())
+    names = ("seconds", "steps", "tokens", "tokens_per_second", "validation_loss")
+    return {
+        "trained_parameters": sum(math.prod(map(int, shape)) for shape in shapes),
+        **{name: summary[name] for name in names},
+    }
