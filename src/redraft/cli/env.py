@@ -22,6 +22,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "peft", "accelerate", "numpy
 VARIABLES = (
     "REDRAFT_API_KEY",
     "REDRAFT_DATA",
+    "REDRAFT_SPECULATORS_PYTHON",
     "REDRAFT_TRACEBACK",
     "REDRAFT_VLLM_PYTHON",
     "OPENAI_API_KEY",
