@@ -192,9 +192,7 @@ def _train(
             point("training: after a step")
             progress.advance(1, _note(runs))
     for run in runs:
-        if (
-            guard and run.planned and not run.method.fresh
-        ):  # else the unadapted draft is not its start
+        if guard and run.state.best_step and not run.method.fresh:  # fresh: it started elsewhere
             go_back(target, run, heldout, k, guard)
             say(_kept(run))
     return [_finished(stream, run, len(runs), precision, predicted) for run in runs]
