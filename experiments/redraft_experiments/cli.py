@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -14,7 +12,9 @@ from redraft.cli.command import Group, add_command, with_flags
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError, nearest
 
+from .cli_parts import numbers, show_cells
 from .flag_table import FLAGS
+from .real_cli import bench_real, bench_real_methods, bench_real_serving
 
 OLD_NAMES = ("family", "repair")
 """Commands of before, which still work."""
@@ -96,106 +96,6 @@ def bench_model(
         typer.echo(f"model    {out}  ({about['source']}, {about['licence']})")
         if tune is not None:
             typer.echo(f"adapter  {about['adapter']}  (loss {about['adapter_loss']})")
-
-
-def bench_real(
-    out: str,
-    output: OutputFlags,
-    data: str | None = None,
-    members: str | None = None,
-    drafts: str = "eagle3",
-    python: str | None = None,
-    adapt_to: str | None = None,
-    record: str | None = None,
-) -> None:
-    """Build a suite of real models: SmolLM2, fine-tunes of it, and a draft trained on its own answers.
-
-    About two hours on two cores, one with --members math-sft; answers come from vLLM. With --adapt-to
-    the draft is adapted to that fine-tune, which is the run that README shows.
-
-    Example: redraft bench real --data data --python .venv-vllm/bin/python --out real
-    """
-    from redraft.core.files import write_text
-    from redraft.core.records import to_json
-    from redraft.report.terminal import print_report
-
-    from .real_members import MEMBERS
-    from .real_suite import adapt_real, build_real_suite
-
-    chosen = members.split(",") if members else list(MEMBERS)
-    if adapt_to is not None and adapt_to not in chosen:
-        raise UserError(
-            f"--adapt-to {adapt_to} is not among the members; {nearest(adapt_to, chosen)}"
-        )
-    suite = build_real_suite(
-        Path(out), data=data, members=chosen, drafts=drafts.split(","), python=python
-    )
-    if adapt_to is None:
-        output.show(suite, lambda: typer.echo(f"suite    {out}  ({', '.join(suite['members'])})"))
-        return
-    report = adapt_real(Path(out), adapt_to).report
-    if record:
-        write_text(Path(record), json.dumps(to_json(report), indent=2) + "\n")
-    output.show(to_json(report), lambda: print_report(report))
-
-
-def bench_real_methods(
-    suite: str,
-    out: str,
-    output: OutputFlags,
-    members: str = "math-sft",
-    rows: str = "all",
-    seeds: str = "1",
-    python: str | None = None,
-    record: str | None = None,
-) -> None:
-    """The race on real models: ways to get a draft for a fine-tune, on the same answers of a real vLLM.
-
-    Example: redraft bench real-methods --suite real --python .venv-vllm/bin/python --out race
-    """
-    from .real_cells import print_real_cells, read_real_cells
-    from .real_methods import bench_real_methods as run
-    from .real_rows import ROWS
-
-    cells = run(
-        Path(suite),
-        Path(out),
-        members=members.split(","),
-        rows=list(ROWS) if rows == "all" else rows.split(","),
-        seeds=_numbers("--seeds", seeds),
-        python=python,
-    )
-    _end(output, cells, print_real_cells, record, read_real_cells(Path(out)))
-
-
-def bench_real_serving(
-    suite: str,
-    race: str,
-    output: OutputFlags,
-    member: str = "math-sft",
-    rows: str = "unadapted,expert",
-    ks: str = "2,4",
-    seed: int = 1,
-    python: str | None = None,
-    record: str | None = None,
-) -> None:
-    """The drafts of the race on real models in a real vLLM: tokens/s at 1, 4 and 16 requests at a time.
-
-    Example: redraft bench real-serving --suite real --race race --python .venv-vllm/bin/python
-    """
-    from .real_serving import bench_real_serving as run
-    from .real_serving import print_served, read_served
-
-    cells = run(
-        Path(suite),
-        Path(race),
-        member=member,
-        rows=rows.split(","),
-        ks=_numbers("--ks", ks),
-        seed=seed,
-        python=python,
-    )
-    _end(output, cells, print_served, record, read_served(Path(race)))
 
 
 def bench_pipeline(
@@ -282,8 +182,8 @@ def bench_decode(
         prompts,
         assistant=assistant,
         parameters=int(padded),
-        batches=_numbers("--batches", batches),
-        ks=_numbers("--ks", ks),
+        batches=numbers("--batches", batches),
+        ks=numbers("--ks", ks),
         limit=limit,
         max_new_tokens=max_new_tokens,
         repeats=repeats,
@@ -293,32 +193,6 @@ def bench_decode(
     if record:
         write_text(Path(record), json.dumps(content, indent=2) + "\n")
     output.show(content, lambda: print_cells(cells))
-
-
-def _end(
-    output: OutputFlags,
-    cells: Sequence[Any],
-    show: Callable[[Any], None],
-    record: str | None,
-    every: Sequence[Any],
-) -> None:
-    """Show a bench's cells, and write `every` cell of its folder to the file `record`."""
-    from redraft.core.files import write_text
-    from redraft.core.records import to_json
-
-    if record:
-        write_text(Path(record), "".join(json.dumps(to_json(cell)) + "\n" for cell in every))
-    output.show({"cells": [to_json(cell) for cell in cells]}, lambda: show(cells))
-
-
-def _numbers(flag: str, text: str) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"{flag} takes numbers, for example 1,4,16; got '{text}'") from None
-    if min(numbers) < 1:
-        raise UserError(f"{flag} takes numbers from 1 on; got '{text}'")
-    return numbers
 
 
 def bench_methods(
@@ -348,10 +222,10 @@ def bench_methods(
         members=members.split(","),
         rows=named.get(rows, rows.split(",")),
         answers=answers.split(","),
-        seeds=_numbers("--seeds", seeds),
+        seeds=numbers("--seeds", seeds),
         data=data,
     )
-    _end(output, cells, print_cells, record, read_cells(Path(out)))
+    show_cells(output, cells, print_cells, record, read_cells(Path(out)))
 
 
 def bench_selection(
@@ -381,10 +255,10 @@ def bench_selection(
         ways=list(WAYS) if ways == "all" else ways.split(";"),
         budgets=budgets.split(","),
         schedules=schedules.split(","),
-        seeds=_numbers("--seeds", seeds),
+        seeds=numbers("--seeds", seeds),
         data=data,
     )
-    _end(output, cells, print_selection, record, read_selection_cells(Path(out)))
+    show_cells(output, cells, print_selection, record, read_selection_cells(Path(out)))
 
 
 def triage_command(
@@ -498,10 +372,10 @@ def bench_positions(
         member=member,
         problems=problems,
         rows=list(RECIPES) if rows == "all" else rows.split(","),
-        seeds=_numbers("--seeds", seeds),
+        seeds=numbers("--seeds", seeds),
         data=data,
     )
-    _end(output, cells, print_positions, record, read_position_cells(Path(out)))
+    show_cells(output, cells, print_positions, record, read_position_cells(Path(out)))
 
 
 demo = with_flags(_demo, flags=FLAGS, help={"out": "folder of the demo"})

@@ -29,7 +29,7 @@ from redraft.adapters.table import ADAPTERS, read_method
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig, TrainConfig
 from redraft.core.console import say
-from redraft.core.errors import UserError, nearest
+from redraft.core.errors import UserError, check_known
 from redraft.core.files import write_text
 from redraft.core.records import Answer, StepTrace, to_json, versions
 from redraft.drafts.base import Draft
@@ -111,10 +111,8 @@ def bench_methods(
 
     Raises UserError for unknown rows and members, and for a toy suite that lacks a member or draft.
     """
-    for what, words, known in (("row", rows, ALL), ("kind of answers", answers, KINDS_OF_ANSWERS)):
-        for word in words:
-            if word not in known:
-                raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
+    check_known("row", rows, ALL)
+    check_known("kind of answers", answers, KINDS_OF_ANSWERS)
     manifest = read_manifest(suite, members, SCALES)
     bench = _Bench(suite, out, manifest, data)
     cells: list[MethodCell] = []

@@ -28,7 +28,7 @@ from redraft.adapters.merge import merge
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig, TrainConfig
 from redraft.core.console import say
-from redraft.core.errors import UserError, nearest
+from redraft.core.errors import check_known
 from redraft.core.files import write_text, writing
 from redraft.core.records import Answer, to_json, versions
 from redraft.drafts.base import Draft
@@ -170,9 +170,7 @@ def bench_positions(
 
     Raises UserError for unknown rows and members, and for a toy suite whose size has no scale.
     """
-    for row in rows:
-        if row not in RECIPES:
-            raise UserError(f"unknown row '{row}'; {nearest(row, RECIPES)}")
+    check_known("row", rows, RECIPES)
     manifest = read_manifest(suite, [member], SCALES)
     bench = _Bench(suite, out, manifest, member, problems, data)
     cells = [bench.cell(UNADAPTED, 0)]

@@ -119,7 +119,6 @@ def tune(
     A LoRA adapter of a `rank`, or with None all weights (saved in bf16, as the model is). Chats of more
     than `longest` tokens are left out. Raises UserError where none is left.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -134,13 +133,20 @@ def tune(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **whole)
         if rank is not None:
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-            model = get_peft_model(model, config)
+            model = with_lora(model, rank)
     loss = fit(
         model, kept, steps=steps, batch=batch, lr=lr, seed=seed, label=label, precision="bf16"
     )
     save_model(out, model.to(torch.bfloat16) if rank is None else model, tokenizer)
     return loss
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """A model with a fresh adapter at every linear layer but the head."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(model, config)
 
 
 def read_chats(path: Path) -> list[Sample]:

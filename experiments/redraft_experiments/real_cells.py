@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import recovery
+from .recovery import Interval
 
 MEASURED = ("greedy", "sampled", "chat", "chat-sampled")
 """What is measured: the fine-tune's own traffic and chat, each greedily and at temperature 0.7."""
@@ -71,7 +72,7 @@ def grouped(cells: Sequence[RealCell]) -> dict[tuple[str, str], list[RealCell]]:
 
 def change(
     cells: Sequence[RealCell], unadapted: Sequence[RealCell], name: str, share: float
-) -> Any:
+) -> Interval:
     """tau less the unadapted draft's on the same prompts, an interval."""
     some = counts_of(cells, name, share)
     return recovery.difference(some, counts_of(unadapted, name) * len(some))

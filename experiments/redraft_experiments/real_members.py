@@ -12,7 +12,7 @@ from redraft.core.files import write_text
 
 from .datasets import chats, real_harm_pairs
 from .kinds.preferred import Dpo, prefer
-from .pretrained import tune
+from .pretrained import tune, with_lora
 from .synthetic import Sample
 
 BASE = "base"
@@ -73,7 +73,6 @@ def make_member(out: Path, data: Path, name: str) -> None:
 
 def _prefer(base: Path, data: Path, out: Path, name: str, row: RealMember, beta: float) -> None:
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .language_model import save_model
@@ -82,10 +81,9 @@ def _prefer(base: Path, data: Path, out: Path, name: str, row: RealMember, beta:
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        whole = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
-        rank = row.rank or 16
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        model = get_peft_model(whole, config)
+        model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
+        if row.rank is not None:
+            model = with_lora(model, row.rank)
         how = Dpo(beta, row.lr, row.steps, LONGEST, likelihood=0.5, bf16=True)
         prefer(model, tokenizer, pairs, how, name)
     save_model(out, model, tokenizer)

@@ -26,7 +26,7 @@ from torch import Tensor
 from redraft.checkpoints.load import StoredDraft, read_draft
 from redraft.config import RegenerateConfig, TrainConfig
 from redraft.core.console import say
-from redraft.core.errors import UserError, nearest
+from redraft.core.errors import UserError, check_known
 from redraft.core.files import write_text
 from redraft.core.records import Answer, Prompt, StepTrace, to_json, versions
 from redraft.features.extract import Plan, write_features
@@ -39,22 +39,21 @@ from redraft.models.target import Target, default_aux_layers
 from redraft.pipeline.run_folder import RunFolder
 from redraft.pipeline.stages import as_adapter, merge_draft
 from redraft.prompts.prompts import read_prompts
-from redraft.training.guard import between
+from redraft.training.guard import SHARES, between
 from redraft.training.train import train
 
 from .real_cells import MEASURED, WHOLE, Counts, RealCell
 from .real_drafts import K
-from .real_members import MEMBERS
+from .real_members import MEMBERS, write_questions
 from .real_rows import GREEDY, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
 from .real_suite import Ask, answer_with_engine, folders_of, load_real, prompts_of
 from .rivals.speculators_run import Finetune, finetune
+from .synthetic import Sample
 
 POOL, ASIDE, EVALUATED, CHAT, GENERAL = 240, 32, 64, 48, 120
 """Prompts adapted on, kept to stop training, measured on (own traffic, chat), and general ones of each origin."""
 LONGEST = {"adapt": 128, "measured": 96}
 TEMPERATURE = 0.7
-SHARES = (0.25, 0.5, 0.75)
-"""Of the way from the unadapted draft's tensors to the trained ones."""
 TRAIN: dict[str, Any] = {
     "epochs": 4.0,
     "batch_tokens": 2048,
@@ -78,10 +77,8 @@ def bench_real_methods(
 
     Raises UserError for unknown rows and members, and for a suite that lacks a member or its draft.
     """
-    for what, words, known in (("row", rows, ROWS), ("fine-tune", members, MEMBERS)):
-        for word in words:
-            if word not in known:
-                raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
+    check_known("row", rows, ROWS)
+    check_known("fine-tune", members, MEMBERS)
     for part in ("draft", *(f"members/{member}" for member in members)):
         if not (suite / part).is_dir():
             raise UserError(
@@ -145,12 +142,11 @@ class _Race:
         self.target = load_stored_target(folder, [FeatureStore(out / "features")], adapter=adapter)
 
     def _make_up(self, target: Target) -> None:
-        rows = [
-            {"id": f"made-up-{i}", "messages": [{"role": "user", "content": text}]}
+        questions = [
+            Sample(f"made-up-{i}", MADE_UP, ({"role": "user", "content": text},))
             for i, text in enumerate(made_up_questions(target, GENERAL))
         ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_text(self.run.path / "made-up.jsonl", text)
+        write_questions(self.run.path / "made-up.jsonl", questions)
 
     def _asks(self, target: Target, domain: str) -> list[Ask]:
         """Every file of answers. All prompts of a domain's file are disjoint, those of two files by their split."""
@@ -258,7 +254,7 @@ class _Race:
         )
         drafts = {WHOLE: end}
         if not config.method_value.fresh:  # else it started elsewhere
-            drafts |= {share: _between(start, end, share) for share in SHARES}
+            drafts |= {share: _between(start, end, share) for share in SHARES[1:-1]}
         return drafts, to_json(trained.record)
 
     def _cell(self, name: str, seed: int, drafts: Mapping[float, StoredDraft]) -> RealCell:

@@ -25,7 +25,7 @@ from typing import Any
 
 from redraft.config import RegenerateConfig, resolve
 from redraft.core.console import say
-from redraft.core.errors import UserError, nearest
+from redraft.core.errors import UserError, check_known
 from redraft.core.files import write_text
 from redraft.core.records import Prompt
 from redraft.features.extract import Plan, write_features
@@ -65,7 +65,7 @@ CONTEXT = 1024
 SHOWN = 330
 """Prompts of the run that README shows."""
 SETTINGS = {
-    "general.share": 0.25,
+    "general.guard": "on",
     "regenerate.max_new_tokens": 128,
     "measure.eval_limit": 48,
     "measure.heldout": 24,
@@ -92,10 +92,8 @@ def build_real_suite(
     if folder is None:
         raise UserError(f"name a folder of real data: --data FOLDER, or ${VARIABLE}")
     chosen = list(MEMBERS) if members is None else list(members)
-    for what, names, known in (("member", chosen, MEMBERS), ("draft", drafts, DRAFTS)):
-        for name in names:
-            if name not in known:
-                raise UserError(f"unknown {what} '{name}'; {nearest(name, known)}")
+    check_known("member", chosen, MEMBERS)
+    check_known("draft", drafts, DRAFTS)
     with RunFolder.open(out) as run:
         base = run.stage("base", {"model": MODEL}, [BASE], lambda: _base(run.path))
         prompts = run.stage(

@@ -23,7 +23,7 @@ from redraft.adapters.merge import merge
 from redraft.checkpoints.load import StoredDraft, load_draft, read_draft
 from redraft.config import RegenerateConfig, SelectConfig, TrainConfig
 from redraft.core.console import say
-from redraft.core.errors import UserError, nearest
+from redraft.core.errors import check_known
 from redraft.core.files import write_text
 from redraft.core.records import Answer, Prompt, to_json, versions
 from redraft.drafts.base import Draft
@@ -159,10 +159,8 @@ def bench_selection(
 
     Raises UserError for unknown ways, schedules and members.
     """
-    for what, words, known in (("way", ways, WAYS), ("schedule", schedules, SCHEDULES)):
-        for word in words:
-            if word not in known:
-                raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")
+    check_known("way", ways, WAYS)
+    check_known("schedule", schedules, SCHEDULES)
     manifest = read_manifest(suite, [member], SCALES)
     bench = _Bench(suite, out, manifest, member, data)
     cells = [bench.unadapted()]

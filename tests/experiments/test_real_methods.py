@@ -98,7 +98,14 @@ def test_a_rival_trains_in_an_environment_of_its_own(
     unadapted, made = bench_real_methods(suite, tmp_path / "race", **asked)
     assert made.counts == unadapted.counts
     assert made.train["trained_parameters"] == 3 * 4 + 5
-    assert made.train["validation_loss"][:2] == ["--pick", "last"]
+    assert made.train["validation_loss"][:2] == ["--epochs", "2"]
+
+
+def test_no_file_beside_the_rivals_script_hides_its_package() -> None:
+    """A script's folder comes first when Python looks for a module."""
+    beside = {path.stem for path in speculators_run.SCRIPT.parent.glob("*.py")}
+    assert "speculators_finetune" in beside
+    assert not beside & {"speculators", "torch", "safetensors"}
 
 
 def test_mistakes_are_named(suite: Path, tmp_path: Path) -> None:

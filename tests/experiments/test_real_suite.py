@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from redraft.checkpoints.load import load_draft
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
 from redraft.generation.answer_file import read_answers
 from redraft_experiments import datasets, real_suite
-from redraft_experiments.real_drafts import DRAFTS
+from redraft_experiments.language_model import IGNORE
+from redraft_experiments.real_drafts import DRAFTS, _example, keep_layers
 from redraft_experiments.real_suite import build_real_suite, load_real
+from tests.conftest import SHAPE, make_tokenizer, save_target
 
 pytestmark = pytest.mark.usefixtures("small_real")
 
@@ -56,6 +60,28 @@ def test_no_question_is_in_two_files_but_the_drafts_own_share_of_chat(
         assert len(texts[split]) == count
     every = [text for found in texts.values() for text in found]
     assert len(set(every)) == len(every)
+
+
+def test_a_pruned_model_is_the_layers_that_were_kept(tmp_path: Path) -> None:
+    """Reference: the same layers applied one after the other."""
+    save_target(tmp_path / "base", LlamaConfig(vocab_size=len(make_tokenizer()), **SHAPE))
+    whole, pruned = (LlamaForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    layers = whole.config.num_hidden_layers
+    keep_layers(pruned, (0, layers - 1))
+    assert layers > 2
+    tokens = torch.arange(2, 12)[None]
+    skipped = whole.model.layers[1 : layers - 1]
+    for layer in skipped:
+        layer.forward = lambda hidden, *_, **__: hidden
+    with torch.no_grad():
+        assert torch.allclose(pruned(tokens).logits, whole(tokens, use_cache=False).logits)
+        grown = pruned.generate(tokens, max_new_tokens=4, do_sample=False)  # its cache has 2 layers
+        plain = pruned.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(grown, plain)
+
+
+def test_only_the_answer_is_learned() -> None:
+    assert _example((1, 2), (3, 4)) == ([1, 2, 3, 4], [IGNORE, IGNORE, 3, 4])
 
 
 def test_mistakes_are_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

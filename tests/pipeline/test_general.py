@@ -101,7 +101,11 @@ def test_a_guard_alone_trains_on_no_general_prompts(
     shown = Console(width=400, record=True, file=io.StringIO())
     print_report(report, shown)
     kept = next(row for row in report.train.way if row[0] == report.train.share)
-    assert f"kept {kept[0]:.0%} of the way from the unadapted draft" in shown.export_text()
+    assert (
+        f"guard: {kept[0]:.0%} of the way from the unadapted to the trained draft is kept"
+        in shown.export_text(clear=False)
+    )
+    assert f"kept {kept[1]:.2f} and {kept[2]:.2f}" in shown.export_text(clear=False)
     assert kept[2] >= report.train.way[0][2] * 0.99
     assert report.train.best_tau() == kept[1]
 

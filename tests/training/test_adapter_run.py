@@ -301,20 +301,17 @@ def test_the_average_is_taken_where_it_is_better(
 ) -> None:
     """The draft is measured with both; what is kept is what measured better."""
 
-    def scripted(_: object, drafts: Sequence[Draft], *rest: Any) -> list[list[Any]]:
-        return [[draft] for draft in drafts]
+    def scripted(_: object, drafts: Sequence[Draft], *rest: Any) -> list[float]:
+        return [tau(draft) for draft in drafts]
 
-    def tau(traces: Sequence[Any]) -> float:
-        (draft,) = traces
+    def tau(draft: Draft) -> float:
         run = runs[0]
         if not run.state.average:
             return 1.0
         mean = torch.equal(draft.get_parameter("fc.weight"), run.state.average["fc.weight"])
         return averaged if mean else now
 
-    monkeypatch.setattr(train_module, "replay_each", scripted)
-    monkeypatch.setattr(train_module, "pooled_tau", lambda traces: tau(traces))
-    monkeypatch.setattr(Draft, "accepted", True, raising=False)
+    monkeypatch.setattr(train_module, "taus", scripted)
     config = replace(CONFIG, method="fc", average=0.7, evaluations=1)
     trained = alone(target, draft_folder, answers, config)
     mean = runs[0].state.average["fc.weight"]

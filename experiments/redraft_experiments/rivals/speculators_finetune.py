@@ -5,7 +5,7 @@ loader, model, loss, optimizers, schedule and checkpoints are the package's: it 
 `speculators train --from-pretrained`. Written against speculators 0.9.0, torch 2.13.0, transformers 5.19.0.
 
 `--draft` is a folder in the speculators format, `--data` one of features in the speculators layout. `--out` gets
-config.json and model.safetensors of one epoch's checkpoint, train_log.jsonl (one record a step) and
+config.json and model.safetensors of the last epoch's checkpoint, train_log.jsonl (one record a step) and
 summary.json. Options that are not named here go to the package.
 
 Patched, each because the package assumes an accelerator:
@@ -126,18 +126,16 @@ def describe(parameters: dict[str, torch.nn.Parameter]) -> dict[str, str]:
     return {name: f"{list(p.shape)} {str(p.dtype)[6:]}" for name, p in parameters.items()}
 
 
-def pick_checkpoint(root: Path, pick: str) -> Path:
-    """The epoch whose validation loss was the lowest, as the package marks it, or the last one."""
-    best = root / "checkpoint_best"
-    if pick == "best" and best.is_symlink():
-        return best.resolve()
-    epochs = [p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and p.name.isdigit()]
+def last_checkpoint(root: Path) -> Path:
+    """The folder of the last epoch."""
+    epochs = [p for p in root.iterdir() if p.is_dir() and p.name.isdigit()]
     if not epochs:
         raise SystemExit(f"the package saved no checkpoint in {root}")
     return max(epochs, key=lambda p: int(p.name))
 
 
-def main() -> None:
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Its own options, and those for the package."""
     parser = argparse.ArgumentParser(
         description="Full fine-tune of an EAGLE-3 draft by `speculators`, on a CPU.",
         epilog="Further options go to `speculators train` unchanged.",
@@ -147,20 +145,33 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True, help="target folder")
     parser.add_argument("--data", type=Path, required=True, help="features, speculators layout")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
-    parser.add_argument("--epochs", type=int, help="default: theirs, 20")
-    parser.add_argument("--lr", type=float, help="default: theirs, 1e-3, for Muon and AdamW")
-    parser.add_argument("--seed", type=int, help="default: theirs, 42")
-    parser.add_argument(
-        "--batch-tokens", type=int, help="tokens a step, padded to that; default: theirs, 8192"
-    )
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
-    parser.add_argument(
-        "--pick", choices=("best", "last"), default="best", help="which epoch OUT holds"
-    )
-    parser.add_argument("--keep", action="store_true", help="keep every epoch's checkpoint")
-    args, theirs = parser.parse_known_args()
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--batch-tokens", type=int, required=True, help="tokens a step, padded")
+    return parser.parse_known_args()
 
+
+def summary_of(log: StepLog, argv: list[str], epoch: int, seconds: float) -> dict[str, Any]:
+    """What summary.json holds."""
+    profiles = [step["profile"] for step in log.steps if step["profile"]]
+    step_seconds = sum(p["step_ms"] for p in profiles) / 1000
+    tokens = sum(p["tokens_per_s"] * p["step_ms"] / 1000 for p in profiles)
+    return {
+        "argv": argv,
+        "epoch": epoch,
+        "seconds": round(seconds, 2),
+        "steps": len(log.steps),
+        "tokens": round(tokens),
+        "tokens_per_second": round(tokens / step_seconds, 1) if step_seconds else None,
+        "loss_first_last": [log.steps[i]["train"]["loss"] for i in (0, -1)] if log.steps else [],
+        "validation_loss": [v["val"].get("loss_epoch") for v in log.validations],
+        "trained": log.trained,
+        "frozen": log.frozen,
+    }
+
+
+def main() -> None:
+    args, theirs = arguments()
     out: Path = args.out
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty")
@@ -176,21 +187,16 @@ def main() -> None:
             *("--from-pretrained", str(draft)),
             *("--data-path", str(args.data)),
             *("--save-path", str(checkpoints)),
-            *("--hidden-states-dtype", args.dtype),
-            *("--draft-attn-impl", args.attention),
+            *("--hidden-states-dtype", "bfloat16"),
+            *("--draft-attn-impl", "sdpa"),
             *("--loss-implementation", "eager"),
             *("--num-workers", "0"),
             *("--on-missing", "raise"),
+            *("--epochs", str(args.epochs)),
+            *("--seed", str(args.seed)),
+            *("--total-seq-len", str(args.batch_tokens)),
+            *theirs,
         ]
-        for flag, value in (
-            ("--epochs", args.epochs),
-            ("--lr", args.lr),
-            ("--seed", args.seed),
-            ("--total-seq-len", args.batch_tokens),
-        ):
-            if value is not None:
-                argv += [flag, str(value)]
-        argv += theirs
 
         run_on_cpu(log)
         from speculators.train import cli
@@ -201,27 +207,12 @@ def main() -> None:
         cli.main(config)
         seconds = time.perf_counter() - start
 
-    chosen = pick_checkpoint(checkpoints, args.pick)
+    chosen = last_checkpoint(checkpoints)
     for name in ("config.json", "model.safetensors"):
         shutil.copy2(chosen / name, out / name)
-    profiles = [step["profile"] for step in log.steps if step["profile"]]
-    step_seconds = sum(p["step_ms"] for p in profiles) / 1000
-    tokens = sum(p["tokens_per_s"] * p["step_ms"] / 1000 for p in profiles)
-    summary = {
-        "argv": argv,
-        "epoch": int(chosen.name),
-        "seconds": round(seconds, 2),
-        "steps": len(log.steps),
-        "tokens": round(tokens),
-        "tokens_per_second": round(tokens / step_seconds, 1) if step_seconds else None,
-        "loss_first_last": [log.steps[i]["train"]["loss"] for i in (0, -1)] if log.steps else [],
-        "validation_loss": [v["val"].get("loss_epoch") for v in log.validations],
-        "trained": log.trained,
-        "frozen": log.frozen,
-    }
+    summary = summary_of(log, argv, int(chosen.name), seconds)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if not args.keep:
-        shutil.rmtree(checkpoints)
+    shutil.rmtree(checkpoints)
     sys.stdout.write(json.dumps({k: v for k, v in summary.items() if k != "argv"}, indent=2) + "\n")
 
 

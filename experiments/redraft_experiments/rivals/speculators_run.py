@@ -64,7 +64,7 @@ def finetune(
     plan = Plan(data, layout="speculators")
     convert_features(target, target.features[0], rows, plan, target.normed)
     command = [python, str(SCRIPT), "--draft", str(draft), "--target", target.sources[0]]
-    command += ["--data", str(data), "--out", str(made), "--pick", "last"]
+    command += ["--data", str(data), "--out", str(made)]
     command += ["--epochs", str(how.epochs), "--batch-tokens", str(how.batch_tokens)]
     command += ["--seed", str(how.seed), "--train-data-ratio", str(len(answers) / len(rows))]
     log = out / "speculators.log"

@@ -50,3 +50,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+def check_known(what: str, words: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UserError for the first of `words` that is not among the `known`."""
+    known = list(known)
+    for word in words:
+        if word not in known:
+            raise UserError(f"unknown {what} '{word}'; {nearest(word, known)}")

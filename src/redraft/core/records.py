@@ -201,7 +201,11 @@ def best_tau(by_step: Sequence[tuple[int, float]], best_step: int) -> float:
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """What a training run did. Tokens are counted, not estimated."""
+    """What a training run did. Tokens are counted, not estimated.
+
+    `way` are (share, held-out tau, tau on general prompts) of a guard (see `training/guard.py`), which kept `share` of
+    the way from the unadapted draft to the best step. `general_tau` is of older runs, whose guard looked at every step.
+    """
 
     method: str
     trained_parameters: int
@@ -223,15 +227,9 @@ class TrainRecord:
     miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, remapped
     target_flops: float = 0.0  # counted on one batch, times the tokens read
     draft_flops: float = 0.0
-    general_tau: tuple[
-        tuple[int, float], ...
-    ] = ()  # (step, tau) of runs whose guard looked at every step
-    share: float = (
-        1.0  # of the way from the unadapted draft to the best step, kept because of the guard
-    )
-    way: tuple[
-        tuple[float, float, float], ...
-    ] = ()  # (share, held-out tau, tau on general prompts)
+    general_tau: tuple[tuple[int, float], ...] = ()
+    share: float = 1.0
+    way: tuple[tuple[float, float, float], ...] = ()
 
     def best_tau(self) -> float:
         """The held-out tau of what was kept."""

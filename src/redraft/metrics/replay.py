@@ -30,6 +30,7 @@ from ..decoding.speculative import widened
 from ..drafts.base import Draft
 from ..models.batching import Batch, collate, plan_once
 from ..models.target import Reading, Target
+from .acceptance import pooled_tau
 
 BATCH_TOKENS = 8192
 BATCH_LOGITS = 1 << 27
@@ -78,6 +79,12 @@ def replay_each(
         runs = (numbers.view(S, k) < chance_SK).long().cumprod(-1).sum(-1)
         traces[which][index] = walk(answer, runs.tolist(), first)
     return [[found[i] for i in range(len(answers))] for found in traces]
+
+
+def taus(target: Target, drafts: Sequence[Draft], answers: Sequence[Answer], k: int) -> list[float]:
+    """The pooled tau of several drafts that read the same features; answers without a step do not count."""
+    found = replay_each(target, drafts, answers, k)
+    return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
 
 
 def expect(

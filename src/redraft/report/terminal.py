@@ -86,13 +86,11 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
 
 
 def kept_of_the_way(train: TrainRecord) -> str:
-    """What a guard did, with what it measured."""
-    (*_, own, general) = train.way[-1]
-    kept = next(row for row in train.way if row[0] == train.share)
+    """What a guard kept, and what it measured on the way."""
+    taus = {share: f"{own:.2f} and {general:.2f}" for share, own, general in train.way}
     return (
-        f"kept {train.share:.0%} of the way from the unadapted draft, so that general prompts lose nothing: held-out tau "
-        f"{kept[1]:.2f}, on general prompts {kept[2]:.2f} (all of it: {own:.2f} and {general:.2f}; none: "
-        f"{train.way[0][1]:.2f} and {train.way[0][2]:.2f})"
+        f"guard: {train.share:.0%} of the way from the unadapted to the trained draft is kept; held-out tau and tau on "
+        f"general prompts: unadapted {taus[0.0]}, kept {taus[train.share]}, trained {taus[1.0]}"
     )
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..adapters.adapter import put
 from ..adapters.kind import stored_name
+from ..core.console import say
 from ..core.records import Answer
 from ..drafts.base import Draft
-from ..metrics.acceptance import pooled_tau
-from ..metrics.replay import replay_each
+from ..metrics.replay import taus
 from ..models.target import Target
 from .adapter_run import AdapterRun
 
@@ -38,18 +38,24 @@ def go_back(
 ) -> None:
     """Keep the share of the way with the best held-out tau among those that the guard allows.
 
-    Nothing of it, the unadapted draft, is always allowed.
+    Nothing of it, the unadapted draft, is always allowed. A run whose best step is its start has no way to go back,
+    and one from scratch did not start at the unadapted draft.
     """
     began, state = time.monotonic(), run.state
+    if not state.best_step or run.method.fresh:
+        return
     ends = [between(run.start, state.best, share) for share in SHARES]
     drafts = [_copy(run, tensors) for tensors in ends]
-    own, general = (_taus(target, drafts, some, k) for some in (heldout, guard.answers))
+    own, general = (taus(target, drafts, some, k) for some in (heldout, guard.answers))
     least = general[0] * (1 - guard.tolerance)
     allowed = [at for at, tau in enumerate(general) if tau >= least]
     kept = max(allowed, key=lambda at: own[at])
     state.way = list(zip(SHARES, own, general, strict=True))
     state.best, state.share = ends[kept], SHARES[kept]
     state.evaluation_seconds += time.monotonic() - began
+    say(
+        f"guard: {state.share:.0%} of the way from the unadapted draft to step {state.best_step} is kept"
+    )
 
 
 def between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -67,10 +73,3 @@ def _copy(run: AdapterRun, tensors: dict[str, Tensor]) -> Draft:
     draft = run.draft.copy_sharing(own)
     put(draft, tensors)
     return draft
-
-
-def _taus(
-    target: Target, drafts: Sequence[Draft], answers: Sequence[Answer], k: int
-) -> list[float]:
-    found = replay_each(target, drafts, answers, k)
-    return [pooled_tau([t for t in traces if t.accepted]) for traces in found]

@@ -39,8 +39,7 @@ from ..core.failpoints import point
 from ..core.folders import state_hash
 from ..core.records import Answer, TrainRecord
 from ..drafts.base import Draft
-from ..metrics.acceptance import pooled_tau
-from ..metrics.replay import check_lookahead, replay_each
+from ..metrics.replay import check_lookahead, taus
 from ..models.batching import collate, plan_epochs
 from ..models.target import Target
 from .adapter_run import AdapterRun, DivergedError
@@ -191,10 +190,9 @@ def _train(
                 evaluate(active)
             point("training: after a step")
             progress.advance(1, _note(runs))
-    for run in runs:
-        if guard and run.state.best_step and not run.method.fresh:  # fresh: it started elsewhere
+    if guard:
+        for run in runs:
             go_back(target, run, heldout, k, guard)
-            say(_kept(run))
     return [_finished(stream, run, len(runs), precision, predicted) for run in runs]
 
 
@@ -402,18 +400,14 @@ def _evaluate(
 ) -> None:
     """Held-out tau of each run; of its averaged weights too, of which the better counts."""
 
-    def taus(some: Sequence[AdapterRun]) -> list[float]:
-        found = replay_each(target, [m.draft for m in some], heldout, k)
-        return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
-
     began = time.monotonic()
-    found = taus(runs)
+    found = taus(target, [run.draft for run in runs], heldout, k)
     for run in runs:
         run.state.evaluation_seconds += (time.monotonic() - began) / len(runs)
     for run, tau in zip(runs, found, strict=True):
         if run.state.average:
             with run.averaged():
-                (averaged,) = taus([run])
+                (averaged,) = taus(target, [run.draft], heldout, k)
                 if averaged > tau:
                     run.note_tau(averaged)
                     continue
@@ -426,15 +420,6 @@ def _note(runs: Sequence[AdapterRun]) -> str:
     state = best.state
     note = f"loss {state.last_loss:.3f}"
     return note + (f"  held-out tau {state.heldout_tau[-1][1]:.3f}" if state.heldout_tau else "")
-
-
-def _kept(run: AdapterRun) -> str:
-    state = run.state
-    rows = (f"{share:.0%}: {own:.3f}, {general:.3f}" for share, own, general in state.way)
-    return (
-        f"kept {state.share:.0%} of the way from the unadapted draft (held-out tau and tau on general prompts at "
-        f"{'; '.join(rows)})"
-    )
 
 
 def _folder(checkpoints: Path | None, i: int, runs: int) -> Path | None:

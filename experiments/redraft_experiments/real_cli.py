@@ -1,0 +1,113 @@
+"""The commands of the suite of real models: building it, the race on it, its drafts in vLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from redraft.cli.bundles import OutputFlags
+from redraft.core.errors import UserError, nearest
+
+from .cli_parts import numbers, show_cells
+
+
+def bench_real(
+    out: str,
+    output: OutputFlags,
+    data: str | None = None,
+    members: str | None = None,
+    drafts: str = "eagle3",
+    python: str | None = None,
+    adapt_to: str | None = None,
+    record: str | None = None,
+) -> None:
+    """Build a suite of real models: SmolLM2, fine-tunes of it, and a draft trained on its own answers.
+
+    About two hours on two cores, one with --members math-sft; answers come from vLLM. With --adapt-to
+    the draft is adapted to that fine-tune, which is the run that README shows.
+
+    Example: redraft bench real --data data --python .venv-vllm/bin/python --out real
+    """
+    from redraft.core.files import write_text
+    from redraft.core.records import to_json
+    from redraft.report.terminal import print_report
+
+    from .real_members import MEMBERS
+    from .real_suite import adapt_real, build_real_suite
+
+    chosen = members.split(",") if members else list(MEMBERS)
+    if adapt_to is not None and adapt_to not in chosen:
+        raise UserError(
+            f"--adapt-to {adapt_to} is not among the members; {nearest(adapt_to, chosen)}"
+        )
+    suite = build_real_suite(
+        Path(out), data=data, members=chosen, drafts=drafts.split(","), python=python
+    )
+    if adapt_to is None:
+        output.show(suite, lambda: typer.echo(f"suite    {out}  ({', '.join(suite['members'])})"))
+        return
+    report = adapt_real(Path(out), adapt_to).report
+    if record:
+        write_text(Path(record), json.dumps(to_json(report), indent=2) + "\n")
+    output.show(to_json(report), lambda: print_report(report))
+
+
+def bench_real_methods(
+    suite: str,
+    out: str,
+    output: OutputFlags,
+    members: str = "math-sft",
+    rows: str = "all",
+    seeds: str = "1",
+    python: str | None = None,
+    record: str | None = None,
+) -> None:
+    """The race on real models: ways to get a draft for a fine-tune, on the same answers of a real vLLM.
+
+    Example: redraft bench real-methods --suite real --python .venv-vllm/bin/python --out race
+    """
+    from .real_cells import print_real_cells, read_real_cells
+    from .real_methods import bench_real_methods as run
+    from .real_rows import ROWS
+
+    cells = run(
+        Path(suite),
+        Path(out),
+        members=members.split(","),
+        rows=list(ROWS) if rows == "all" else rows.split(","),
+        seeds=numbers("--seeds", seeds),
+        python=python,
+    )
+    show_cells(output, cells, print_real_cells, record, read_real_cells(Path(out)))
+
+
+def bench_real_serving(
+    suite: str,
+    race: str,
+    output: OutputFlags,
+    member: str = "math-sft",
+    rows: str = "unadapted,expert",
+    ks: str = "2,4",
+    seed: int = 1,
+    python: str | None = None,
+    record: str | None = None,
+) -> None:
+    """The drafts of the race on real models in a real vLLM: tokens/s at 1, 4 and 16 requests at a time.
+
+    Example: redraft bench real-serving --suite real --race race --python .venv-vllm/bin/python
+    """
+    from .real_serving import bench_real_serving as run
+    from .real_serving import print_served, read_served
+
+    cells = run(
+        Path(suite),
+        Path(race),
+        member=member,
+        rows=rows.split(","),
+        ks=numbers("--ks", ks),
+        seed=seed,
+        python=python,
+    )
+    show_cells(output, cells, print_served, record, read_served(Path(race)))
