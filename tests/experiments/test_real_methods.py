@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from redraft.checkpoints.load import read_draft
 from redraft.config import RegenerateConfig
@@ -65,6 +66,10 @@ def test_no_share_of_the_way_is_the_unadapted_draft_and_all_of_it_the_trained_on
     end = draft.with_tensors(moved, {})
     assert _between(draft, end, 0.0).hash() == draft.hash()
     assert _between(draft, end, 1.0).hash() == end.hash() != draft.hash()
+    quarter = _between(draft, end, 0.25).tensors
+    for name, tensor in draft.tensors.items():
+        moved_by = 0.25 if tensor.is_floating_point() else 0
+        assert torch.allclose(quarter[name], tensor + moved_by)
 
 
 @pytest.mark.parametrize("code", [0, 3])
