@@ -11,6 +11,7 @@ GREEDY, SAMPLED, MIXED = "greedy", "sampled", "mixed"
 MADE_UP, PEOPLE = "made-up", "people"
 """General prompts that the target makes up, and such as people asked."""
 DEFAULT = "expert+fc+norms"
+BODY = "fc+norms+attention+ffn"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ ROWS: dict[str, RealRow] = {
     "narrow": _trained(DEFAULT, "expert of a quarter of the width", width="0.25"),
     "slow": _trained(DEFAULT, "a third of the learning rate", lr=9e-4),
     "full slow": _trained("full", "every tensor, at a third of the learning rate", lr=2.3e-4),
+    "body": _trained(BODY, "every tensor but the head", lr=6.9e-4),
+    "body muon": _trained(BODY, "the same by Muon", lr=1e-3, optimizer="muon"),
+    "full muon": _trained("full", "every tensor, matrices but the head by Muon", lr=1e-3, optimizer="muon"),
+    "expert muon": _trained(DEFAULT, "the expert by Muon", lr=1e-3, optimizer="muon"),
     "made-up 0.25": RealRow(
         "a quarter of made-up prompts as well", {"method": DEFAULT}, MIXED, MADE_UP, 0.25
     ),

@@ -37,7 +37,7 @@ from redraft.training import teacher_batch as teacher_batch_module
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
 from redraft.training.guard import SHARES, Guard, between
-from redraft.training.optimizer import make_optimizer, peak_rate, schedule
+from redraft.training.optimizer import make_optimizers, peak_rate, schedule
 from redraft.training.precision import choose_precision
 from redraft.training.teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
 from redraft.training.train import Trained, train
@@ -405,20 +405,39 @@ def test_each_tensor_is_in_one_group_and_only_matrices_that_began_above_zero_dec
     draft, method = fresh_draft(target), read_method("expert+lora+norms")
     trainable = prepare(draft, method, Setup(width=4, rank=2, init="active", seed=0))
     config = replace(CONFIG, lr=1e-3, weight_decay=0.3, lr_parts="norms=2,lora=3")
-    optimizer = make_optimizer(trainable, method, config, draft)
+    groups = [g for o in make_optimizers(trainable, method, config, draft) for g in o.param_groups]
     names = {id(parameter): name for name, parameter in trainable}
     found = {
         names[id(p)]: (group["peak"], group["weight_decay"])
-        for group in optimizer.param_groups
+        for group in groups
         for p in group["params"]
     }
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(found) == len(trainable)
+    assert sum(len(g["params"]) for g in groups) == len(found) == len(trainable)
     for name, (peak, decay) in found.items():
         rate = 2e-3 if name.endswith("norm.weight") else 3e-3 if "lora" in name else 1e-3
         assert peak == pytest.approx(rate), name
         begins_at_zero = "lora_B" in name or name.endswith("private.down_proj.weight")
         assert decay == (0.0 if begins_at_zero or "norm" in name else 0.3), name
     assert {decay for _, decay in found.values()} == {0.0, 0.3}
+
+
+def test_muon_moves_matrices_alone_by_steps_of_adams_size(
+    target: Target, draft_folder: Path, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first step is the gradient with its singular values made alike: those of some size end near the range of
+    five iterations ([0.68, 1.13], Jordan 2024), times 0.2 * sqrt(longer side) and the learning rate (2502.16982)."""
+    monkeypatch.setattr(train_module, "_evaluate", rising)
+    before = load_draft(str(draft_folder), target, torch.float32).state_dict()
+    config = replace(CONFIG, method="full", optimizer="muon", lr=1e-3, epochs=0.01)
+    tensors = run(target, draft_folder, answers, config)[0].tensors
+    steps = {n: t - before[n] for n, t in tensors.items() if t.is_floating_point()}
+    for name in ("fc.weight", "midlayer.mlp.down_proj.weight", "midlayer.self_attn.o_proj.weight"):
+        step = steps[name] / (1e-3 * 0.2 * max(steps[name].shape) ** 0.5)
+        largest = torch.linalg.svdvals(step.double())[:5]
+        assert ((largest > 0.6) & (largest < 1.25)).all(), (name, largest)
+    for name in ("norm.weight", "lm_head.weight"):
+        moved = steps[name].abs()
+        assert float(moved.max()) == pytest.approx(1e-3, rel=0.02), name  # AdamW's
 
 
 def test_schedule_goes_by_steps() -> None:
@@ -454,14 +473,17 @@ def test_memory_is_predicted_and_reported(
     assert 0.5 < record.predicted_peak_mb / record.peak_mb < 2
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_interrupted_run_ends_with_the_same_bytes(
     target: Target,
     draft_folder: Path,
     answers: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
 ) -> None:
-    whole, _ = run(target, draft_folder, answers)
+    config = replace(CONFIG, optimizer=optimizer)
+    whole, _ = run(target, draft_folder, answers, config)
     calls = 0
     evaluate = train_module._evaluate
 
@@ -474,9 +496,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
 
     monkeypatch.setattr(train_module, "_evaluate", dies)
     with pytest.raises(KeyboardInterrupt):
-        run(target, draft_folder, answers, checkpoints=tmp_path)
+        run(target, draft_folder, answers, config, checkpoints=tmp_path)
     monkeypatch.setattr(train_module, "_evaluate", evaluate)
-    resumed, _ = run(target, draft_folder, answers, checkpoints=tmp_path)
+    resumed, _ = run(target, draft_folder, answers, config, checkpoints=tmp_path)
     assert resumed.record.heldout_tau == whole.record.heldout_tau
     assert resumed.record.lasting() == whole.record.lasting(), "a resumed run says the same"
     assert {n: tensor_hash(t) for n, t in resumed.tensors.items()} == {
@@ -486,9 +508,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     draft = load_draft(str(draft_folder), target, torch.float32)
     with torch.no_grad():
         draft.get_parameter("lm_head.weight").mul_(1.5)
-    moved = train(target, draft, answers, answers[:4], CONFIG, k=3, checkpoints=tmp_path)
+    moved = train(target, draft, answers, answers[:4], config, k=3, checkpoints=tmp_path)
     assert moved.record.heldout_tau != whole.record.heldout_tau
-    other, _ = run(target, draft_folder, answers, replace(CONFIG, seed=4), checkpoints=tmp_path)
+    other, _ = run(target, draft_folder, answers, replace(config, seed=4), checkpoints=tmp_path)
     assert len(other.record.heldout_tau) == len(whole.record.heldout_tau)
 
 

@@ -186,6 +186,11 @@ class TrainConfig:
         "; ".join(row.help for row in LOSSES),
         choices=tuple(row.name for row in LOSSES),
     )
+    optimizer: str = _opt(
+        "adamw",
+        "what moves the tensors; 'muon' is Muon for matrices (but heads) and AdamW for the rest, from PyTorch 2.9 on",
+        choices=("adamw", "muon"),
+    )
     lr: float = _opt(
         0.0,
         "peak learning rate; 0 takes 1.6 / hidden size (4e-4 at 4096), a quarter for full and scratch",

@@ -44,7 +44,7 @@ class AdapterRun:
     method: Method
     config: TrainConfig
     trainable: list[tuple[str, nn.Parameter]]
-    optimizer: torch.optim.Optimizer | None
+    optimizers: list[torch.optim.Optimizer]
     kept: dict[str, Tensor]
     planned: int
     remapped: Remapped | None = None
@@ -93,13 +93,14 @@ class AdapterRun:
 
     def learn(self, teacher_batch: TeacherBatch, precision: str) -> None:
         """One optimizer step; the state moves on by one."""
-        if self.optimizer is None:
+        if not self.optimizers:
             raise AssertionError("nothing to train")
         began, state, c = time.monotonic(), self.state, self.config
         share = schedule(state.step, self.planned, c.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+            optimizer.zero_grad()
         with autocast(teacher_batch.batch.tokens_BT.device, precision):
             loss, count = rollout_loss(teacher_batch, self.draft, c, state.step)
         state.last_loss = loss.item()
@@ -111,7 +112,8 @@ class AdapterRun:
             )
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, c.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         state.step += 1
         state.supervised_tokens += count
         self._average()

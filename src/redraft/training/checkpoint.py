@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def save_checkpoint(
     folder: Path,
     state: TrainState,
     trainable: list[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     key: str,
 ) -> None:
     """Write the run's state; `key` names the inputs that the checkpoint belongs to."""
@@ -55,8 +56,9 @@ def save_checkpoint(
     tensors |= {f"average/{n}": t for n, t in state.average.items()}
     for name, parameter in trainable:
         tensors[f"now/{name}"] = parameter.detach()
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{slot}/{name}"] = value
+        for optimizer in optimizers:
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{slot}/{name}"] = value
     about = {
         "key": key,
         "step": state.step,
@@ -76,7 +78,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path,
     trainable: list[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     key: str,
 ) -> TrainState | None:
     """Restore parameters and optimizer in place; None when there is no checkpoint for `key`.
@@ -103,7 +105,7 @@ def load_checkpoint(
             if entry.startswith("optimizer/") and entry.split("/", 2)[2] == name
         }
         if slots:
-            optimizer.state[parameter] = {
+            _of(optimizers, parameter).state[parameter] = {
                 slot: value if slot == "step" else value.to(parameter.device)
                 for slot, value in slots.items()
             }
@@ -114,6 +116,12 @@ def load_checkpoint(
     about.pop("general_tau", None)  # of runs that a guard looked at during the steps
     about["heldout_tau"] = [(int(step), float(tau)) for step, tau in about["heldout_tau"]]
     return TrainState(best=best, average=average, **about)
+
+
+def _of(optimizers: Sequence[torch.optim.Optimizer], parameter: Tensor) -> torch.optim.Optimizer:
+    """The one that moves this parameter."""
+    groups = ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
+    return next(o for o, group in groups if any(p is parameter for p in group["params"]))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..adapters.adapter import check_carries
 from ..adapters.kind import Setup, load
 from ..adapters.table import VOCABULARY, Method
@@ -11,6 +13,7 @@ from ..drafts.base import Draft
 from ..losses.functions import LOSSES
 from ..losses.table import TABLE as LOSS_TABLE
 from ..models.target import Target
+from .optimizer import MUON
 
 
 def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target | None) -> None:
@@ -30,6 +33,10 @@ def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target |
         raise UserError(
             f"train.epochs 0 trains nothing, and method {method.name} fits nothing in closed form; "
             "name some passes, or a method with feature-map or weight-sync"
+        )
+    if config.optimizer == MUON and not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"train.optimizer muon needs PyTorch 2.9 or later, this is {torch.__version__}; take adamw or update PyTorch"
         )
     _check_shares(method, config)
     _check_base(method, target, base)

@@ -48,7 +48,7 @@ from .closed_form import fit_closed_form
 from .flops import count_flops, counted
 from .guard import Guard, go_back
 from .memory import check_memory, peak_memory, predict_peak, restart_peak
-from .optimizer import make_optimizer
+from .optimizer import make_optimizers
 from .precision import choose_precision
 from .preconditions import check_fits
 from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
@@ -159,8 +159,8 @@ def _train(
     runs = [_run(stream, d, config, base) for d, config in zip(drafts, configs, strict=True)]
     folders = [_folder(checkpoints, i, len(runs)) for i in range(len(runs))]
     for run, folder, key in zip(runs, folders, keys, strict=True):
-        if folder and run.optimizer:
-            found = load_checkpoint(folder, run.trainable, run.optimizer, key)
+        if folder and run.optimizers:
+            found = load_checkpoint(folder, run.trainable, run.optimizers, key)
             run.state = found or run.state
     precision = _precision(stream, runs)
     del stream.first_teacher_batches
@@ -171,8 +171,8 @@ def _train(
     def evaluate(some: Sequence[AdapterRun]) -> None:
         _evaluate(target, some, heldout, k)
         for run, folder, key in zip(runs, folders, keys, strict=True):
-            if folder and run in some and run.optimizer:
-                save_checkpoint(folder, run.state, run.trainable, run.optimizer, key)
+            if folder and run in some and run.optimizers:
+                save_checkpoint(folder, run.state, run.trainable, run.optimizers, key)
 
     if fresh := [run for run in runs if not run.state.heldout_tau]:
         evaluate(fresh)  # what training has to beat
@@ -278,7 +278,7 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
         method,
         config,
         trainable,
-        make_optimizer(trainable, method, config, draft) if trainable else None,
+        make_optimizers(trainable, method, config, draft) if trainable else [],
         {name: tensor for name, tensor in fitted.tensors.items() if name not in trained},
         len(stream.plan) if trainable and config.epochs else 0,
         remapped,
