@@ -61,7 +61,9 @@ ROWS: dict[str, RealRow] = {
     "full slow": _trained("full", "every tensor, at a third of the learning rate", lr=2.3e-4),
     "body": _trained(BODY, "every tensor but the head", lr=6.9e-4),
     "body muon": _trained(BODY, "the same by Muon", lr=1e-3, optimizer="muon"),
-    "full muon": _trained("full", "every tensor, matrices but the head by Muon", lr=1e-3, optimizer="muon"),
+    "full muon": _trained(
+        "full", "every tensor, matrices but the head by Muon", lr=1e-3, optimizer="muon"
+    ),
     "expert muon": _trained(DEFAULT, "the expert by Muon", lr=1e-3, optimizer="muon"),
     "made-up 0.25": RealRow(
         "a quarter of made-up prompts as well", {"method": DEFAULT}, MIXED, MADE_UP, 0.25
