@@ -27,6 +27,7 @@ from redraft.report.terminal import print_report
 from tests.conftest import write_prompts
 
 SETTINGS = {
+    "general.guard": "off",
     "regenerate.max_new_tokens": 24,
     "train.width": 8,
     "train.epochs": 2,

@@ -82,9 +82,10 @@ class GeneralConfig:
     """General prompts keep other traffic from losing acceptance."""
 
     guard: str = _opt(
-        "off",
-        "'on': go back towards the unadapted draft until general prompts lose nothing (a share above 0 does so too)",
-        choices=("off", "on"),
+        "auto",
+        "go back towards the unadapted draft until general prompts lose nothing: 'on', 'off' (a share above 0 guards "
+        "all the same), or 'auto', on where the target can make such prompts up",
+        choices=("auto", "on", "off"),
         flag="guard",
     )
     share: float = _opt(

@@ -26,14 +26,20 @@ BATCH = 64
 PATIENCE = 4
 """Questions tried for each one wanted, before it is given up."""
 PLACE = "redraft-question"
+WAY_OUT = (
+    "name a file of them with --general-prompts, or say --guard off and leave --general-share out"
+)
 SENTENCE = re.compile(r".*[.?!:](?=\s|$)", re.DOTALL)
 
 
-def made_up_questions(target: Target, count: int, seed: int = 0) -> list[str]:
-    """`count` different questions, in an order that `seed` decides.
+class TooFewError(UserError):
+    """There are not enough general prompts."""
 
-    Raises UserError where the template does not show where a user's turn begins, and where the target
-    does not make up that many.
+
+def made_up_questions(target: Target, count: int, seed: int = 0) -> list[str]:
+    """Different questions, in an order that `seed` decides: `count` of them, fewer of a target that repeats itself.
+
+    Raises TooFewError where the template does not show where a user's turn begins.
     """
     before, after = _around_question(target)
     opening = target.checked(list(target.tokenizer.encode(before, add_special_tokens=False)))
@@ -45,22 +51,17 @@ def made_up_questions(target: Target, count: int, seed: int = 0) -> list[str]:
             found[text.casefold()] = text
             progress.advance()
             if len(found) == count:
-                return list(found.values())
-    raise UserError(
-        f"target {target.name} made up {len(found)} different questions in {PATIENCE * count} tries, "
-        f"{count} are wanted: name a file of general prompts with --general-prompts, or leave --guard and "
-        "--general-share out"
-    )
+                break
+    return list(found.values())
 
 
 def _around_question(target: Target) -> tuple[str, str]:
     """The template's text before and after a user's only message."""
     pieces = target.render_text([{"role": "user", "content": PLACE}]).split(PLACE)
     if len(pieces) != 2 or not pieces[0]:
-        raise UserError(
+        raise TooFewError(
             f"the chat template of {target.name} does not show where a user's turn begins, so no general "
-            "prompts can be made up: name a file of them with --general-prompts, or leave --guard and "
-            "--general-share out"
+            f"prompts can be made up: {WAY_OUT}"
         )
     return pieces[0], pieces[1]
 

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import RegenerateConfig
+from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.records import Prompt
-from ..generation.general_prompts import made_up_questions
+from ..generation.general_prompts import WAY_OUT, TooFewError, made_up_questions
 from ..prompts.prompts import read_prompts
 from ..selection.select import most_kept
 from .job import Job
@@ -44,15 +45,28 @@ class GeneralPrompts:
 def general_prompts(job: Job, asked: JobPrompts) -> GeneralPrompts | None:
     """The general prompts of a job that asks these; None where no guard and no share is wanted.
 
-    None of them is asked already. Raises UserError for a file with too few of them, and for a set of this name.
+    None of them is asked already. Raises UserError for a set of this name, and where there are too few; where the
+    guard is 'auto' and nothing else wants them, a target that does not make them up leaves the job unguarded.
     """
     c = job.config.general
     if not c.share and c.guard == "off":
         return None
     if OFF_GENERAL in asked.measured:
         raise UserError(
-            "off-domain name 'general' is that of the general prompts, which are measured as well; choose another"
+            "off-domain name 'general' is that of the general prompts, which are measured as well; choose another, or "
+            "say --guard off"
         )
+    try:
+        return _in_three_parts(job, asked)
+    except TooFewError as problem:
+        if c.share or c.prompts or c.guard == "on":
+            raise
+        say(f"no guard for other traffic: {problem}")
+        return None
+
+
+def _in_three_parts(job: Job, asked: JobPrompts) -> GeneralPrompts:
+    c = job.config.general
     kept = most_kept(len(asked.adapt), job.config.select.budget_value)
     trained, aside = max(round(c.share * kept), 1) if c.share else 0, c.aside
     if not c.prompts:
@@ -62,9 +76,9 @@ def general_prompts(job: Job, asked: JobPrompts) -> GeneralPrompts | None:
     most = trained + 2 * aside + sum(map(len, others))
     found = apart(read_prompts(source, job.target, most, "last").prompts, others)
     if len(found) < 3 * FEWEST:
-        raise UserError(
-            f"{source} holds {len(found)} general prompts that are not asked already, {3 * FEWEST} are the least; add "
-            "more, or leave --guard and --general-share out"
+        raise TooFewError(
+            f"{source} holds {len(found)} general prompts that are not asked already, {3 * FEWEST} are the least: "
+            f"{WAY_OUT}"
         )
     if len(found) < trained + 2 * aside:
         aside = min(aside, len(found) // 3)
@@ -90,3 +104,9 @@ def _make_up(job: Job, count: int) -> None:
 
     inputs = {"target": job.target.fingerprint(), "count": count, "seed": job.config.general.seed}
     job.run.stage("general prompts", inputs, [FILE], work)
+    made_up = (job.run.path / FILE).read_text(encoding="utf-8").count("\n")
+    if made_up < 3 * FEWEST:
+        raise TooFewError(
+            f"target {job.target.name} made up {made_up} different questions of {count}, {3 * FEWEST} are the least: "
+            f"{WAY_OUT}"
+        )

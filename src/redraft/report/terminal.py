@@ -62,6 +62,10 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
     )
     if t.way:
         _show(out, kept_of_the_way(t))
+    elif report.config.get("general", {}).get("guard") == "auto" and not guarded(report):
+        _show(
+            out, "no guard: the target made up no general prompts; name some with --general-prompts"
+        )
     if t.miss_rate is not None:
         was, now = t.miss_rate
         _show(
@@ -83,6 +87,11 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
         )
     _show(out, f"draft  {report.draft}\nreport {report.draft.removesuffix('draft')}report.html")
     _show(out, f"next   {verify_command(report)} measures the speed-up in the engine")
+
+
+def guarded(report: AdaptReport) -> bool:
+    """Whether general prompts were asked, which are measured too."""
+    return "general-before" in report.off_domain
 
 
 def kept_of_the_way(train: TrainRecord) -> str:
