@@ -16,7 +16,7 @@ from redraft_experiments.real_cells import (
     grouped,
 )
 from redraft_experiments.real_rows import ROWS
-from redraft_experiments.real_serving import PLAIN, PROMPTS, ServedCell, ratio
+from redraft_experiments.real_serving import PLAIN, ServedCell, ratio
 from redraft_experiments.recovery import Interval
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +42,7 @@ redraft bench real-serving --suite real --race race --python VLLM \\
   --record docs/results/real-serving.jsonl
 ```
 """
+TITLES = {"vllm": "vLLM", "transformers": "Transformers"}
 NAMES = {
     "greedy": "own, T = 0",
     "sampled": "own, T = 0.7",
@@ -58,9 +59,9 @@ def real_page() -> str:
     for member in dict.fromkeys(cell.member for cell in cells):
         rows = {row: groups[member, row] for row in ROWS if (member, row) in groups}
         parts += [f"## {member}\n", *_rows(rows), *_shares(rows)]
-        trials = [cell for cell in served if cell.member == member]
-        if trials:
-            parts += _served(member, trials)
+        for engine in TITLES:
+            trials = [cell for cell in served if (cell.member, cell.engine) == (member, engine)]
+            parts += _served(trials) if trials else []
     return "\n".join(parts)
 
 
@@ -107,21 +108,22 @@ def _shares(rows: dict[str, list[RealCell]]) -> Iterator[str]:
     yield ""
 
 
-def _served(member: str, trials: list[ServedCell]) -> Iterator[str]:
+def _served(trials: list[ServedCell]) -> Iterator[str]:
+    """The trials in one engine."""
     plain = next(cell for cell in trials if cell.row == PLAIN)
     some = next(iter(plain.speed.values()))
     yield (
-        f"In vLLM on two CPU cores, {PROMPTS} prompts, tokens/s (least and most of {some.repeats} passes) and speed-up; "
+        f"In {TITLES[plain.engine]} on two CPU cores, {some.prompts} prompts, tokens/s (least and most of {some.repeats} passes) and speed-up; "
         f"without a draft {', '.join(f'{_speed(plain, n)} at {n}' for n in plain.speed)} requests at a time:\n"
     )
     levels = " | ".join(f"{n} at a time" for n in plain.speed)
-    yield f"| draft | K | tau by vLLM's counters | answers equal to those without | {levels} |"
+    yield f"| draft | K | tau in the engine | answers equal to those without | {levels} |"
     yield "|---" * (4 + len(plain.speed)) + "|"
     for cell in trials:
         if cell is not plain:
             speeds = [f"{_speed(cell, n)}: {ratio(cell, plain, n):.2f} x" for n in plain.speed]
             yield (
-                f"| {cell.row} | {cell.k} | {cell.tau:.2f} | {cell.equal} of {PROMPTS} | {' | '.join(speeds)} |"
+                f"| {cell.row} | {cell.k} | {cell.tau:.2f} | {cell.equal} of {some.prompts} | {' | '.join(speeds)} |"
             )
     yield ""
 

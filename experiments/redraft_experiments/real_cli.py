@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -94,20 +95,17 @@ def bench_real_serving(
     python: str | None = None,
     record: str | None = None,
 ) -> None:
-    """The drafts of the race on real models in a real vLLM: tokens/s at 1, 4 and 16 requests at a time.
+    """The drafts of the race on real models in a real vLLM, at 1, 4 and 16 requests at a time, and in Transformers.
 
     Example: redraft bench real-serving --suite real --race race --python .venv-vllm/bin/python
     """
+    from .real_generate import bench_real_generate
     from .real_serving import bench_real_serving as run
-    from .real_serving import print_served, read_served
+    from .real_serving import drafts_of, print_served, read_served
 
-    cells = run(
-        Path(suite),
-        Path(race),
-        member=member,
-        rows=rows.split(","),
-        ks=numbers("--ks", ks),
-        seed=seed,
-        python=python,
-    )
+    what: dict[str, Any] = {"member": member, "ks": numbers("--ks", ks), "seed": seed}
+    names, folder = rows.split(","), Path(race)
+    drafts = drafts_of(Path(suite), folder, member, names, seed)
+    cells = run(Path(suite), folder, rows=names, python=python, **what)
+    cells += bench_real_generate(Path(suite), folder / member, drafts=drafts, **what)
     show_cells(output, cells, print_served, record, read_served(Path(race)))

@@ -30,15 +30,15 @@ from redraft.serving.verify import method_of
 from .real_members import MEMBERS
 from .real_suite import CONTEXT, folders_of, load_real, prompts_of
 
-PLAIN = "plain"
+PLAIN, VLLM = "plain", "vllm"
 PROMPTS, LONGEST, REPEATS = 16, 96, 2
 CONCURRENCIES = (1, 4, 16)
 
 
 @dataclass(frozen=True)
 class ServedCell:
-    """A draft in vLLM. `speed` is by requests at a time; `tau` by its counters, and `equal` the answers that equal
-    those without a draft token for token, both at one request at a time."""
+    """A draft in an engine. `speed` is by requests at a time; `tau` by the engine's counters, and `equal` the answers
+    that equal those without a draft token for token, both at one request at a time."""
 
     member: str
     row: str
@@ -47,6 +47,7 @@ class ServedCell:
     speed: dict[str, Throughput]
     tau: float | None = None
     equal: int | None = None
+    engine: str = VLLM
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> ServedCell:
@@ -68,21 +69,25 @@ def bench_real_serving(
 
     Raises UserError for a row whose draft the race has not made.
     """
-    drafts = {row: _draft_of(suite, race, member, row, seed) for row in rows}
+    drafts = drafts_of(suite, race, member, rows, seed)
     bench = _Bench(suite, race / member, member, seed, python)
     cells = [bench.cell(PLAIN, None, 0)]
     return cells + [bench.cell(row, drafts[row], k) for row in rows for k in ks]
 
 
-def _draft_of(suite: Path, race: Path, member: str, row: str, seed: int) -> Path:
-    if row == "unadapted":
-        return suite / "draft"
-    folder = race / member / "drafts" / f"{row}.s{seed}"
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not there; make it with redraft bench real-methods --members {member} --rows '{row}'"
-        )
-    return folder
+def drafts_of(
+    suite: Path, race: Path, member: str, rows: Sequence[str], seed: int
+) -> dict[str, Path]:
+    """The folders of the race's drafts. Raises UserError for a row that the race has not made."""
+    found = {}
+    for row in rows:
+        folder = race / member / "drafts" / f"{row}.s{seed}"
+        found[row] = suite / "draft" if row == "unadapted" else folder
+        if not found[row].is_dir():
+            raise UserError(
+                f"{folder} is not there; make it with redraft bench real-methods --members {member} --rows '{row}'"
+            )
+    return found
 
 
 class _Bench:
@@ -120,7 +125,7 @@ class _Bench:
     def _try(self, row: str, draft: Path | None, k: int) -> Trial:
         if self.target is None:
             self.target = load_real(self.suite, self.member)
-        target, engine = self.target, engine_named("vllm")
+        target, engine = self.target, engine_named(VLLM)
         file = prompts_of(self.suite, MEMBERS[self.member].domain, "eval")
         prompts = read_prompts(str(file), target, PROMPTS, "last").prompts
         folder, adapter = folders_of(self.suite, self.member)
@@ -155,8 +160,14 @@ def ratio(cell: ServedCell, plain: ServedCell, level: str) -> float:
 def print_served(cells: Sequence[ServedCell], out: Console | None = None) -> None:
     """One line per draft and K."""
     out = out or Console(highlight=False)
+    for engine in dict.fromkeys(cell.engine for cell in cells):
+        _print_engine([cell for cell in cells if cell.engine == engine], out)
+
+
+def _print_engine(cells: Sequence[ServedCell], out: Console) -> None:
     plain = next(cell for cell in cells if cell.row == PLAIN)
-    table = Table(title=f"{plain.member}: tokens/s in vLLM [least, most], speed-up")
+    title = f"{plain.member}: tokens/s in {plain.engine} [least, most], speed-up"
+    table = Table(title=title)
     for heading in ("draft", "K", "tau", "equal answers", *(f"{n} at a time" for n in plain.speed)):
         table.add_column(heading, justify="left" if heading == "draft" else "right")
     for cell in cells:
