@@ -11,7 +11,7 @@ GREEDY, SAMPLED, MIXED = "greedy", "sampled", "mixed"
 MADE_UP, PEOPLE = "made-up", "people"
 """General prompts that the target makes up, and such as people asked."""
 DEFAULT = "expert+fc+norms"
-BODY = "fc+norms+attention+ffn"
+BODY = "body"
 
 
 @dataclass(frozen=True)

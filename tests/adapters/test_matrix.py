@@ -42,6 +42,7 @@ METHODS = (
     "expert+lora",
     "expert+fc+norms+head-lora",
     "lora+head-lora",
+    "body+head-lora",
     "full+expert",
     "scratch+expert",
     "neuron+fc+norms",
@@ -179,6 +180,7 @@ def test_ownership_is_declared_for_every_tensor(target: Target, kind: str, metho
         "attention": attention,
         "ffn": {f"{name}.weight" for name in ffn},
         "head": {"lm_head.weight"},
+        "body": {n for n in every if n.split(".")[-2] not in ("embed_tokens", "lm_head")},
         "full": every,
         "scratch": every,
     }

@@ -34,6 +34,7 @@ ORDER = (
     "attention",
     "ffn",
     "head",
+    "body",
     "full",
     "scratch",
 )
@@ -45,6 +46,9 @@ def contradicts(parts: set[str]) -> bool:
     beside = ("lora", "head-lora", "fc", "norms", "attention", "ffn", "head")
     for whole in ("full", "scratch"):
         excluded += [{whole, part} for part in beside]
+    excluded += [
+        {"body", part} for part in (*beside, "expert", "full", "scratch") if part != "head-lora"
+    ]
     excluded += [{"scratch", start} for start in ("feature-map", "weight-sync")]
     return any(pair <= parts for pair in excluded)
 
@@ -62,7 +66,7 @@ def test_every_pair_is_taken_exactly_when_it_does_not_contradict_itself() -> Non
         else:
             taken += 1
             assert set(read_method("+".join(pair)).adapters) == set(pair)
-    assert taken == 132 - 2 * (1 + 1 + 1 + 14 + 2)
+    assert taken == 156 - 2 * (1 + 1 + 1 + 14 + 2 + 9)
 
 
 @given(st.lists(st.sampled_from(ORDER), min_size=1, unique=True))
@@ -86,7 +90,7 @@ def test_the_order_of_parts_does_not_matter(parts: list[str]) -> None:
             r"names the adapter 'expret'; did you mean 'expert'\? known: attention, .*",
         ),
         ("expert+atention", r"'atention'; did you mean 'attention'\?"),
-        ("magic", r"names the adapter 'magic'; known: attention, expert, fc, .*joined by \+"),
+        ("magic", r"names the adapter 'magic'; known: attention, body, expert, fc, .*joined by \+"),
         ("expert,fc", r"names the adapter 'expert,fc'.*adapters are joined by \+"),
         ("", "names the adapter ''"),
         ("expert+", "names the adapter ''"),
@@ -116,16 +120,16 @@ OWNED = {
     "midlayer.mlp.gate_proj.lora_A.weight": {"lora"},
     "fc.lora_B.weight": {"lora"},
     "lm_head.lora_B.weight": {"head-lora"},
-    "fc.weight": {"fc", "full", "scratch"},
-    "fc.bias": {"fc", "full", "scratch"},
-    "input_norm.weight": {"fc", "norms", "full", "scratch"},
-    "fc_norm.2.weight": {"fc", "full", "scratch"},
-    "norm.weight": {"norms", "full", "scratch"},
-    "midlayer.hidden_norm.weight": {"norms", "full", "scratch"},
-    "model.layers.1.input_layernorm.weight": {"norms", "full", "scratch"},
-    "midlayer.self_attn.q_norm.weight": {"norms", "attention", "full", "scratch"},
-    "model.layers.1.self_attn.k_proj.bias": {"attention", "full", "scratch"},
-    "layers.0.mlp.down_proj.weight": {"ffn", "full", "scratch"},
+    "fc.weight": {"fc", "body", "full", "scratch"},
+    "fc.bias": {"fc", "body", "full", "scratch"},
+    "input_norm.weight": {"fc", "norms", "body", "full", "scratch"},
+    "fc_norm.2.weight": {"fc", "body", "full", "scratch"},
+    "norm.weight": {"norms", "body", "full", "scratch"},
+    "midlayer.hidden_norm.weight": {"norms", "body", "full", "scratch"},
+    "model.layers.1.input_layernorm.weight": {"norms", "body", "full", "scratch"},
+    "midlayer.self_attn.q_norm.weight": {"norms", "attention", "body", "full", "scratch"},
+    "model.layers.1.self_attn.k_proj.bias": {"attention", "body", "full", "scratch"},
+    "layers.0.mlp.down_proj.weight": {"ffn", "body", "full", "scratch"},
     "lm_head.weight": {"head", "full", "scratch"},
     "embed_tokens.weight": {"full", "scratch"},
 }

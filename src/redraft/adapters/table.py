@@ -87,6 +87,22 @@ TABLE = (
     ),
     AdapterRow("head", "the draft's own output head", in_place=("lm_head.*",)),
     AdapterRow(
+        "body",
+        "every tensor but the output head and the embedding",
+        in_place=(
+            "fc.*",
+            "input_norm.*",
+            "fc_norm.*",
+            "*norm.weight",
+            "*self_attn.*",
+            "*mlp.*_proj.*",
+        ),
+        only_with=("head-lora", "weight-sync", "feature-map"),
+        because="body trains fc, norms, attention and ffn already; with it only head-lora, weight-sync and feature-map "
+        "make sense",
+        rate=1.0,
+    ),
+    AdapterRow(
         "full",
         "every trainable tensor, from the unadapted draft",
         in_place=("*",),
