@@ -29,6 +29,7 @@ from tests.conftest import write_prompts
 SETTINGS = {
     "general.guard": "off",
     "regenerate.max_new_tokens": 24,
+    "train.method": "expert+fc+norms",
     "train.width": 8,
     "train.epochs": 2,
     "train.batch_tokens": 256,

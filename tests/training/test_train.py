@@ -450,7 +450,10 @@ def test_schedule_goes_by_steps() -> None:
 
 def test_the_automatic_learning_rate_falls_with_the_hidden_size(trained_draft: Eagle3Draft) -> None:
     assert peak_rate(TrainConfig(method="full"), trained_draft) == pytest.approx(0.4 / 32)
-    assert peak_rate(TrainConfig(method="lora+fc"), trained_draft) == pytest.approx(1.6 / 32)
+    assert peak_rate(TrainConfig(method="lora"), trained_draft) == pytest.approx(1.6 / 32)
+    assert peak_rate(TrainConfig(method="lora+fc"), trained_draft) == pytest.approx(
+        0.4 / 32 * 4 / 3
+    )
     assert peak_rate(TrainConfig(lr=1e-3), trained_draft) == 1e-3
     assert math.isclose(0.4 / 4096, 1e-4, rel_tol=0.03)
 

@@ -159,7 +159,7 @@ class TrainConfig:
     """Training of the adapter."""
 
     method: str = _opt(
-        "expert+fc+norms",
+        "body",
         f"adapters, joined by +: {', '.join(ADAPTERS)}",
         check=read_method,
     )
@@ -194,7 +194,8 @@ class TrainConfig:
     )
     lr: float = _opt(
         0.0,
-        "peak learning rate; 0 takes 1.6 / hidden size (4e-4 at 4096), a quarter for full and scratch",
+        "peak learning rate; 0 takes 0.4 / hidden size (1e-4 at 4096) for body, full and scratch, a third more for "
+        "smaller adapters, four times as much for low-rank ones",
         low=0.0,
     )
     lr_parts: str = _opt(
