@@ -65,7 +65,6 @@ CONTEXT = 1024
 SHOWN = 330
 """Prompts of the run that README shows."""
 SETTINGS = {
-    "general.guard": "on",
     "regenerate.max_new_tokens": 128,
     "measure.eval_limit": 48,
     "measure.heldout": 24,
