@@ -60,6 +60,7 @@ ROWS: dict[str, RealRow] = {
     "slow": _trained(DEFAULT, "a third of the learning rate", lr=9e-4),
     "full slow": _trained("full", "every tensor, at a third of the learning rate", lr=2.3e-4),
     "body": _trained(BODY, "every tensor but the head", lr=6.9e-4),
+    "body longer": _trained(BODY, "in ten passes", lr=6.9e-4, epochs=10.0),
     "body greedy": RealRow("the same on greedy answers", {"method": BODY, "lr": 6.9e-4}, GREEDY),
     "body hard labels": _trained(BODY, "cross-entropy with the answer", lr=6.9e-4, loss="ce"),
     "body muon": _trained(BODY, "the same by Muon", lr=1e-3, optimizer="muon"),
