@@ -61,7 +61,9 @@ def test_answers_that_loop_are_noted_with_tau_without_them(checked: Check) -> No
 def test_the_settings_of_the_prediction_are_printed(checked: Check) -> None:
     """The settings that are not adapt's own, and, where answers were sampled, how to sample and measure."""
     said = one_note(checked, "settings of")
-    assert ": --set train.loss=ce --set train.batch_tokens=512; 256 answers" in said
+    assert (
+        ": --set train.method=expert+fc+norms --set train.loss=ce --set train.batch_tokens=512; 256 answers"
+    ) in said
     assert not any("cuts" in note for note in notes(checked))
     sampled = dataclasses.replace(checked, sampling=Sampling(0.7, top_p=0.9))
     sets = (
