@@ -217,7 +217,8 @@ def eight_bit(weight: Tensor) -> Tensor:
     if blocks is None:
         return weight
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    whole = (blocks / scale).nan_to_num(0.0).round()
+    times = (blocks * (1 / scale)).nan_to_num(0.0)
+    whole = (times.abs() + 0.5).floor() * times.sign()  # halves away from zero, as in C
     return (whole * scale.half().float()).view_as(weight)
 
 
@@ -228,7 +229,8 @@ def four_bit(weight: Tensor) -> Tensor:
         return weight
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = largest / -8
-    whole = ((blocks / scale).nan_to_num(0.0) + 8.5).floor().clamp(0, 15) - 8
+    times = (blocks * (1 / scale)).nan_to_num(0.0)
+    whole = (times + 8.5).floor().clamp(0, 15) - 8
     return (whole * scale.half().float()).view_as(weight)
 
 

@@ -589,7 +589,7 @@ def _moved(server: _Server, row: Dialect, before: dict[str, int], length: int, k
 
 ANOTHER_TARGET, ANOTHER_ARITHMETIC = "another target", "target in another arithmetic"
 ANOTHER_TEMPLATE, VARYING_K = "another chat template", "varying K"
-FEW, UNKNOWN = "too few equal texts", "unknown cause"
+FEW, NOTHING, UNKNOWN = "too few equal texts", "nothing accepted", "unknown cause"
 CAUSES = {
     ANOTHER_TARGET: "the answers part from the first tokens on: the server runs another target (or another "
     "adapter, revision or tokenizer) than the certificate's",
@@ -600,6 +600,7 @@ CAUSES = {
     VARYING_K: "the number of drafted tokens is not the same in every step, so counts cannot be compared; fix "
     "it (no dynamic speculation, no least probability), and check again",
     FEW: "too few answers have the certificate's text for their counts to say anything",
+    NOTHING: "not one drafted token is accepted; any wrong draft can count like that",
     UNKNOWN: "the counts are those of no known fault",
 }
 """Causes that need no simulation. The others come with the certificate."""
@@ -804,6 +805,9 @@ def _in_counts(
     if distance == 0:
         return "", ""
     visible = [one for one in nearest if one.apart >= VISIBLE]
+    if not any(one.accepted for one in counts):
+        alike = [name for one in visible if one.distance == 0 for name in one.names]
+        return NOTHING, f"{CAUSES[NOTHING]}, so does: {', '.join(alike) or 'no known fault'}"
     if visible and visible[0].distance == 0:
         return _named(certificate, visible[0], "its counts are equal, answer by answer")
     served, expected = _total(counts).tau, _total(right).tau
