@@ -410,7 +410,7 @@ DIALECTS = (
         cut=cut_steps,
         render=_llama_render,
         unhide="ask llama-server itself, not a proxy that drops `timings`",
-        speculate="-md DRAFT --spec-type draft-eagle3 (or the draft's own type)",
+        speculate="-md DRAFT and --spec-type",
     ),
     Dialect(
         name="sglang",
@@ -577,7 +577,11 @@ def _moved(server: _Server, row: Dialect, before: dict[str, int], length: int, k
         if 1 + drafts + accepted >= length or time.monotonic() > deadline:
             break
         time.sleep(COUNTER_PAUSE)
-    if drafts and not length <= 1 + drafts + accepted <= length + max(k, drafted // drafts):
+    if not drafts:
+        raise CheckError(
+            f"{server.url} counted no step for an answer of {length} tokens; start {row.title} with {row.speculate}"
+        )
+    if not length <= 1 + drafts + accepted <= length + max(k, drafted // drafts):
         raise CheckError(
             f"the counters of {server.url} moved by {drafts} steps and {accepted} accepted tokens for an answer of "
             f"{length} tokens: other requests are served, or steps without a draft; check it alone"
