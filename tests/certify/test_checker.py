@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from redraft import cli
 from redraft.decoding.speculative import Decoded
 from redraft.serving import certificate_check as module
 from redraft.serving.certificate_check import (
@@ -28,6 +27,7 @@ from redraft.serving.certificate_check import (
 )
 from tests.certify.conftest import MOST, OWNERS, checked
 from tests.certify.stand_in import Known, StandIn, llama_counts, running
+from tests.cli.test_cli import run
 from tests.conftest import write_prompts
 
 K = 4
@@ -112,6 +112,31 @@ def test_a_server_that_hides_its_counters(
 ) -> None:
     with pytest.raises(CheckError, match=r"hides its count.*; (start it|ask)"):
         checked(certificate, owner, decoded(K), K, hides=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spec_accept_token_num": None}, r"counts that are no numbers \(.*\); is it SGLang"),
+        ({"spec_accept_token_num": ...}, r"hides its counts .* ask SGLang \(0.5.9 or newer\)"),
+    ],
+)
+def test_counts_that_cannot_be_read(
+    certificate: Certificate,
+    decoded: Callable[[int], Known],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    def odd(self: StandIn, found: Decoded) -> dict[str, Any]:
+        reply = plain(self, found)
+        meta = {**reply["meta_info"], **changes}
+        return {**reply, "meta_info": {k: v for k, v in meta.items() if v is not ...}}
+
+    plain = StandIn._sglang
+    monkeypatch.setattr(StandIn, "_sglang", odd)
+    with pytest.raises(CheckError, match=message):
+        checked(certificate, "sglang", decoded(K), K)
 
 
 @pytest.mark.parametrize("owner", OWNERS)
@@ -211,17 +236,7 @@ def test_cut_steps_are_those_of_a_walk_token_by_token(k: int) -> None:
 
 @pytest.fixture
 def redraft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["redraft", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
 
 
 def test_the_command_writes_and_checks(
@@ -281,14 +296,14 @@ def test_the_file_runs_on_its_own(
     alone.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     file.write_text(certificate.to_text(), encoding="utf-8")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def alone_with(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-I", str(alone), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
 
     with running(StandIn("llamacpp", decoded(K), K, MOST)) as url:
-        done = run(str(file), "--endpoint", url, "--json")
+        done = alone_with(str(file), "--endpoint", url, "--json")
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout)["engine"] == "llama.cpp"
-    done = run(str(file), "--endpoint", url)
+    done = alone_with(str(file), "--endpoint", url)
     assert done.returncode == 2
     assert "cannot be reached" in done.stderr

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redraft.checkpoints.load import StoredDraft, read_draft
+from redraft.checkpoints.load import StoredDraft, read_draft, stored
 from redraft.core.records import Answer
 from redraft.drafts.base import Draft
 from redraft.metrics.replay import accepted_runs
@@ -285,8 +285,6 @@ def test_every_row_is_made_by_some_draft(
     """Each fault is simulated for one of these drafts, and changes none of the draft's own tensors."""
     odd = fresh_draft(target, hidden_act="gelu", norm_before_fc=True, qkv_bias=True, o_bias=True)
     folders = [kind_folder("eagle3"), kind_folder("eagle"), kind_folder("token_lm"), reduced_folder]
-    from redraft.checkpoints.load import stored
-
     drafts: list[StoredDraft] = [*(read_draft(str(f)) for f in folders), stored(odd, target)]
     made: set[str] = set()
     for draft in drafts:

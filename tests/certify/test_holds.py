@@ -31,17 +31,21 @@ def test_a_right_server_holds_to_the_last_token(
     assert found.conclusion.startswith("holds: the counts of 24 of 24 answers")
 
 
-@pytest.mark.parametrize("owner", OWNERS)
+@pytest.fixture(scope="module")
+def ending(ending_target: Target, prompts: list[Prompt], reduced_folder: Path) -> Certificate:
+    return certify(ending_target, read_draft(str(reduced_folder)), prompts, MOST)
+
+
+@pytest.mark.parametrize("k", [2, 5])
 def test_answers_that_end_are_cut_as_the_engine_cuts_them(
-    ending_target: Target, prompts: list[Prompt], reduced_folder: Path, owner: str
+    ending: Certificate, ending_target: Target, reduced_folder: Path, k: int
 ) -> None:
-    certificate = certify(ending_target, read_draft(str(reduced_folder)), prompts, MOST)
-    ended = [one for one in certificate.prompts if one.answer[-1] in certificate.stop_ids]
+    ended = [one for one in ending.prompts if one.answer[-1] in ending.stop_ids]
     assert len(ended) >= 4
     draft = read_draft(str(reduced_folder)).build(ending_target)
-    for k in (2, 5):
-        known = served(certificate, ending_target, draft, k)
-        found = checked(certificate, owner, known, k)
+    known = served(ending, ending_target, draft, k)
+    for owner in OWNERS:
+        found = checked(ending, owner, known, k)
         assert (found.holds, found.exact, found.k) == (True, True, k), found.conclusion
 
 
@@ -64,23 +68,23 @@ def test_half_precision_holds(
     """One prompt at a time against a batch: the two round differently."""
     half = load_target(str(target_folder), dtype="bfloat16")
     stored = read_draft(str(reduced_folder))
-    certificate = certify(half, stored, prompts, MOST)
+    certificate = certify(half, stored, prompts, 24)
     assert certificate.dtype == "bfloat16"
-    for k in (3, 6):
-        known = served(certificate, half, stored.build(half), k, alone=True)
-        for owner in OWNERS:
-            found = checked(certificate, owner, known, k)
-            assert found.holds, found.conclusion
-            assert found.k == k
+    assert any(one.near_ties for one in certificate.prompts)
+    known = served(certificate, half, stored.build(half), 4, alone=True)
+    for owner in OWNERS:
+        found = checked(certificate, owner, known, 4)
+        assert found.holds, found.conclusion
+        assert (found.k, found.different) == (4, 0)
 
 
+@pytest.mark.parametrize("kind", ["eagle", "token_lm"])
 def test_every_kind_holds(
-    target: Target, prompts: list[Prompt], kind_folder: Callable[[str], Path]
+    target: Target, prompts: list[Prompt], kind_folder: Callable[[str], Path], kind: str
 ) -> None:
-    for kind in ("eagle3", "eagle", "token_lm"):
-        stored = read_draft(str(kind_folder(kind)))
-        certificate = certify(target, stored, prompts, MOST)
-        known = served(certificate, target, stored.build(target), 5)
-        for owner in OWNERS:
-            found = checked(certificate, owner, known, 5)
-            assert (found.holds, found.exact, found.k) == (True, True, 5), found.conclusion
+    stored = read_draft(str(kind_folder(kind)))
+    certificate = certify(target, stored, prompts, 24)
+    known = served(certificate, target, stored.build(target), 5)
+    for owner in OWNERS:
+        found = checked(certificate, owner, known, 5)
+        assert (found.holds, found.exact, found.k) == (True, True, 5), found.conclusion

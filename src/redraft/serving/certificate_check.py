@@ -355,10 +355,12 @@ def _llama_counts(reply: Mapping[str, Any]) -> Counts | None:
 
 
 def _sglang_counts(reply: Mapping[str, Any]) -> Counts | None:
-    """None where meta_info is missing. A server without speculation reports no spec_ fields."""
+    """None where meta_info or a part of it is missing. Without speculation there are no spec_ fields."""
     found = reply.get("meta_info")
     if not isinstance(found, dict):
         return None
+    if "spec_verify_ct" in found and "spec_accept_token_num" not in found:
+        return None  # SGLang before 0.5.9
     return Counts(
         int(found.get("spec_draft_token_num", 0)),
         int(found.get("spec_accept_token_num", 0)),
@@ -422,7 +424,7 @@ DIALECTS = (
         counts=_sglang_counts,
         cut=whole_steps,
         render=None,
-        unhide="ask its own server, not a proxy that drops `meta_info`",
+        unhide="ask SGLang (0.5.9 or newer) itself, not a proxy that drops `meta_info`",
         speculate="--speculative-algorithm, with --speculative-eagle-topk 1",
     ),
 )
@@ -531,13 +533,23 @@ def _ask(
     if before is not None:
         counts = _moved(server, row, before, len(tokens), certificate.largest_k)
     else:
-        assert row.counts is not None
-        found = row.counts(content)
-        if found is None:
-            raise CheckError(f"{server.url} hides its counts of speculation; {row.unhide}")
-        counts = found
+        counts = _reported(server, row, content)
     server.answered += 1
     return Served(tuple(tokens), counts)
+
+
+def _reported(server: _Server, row: Dialect, content: Mapping[str, Any]) -> Counts:
+    """The counts in a reply."""
+    assert row.counts is not None
+    try:
+        found = row.counts(content)
+    except (TypeError, ValueError) as problem:
+        raise CheckError(
+            f"{server.url} reports counts that are no numbers ({_shown(problem)}); is it {row.title}?"
+        ) from None
+    if found is None:
+        raise CheckError(f"{server.url} hides its counts of speculation; {row.unhide}")
+    return found
 
 
 def _page(server: _Server, row: Dialect) -> dict[str, int]:
@@ -597,8 +609,8 @@ FEW, NOTHING, UNKNOWN = "too few equal texts", "nothing accepted", "unknown caus
 CAUSES = {
     ANOTHER_TARGET: "the answers part from the first tokens on: the server runs another target (or another "
     "adapter, revision or tokenizer) than the certificate's",
-    ANOTHER_ARITHMETIC: "answers part later, where no near-tie is marked: the target is quantised or in another "
-    "dtype, or decoding with the draft is not lossless there",
+    ANOTHER_ARITHMETIC: "answers part later, where no near-tie is marked: the target or its KV cache is quantised or "
+    "in another dtype, or decoding with the draft is not lossless there",
     ANOTHER_TEMPLATE: "the server renders a conversation to other token ids than the target's chat template and "
     "tokenizer do, so its chats are not those that the draft was adapted to",
     VARYING_K: "the number of drafted tokens is not the same in every step, so counts cannot be compared; fix "
@@ -649,7 +661,9 @@ class CheckResult:
     template: str
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As plain JSON types, with tau."""
+        taus = {"tau": self.served.tau, "expected_tau": self.expected and self.expected.tau}
+        return {**dataclasses.asdict(self), **taus}
 
     def to_text(self) -> str:
         """The result in a few lines."""
@@ -811,7 +825,7 @@ def _in_counts(
     visible = [one for one in nearest if one.apart >= VISIBLE]
     if not any(one.accepted for one in counts):
         alike = [name for one in visible if one.distance == 0 for name in one.names]
-        return NOTHING, f"{CAUSES[NOTHING]}, so does: {', '.join(alike) or 'no known fault'}"
+        return NOTHING, f"{CAUSES[NOTHING]}; known faults that do: {', '.join(alike) or 'none'}"
     if visible and visible[0].distance == 0:
         return _named(certificate, visible[0], "its counts are equal, answer by answer")
     served, expected = _total(counts).tau, _total(right).tau
@@ -835,7 +849,7 @@ def _named(certificate: Certificate, near: Nearest, why: str) -> tuple[str, str]
 def _holds(distance: int, compared: int, prompts: int) -> str:
     counts = f"the counts of {compared} of {prompts} answers"
     if distance:
-        return f"holds within rounding: {counts} differ by {distance} accepted tokens in all"
+        return f"holds within rounding: {counts} differ by {distance} in accepted tokens"
     return f"holds: {counts} were compared, and all are equal"
 
 
