@@ -96,6 +96,22 @@ def test_a_k_that_varies_is_told(
     assert (found.holds, found.cause, found.k) == (False, VARYING_K, None)
 
 
+def test_chains_that_are_cut_short_are_told(
+    certificate: Certificate, decoded: Callable[[int], Known], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As llama.cpp does with a least probability of drafted tokens."""
+
+    def unsure(self: StandIn, found: Decoded) -> dict[str, Any]:
+        reply = plain(self, found)
+        reply["timings"]["draft_n"] -= 5
+        return reply
+
+    plain = StandIn._llama
+    monkeypatch.setattr(StandIn, "_llama", unsure)
+    found = checked(certificate, "llamacpp", decoded(K), K)
+    assert (found.holds, found.cause, found.distance) == (False, VARYING_K, 0)
+
+
 @pytest.mark.parametrize("owner", OWNERS)
 def test_a_server_without_speculation(
     certificate: Certificate, decoded: Callable[[int], Known], owner: str

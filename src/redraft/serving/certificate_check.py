@@ -425,7 +425,7 @@ DIALECTS = (
         cut=whole_steps,
         render=None,
         unhide="ask SGLang (0.5.9 or newer) itself, not a proxy that drops `meta_info`",
-        speculate="--speculative-algorithm, with --speculative-eagle-topk 1",
+        speculate="--speculative-algorithm, as a chain (top-k 1)",
     ),
 )
 
@@ -821,7 +821,8 @@ def _in_counts(
     """The cause in counts and its sentence; '' where they hold, exactly or within rounding."""
     distance = _distance(counts, right)
     if distance == 0:
-        return "", ""
+        varies = any(a.drafted != b.drafted for a, b in zip(counts, right, strict=True))
+        return (VARYING_K, CAUSES[VARYING_K]) if varies else ("", "")
     visible = [one for one in nearest if one.apart >= VISIBLE]
     if not any(one.accepted for one in counts):
         alike = [name for one in visible if one.distance == 0 for name in one.names]
