@@ -13,6 +13,7 @@ from ..core.console import console
 from ..core.errors import UserError
 from ..core.visible import visible
 from . import (
+    certify,
     check,
     drafts,
     engine,
@@ -113,6 +114,7 @@ add_command(
     help={"k": "draft tokens per step; auto: chosen from costs measured here"},
 )
 add_command(app, env.env)
+app.add_typer(certify.app, name="certify")
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(recipes.app, name="recipes")
 add_extensions(app)

@@ -1,10 +1,11 @@
 """Commands whose flags come from one schema: the names of their parameters.
 
-A parameter of a command function is one of three things:
+A parameter of a command function is one of four things:
 
     a name in FLAGS          the flag of that name (`flag_table.py`); the function gives type and default
     a bundle of flags        a dataclass whose fields are names in FLAGS, such as `TargetFlags`
     `config: Resolved`       the settings of the stages that the command names; each may be a flag too
+    a `typer.Context`        of a group that is a command itself, which tells whether one of its own was named
 
 Every command also takes `--config FILE` and `--set KEY=VALUE`. Their keys are settings (`train.lr`) and
 the command's own flags (`target`, `max-new-tokens`); a flag on the command line goes first.
@@ -32,21 +33,7 @@ class GroupedCommand(TyperCommand):
     """A command whose help lists its flags by group, without the old names of flags."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is None:
-                continue
-            argument = parameter.param_type_name == "argument"
-            group = "Arguments" if argument else getattr(parameter, "rich_help_panel", None)
-            head = record[0]
-            for old in parameter.opts[1:]:
-                if old.startswith("--"):  # a name of before; -q is shown
-                    head = head.replace(f", {old}", "")
-            groups.setdefault(group or OUTPUT, []).append((head, record[1]))
-        for group, rows in sorted(groups.items(), key=lambda item: item[0] == OUTPUT):
-            with formatter.section(group):
-                formatter.write_dl(rows)
+        _write_flags(self, ctx, formatter)
 
 
 class Group(TyperGroup):
@@ -59,6 +46,32 @@ class Group(TyperGroup):
             if command is not None and not command.hidden:
                 rows.append((name, command.get_short_help_str(limit=400)))
         with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class FlaggedGroup(Group):
+    """A group that is a command itself, with flags as in `GroupedCommand`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _write_flags(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+def _write_flags(command: Any, ctx: Any, formatter: Any) -> None:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if record is None:
+            continue
+        argument = parameter.param_type_name == "argument"
+        group = "Arguments" if argument else getattr(parameter, "rich_help_panel", None)
+        head = record[0]
+        for old in parameter.opts[1:]:
+            if old.startswith("--"):  # a name of before; -q is shown
+                head = head.replace(f", {old}", "")
+        groups.setdefault(group or OUTPUT, []).append((head, record[1]))
+    for group, rows in sorted(groups.items(), key=lambda item: item[0] == OUTPUT):
+        with formatter.section(group):
             formatter.write_dl(rows)
 
 
@@ -100,6 +113,8 @@ def with_flags(
             bundles[name] = kind
             for one in inspect.signature(bundles[name], eval_str=True).parameters.values():
                 parameters[one.name] = _flag(one, known[one.name], text)
+        elif kind is typer.Context:
+            parameters[name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         elif name != "config":
             parameters[name] = _flag(parameter, known[name], text)
     chosen = set(settings if flags_of is None else flags_of)

@@ -78,9 +78,7 @@ def compare(
     if not differing:
         return Lossless(len(rows), len(rows), 0)
     own = [audit(target, prompt, reference, decoding, seed) for prompt, reference, _, seed in rows]
-    least, most = ROUNDINGS[target.dtype]
-    seen = [margin for found in own for margin in found.margins if margin <= most]
-    slack = min(max(least, BEYOND_OWN * max(seen, default=0.0)), most)
+    slack = slack_of(own, target.dtype)
     own = [found for found, row in zip(own, rows, strict=True) if list(row[1]) != list(row[2])]
     drafted = [audit(target, prompt, found, decoding, seed) for prompt, _, found, seed in differing]
     excused = sum(
@@ -97,6 +95,13 @@ def compare(
         own_tokens=sum(found.tokens for found in own),
         slack=slack * torch.finfo(target.dtype).eps,
     )
+
+
+def slack_of(own: Sequence[Audit], dtype: torch.dtype) -> float:
+    """The slack of a near-tie, from audits of plain decoding's answers."""
+    least, most = ROUNDINGS[dtype]
+    seen = [margin for found in own for margin in found.margins if margin <= most]
+    return min(max(least, BEYOND_OWN * max(seen, default=0.0)), most)
 
 
 def _ends_early(one: Sequence[int], other: Sequence[int]) -> bool:
@@ -130,6 +135,22 @@ def audit(
         if token != chosen
     )
     return Audit(count, margins)
+
+
+@torch.inference_mode()
+def near_ties(
+    target: Target, prompt: Prompt, answer: Sequence[int], slack: float
+) -> tuple[int, ...]:
+    """Positions of a greedy answer whose token is no more than `slack` roundings above another one."""
+    row_1T = torch.tensor([[*prompt.tokens, *answer]], device=target.device)
+    positions = torch.arange(len(answer), device=target.device) + len(prompt.tokens) - 1
+    logits_TV = target.read(row_1T, (), keep=positions).logits_BTV[0]
+    eps, wide_TV = torch.finfo(logits_TV.dtype).eps, logits_TV.double()
+    written_T1 = row_1T[0, len(prompt.tokens) :, None]
+    own_T = wide_TV.gather(-1, written_T1)[:, 0]
+    other_T = wide_TV.scatter(-1, written_T1, float("-inf")).max(-1).values
+    unit_T = eps * torch.maximum(own_T.abs(), other_T.abs()).clamp(min=1.0)
+    return tuple((own_T - other_T <= slack * unit_T).nonzero().flatten().tolist())
 
 
 def _margin(

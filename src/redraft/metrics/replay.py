@@ -69,16 +69,34 @@ def replay_each(
 ) -> list[list[StepTrace]]:
     """`replay` of several drafts that read the same features, with one reading of the target."""
     traces: list[dict[int, StepTrace]] = [{} for _ in drafts]
-    for which, index, answer, chance_SK, first in _chances(
+    for which, index, answer, runs, first in _runs(
         target, drafts, answers, k, decoding, batch_tokens
     ):
-        S = len(chance_SK)
-        at_S = torch.arange(S) + first + 2 - len(answer.prompt)
-        at_SK = at_S[:, None] + torch.arange(k)
-        numbers = uniform(seeds_tensor([answer.seed or 0], at_SK.device), at_SK.view(1, -1), ACCEPT)
-        runs = (numbers.view(S, k) < chance_SK).long().cumprod(-1).sum(-1)
-        traces[which][index] = walk(answer, runs.tolist(), first)
+        traces[which][index] = walk(answer, runs, first)
     return [[found[i] for i in range(len(answers))] for found in traces]
+
+
+def accepted_runs(
+    target: Target,
+    drafts: Sequence[Draft],
+    answers: Sequence[Answer],
+    k: int,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[list[tuple[int, ...]]]:
+    """For each draft and greedy answer: the tokens that a step would accept, wherever it begins.
+
+    Entry i is of a step that begins at position i + 1 of the answer (see `positions.py`). With fewer
+    drafted tokens a step accepts the lesser of the two, so one replay holds every smaller K. Raises
+    UserError as `replay` does.
+    """
+    found: list[dict[int, tuple[int, ...]]] = [{} for _ in drafts]
+    for which, index, answer, runs, first in _runs(
+        target, drafts, answers, k, Decoding(), batch_tokens
+    ):
+        begin = len(answer.prompt) - 1 - first
+        found[which][index] = tuple(runs[begin : begin + answer.length - 1])
+    return [[of_draft[i] for i in range(len(answers))] for of_draft in found]
 
 
 def taus(target: Target, drafts: Sequence[Draft], answers: Sequence[Answer], k: int) -> list[float]:
@@ -158,6 +176,27 @@ def expected_walk(answer: Answer, chances: Sequence[Sequence[float]], first: int
             begins[min(emitted + n + 1, len(begins) - 1)] += ends
             reached *= chance
     return ExpectedSteps(answer.id, tuple(counts), answer.length)
+
+
+def _runs(
+    target: Target,
+    drafts: Sequence[Draft],
+    answers: Sequence[Answer],
+    k: int,
+    decoding: Decoding | None,
+    batch_tokens: int,
+) -> Iterator[tuple[int, int, Answer, list[int], int]]:
+    """For each draft and answer: their indices, the answer, the tokens accepted from each of its chain
+    starts, and the first one."""
+    for which, index, answer, chance_SK, first in _chances(
+        target, drafts, answers, k, decoding, batch_tokens
+    ):
+        S = len(chance_SK)
+        at_S = torch.arange(S) + first + 2 - len(answer.prompt)
+        at_SK = at_S[:, None] + torch.arange(k)
+        numbers = uniform(seeds_tensor([answer.seed or 0], at_SK.device), at_SK.view(1, -1), ACCEPT)
+        runs_S = (numbers.view(S, k) < chance_SK).long().cumprod(-1).sum(-1)
+        yield which, index, answer, runs_S.tolist(), first
 
 
 @torch.inference_mode()
