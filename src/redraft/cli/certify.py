@@ -12,8 +12,6 @@ from .bundles import MaybeTargetFlags, OutputFlags
 from .command import FlaggedGroup, add_command, with_flags
 from .flag_table import Flag
 
-DIFFERS = 1
-"""Exit code of a check that went through and found another target or draft, as the checker has it alone."""
 CERTIFICATE = {"certificate": Flag("certificate file of `redraft certify`", argument=True)}
 app = typer.Typer(cls=FlaggedGroup, invoke_without_command=True)
 
@@ -75,13 +73,13 @@ def check(
 ) -> None:
     """Is a running server the target and draft of a certificate? If not, why? No model is loaded.
 
-    Exit codes: 0 it holds, 1 it differs, 2 it could not be checked. An API key is read from $REDRAFT_API_KEY.
+    Exit codes: 0 it holds, 3 it differs, 2 it could not be checked. An API key is read from $REDRAFT_API_KEY.
 
     Example: redraft certify check certificate.json --endpoint http://127.0.0.1:8000
     """
     if endpoint is None:
         raise UserError("name the server with --endpoint, for example http://127.0.0.1:8000")
-    from ..serving.certificate_check import CheckError, read_certificate
+    from ..serving.certificate_check import DIFFERS, CheckError, read_certificate
     from ..serving.certificate_check import check as work
     from ..serving.client import key_for
 

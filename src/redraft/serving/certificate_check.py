@@ -7,7 +7,7 @@ This file needs Python 3.10 and httpx, nothing else. Copy it next to a certifica
 A certificate holds prompts as token ids, the target's greedy answers, and how many drafted tokens each
 step accepts. The prompts are asked one at a time. Texts and the server's own counts are compared, cut at
 the end of an answer as the engine cuts them. Counts that differ are held against those of known faults.
-Exit codes: 0 it holds, 1 it differs, 2 it could not be checked.
+Exit codes: 0 it holds, 3 it differs, 2 it could not be checked.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from urllib.parse import urlsplit
 import httpx
 
 FORMAT, VERSION = "redraft-certificate", 1
+DIFFERS = 3
+"""Exit code for a server of another target or draft."""
 NOT_HASHED = ("date", "checksum")
 """Keys that the checksum leaves out: the same inputs give the same checksum on any day."""
 REQUEST_SECONDS, CONNECT_SECONDS = 600.0, 10.0
@@ -945,7 +947,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{problem}\n")
         return 2
     sys.stdout.write((json.dumps(found.to_json()) if given.json else found.to_text()) + "\n")
-    return 0 if found.holds else 1
+    return 0 if found.holds else DIFFERS
 
 
 if __name__ == "__main__":
