@@ -54,5 +54,5 @@ SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algori
     engines=engines.ENGINES,
     canonical=files.canonical,
     judged=engines.judged,
-    vllm_method="eagle3",
+    methods={"vllm": "eagle3", "llama.cpp": "draft-eagle3"},
 )

@@ -33,5 +33,5 @@ Transformers:  model.generate(..., assistant_model=AutoModelForCausalLM.from_pre
     reads=files.reads,
     vocabulary=files.vocabulary,
     engines=engines.ENGINES,
-    vllm_method="draft_model",
+    methods={"vllm": "draft_model", "llama.cpp": "draft-simple"},
 )
