@@ -160,8 +160,9 @@ def test_its_own_sampling_loses_acceptance_with_several_slots(
 def test_what_inspect_calls_wrong_is_served_otherwise(
     repaired: AdaptedDraft, drafts: dict[str, str], llamacpp: Table, tmp_path: Path
 ) -> None:
-    shutil.copytree(drafts["adapted"], tmp_path / "draft")
-    edit(tmp_path / "draft", norm_output=True)
+    whole = read_draft(drafts["adapted"])
+    other = dataclasses.replace(whole, config=dataclasses.replace(whole.config, norm_output=True))
+    other.save(tmp_path / "draft", "speculators")
     assert inspect_draft(str(tmp_path / "draft")).serves("llama.cpp") == "serves another function"
     table = dataclasses.replace(llamacpp)
     cell = table.cell("norm_output", repaired.target, str(tmp_path / "draft"))

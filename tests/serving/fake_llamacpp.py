@@ -23,7 +23,9 @@ common_speculative_type = IntEnum(  # type: ignore[misc]
     {f"COMMON_SPECULATIVE_TYPE_{name}": at for at, name in enumerate(KINDS)},
 )
 ggml_type = SimpleNamespace(GGML_TYPE_F32="F32", GGML_TYPE_F16="F16", GGML_TYPE_Q8_0="Q8_0")
-llama_flash_attn_type = SimpleNamespace(LLAMA_FLASH_ATTN_TYPE_ENABLED="ENABLED")
+llama_flash_attn_type = SimpleNamespace(
+    LLAMA_FLASH_ATTN_TYPE_ENABLED="ENABLED", LLAMA_FLASH_ATTN_TYPE_DISABLED="DISABLED"
+)
 lock = threading.Lock()
 requests = 0
 counters = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}

@@ -175,6 +175,12 @@ def test_the_server_gets_what_makes_its_counts_comparable(
     assert not draft["backend_sampling"]
     assert {params["cache_type_k"], params["cache_type_v"], draft["cache_type_k"]} == {"F32"}
     assert params["endpoint_metrics"]
+    assert params["flash_attn_type"] == "DISABLED"
+    half = LLAMACPP.command(
+        fake_llamacpp.environment, dataclasses.replace(what, dtype="bfloat16"), 1
+    )
+    assert half[half.index("--cache-type-k") + 1] == "bf16"
+    assert "--flash-attn" not in half
 
 
 def test_the_users_flags_come_last(

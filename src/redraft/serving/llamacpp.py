@@ -3,7 +3,7 @@ how it counts.
 
 Target and draft are converted to GGUF by llama.cpp's own converter, which is in its source only and runs in
 redraft's own Python. Some defaults of the server would make counts or two runs of it incomparable, so they
-are set: K, a cache of keys and values as precise as the target, prompts read whole each time, and drafting
+are set: K, a cache of keys and values as precise as the target, no flash attention in float32, prompts read whole each time, and drafting
 without its own sampling on the device, which loses half of the accepted tokens with more than one slot.
 
 Facts from llama.cpp 11434 (converter) and 11549 (server).
@@ -45,6 +45,9 @@ SOURCE = "llama.cpp"
 """The folder of llama.cpp's source inside the environment."""
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """The converter's and the server's names of dtypes."""
+EXACT = "float32"
+"""In this dtype counts have to be equal, and flash attention on a CPU is less exact than the rest: it chose
+another token at a draft's margin of 6e-4 between two logits."""
 CONTEXT_STEP = 256
 """The server rounds each slot's context up to a multiple of this."""
 
@@ -173,6 +176,8 @@ def command_line(environment: Environment, what: Serving, port: int) -> list[str
     command += ["--model", what.target, "--port", str(port), "--metrics", "--no-ui"]
     command += ["--parallel", str(what.at_a_time), "--ctx-size", str(context * what.at_a_time)]
     command += ["--no-cache-prompt", "--cache-type-k", cache, "--cache-type-v", cache]
+    if what.dtype == EXACT:
+        command += ["--flash-attn", "off"]
     if what.step_tokens is not None:
         command += ["--batch-size", str(what.step_tokens)]
     if what.speculation is not None:
