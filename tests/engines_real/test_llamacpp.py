@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from redraft.prompts.prompts import read_prompts
 from redraft.serving.engine import Speculation
 from redraft.serving.environment import Environment
 from redraft.serving.llamacpp import LLAMACPP, converter_of
+from redraft.serving.programs import llamacpp_server as server
 from redraft.serving.verify import Request, serving_of
 from redraft_experiments.demo import AdaptedDraft
 from tests.checkpoints.crafted import edit
@@ -85,6 +87,18 @@ def check(cell: Cell) -> None:
     assert (cell.identical, cell.different) == (cell.prompts, 0)
     assert cell.drafts > cell.prompts
     assert (cell.drafts, cell.accepted) == (cell.own_drafts, cell.own_accepted)
+
+
+def test_every_flag_of_the_server_script_has_a_place(environment: Environment) -> None:
+    tables = (server.NUMBERS, server.FRACTIONS, server.TEXTS, server.SWITCHES, server.CACHE_TYPES)
+    places = [place for table in tables for place in table.values()]
+    kinds = [f"GGML_TYPE_{name.upper()}" for name in server.CACHE_NAMES]
+    code = (
+        "import operator, sys, xllamacpp\n"
+        "for place in sys.argv[1].split(): operator.attrgetter(place)(xllamacpp.CommonParams())\n"
+        "for kind in sys.argv[2].split(): getattr(xllamacpp.ggml_type, kind)"
+    )
+    subprocess.run([environment.python, "-c", code, " ".join(places), " ".join(kinds)], check=True)
 
 
 def test_the_engine_without_a_draft_decodes_as_redraft_does(
