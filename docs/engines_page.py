@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.drafts.kinds import KINDS
+from redraft.serving.engines import ENGINES
 
 RECORD = Path(__file__).parent / "results" / "engines.json"
 NAMES = {
@@ -21,10 +22,55 @@ BY_SCHEMA = {
     "llama.cpp": "checked by schema against the converter and loader of build 11434; the engine was not run",
     "transformers": "no EAGLE drafts of its own; `redraft.generate` runs them inside `generate`",
 }
+PACKAGES = {row.name: row.package.names for row in ENGINES}
+HEADER = """| draft | target | K | dtype | at a time | same words | engine: steps / accepted | redraft | tau | engine, date |
+|---|---|---|---|---|---|---|---|---|---|"""
 LANGUAGE_MODELS = {
     **BY_SCHEMA,
     "transformers": "ran here in the tests, as `assistant_model` and inside `redraft.generate`",
 }
+
+
+LLAMA_CPP = """## llama.cpp
+
+`redraft verify --engine llama.cpp` converts target and draft, starts the server without the draft and with it, and compares
+texts, counters and speed. It needs an environment with the package `xllamacpp`, which is llama.cpp's own server, and
+llama.cpp's source next to it for the converter. `make engine` makes `.venv-llamacpp`; `redraft verify` prints the commands where it
+finds none. Name the environment's Python with `--python` or in `REDRAFT_LLAMACPP_PYTHON`.
+
+Run here on 2026-11-29: server xllamacpp 2026.10.11549, converter of llama.cpp 11434, Transformers 5.23.
+
+**Converting by hand.** The converter's default `auto` writes 16 bits, also for a target in float32, and then answers differ now and
+then. For a comparison say `--outtype f32`.
+
+```
+python convert_hf_to_gguf.py TARGET --outtype f32 --outfile target.gguf
+python convert_hf_to_gguf.py DRAFT --target-model-dir TARGET --outtype f32 --outfile draft.gguf
+llama-server -m target.gguf -md draft.gguf --spec-type draft-eagle3 --spec-draft-n-max 4 --no-spec-draft-backend-sampling
+```
+
+A small LM is converted without `--target-model-dir` and served with `--spec-type draft-simple`. The converter refuses a tokenizer
+whose way of splitting text it does not know. `redraft verify` stores such a tokenizer as `default`, because it sends token ids. It
+never lets the converter run code of a model's folder, which the converter would do by itself.
+
+**What redraft sets.** K (the server's default is 3), `--spec-draft-p-min 0`, a cache of keys and values in the target's dtype,
+no flash attention for a target in float32 (on a CPU it is less exact: one step of 725 was another), `--no-cache-prompt`, one slot for each request at a time, and `--no-spec-draft-backend-sampling`. With more than one slot the server's
+default drafting loses acceptance, half of it at four slots on the CPU. Texts stay equal. `--engine-args` adds flags of
+your own: those of `llama-server` for threads, batches, cache types, flash attention, layers on a GPU and the draft's limits.
+
+**What it counts.** Two rules cut the last step of an answer. A step drafts no more tokens than the longest answer leaves space for.
+A drafted stop token that the target chooses too is the step's own token, unless it is the chain's last. So its tau is a little lower
+than vLLM's where answers are short; redraft cuts its own steps alike before it compares.
+
+**What it does with a draft.** It takes layer ids (vLLM's numbering, exactly three), `norm_before_residual` and `norm_before_fc` from the
+top level of the draft's config.json, and ignores `eagle_config`, `norm_output` and `hidden_act`. Biases, `fc_norm`, `q_norm` and a missing
+tensor are refused. It needs `draft_vocab_size`, one layer and `--target-model-dir`. It keeps the layers' states of some targets only
+(Llama, Mistral, Qwen3, gpt-oss and a few more; not Qwen2 or Gemma 3). A server that cannot use a draft logs an error and goes on without
+it: `redraft verify` then reports that nothing was drafted. `redraft inspect` says which of these a folder meets.
+
+**Limits.** An adapter has to be merged into the target before. Stop tokens are those of the GGUF file: one that only
+generation_config.json names does not end an answer. Threads wait by spinning: next to other work on the same cores give it fewer.
+"""
 
 
 def engines_page() -> str:
@@ -46,21 +92,20 @@ def engines_page() -> str:
             "## Run in vLLM\n",
             "Greedy, on two CPU cores. *Same words*: outputs equal to those without the draft, token "
             "for token (near-ties of the target's two best logits are excused and counted). *Engine* "
-            "and *redraft*: verification steps and accepted tokens by vLLM's own counters and by "
+            "and *redraft*: verification steps and accepted tokens by the engine's own counters and by "
             "redraft's live loop on the same token ids. The suite is nano (1.4 M parameters, "
             "templated text): the counts prove conventions, not what your model will reach.\n",
-            "| draft | target | K | dtype | at a time | same words | engine: steps / accepted | "
-            "redraft | tau | engine, date |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *(_cell(cell) for cell in cells),
+            HEADER,
+            *(_cell(cell) for cell in _of("vllm", cells)),
             "",
-            "SGLang and llama.cpp were not run.\n",
-            "## llama.cpp\n",
-            "Its converter takes layer ids (vLLM's numbering, exactly three), `norm_before_residual` and "
-            "`norm_before_fc` from the top level of the draft's config.json, and ignores `eagle_config`, "
-            "`norm_output` and `hidden_act`. Biases, `fc_norm`, `q_norm` and a missing tensor are refused. It "
-            "needs `draft_vocab_size`, one layer and `--target-model-dir`. `redraft inspect` says which of "
-            "these a folder meets.\n",
+            "SGLang was not run.\n",
+            "## Run in llama.cpp\n",
+            "The same, with target and drafts as f32 GGUF files. redraft's steps are cut as llama.cpp cuts "
+            "the last step of an answer (see below); whole steps are those of vLLM.\n",
+            HEADER,
+            *(_cell(cell) for cell in _of("llama.cpp", cells)),
+            "",
+            LLAMA_CPP,
         ]
     )
 
@@ -71,22 +116,25 @@ def _rows(cells: list[dict[str, Any]]) -> list[str]:
         kind = row.name
         for engine in row.engines:
             formats = [layout.name for layout in row.layouts if engine in layout.engines]
-            ran = [c for c in cells if engine == "vllm" and c["method"] == kind]
+            ran = [c for c in _of(engine, cells) if c["method"] == row.methods.get(engine)]
             if ran:
                 how = (
                     f"ran here: {ran[0]['engine']}, {ran[-1]['date']}, {len(ran)} of the rows below"
                 )
-                if kind == "eagle3" and not any("speculators" in c["name"] for c in ran):
+                if "speculators" in formats and not any("speculators" in c["name"] for c in ran):
                     how += "; `speculators` checked by schema"
             elif formats or engine == "transformers":
                 how = (LANGUAGE_MODELS if kind == "token_lm" else BY_SCHEMA)[engine]
-            elif kind == "token_lm":
-                how = "as a GGUF made by its own converter; not checked"
             else:
                 how = "not supported: it has no EAGLE-1/2 drafts"
             shown = ", ".join(f"`{name}`" for name in formats) or "-"
             rows.append(f"| {NAMES[engine]} | {kind} | {shown} | {how} |")
     return rows
+
+
+def _of(engine: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of an engine that was run."""
+    return [c for c in cells if c["engine"].split()[0] in PACKAGES.get(engine, ())]
 
 
 def _cell(c: dict[str, Any]) -> str:

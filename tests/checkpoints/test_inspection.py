@@ -346,6 +346,39 @@ def test_tap_ids_that_name_the_default_layers_are_harmless_for_a_known_target(
 
 
 @pytest.mark.parametrize(
+    ("model_type", "does"),
+    [
+        ("llama", "serves it unchanged"),
+        ("qwen2", "does not load it"),
+        ("newest", "is not known to redraft's rules"),
+    ],
+)
+def test_llama_cpp_needs_a_target_whose_states_it_keeps(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, does: str
+) -> None:
+    LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
+    monkeypatch.setattr(target.model.config, "model_type", model_type)
+    assert inspect_draft(str(tmp_path / "d"), target).serves("llama.cpp") == does
+
+
+def test_llama_cpp_does_not_keep_the_state_after_the_last_layer(
+    target: Target, tmp_path: Path
+) -> None:
+    LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
+    edit(tmp_path / "d", eagle_aux_hidden_state_layer_ids=[2, 4, target.num_layers])
+    found = inspect_draft(str(tmp_path / "d"), target)
+    words = [f.says for f in found.engines if (f.engine, f.level) == ("llama.cpp", "wrong")]
+    assert any("aux layer id 8 is the state after the last layer" in says for says in words)
+
+
+def test_the_loss_with_several_slots_is_noted(target: Target, tmp_path: Path) -> None:
+    LAYOUTS["specforge"](tmp_path / "d", fresh_draft(target))
+    found = inspect_draft(str(tmp_path / "d"), target)
+    assert found.serves("llama.cpp") == "serves it unchanged"
+    assert any("--no-spec-draft-backend-sampling" in f.says for f in found.engines)
+
+
+@pytest.mark.parametrize(
     ("name", "model_type", "norms"),
     [
         ("LlamaForCausalLM", "llama", False),

@@ -1,4 +1,4 @@
-"""One cell of the table: a target and a draft in a running vLLM, against redraft's own counts."""
+"""One cell of the table: a target and a draft in a running engine, against redraft's own counts."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from datetime import date
 from pathlib import Path
 
 from redraft.checkpoints.load import read_draft
-from redraft.core.records import Lossless, Prompt, StepTrace
+from redraft.core.records import Lossless, Prompt
 from redraft.decoding.plain import decode_plain
 from redraft.drafts.base import Draft
 from redraft.metrics.live import live
 from redraft.metrics.lossless import compare
 from redraft.models.target import Target
 from redraft.serving.counters import Counters
-from redraft.serving.engine import Speculation
+from redraft.serving.engine import Engine, Speculation
 from redraft.serving.environment import Environment
+from redraft.serving.own_count import Limits, count_own
 from redraft.serving.verify import Request, method_of, serving_of
-from redraft.serving.vllm import VLLM
 
 K, TOKENS = 4, 96
 
@@ -28,7 +28,7 @@ K, TOKENS = 4, 96
 @dataclass(frozen=True)
 class Cell:
     """What one engine load gave. `drafts` and `accepted` are the engine's counters, `own_drafts`
-    and `own_accepted` those of redraft's live loop on the same token ids."""
+    and `own_accepted` those of redraft's live loop on the same token ids, cut as the engine cuts."""
 
     name: str
     engine: str
@@ -60,9 +60,11 @@ class Cell:
 class Table:
     """Runs cells, keeps each, and keeps the engine's plain answers of each target and dtype."""
 
+    engine: Engine
     environment: Environment
     logs: Path
     prompts: Sequence[Prompt]
+    flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.cells: dict[str, Cell] = {}
@@ -72,11 +74,19 @@ class Table:
         self, name: str, target: Target, speculation: Speculation | None, concurrency: int = 1
     ) -> tuple[list[list[int]], Counters]:
         """The engine's answers, and what it counted while giving them. One engine load."""
-        request = Request(self.logs, max_new_tokens=TOKENS)
+        request = Request(
+            self.logs,
+            max_new_tokens=TOKENS,
+            engine=self.engine,
+            concurrencies=(concurrency,),
+            engine_args=self.flags,
+        )
         what = dataclasses.replace(
             serving_of(target, self.prompts, request), speculation=speculation
         )
-        with VLLM.serve(self.environment, what, self.logs / f"{name}.log") as client:
+        what = self.engine.prepare(self.environment, what, self.logs / "converted")
+        log = self.logs / f"{self.engine.name} {name}.log"
+        with self.engine.serve(self.environment, what, log) as client:
             before = client.counters()
             answers = client.complete_all(
                 self.prompts, TOKENS, target.stop_ids, concurrency=concurrency, label=name
@@ -107,12 +117,10 @@ class Table:
         draft = stored.build(target)
         plain = self.plain(target) if reference is None else reference
         began = time.monotonic()
-        speculation = Speculation(method_of(stored), folder, k)
+        speculation = Speculation(method_of(stored, self.engine), folder, k)
         answers, counted = self.ask(name.replace(" ", "-"), target, speculation, concurrency)
         seconds = time.monotonic() - began
-        own = self._own_steps(target, draft, k)
-        steps = sum(len(t.accepted) for t in own)
-        accepted = sum(sum(t.accepted) for t in own)
+        own = self._own_count(target, draft, k)
         outputs = compare(target, self.prompts, plain, answers)
         self.cells[name] = Cell(
             name=name,
@@ -131,15 +139,16 @@ class Table:
             drafts=counted.drafts,
             accepted=counted.accepted,
             tau=counted.acceptance().tau,
-            own_drafts=steps,
-            own_accepted=accepted,
-            own_tau=1 + accepted / steps,
+            own_drafts=own.drafts,
+            own_accepted=own.accepted,
+            own_tau=own.acceptance().tau,
             seconds=round(seconds, 1),
         )
         return self.cells[name]
 
-    def _own_steps(self, target: Target, draft: Draft, k: int) -> list[StepTrace]:
-        return live(target, draft, self.prompts, k, TOKENS)[0]
+    def _own_count(self, target: Target, draft: Draft, k: int) -> Counters:
+        traces, answers = live(target, draft, self.prompts, k, TOKENS)
+        return count_own(traces, answers, Limits(k, TOKENS, target.stop_ids), self.engine.cut)
 
 
 def own_plain(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:

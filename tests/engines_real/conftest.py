@@ -1,4 +1,4 @@
-"""The nano suite with its adapted and from-scratch drafts, built once, and a vLLM to try them in.
+"""The nano suite with its adapted and from-scratch drafts, built once, and the engines to try them in.
 
 Training comes first and the engine afterwards: they would fight for the same cores.
 """
@@ -17,7 +17,9 @@ import torch
 from redraft.config import read_yaml, recipe_path, resolve
 from redraft.pipeline import adapt as pipeline
 from redraft.prompts.prompts import read_prompts
-from redraft.serving.environment import VARIABLE, find_environment
+from redraft.serving.engine import Engine
+from redraft.serving.environment import Environment
+from redraft.serving.vllm import VLLM
 from redraft_experiments.demo import AdaptedDraft, adapt_and_compare
 from tests.engines_real.cells import Table
 
@@ -77,18 +79,31 @@ def eagle(repaired: AdaptedDraft) -> Callable[[str], str]:
     return folder
 
 
+def environment_of(engine: Engine) -> Environment:
+    """The engine's environment: the one that its variable names, else the one that `make engine` makes."""
+    made_here = ROOT / f".venv-{engine.name.replace('.', '')}" / "bin" / "python"
+    return engine.find(os.environ.get(engine.package.variable) or str(made_here))
+
+
 @pytest.fixture(scope="session")
 def table(repaired: AdaptedDraft) -> Iterator[Table]:
-    """Every engine load of the session goes through it; its cells are written at the end."""
-    python = os.environ.get(VARIABLE) or str(ROOT / ".venv-vllm" / "bin" / "python")
+    """vLLM: every load of the session goes through it; its cells are written at the end."""
     prompts = read_prompts(repaired.evaluation, repaired.target, PROMPTS).prompts
-    found = Table(find_environment(python), BUILD / "logs", prompts)
+    found = Table(VLLM, environment_of(VLLM), BUILD / "logs", prompts)
     yield found
+    keep(found)
+
+
+def keep(found: Table) -> None:
+    """Add the cells of a table to the record."""
     path = ROOT / "docs" / "results" / "engines.json" if RECORD else BUILD / "engines.json"
     rows = (
-        {row["name"]: row for row in json.loads(path.read_text())["cells"]}
+        {
+            (row["engine"].split()[0], row["name"]): row
+            for row in json.loads(path.read_text())["cells"]
+        }
         if path.is_file()
         else {}
     )
-    rows |= {cell.name: asdict(cell) for cell in found.cells.values()}
+    rows |= {(cell.engine.split()[0], cell.name): asdict(cell) for cell in found.cells.values()}
     path.write_text(json.dumps({"cells": list(rows.values())}, indent=2) + "\n", encoding="utf-8")

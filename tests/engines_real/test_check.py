@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all, measure_answers
 from redraft.prompts.prompts import read_prompts
 from redraft.serving.engine import Serving, Speculation
-from redraft.serving.environment import VARIABLE, find_environment
 from redraft.serving.vllm import VLLM
 from redraft_experiments.suite import build_suite, load_member
-from tests.engines_real.conftest import BUILD, ROOT
+from tests.engines_real.conftest import BUILD, environment_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1200)]
 PROMPTS, TOKENS, K = 32, 96, 4
@@ -41,9 +39,7 @@ def serving(suite: dict[str, Any], draft: str | None) -> Serving:
 def test_a_server_is_checked_by_its_counters(
     suite: dict[str, Any], tmp_path: Path, drafted: bool
 ) -> None:
-    environment = find_environment(
-        os.environ.get(VARIABLE) or str(ROOT / ".venv-vllm" / "bin" / "python")
-    )
+    environment = environment_of(VLLM)
     file = str(Path(suite["prompts"]) / f"{suite['tuned_domain']}-eval.jsonl")
     what = serving(suite, suite["draft"] if drafted else None)
     with VLLM.serve(environment, what, tmp_path / "log") as client:

@@ -24,12 +24,12 @@ from redraft.models.target import Target
 from redraft.prompts.prompts import read_prompts
 from redraft.serving.client import AsyncClient
 from redraft.serving.engine import Serving, Speculation
-from redraft.serving.environment import VARIABLE, Environment, find_environment
+from redraft.serving.environment import Environment
 from redraft.serving.server import free_port
 from redraft.serving.verify import Request, serving_of
 from redraft.serving.vllm import VLLM
 from redraft_experiments.suite import build_suite, load_member
-from tests.engines_real.conftest import BUILD, ROOT
+from tests.engines_real.conftest import BUILD, environment_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1800)]
 TOKENS, PROMPTS = 96, 160
@@ -61,7 +61,7 @@ def own(target: Target, prompts: list[Prompt], tmp_path_factory: Any) -> dict[st
 
 @pytest.fixture(scope="module")
 def environment() -> Environment:
-    return find_environment(os.environ.get(VARIABLE) or str(ROOT / ".venv-vllm" / "bin" / "python"))
+    return environment_of(VLLM)
 
 
 @pytest.fixture

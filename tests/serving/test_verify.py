@@ -17,7 +17,7 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.serving.diagnosis import diagnose
-from redraft.serving.judgement import judge, notes_on
+from redraft.serving.judgement import conclusion, judge, notes_on, slower_everywhere
 from redraft.serving.verify import Request, fitting, serving_of, verify
 from tests.checkpoints.crafted import edit, retensor
 from tests.cli.test_cli import run
@@ -25,6 +25,8 @@ from tests.conftest import fresh_draft, write_prompts
 from tests.serving.conftest import PROMPTS, FakeEngine, K, install_fake
 
 TOKENS = 12
+SLOWER = 0.05
+"""Seconds that every request without a draft takes longer."""
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def good(
     """A verification in an engine that does what it should."""
     folder = tmp_path_factory.mktemp("good")
     fake = install_fake(folder / "engine")
-    fake.plan(**truthful)
+    fake.plan(**truthful, plain_delay=SLOWER)
     request = Request(folder / "logs", K, TOKENS, concurrencies=(1, 4), repeats=2)
     return verify(fake.environment, target, read_draft(str(draft_folder)), few_prompts, request)
 
@@ -135,12 +137,74 @@ def test_tau_against_the_runs_record(good: Verification) -> None:
     assert any("temperature 0.7, this at" in note for note in notes_on(warm))
 
 
-def test_slower_than_plain_is_noted(good: Verification) -> None:
+@pytest.mark.parametrize(
+    ("ratios", "sentence"),
+    [
+        ((1.5, 1.0), "serve it"),
+        (
+            (1.07, 0.79),
+            "serve it where it gains: 1 (1.07x) request at a time; it is slower than without a draft at "
+            "4 (0.79x) requests at a time",
+        ),
+        (
+            (0.9, 0.8),
+            "do not serve it on this machine: slower than without a draft at 1 (0.90x), 4 (0.80x) "
+            "requests at a time",
+        ),
+    ],
+)
+def test_the_conclusion_follows_the_speeds(
+    good: Verification, ratios: tuple[float, ...], sentence: str
+) -> None:
     speed = tuple(
-        dataclasses.replace(at, ratio=0.5 if at.concurrency == 4 else 1.5) for at in good.speed
+        dataclasses.replace(at, ratio=ratio) for at, ratio in zip(good.speed, ratios, strict=True)
     )
-    notes = notes_on(dataclasses.replace(good, speed=speed))
-    assert notes == ["slower than without a draft on this machine at 4 requests at a time"]
+    found = dataclasses.replace(good, speed=speed)
+    assert judge(found) == []
+    assert conclusion(found, []) == sentence
+    assert slower_everywhere(found) == sentence.startswith("do not")
+    assert conclusion(found, ["another reason"]) == "do not serve it: another reason"
+
+
+def test_an_engine_that_drafts_nothing(good: Verification) -> None:
+    tau = dataclasses.replace(good.tau, tau=1.0, drafts=0, drafted=0, accepted=0)
+    (reason,) = judge(dataclasses.replace(good, tau=tau))
+    assert reason == "the engine drafted nothing; its log (draft.log) tells why"
+
+
+def test_flags_that_change_the_target_excuse_other_answers(good: Verification) -> None:
+    """Texts with the draft are still compared with those without it, under the same flags."""
+    tau = dataclasses.replace(good.tau, tau=good.own.tau * 0.8)
+    other = dataclasses.replace(
+        good,
+        tau=tau,
+        against_redraft=Lossless(PROMPTS, 2, 0),
+        engine_args=("--kv-cache-dtype", "fp8"),
+    )
+    assert judge(other) == []
+    notes = notes_on(other)
+    assert "these --engine-args can do that" in notes[0]
+    assert notes[1].startswith("so its tau is not compared")
+    same = dataclasses.replace(other, against_redraft=good.against_redraft)
+    assert "the engine counts tau" in judge(same)[0]
+
+
+def test_the_users_flags_reach_both_servers(
+    fake: FakeEngine,
+    target: Target,
+    draft_folder: Path,
+    few_prompts: list[Prompt],
+    truthful: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    fake.plan(**truthful)
+    flags = ("--kv-cache-dtype", "fp8")
+    request = Request(tmp_path, K, TOKENS, (1,), repeats=1, engine_args=flags)
+    found = verify(fake.environment, target, read_draft(str(draft_folder)), few_prompts, request)
+    assert found.engine_args == flags
+    assert tuple(fake.started["argv"][-2:]) == flags
+    plain = dataclasses.replace(serving_of(target, few_prompts, request), speculation=None)
+    assert plain.flags == flags
 
 
 def test_a_misread_draft_is_named_with_what_the_files_show(
@@ -246,7 +310,8 @@ def plan_of(finished: Path, target: Target, draft: str) -> dict[str, Any]:
 
 
 def test_verify_a_run(redraft: Any, fake: FakeEngine, finished_run: Path, target: Target) -> None:
-    fake.plan(**plan_of(finished_run, target, str(finished_run / "draft")))
+    plan = plan_of(finished_run, target, str(finished_run / "draft"))
+    fake.plan(**plan, plain_delay=SLOWER)
     arguments = ("verify", "--run", finished_run, "--python", fake.python, "--quiet")
     code, out, err = redraft(*arguments, "--concurrency", "1", "--repeats", 1, "--json")
     assert code == 0, err
@@ -336,6 +401,12 @@ def test_another_reading_that_accepts_more_is_a_reason_and_a_cause(
     [
         (["--engine", "sglang"], "checked against its loaders' names and shapes only"),
         (["--engine", "vlm"], "unknown --engine 'vlm'; did you mean 'vllm'?"),
+        (["--engine-args", "--a 'b"], "takes flags as a shell does, in one argument"),
+        (["--engine-args", "--port=1"], "redraft gives vLLM this flag itself; leave it out"),
+        (
+            ["--engine", "llama.cpp", "--engine-args", "-t 1 -m x.gguf"],
+            "--engine-args -m: redraft gives llama.cpp this flag itself",
+        ),
         (["--concurrency", "1,x"], "--concurrency takes counts of at least 1"),
         (["--concurrency", "0"], "--concurrency takes counts of at least 1"),
         (["--draft", "d"], "name --target, --draft and --prompts, or a finished run with --run"),

@@ -1,8 +1,8 @@
 """What each engine does with a draft folder: reads it, refuses it, or serves something else.
 
 Verification hides every mistake here: the text stays right and only acceptance falls. The rules
-are facts about the engines' loaders, engine by engine in the row of a kind (vLLM 0.32 run here; SGLang
-0.5.23 and llama.cpp 11434, its converter and its loader, read, not run). They look at config.json and
+are facts about the engines' loaders, engine by engine in the row of a kind (vLLM 0.32 run here; llama.cpp 11434
+and 11549 run here, other parts of it read; SGLang 0.5.23 read, not run). They look at config.json and
 tensors as stored, so a broken folder can be judged that redraft's own readers refuse.
 
 Where no rule applies, nothing is claimed: a name, a value or a kind of attention that the rules do
@@ -17,7 +17,7 @@ from typing import Any
 from ..core.config_values import is_object, shown
 from ..drafts.kind import Config, DraftKind, Tensors
 from ..drafts.stored.engine_names import KEYS
-from ..drafts.stored.engine_rules import TARGET_LAYERS, TARGET_ROWS
+from ..drafts.stored.engine_rules import TARGET_LAYERS, TARGET_ROWS, TARGET_TYPE
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,16 @@ def judge(
     stored: Tensors,
     num_layers: int | None = None,
     vocab_size: int | None = None,
+    model_type: str | None = None,
 ) -> list[Finding]:
     """What every engine does with a folder of this kind, engine by engine.
 
     With the target's `num_layers`, aux layer ids that name the default layers are known to be harmless;
-    with its `vocab_size`, whether a draft's rows are as many.
+    with its `vocab_size`, whether a draft's rows are as many; with its `model_type`, whether an engine keeps
+    its layers' states.
     """
     readable, unread = _readable(raw)
-    of_target = {TARGET_LAYERS: num_layers, TARGET_ROWS: vocab_size}
+    of_target = {TARGET_LAYERS: num_layers, TARGET_ROWS: vocab_size, TARGET_TYPE: model_type}
     readable |= {key: value for key, value in of_target.items() if value is not None}
     named = {kind.canonical(name): tensor for name, tensor in stored.items()}
     config, unjudged = kind.judged(readable, named)

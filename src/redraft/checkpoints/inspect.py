@@ -83,6 +83,7 @@ def inspect_draft(
             tensors,
             target.num_layers if target else None,
             target.vocab_size if target else None,
+            target.model.config.model_type if target else None,
         ),
         provenance=stored.provenance if stored else {},
     )

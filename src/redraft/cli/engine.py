@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,10 +68,12 @@ def verify(
     repeats: int = 3,
     port: int | None = None,
     start_timeout: float = 900.0,
+    engine_args: str = "",
+    converted: str | None = None,
 ) -> None:
     """Try a draft in a real engine: same outputs, same tau as redraft counts, how fast.
 
-    Exit codes: 0 serve it, 3 tried and not fit to serve, 2 a mistake in the command, 1 our fault.
+    Exit codes: 0 serve it (where it gains), 3 tried and not fit to serve, 2 a mistake in the command, 1 our fault.
 
     Example: redraft verify --run run --python .venv-vllm/bin/python
     """
@@ -78,6 +81,8 @@ def verify(
 
     row = engine_named(engine)
     levels = _levels(concurrency)
+    flags = _flags(engine_args)
+    row.check_flags(flags)
     finished = _read_run(run) if run else None
     named = models.named()
     if finished:
@@ -106,6 +111,8 @@ def verify(
         repeats=repeats,
         port=port,
         patience=start_timeout,
+        converted=Path(converted) if converted else None,
+        engine_args=flags,
     )
     found = work(
         environment,
@@ -156,6 +163,15 @@ def _levels(text: str) -> tuple[int, ...]:
             f"--concurrency takes counts of at least 1, for example 1,4,16; got '{text}'"
         )
     return levels
+
+
+def _flags(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as problem:
+        raise UserError(
+            f"--engine-args takes flags as a shell does, in one argument; got '{text}' ({problem})"
+        ) from None
 
 
 def _read_run(run: str) -> Run:

@@ -14,7 +14,8 @@ from typing import Any
 from .. import __version__
 from ..core.errors import UserError, as_sentence
 from ..core.visible import visible
-from ..serving.environment import VARIABLE, installed, interpreters
+from ..serving.engines import ENGINES, NOT_RUN
+from ..serving.environment import installed, interpreters
 from .bundles import OutputFlags
 from .extensions import GROUP
 
@@ -22,6 +23,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "peft", "accelerate", "numpy
 VARIABLES = (
     "REDRAFT_API_KEY",
     "REDRAFT_DATA",
+    "REDRAFT_LLAMACPP_PYTHON",
     "REDRAFT_SPECULATORS_PYTHON",
     "REDRAFT_TRACEBACK",
     "REDRAFT_VLLM_PYTHON",
@@ -102,9 +104,12 @@ def _accelerators() -> list[dict[str, Any]]:
 def _engines() -> list[dict[str, str]]:
     """Engines in this environment, in the Pythons that `redraft verify` would find, and on the PATH."""
     found = []
-    for where, python in {**interpreters(), VARIABLE: os.environ.get(VARIABLE)}.items():
+    packages_of = [row.package for row in ENGINES]
+    names = [*(name for package in packages_of for name in package.names), *NOT_RUN]
+    variables = {p.variable: os.environ.get(p.variable) for p in packages_of}
+    for where, python in {**interpreters(), **variables}.items():
         try:
-            packages = installed(python) if python else {}
+            packages = installed(names, python) if python else {}
         except UserError as problem:
             packages = {"unknown": str(problem)}
         found += [{"engine": e, "version": v, "where": where} for e, v in packages.items()]

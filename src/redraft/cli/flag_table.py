@@ -128,11 +128,15 @@ FLAGS: dict[str, Flag] = {
     "method": Flag(
         "adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]"
     ),
-    "engine": Flag("the serving engine: vllm"),
-    "python": Flag("Python of the engine's environment (default: $REDRAFT_VLLM_PYTHON)"),
+    "engine": Flag("the serving engine: vllm or llama.cpp"),
+    "python": Flag(
+        "Python of the engine's environment (default: $REDRAFT_VLLM_PYTHON or $REDRAFT_LLAMACPP_PYTHON)"
+    ),
     "concurrency": Flag("requests at a time whose speed is measured"),
     "repeats": Flag("timed passes at each concurrency", low=1),
     "port": Flag("port [default: a free one]", low=1, high=65535),
+    "engine_args": Flag("flags of your own for the engine's server, without and with the draft"),
+    "converted": Flag("folder that keeps models converted for the engine [default: none is kept]"),
     "start_timeout": Flag("seconds the engine may take to start", low=1),
     "check": Flag("check stored features: every checksum, some rows' states"),
     "batch_tokens": Flag("tokens that the target reads at a time", low=1),

@@ -397,8 +397,10 @@ class Verification:
 
     `outputs` compares the engine with the draft to the engine without it, one request at a time;
     `against_redraft` compares the engine without a draft to redraft's own decoding. `tau` is the
-    engine's count, `own` that of redraft's live loop on the same token ids; they may differ by
-    `tolerance`, a share of `own`. `recorded` is the run's measurement after adapting, where a run
+    engine's count, `own` that of redraft's live loop on the same token ids, and `expected` the same steps
+    as the engine counts them (None: the steps of `own`). `tau` and `expected` may differ by
+    `tolerance`, a share of the latter. `engine_args` are the user's own flags, without and with the
+    draft. `recorded` is the run's measurement after adapting, where a run
     was named. `findings` are fatal findings in the draft's files, `causes` what explains a bad
     result, `notes` what is worth knowing about a good one.
     """
@@ -418,6 +420,8 @@ class Verification:
     own: Acceptance
     tolerance: float
     speed: tuple[EngineSpeed, ...]
+    expected: EngineAcceptance | None = None
+    engine_args: tuple[str, ...] = ()
     recorded: Acceptance | None = None
     findings: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
@@ -427,19 +431,27 @@ class Verification:
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def own_count(self) -> EngineAcceptance:
+        """What the engine should count: redraft's steps, whole where a record of before holds no others."""
+        own, steps = self.own, int(self.own.steps)
+        whole = EngineAcceptance(
+            own.tau, steps, self.k * steps, int(own.accepted), own.per_position
+        )
+        return self.expected or whole
+
     @staticmethod
     def from_json(row: dict[str, Any]) -> Verification:
         row = with_today_keys(row)
         for name in ("outputs", "against_redraft"):
             row[name] = Lossless(**row[name])
-        row["tau"] = EngineAcceptance(
-            **{**row["tau"], "per_position": tuple(row["tau"]["per_position"])}
-        )
+        row["tau"] = _engine_acceptance(row["tau"])
+        row["expected"] = row.get("expected") and _engine_acceptance(row["expected"])
         row["own"] = acceptance(row["own"])
         row["recorded"] = row["recorded"] and acceptance(row["recorded"])
         row["speed"] = tuple(_engine_speed(entry) for entry in row["speed"])
-        for name in ("findings", "causes", "notes"):
-            row[name] = tuple(row[name])
+        for name in ("findings", "causes", "notes", "engine_args"):
+            row[name] = tuple(row.get(name, ()))
         return Verification(**row)
 
 
@@ -508,6 +520,10 @@ def _refusal_rates(row: dict[str, Any]) -> RefusalRates:
     row = with_today_keys(row)
     intervals = {name: tuple(ends) for name, ends in row.items() if name.endswith("_ci")}
     return RefusalRates(**{**row, **intervals})
+
+
+def _engine_acceptance(row: dict[str, Any]) -> EngineAcceptance:
+    return EngineAcceptance(**{**row, "per_position": tuple(row["per_position"])})
 
 
 def _engine_speed(row: dict[str, Any]) -> EngineSpeed:

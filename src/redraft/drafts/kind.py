@@ -142,8 +142,8 @@ class DraftKind(Row):
     """A stored tensor's name as the rules have it."""
     judged: Callable[[Config, Tensors], tuple[Config, list[str]]] = lambda raw, _: (raw, [])
     """config.json as the rules are to see it, and what keeps all of them from judging."""
-    vllm_method: str | None = None
-    """vLLM's name of the method; None: it has none."""
+    methods: Mapping[str, str] = field(default_factory=dict)
+    """The method's name in engines that redraft runs; an engine that is not there has none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -229,6 +229,7 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
         title=_cell(
             f"{found.engine} {found.engine_version}, {found.method}, {found.dtype}: "
             f"{found.prompts} prompts, K={found.k}"
+            + (f", {' '.join(found.engine_args)}" if found.engine_args else "")
         )
     )
     for heading in ("at a time", "tokens/s without", "with the draft", "ratio", "outputs"):
@@ -245,10 +246,13 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
     _show(
         out,
         f"tau in the engine {found.tau.tau:.3f} ({found.tau.accepted:,} accepted in "
-        f"{found.tau.drafts:,} steps), redraft's own count {found.own.tau:.3f} "
-        f"({found.own.accepted:,} in {found.own.steps:,})",
+        f"{found.tau.drafts:,} steps), redraft's own count {found.own_count.tau:.3f} "
+        f"({found.own_count.accepted:,} in {found.own_count.drafts:,})",
     )
-    for name, rates in (("engine", found.tau.per_position), ("redraft", found.own.per_position)):
+    for name, rates in (
+        ("engine", found.tau.per_position),
+        ("redraft", found.own_count.per_position),
+    ):
         _show(out, f"conditional acceptance at position 1..{found.k}, {name:7}: " + _rates(rates))
     if found.recorded is not None:
         _show(out, f"recorded by the run: {tau(found.recorded)} at K={found.recorded.k}")

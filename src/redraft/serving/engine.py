@@ -18,7 +18,8 @@ from ..core.errors import UserError
 from ..core.records import Prompt
 from .client import Client, connect
 from .counters import Counters, read_counters, steady
-from .environment import Environment
+from .environment import Environment, Package, find_environment
+from .own_count import Cut, whole_steps
 from .reply import Reply, Trouble, shown
 from .server import Server, free_port, serving
 
@@ -43,7 +44,8 @@ class Serving:
 
     `dtype` is a torch dtype name. `eager` None means: on a CPU build. `port` None picks a free one.
     `patience` is the longest start, in seconds. `step_tokens` are the most tokens of a step (None: the engine's own
-    choice): a prompt that does not fit in one is read in parts.
+    choice): a prompt that does not fit in one is read in parts. `at_a_time` is the most requests that
+    will be sent at a time. `flags` are the user's own, added to the server's command line.
     """
 
     target: str
@@ -55,6 +57,8 @@ class Serving:
     port: int | None = None
     patience: float = 900.0
     step_tokens: int | None = None
+    at_a_time: int = 1
+    flags: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:
@@ -62,21 +66,29 @@ class Serving:
         return ADAPTED if self.adapter else TARGET
 
 
+def unchanged(environment: Environment, what: Serving, folder: Path) -> Serving:
+    """The preparation of an engine that reads Hugging Face folders."""
+    return what
+
+
 @dataclass(frozen=True)
 class Engine:
     """A row: everything special about one engine.
 
-    `name` is the value of --engine, `title` what messages call the engine, `dtypes` what it serves.
-    `find` gives its environment (of the program that --python names, or None). `command` and
-    `variables` start its server on a port; the path `health` replies with HTTP 200 once it is ready.
+    `name` is the value of --engine, `title` what messages call the engine, `dtypes` what it serves,
+    `package` how it is installed. `prepare` makes what it serves out of Hugging Face folders, and keeps
+    it in a folder. `command` and `variables` start its server on a port; the path `health` replies with
+    HTTP 200 once it is ready. `own_flags` are flags that redraft gives it and the user cannot.
     `greedy` is the body of a completion: prompt, longest answer, stop tokens. `answer` is the token ids
-    in its reply, None where there are none. `counters` is the prefix of their names on the page `metrics`.
+    in its reply, None where there are none. `counters` is the prefix of their names on the page
+    `metrics`, and `cut` what it counts of redraft's steps. `causes` are patterns of lines in its log that
+    explain its end, the best first.
     """
 
     name: str
     title: str
     dtypes: tuple[str, ...]
-    find: Callable[[str | None], Environment]
+    package: Package
     command: Callable[[Environment, Serving, int], list[str]]
     variables: Callable[[Environment, Serving], dict[str, str]]
     greedy: Callable[[Sequence[int], int, Sequence[int]], dict[str, Any]]
@@ -85,6 +97,23 @@ class Engine:
     health: str = "/health"
     metrics: str = "/metrics"
     completions: str = "/v1/completions"
+    prepare: Callable[[Environment, Serving, Path], Serving] = unchanged
+    cut: Cut = whole_steps
+    own_flags: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
+
+    def find(self, python: str | None = None) -> Environment:
+        """Its environment (see `find_environment`)."""
+        return find_environment(self.package, python)
+
+    def check_flags(self, flags: Sequence[str]) -> None:
+        """Raise UserError for a flag of the user's that redraft itself gives the server."""
+        for flag in flags:
+            if flag.partition("=")[0] in self.own_flags:
+                raise UserError(
+                    f"--engine-args {flag}: redraft gives {self.title} this flag itself; leave it out "
+                    "(--port, --k and --dtype are flags of redraft verify)"
+                )
 
     @contextlib.contextmanager
     def serve(self, environment: Environment, what: Serving, log: Path) -> Iterator[RunningEngine]:
@@ -101,6 +130,7 @@ class Engine:
             log=log,
             patience=what.patience,
             health=self.health,
+            causes=self.causes,
         ) as server:
             client = connect(server.url, REQUEST_SECONDS)
             with client.http:
@@ -131,11 +161,11 @@ class RunningEngine:
             self._no_answer(f"gave no completion at {path}: '{shown(reply.text, None, 100)}'")
         if tokens is None:
             raise UserError(
-                f"{self.server.name} answers without token ids; expected `token_ids` because of "
-                "`return_token_ids`: a newer version is needed"
+                f"{self.server.name} answers without token ids, which it was asked for: a newer "
+                "version is needed"
             )
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            self._no_answer(f"gave `token_ids` at {path} that are no list of numbers")
+            self._no_answer(f"gave token ids at {path} that are no list of numbers")
         return tokens
 
     def complete_all(

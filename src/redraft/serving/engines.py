@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ..core.errors import UserError, nearest
 from .engine import Engine
+from .llamacpp import LLAMACPP
 from .vllm import VLLM
 
-ENGINES: tuple[Engine, ...] = (VLLM,)
+ENGINES: tuple[Engine, ...] = (VLLM, LLAMACPP)
 NOT_RUN = {
     "sglang": "redraft does not run SGLang; exports are checked against its loaders' names and shapes "
     "only, which `redraft inspect DRAFT` shows"

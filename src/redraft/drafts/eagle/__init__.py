@@ -52,5 +52,5 @@ EAGLE = DraftKind(
     engines=engines.ENGINES,
     canonical=files.canonical,
     judged=engines.judged,
-    vllm_method="eagle",
+    methods={"vllm": "eagle"},
 )

@@ -9,6 +9,8 @@ from . import engines, files, speculators
 from .network import Eagle3Draft
 
 _IN_VLLM = """vLLM:    vllm serve TARGET --speculative-config '{"method": "eagle3", "model": "THIS", "num_speculative_tokens": 4}'"""
+_IN_LLAMA_CPP = """llama.cpp:  convert_hf_to_gguf.py THIS --target-model-dir TARGET --outfile THIS.gguf, and the same for TARGET; then
+         llama-server -m TARGET.gguf -md THIS.gguf --spec-type draft-eagle3 --spec-draft-n-max 4 --no-spec-draft-backend-sampling"""
 
 EAGLE3 = DraftKind(
     name="eagle3",
@@ -24,15 +26,16 @@ EAGLE3 = DraftKind(
             lay_out=files.lay_out,
             engines=("vllm", "sglang", "llama.cpp"),
             serve=f"""{_IN_VLLM}
-SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 --speculative-draft-model-path THIS""",
+SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algorithm EAGLE3 --speculative-draft-model-path THIS
+{_IN_LLAMA_CPP}""",
         ),
         Layout(
             name="speculators",
             recognise=speculators.recognises,
             parse=speculators.parse,
             lay_out=speculators.lay_out,
-            engines=("vllm",),
-            serve=_IN_VLLM,
+            engines=("vllm", "llama.cpp"),
+            serve=f"{_IN_VLLM}\n{_IN_LLAMA_CPP}",
         ),
     ),
     build=files.build,
@@ -54,5 +57,5 @@ SGLang:  python -m sglang.launch_server --model-path TARGET --speculative-algori
     engines=engines.ENGINES,
     canonical=files.canonical,
     judged=engines.judged,
-    vllm_method="eagle3",
+    methods={"vllm": "eagle3", "llama.cpp": "draft-eagle3"},
 )

@@ -1,5 +1,5 @@
-"""What each engine does with an EAGLE-3 folder: facts about the loaders of vLLM 0.32 (run), SGLang 0.5.23
-and llama.cpp 11434 (read)."""
+"""What each engine does with an EAGLE-3 folder: facts about the loaders of vLLM 0.32 and llama.cpp 11434 and
+11549 (run), and of SGLang 0.5.23 (read)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from ..kind import Config, Rule, Tensors
 from ..stored.engine_names import (
     LAYER_TENSORS,
     LLAMA_CPP,
+    LLAMA_CPP_TARGETS,
     NOT_IN_LLAMA_CPP,
     NOT_IN_SGLANG,
+    NOT_LLAMA_CPP_TARGETS,
     SGLANG_EAGLE3,
     VLLM_EAGLE3,
 )
 from ..stored.engine_rules import (
     TARGET_LAYERS,
     TARGET_ROWS,
+    TARGET_TYPE,
     Findings,
     architecture,
     flat,
@@ -254,7 +257,7 @@ def _sglang_eagle3(raw: Config, tensors: Tensors) -> Findings:
 
 
 def _llama_cpp(raw: Config, tensors: Tensors) -> Findings:
-    """Build 11434: layer ids and norms from the top level of config.json, biases nowhere."""
+    """Its converter: layer ids and norms from the top level of config.json, biases nowhere."""
     plain, speculators = flat(raw), wrapped(raw)
     yield from architecture(LLAMA_CPP, NOT_IN_LLAMA_CPP, architectures_of(raw))
     if "draft_vocab_size" not in plain or plain.get("num_hidden_layers") != 1:
@@ -286,6 +289,29 @@ def _llama_cpp(raw: Config, tensors: Tensors) -> Findings:
     rows, vocab = _head_rows(raw, tensors)
     if "d2t" not in tensors and rows != (raw.get(TARGET_ROWS) or vocab):
         yield "refused", f"no d2t for a head of {rows} rows, which are not the target's vocabulary"
+
+
+def _llama_cpp_target(raw: Config, tensors: Tensors) -> Findings:
+    """What it does with the target: keeps the inputs of its layers in some architectures only."""
+    model_type, layer_count = raw.get(TARGET_TYPE), raw.get(TARGET_LAYERS)
+    if model_type in NOT_LLAMA_CPP_TARGETS:
+        yield "refused", f"it keeps no layers' states of a target of model_type '{model_type}'"
+    elif model_type is not None and model_type not in LLAMA_CPP_TARGETS:
+        yield "unknown", f"a target of model_type '{model_type}' is not known to redraft's rules"
+    if layer_count is not None and layer_count in (raw.get(TOP) or ()):
+        yield (
+            "wrong",
+            f"aux layer id {layer_count} is the state after the last layer, which it does not keep: the draft "
+            "reads numbers that nothing has set",
+        )
+
+
+def _llama_cpp_slots(raw: Config, tensors: Tensors) -> Findings:
+    yield (
+        "note",
+        "with more than one slot (--parallel) its default drafting loses acceptance, half of it at four: "
+        "start it with --no-spec-draft-backend-sampling",
+    )
 
 
 def _norm_before_fc(raw: Config) -> bool:
@@ -343,6 +369,8 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
     ),
     "llama.cpp": (
         _llama_cpp,
+        _llama_cpp_target,
+        _llama_cpp_slots,
         missing(_needed, "refused"),
         surplus(KNOWN, "refused"),
         _map_values("refused"),

@@ -48,6 +48,16 @@ NOT_IN_SGLANG = (
 )
 NOT_IN_LLAMA_CPP = (*_QWEN, *list(VLLM_EAGLE3)[2:])
 """Names that end in a refusal: those of other engines, and of whole models."""
+LLAMA_CPP_TARGETS = (
+    *("llama", "mistral", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gpt_oss"),
+    *("gemma4", "gemma4_text", "lfm2", "minimax_m2", "nemotron_h"),
+)
+"""model_type of targets whose layers' states llama.cpp keeps for an EAGLE-3 draft."""
+NOT_LLAMA_CPP_TARGETS = (
+    *("qwen2", "qwen2_moe", "gemma", "gemma2", "gemma3", "gemma3_text", "mistral3", "phi", "phi3"),
+    *("olmo2", "smollm3", "granite", "glm4", "starcoder2", "stablelm"),
+)
+"""model_type of targets on which it aborts instead."""
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Config classes whose defaults are Llama's in what the rules read."""
 

@@ -14,6 +14,7 @@ from .layer import QKV, SLIDING, has_values
 Findings = Iterator[tuple[str, str]]
 TARGET_ROWS = "(the target's) vocab_size"
 TARGET_LAYERS = "(the target's) num_hidden_layers"
+TARGET_TYPE = "(the target's) model_type"
 """Not keys of any config.json: where `judge` tells rules about the target."""
 DEFAULT_LAYERS = 32
 """What Llama and Qwen3 configs of Transformers have where num_hidden_layers is absent."""

@@ -17,10 +17,12 @@ TOKEN_LM = DraftKind(
             recognise=files.recognises,
             parse=files.parse,
             lay_out=files.lay_out,
-            engines=("vllm", "sglang", "transformers"),
+            engines=("vllm", "sglang", "llama.cpp", "transformers"),
             serve="""vLLM:          vllm serve TARGET --speculative-config '{"method": "draft_model", "model": "THIS", "num_speculative_tokens": 4}'
 SGLang:        python -m sglang.launch_server --model-path TARGET --speculative-algorithm STANDALONE --speculative-draft-model-path THIS
-Transformers:  model.generate(..., assistant_model=AutoModelForCausalLM.from_pretrained("THIS"))""",
+Transformers:  model.generate(..., assistant_model=AutoModelForCausalLM.from_pretrained("THIS"))
+llama.cpp:     convert_hf_to_gguf.py THIS --outfile THIS.gguf, and the same for TARGET; then
+               llama-server -m TARGET.gguf -md THIS.gguf --spec-type draft-simple --spec-draft-n-max 4""",
         ),
     ),
     build=files.build,
@@ -33,5 +35,5 @@ Transformers:  model.generate(..., assistant_model=AutoModelForCausalLM.from_pre
     reads=files.reads,
     vocabulary=files.vocabulary,
     engines=engines.ENGINES,
-    vllm_method="draft_model",
+    methods={"vllm": "draft_model", "llama.cpp": "draft-simple"},
 )

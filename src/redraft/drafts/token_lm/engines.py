@@ -1,4 +1,4 @@
-"""What each engine does with a causal LM as a draft, all read from their loaders."""
+"""What each engine does with a causal LM as a draft, read from their loaders; run in llama.cpp."""
 
 from __future__ import annotations
 

