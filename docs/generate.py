@@ -3,7 +3,7 @@
 docs/cli.md      the command reference, from each command's own --help
 docs/engines.md  which engine serves what, from docs/results/engines.json and the rules of `inspect`
 docs/config.md   every setting with its default, from the dataclasses in config/settings.py
-README.md        the end of a run and the measured table, from the records in docs/results/
+README.md        the end of a run, the race and the measured table, from the records in docs/results/
 docs/architecture.md  every file with the first line of its docstring
 docs/results/drafts.md    the same records in full
 docs/results/decode.md    decoding speed, from its record there
@@ -27,7 +27,7 @@ from drafts_page import measured_table, results_page, run_output
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
-from real_page import real_page
+from real_page import race_table, real_page
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
@@ -44,6 +44,7 @@ def generated() -> dict[Path, str]:
     parts = {
         "run": f"```\n{run_output()}```",
         "measured": measured_table(),
+        "race": race_table(),
         "tree": f"```\n{tree()}```",
     }
     pages = (ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md")

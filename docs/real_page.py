@@ -65,6 +65,40 @@ def real_page() -> str:
     return "\n".join(parts)
 
 
+SHOWN = {
+    "unadapted": "unadapted",
+    "body": "redraft's default",
+    "speculators": "speculators 0.9, fine-tuning all but the head",
+    "full": "every tensor",
+    "slow": "FFN expert, `fc` and norms",
+    "lora": "LoRA of rank 16",
+}
+"""Rows of the table in README."""
+
+
+def race_table() -> str:
+    """The rows that README shows: tau of the unadapted draft, and what each way adds."""
+    groups = grouped([RealCell.from_json(json.loads(line)) for line in _lines(CELLS)])
+    members = list(dict.fromkeys(member for member, _ in groups))
+    heads = [
+        f"{member}: {what}" for member in members for what in ("own, T = 0", "T = 0.7", "chat")
+    ]
+    lines = [f"| tau at K = 4 | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for row, says in SHOWN.items():
+        figures = []
+        for member in members:
+            zero, some = groups[member, "unadapted"], groups.get((member, row))
+            for name in ("greedy", "sampled", "chat"):
+                if some is None:
+                    figures.append("")
+                elif row == "unadapted":
+                    figures.append(_interval(recovery.tau(counts_of(some, name)), ".2f"))
+                else:
+                    figures.append(_interval(change(some, zero, name, WHOLE), "+.2f"))
+        lines.append(f"| {says} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 

@@ -132,6 +132,7 @@ def test_check_adapt_and_measure_run_from_the_command_line(
     assert checked["evidence"]["unadapted"]["tau"] >= 1, sorted(checked["evidence"])
     run = tmp_path / "run"
     settings = (
+        "general.guard=off",
         "train.epochs=1",
         "train.batch_tokens=512",
         "train.precision=fp32",

@@ -182,6 +182,7 @@ def test_adapt_measures_on_answers_of_the_endpoints_where_asked_to(
         "train.epochs": 0.2,
         "train.rollout": 2,
         "train.evaluations": 1,
+        "general.guard": "off",
         "measure.k": 2,
         "measure.eval_limit": 4,
         "measure.heldout": 4,

@@ -109,6 +109,7 @@ def test_given_answers_are_trained_on_as_they_are(
     read = read_prompts(str(logs), target).prompts
     assert [(p.tokens, p.reference) for p in read] == [(a.prompt, a.answer) for a in foreign]
     settings = {
+        "general.guard": "off",
         "train.epochs": 1.0,
         "measure.eval_limit": 6,
         "measure.heldout": 6,

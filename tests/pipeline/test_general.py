@@ -232,7 +232,7 @@ def test_without_enough_of_them_auto_leaves_the_job_unguarded_and_on_is_refused(
     for _ in range(2):
         result = run(target, draft_folder, files, tmp_path / "run", **about, general__guard="auto")
     assert not result.worked, "a second run tried again"
-    assert len(asked) == 1
+    assert asked == [3 * general.FEWEST], "twice ten are fewer than are needed"
     assert not result.report.train.way
     assert "general-before" not in result.report.off_domain
     shown = Console(width=400, record=True, file=io.StringIO())

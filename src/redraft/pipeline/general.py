@@ -70,7 +70,7 @@ def _in_three_parts(job: Job, asked: JobPrompts) -> GeneralPrompts:
     kept = most_kept(len(asked.adapt), job.config.select.budget_value)
     trained, aside = max(round(c.share * kept), 1) if c.share else 0, c.aside
     if not c.prompts:
-        _make_up(job, trained + 2 * aside)
+        _make_up(job, max(trained + 2 * aside, 3 * FEWEST))
     source = c.prompts or str(job.run.path / FILE)
     others = [asked.adapt, asked.heldout, *asked.measured.values()]
     most = trained + 2 * aside + sum(map(len, others))
