@@ -123,6 +123,7 @@ def test_the_model_answers(suite: Suite) -> None:
         build_model("smollm2", suite.adapter)
 
 
+@pytest.mark.bench
 def test_check_adapt_and_measure_run_from_the_command_line(
     suite: Suite, command: Any, tmp_path: Path
 ) -> None:
@@ -132,7 +133,7 @@ def test_check_adapt_and_measure_run_from_the_command_line(
     assert checked["evidence"]["unadapted"]["tau"] >= 1, sorted(checked["evidence"])
     run = tmp_path / "run"
     settings = (
-        "general.guard=off",
+        "general.aside=8",
         "train.epochs=1",
         "train.batch_tokens=512",
         "train.precision=fp32",
@@ -143,6 +144,7 @@ def test_check_adapt_and_measure_run_from_the_command_line(
     sets = [word for setting in settings for word in ("--set", setting)]
     report = command("adapt", *shared, "--out", run, "--limit", 12, *sets)
     assert report["train"]["steps"] > 0
+    assert report["off_domain"]["general-after"]["prompts"] == 8
     assert report["train"]["peak_mb"] < 4 * report["train"]["predicted_peak_mb"]
     measured = command(
         *("measure", *tuned, "--draft", run / "draft", "--prompts", suite.prompts),
