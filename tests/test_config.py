@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from redraft.config import (
     AdaptConfig,
+    RegenerateConfig,
     TrainConfig,
+    key_of,
     parse_set,
     read_shares,
     read_width,
@@ -173,3 +176,12 @@ def test_every_setting_has_help_and_a_default_that_passes_its_own_checks() -> No
 def test_nearest() -> None:
     assert nearest("expret", ["expert", "full"]) == "did you mean 'expert'? known: expert, full"
     assert nearest("zzz", ["expert", "full"]) == "known: expert, full"
+
+
+def test_a_setting_that_was_added_later_does_not_redo_what_is_finished() -> None:
+    config = TrainConfig()
+    later = {name for name in asdict(config) if name not in key_of(config)}
+    assert later == {"optimizer"}
+    assert key_of(config) == {k: v for k, v in asdict(config).items() if k not in later}
+    assert key_of(replace(config, optimizer="muon"))["optimizer"] == "muon"
+    assert key_of(RegenerateConfig()) == asdict(RegenerateConfig())

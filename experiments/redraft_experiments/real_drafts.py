@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from redraft.config import TrainConfig
+from redraft.config import TrainConfig, key_of
 from redraft.features.store import FeatureStore
 from redraft.features.stored_target import load_stored_target
 from redraft.generation.answer_file import read_answers
@@ -30,7 +30,7 @@ class Trained:
     config: TrainConfig
 
     def about(self) -> dict[str, Any]:
-        return {"shape": asdict(self.shape), **asdict(self.config)}
+        return {"shape": asdict(self.shape), **key_of(self.config)}
 
 
 @dataclass(frozen=True)

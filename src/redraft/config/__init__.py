@@ -18,6 +18,7 @@ from .settings import (
     RegenerateConfig,
     SelectConfig,
     TrainConfig,
+    key_of,
 )
 from .values import Budget, read_budget, read_endpoints, read_format, read_shares, read_width
 
@@ -32,6 +33,7 @@ __all__ = [
     "SelectConfig",
     "TrainConfig",
     "check_value",
+    "key_of",
     "parse_set",
     "read_budget",
     "read_endpoints",

@@ -7,7 +7,7 @@ A setting given as text keeps the text, which is what is stored; its value is th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,19 @@ from .values import Budget, Width, read_budget, read_endpoints, read_format, rea
 
 def _opt(default: Any, help: str, **checks: Any) -> Any:
     return field(default=default, metadata={"help": help, **checks})
+
+
+def key_of(stage: Any) -> dict[str, Any]:
+    """A stage's settings as its result is known by.
+
+    A setting with `since` was added later, and this value does what was done before: there it is left out, so that a
+    new version of redraft does not redo what is finished.
+    """
+    return {
+        each.name: getattr(stage, each.name)
+        for each in fields(stage)
+        if "since" not in each.metadata or getattr(stage, each.name) != each.metadata["since"]
+    }
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,7 @@ class TrainConfig:
         "adamw",
         "what moves the tensors; 'muon' is Muon for matrices (but heads) and AdamW for the rest, from PyTorch 2.9 on",
         choices=("adamw", "muon"),
+        since="adamw",
     )
     lr: float = _opt(
         0.0,

@@ -21,7 +21,7 @@ from ..adapters.kind import every_kind
 from ..adapters.merge import home_of, merge, without_adapters
 from ..checkpoints.adapter_folder import TRAINING, check_belongs, load_adapter, save_adapter
 from ..checkpoints.load import StoredDraft, load_draft, made_for, read_draft, stored
-from ..config import RegenerateConfig, TrainConfig
+from ..config import RegenerateConfig, TrainConfig, key_of
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import write_text, writing
@@ -101,7 +101,7 @@ def select(job: Job, pool: Callable[[], Sequence[Answer]], key: str) -> str:
         say(f"select: {found.summary()}")
 
     models = {model: job.fingerprint(model) for model in asked}
-    inputs = {"pool": key, **models, "k": job.k, **asdict(config)}
+    inputs = {"pool": key, **models, "k": job.k, **key_of(config)}
     return job.run.stage("select", inputs, [SELECTION], work)
 
 
@@ -149,7 +149,7 @@ def train(
         "k": job.k,
         "base": job.fingerprint("base") if job.config.train.method_value.closed_form else None,
         **({"general tolerance": job.config.general.tolerance} if guarded_by else {}),
-        **asdict(job.config.train),
+        **key_of(job.config.train),
     }
     # Not training.json, which holds seconds: the same tensors trained again are the same adapter.
     outputs = [f"{folder}/model.safetensors", f"{folder}/adapter.json"]
@@ -164,7 +164,7 @@ def export(job: Job, trained: str) -> str:
         merged = merge_draft(job.draft, load_adapter(job.run.path / "adapter"), job.target)
         merged.save(job.run.path / "draft", config.format)
 
-    return job.run.stage("export", {"trained": trained, **asdict(config)}, ["draft"], work)
+    return job.run.stage("export", {"trained": trained, **key_of(config)}, ["draft"], work)
 
 
 def measure(job: Job, exported: str, answered: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..adapters.adapter import declare, merged_parameters, prepare, put
 from ..adapters.kind import Setup, adapter_of, kinds_of
 from ..adapters.table import Method
 from ..adapters.vocabulary_remap import HEAD, Remapped, remap, row_mask
-from ..config import TrainConfig
+from ..config import TrainConfig, key_of
 from ..core.console import Progress, say
 from ..core.errors import UserError
 from ..core.failpoints import point
@@ -440,7 +440,7 @@ def _key(
 ) -> str:
     """Identifies everything that a run's tensors depend on; a checkpoint of another is not continued."""
     about: list[Any] = [
-        asdict(config),
+        key_of(config),
         plan,
         target.fingerprint(),
         base.fingerprint() if base and config.method_value.closed_form else None,
