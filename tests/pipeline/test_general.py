@@ -18,9 +18,11 @@ from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.pipeline import general
 from redraft.report.terminal import print_report
+from redraft.training import train as train_module
 from redraft.training.guard import SHARES
 from tests.conftest import write_prompts
 from tests.pipeline.test_adapt import settings
+from tests.training.test_train import rising
 
 COUNT = 24
 
@@ -87,8 +89,13 @@ def test_what_is_measured_has_one_temperature(
 
 
 def test_a_guard_alone_trains_on_no_general_prompts(
-    target: Target, draft_folder: Path, files: tuple[Path, Path], tmp_path: Path
+    target: Target,
+    draft_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(train_module, "_evaluate", rising)  # so that the last step is the best one
     changes = {"general__share": 0.0, "general__guard": "on"}
     result = run(target, draft_folder, files, tmp_path / "run", **changes)
     found = {f.stem for f in (tmp_path / "run/answers").glob("*general*.jsonl")}
@@ -97,7 +104,7 @@ def test_a_guard_alone_trains_on_no_general_prompts(
     assert (
         report.prompts["trained_on"] == len(read_answers(tmp_path / "run/answers/adapt.jsonl")) // 2
     )
-    assert report.train.best_step, "nothing was learned, so nothing shows what is kept"
+    assert report.train.best_step == report.train.steps
     shown = Console(width=400, record=True, file=io.StringIO())
     print_report(report, shown)
     kept = next(row for row in report.train.way if row[0] == report.train.share)
