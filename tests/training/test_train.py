@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from redraft.adapters.adapter import prepare, put
 from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
 from redraft.checkpoints.load import load_draft, stored
-from redraft.config import TrainConfig
+from redraft.config import TrainConfig, key_of
 from redraft.core.errors import UserError
 from redraft.core.folders import state_hash, tensor_hash
 from redraft.core.records import Answer
@@ -87,7 +87,7 @@ def test_a_runs_key_is_the_hash_of_the_whole_text(target: Target) -> None:
     draft, plan = fresh_draft(target), [[0, 1], [2]]
     for answers, heldout in ((ROWS, ROWS[:1]), (ROWS[:1], [])):
         about = [
-            asdict(CONFIG),
+            key_of(CONFIG),
             plan,
             target.fingerprint(),
             None,
