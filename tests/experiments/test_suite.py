@@ -95,6 +95,7 @@ def test_adapting_repairs_the_draft_and_changes_no_output(
     out = suite[0]
     target = load_member(out, "sft")
     settings = {
+        "general.guard": "off",
         "train.method": "expert+norms" if kind == "token_lm" else "expert+fc+norms",
         "regenerate.max_new_tokens": 48,
         "train.lr": 1e-2,
