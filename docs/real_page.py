@@ -15,6 +15,7 @@ from redraft_experiments.real_cells import (
     counts_of,
     grouped,
 )
+from redraft_experiments.real_members import MEMBERS
 from redraft_experiments.real_rows import ROWS
 from redraft_experiments.real_serving import PLAIN, ServedCell, ratio
 from redraft_experiments.recovery import Interval
@@ -81,7 +82,9 @@ def race_table() -> str:
     groups = grouped([RealCell.from_json(json.loads(line)) for line in _lines(CELLS)])
     members = list(dict.fromkeys(member for member, _ in groups))
     heads = [
-        f"{member}: {what}" for member in members for what in ("own, T = 0", "T = 0.7", "chat")
+        f"{MEMBERS[member].domain}: {what}"
+        for member in members
+        for what in ("own, T = 0", "own, T = 0.7", "chat, T = 0")
     ]
     lines = [f"| tau at K = 4 | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for row, says in SHOWN.items():

@@ -75,8 +75,7 @@ def change(
 ) -> Interval:
     """tau less the unadapted draft's on the same prompts, an interval."""
     some = counts_of(cells, name, share)
-    zero = counts_of(unadapted, name)[:1]  # no seed changes it
-    return recovery.difference(some, zero * len(some))
+    return recovery.difference(some, counts_of(unadapted, name) * len(some))
 
 
 def print_real_cells(cells: Sequence[RealCell], out: Console | None = None) -> None:

@@ -52,13 +52,11 @@ def bench_real_generate(
         speed, answers = race(runners, [[prompt] for prompt in prompts], REPEATS)
         for (row, k), file in zip(asked, files, strict=True):
             name = f"{row} {k}"
-            runner, pairs = runners[name], zip(answers[f"{PLAIN} 0"], answers[name], strict=True)
-            cell = ServedCell(member, row, seed, k, {"1": speed[name]}, engine=ENGINE)
+            runner, tau, equal = runners[name], None, None
             if isinstance(runner, _Runner):
-                equal = sum(one == other for one, other in pairs)
-                cell = ServedCell(
-                    member, row, seed, k, {"1": speed[name]}, runner.tau(), equal, ENGINE
-                )
+                pairs = zip(answers[f"{PLAIN} 0"], answers[name], strict=True)
+                tau, equal = runner.tau(), sum(one == other for one, other in pairs)
+            cell = ServedCell(member, row, seed, k, {"1": speed[name]}, tau, equal, ENGINE)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(to_json(cell)) + "\n")
     rows = (json.loads(file.read_text(encoding="utf-8")) for file in files)

@@ -12,7 +12,7 @@ MADE_UP, PEOPLE = "made-up", "people"
 """General prompts that the target makes up, and such as people asked."""
 EXPERT = "expert+fc+norms"
 BODY = "body"
-TOY, SLOW, WHOLE = 2.8e-3, 9e-4, 6.9e-4
+TOY_RATE, SLOW_RATE, WHOLE_RATE = 2.8e-3, 9e-4, 6.9e-4
 """Learning rates: 1.6 / hidden size, the automatic one of adapters until this race, chosen on the toy suite; a third of
 it, today's; and 0.4 / hidden size, that of the body and of whole drafts."""
 
@@ -39,18 +39,24 @@ def _trained(method: str, says: str, **settings: Any) -> RealRow:
 
 ROWS: dict[str, RealRow] = {
     "unadapted": RealRow("the base's draft, unchanged", None),
-    "expert": _trained(EXPERT, "expert as wide as the shared FFN, fc and norms", lr=TOY),
-    "greedy answers": RealRow("the same on greedy answers", {"method": EXPERT, "lr": TOY}, GREEDY),
-    "sampled answers": RealRow(
-        "the same on answers at temperature 0.7", {"method": EXPERT, "lr": TOY}, SAMPLED
+    "expert": _trained(EXPERT, "expert as wide as the shared FFN, fc and norms", lr=TOY_RATE),
+    "greedy answers": RealRow(
+        "the same on greedy answers", {"method": EXPERT, "lr": TOY_RATE}, GREEDY
     ),
-    "hard labels": _trained(EXPERT, "cross-entropy with the answer", loss="ce", lr=TOY),
-    "lk": _trained(EXPERT, "LK blend", loss="lk", lr=TOY),
-    "head": _trained(EXPERT + "+head-lora", "a rank-16 update of the head too", lr=TOY),
-    "lora": _trained("lora", "LoRA of rank 16 on every linear layer (as NeMo)", rank=16, lr=TOY),
-    "fc": _trained("fc", "the feature interface alone (as ReFit)", lr=TOY),
-    "full": _trained("full", "every tensor, from the base's draft", lr=WHOLE),
-    "scratch": _trained("scratch", "every tensor, from nothing, on the same answers", lr=WHOLE),
+    "sampled answers": RealRow(
+        "the same on answers at temperature 0.7", {"method": EXPERT, "lr": TOY_RATE}, SAMPLED
+    ),
+    "hard labels": _trained(EXPERT, "cross-entropy with the answer", loss="ce", lr=TOY_RATE),
+    "lk": _trained(EXPERT, "LK blend", loss="lk", lr=TOY_RATE),
+    "head": _trained(EXPERT + "+head-lora", "a rank-16 update of the head too", lr=TOY_RATE),
+    "lora": _trained(
+        "lora", "LoRA of rank 16 on every linear layer (as NeMo)", rank=16, lr=TOY_RATE
+    ),
+    "fc": _trained("fc", "the feature interface alone (as ReFit)", lr=TOY_RATE),
+    "full": _trained("full", "every tensor, from the base's draft", lr=WHOLE_RATE),
+    "scratch": _trained(
+        "scratch", "every tensor, from nothing, on the same answers", lr=WHOLE_RATE
+    ),
     "speculators": RealRow("every tensor but the head, by speculators 0.9", rival="speculators"),
     "random expert": _trained(
         "expert+fc",
@@ -58,27 +64,41 @@ ROWS: dict[str, RealRow] = {
         init="random",
         rollout=1,
         feature_noise=0.2,
-        lr=TOY,
+        lr=TOY_RATE,
     ),
-    "narrow": _trained(EXPERT, "expert of a quarter of the width", width="0.25", lr=TOY),
-    "slow": _trained(EXPERT, "a third of the learning rate", lr=SLOW),
+    "narrow": _trained(EXPERT, "expert of a quarter of the width", width="0.25", lr=TOY_RATE),
+    "slow": _trained(EXPERT, "a third of the learning rate", lr=SLOW_RATE),
     "full slow": _trained("full", "every tensor, at a third of the learning rate", lr=2.3e-4),
-    "body": _trained(BODY, "every tensor but the head", lr=WHOLE),
-    "body longer": _trained(BODY, "in ten passes", lr=WHOLE, epochs=10.0),
-    "body greedy": RealRow("the same on greedy answers", {"method": BODY, "lr": WHOLE}, GREEDY),
-    "body hard labels": _trained(BODY, "cross-entropy with the answer", lr=WHOLE, loss="ce"),
+    "body": _trained(BODY, "every tensor but the head", lr=WHOLE_RATE),
+    "body longer": _trained(BODY, "in ten passes", lr=WHOLE_RATE, epochs=10.0),
+    "body greedy": RealRow(
+        "the same on greedy answers", {"method": BODY, "lr": WHOLE_RATE}, GREEDY
+    ),
+    "body hard labels": _trained(BODY, "cross-entropy with the answer", lr=WHOLE_RATE, loss="ce"),
     "body muon": _trained(BODY, "the same by Muon", lr=1e-3, optimizer="muon"),
     "full muon": _trained(
         "full", "every tensor, matrices but the head by Muon", lr=1e-3, optimizer="muon"
     ),
     "expert muon": _trained(EXPERT, "the expert by Muon", lr=1e-3, optimizer="muon"),
     "made-up 0.25": RealRow(
-        "a quarter of made-up prompts as well", {"method": EXPERT, "lr": TOY}, MIXED, MADE_UP, 0.25
+        "a quarter of made-up prompts as well",
+        {"method": EXPERT, "lr": TOY_RATE},
+        MIXED,
+        MADE_UP,
+        0.25,
     ),
     "people 0.25": RealRow(
-        "a quarter of people's prompts as well", {"method": EXPERT, "lr": TOY}, MIXED, PEOPLE, 0.25
+        "a quarter of people's prompts as well",
+        {"method": EXPERT, "lr": TOY_RATE},
+        MIXED,
+        PEOPLE,
+        0.25,
     ),
     "people 1": RealRow(
-        "as many of people's prompts as well", {"method": EXPERT, "lr": TOY}, MIXED, PEOPLE, 1.0
+        "as many of people's prompts as well",
+        {"method": EXPERT, "lr": TOY_RATE},
+        MIXED,
+        PEOPLE,
+        1.0,
     ),
 }

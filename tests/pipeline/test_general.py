@@ -221,6 +221,30 @@ def test_a_template_that_hides_the_users_place_is_refused(
         made_up_questions(target, 1)
 
 
+@pytest.mark.parametrize("problem", [UserError("no chat template"), ValueError("system first")])
+def test_a_template_that_refuses_a_question_leaves_the_job_unguarded(
+    target: Target,
+    draft_folder: Path,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    problem: Exception,
+) -> None:
+    render_text = target.render_text
+
+    def refuses(messages: list[dict[str, str]], **how: object) -> str:
+        if messages[0]["content"] == general_prompts.PLACE:
+            raise problem
+        return render_text(messages, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(target, "render_text", refuses)
+    about = {"general__share": 0.0, "general__prompts": "", "general__guard": "auto"}
+    result = run(target, draft_folder, files, tmp_path / "run", **about)
+    assert "general-before" not in result.report.off_domain
+    with pytest.raises(UserError, match=rf"made up \({problem}\): name a file"):
+        run(target, draft_folder, files, tmp_path / "on", **{**about, "general__guard": "on"})
+
+
 def test_without_enough_of_them_auto_leaves_the_job_unguarded_and_on_is_refused(
     target: Target,
     draft_folder: Path,
@@ -244,7 +268,7 @@ def test_without_enough_of_them_auto_leaves_the_job_unguarded_and_on_is_refused(
     assert "general-before" not in result.report.off_domain
     shown = Console(width=400, record=True, file=io.StringIO())
     print_report(result.report, shown)
-    assert "no guard: the target made up no general prompts" in shown.export_text()
+    assert "no guard: the target did not make up enough general prompts" in shown.export_text()
     for changes in ({"general__guard": "on"}, {"general__share": 0.5}):
         with pytest.raises(
             UserError, match=r"made up 0 different questions of \d+, 24 are the least: name a file"

@@ -20,8 +20,9 @@ from redraft.core.records import Answer, Prompt
 from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.metrics.replay import replay
 from redraft.models.target import Target
+from redraft.serving.certificate_check import cut_steps, whole_steps
 from redraft.serving.engine import Serving, Speculation
-from redraft.serving.llamacpp import LLAMACPP, cut_last_step, prepare
+from redraft.serving.llamacpp import LLAMACPP, prepare
 from redraft.serving.own_count import Limits, count_own
 from redraft.serving.verify import Request, verify
 from tests.serving.conftest import FakeEngine, K, install_llamacpp, key
@@ -282,16 +283,15 @@ def test_a_port_that_is_taken(fake_llamacpp: FakeEngine, what: Serving, tmp_path
 def test_what_it_counts_of_an_answers_last_step(
     accepted: list[int], tokens: list[int], most: int, steps: list[tuple[int, int]]
 ) -> None:
-    assert cut_last_step(accepted, list(tokens), Limits(4, most, (STOP,))) == steps
+    assert cut_steps(accepted, list(tokens), (STOP,), 4, most) == steps
 
 
 @pytest.fixture(scope="session")
 def plan(target: Target, trained_draft: Eagle3Draft, short_answers: list[Answer]) -> dict[str, Any]:
     """The plan of a llama.cpp that does what it should."""
-    limits = Limits(K, TOKENS, target.stop_ids)
     traces = replay(target, trained_draft, short_answers, K)
     steps = {
-        key(a.prompt): cut_last_step(t.accepted, a.tokens, limits)
+        key(a.prompt): cut_steps(t.accepted, a.tokens, target.stop_ids, K, TOKENS)
         for a, t in zip(short_answers, traces, strict=True)
     }
     answers = {key(a.prompt): list(a.answer) for a in short_answers}
@@ -352,8 +352,6 @@ def test_whole_steps_are_those_of_replay(
     target: Target, trained_draft: Eagle3Draft, short_answers: list[Answer]
 ) -> None:
     """What every other engine counts."""
-    from redraft.serving.own_count import whole_steps
-
     traces = replay(target, trained_draft, short_answers, K)
     limits = Limits(K, TOKENS, target.stop_ids)
     found = count_own(traces, short_answers, limits, whole_steps)

@@ -109,3 +109,12 @@ def test_the_flow_asks_before_anything_is_answered(target: Target, tmp_path: Pat
             target, str(tmp_path / "draft"), str(prompts), out=tmp_path / "run", config=config
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_muon_needs_a_pytorch_that_has_it(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(optimizer="muon")
+    check_fits(of(target, "eagle3"), config, target, None)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match="muon needs PyTorch 2.9 or later, this is .*; take adamw"):
+        check_fits(of(target, "eagle3"), config, target, None)
+    check_fits(of(target, "eagle3"), TrainConfig(), target, None)

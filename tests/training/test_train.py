@@ -440,6 +440,28 @@ def test_muon_moves_matrices_alone_by_steps_of_adams_size(
         assert float(moved.max()) == pytest.approx(1e-3, rel=0.02), name  # AdamW's
 
 
+@pytest.mark.parametrize("kind", ["eagle3", "token_lm"])
+def test_muon_leaves_heads_and_embeddings_to_adamw(target: Target, kind: str) -> None:
+    draft, method = fresh_draft(target, kind=kind), read_method("full")
+    trainable = prepare(draft, method, Setup())
+    config = replace(CONFIG, method="full", optimizer="muon")
+    adamw, muon = make_optimizers(trainable, method, config, draft)
+    names = {id(parameter): name for name, parameter in trainable}
+    by_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    by_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert by_muon | by_adamw == set(names.values())
+    assert all("_proj." in name or name == "fc.weight" for name in by_muon)
+    by_row = {name for name in by_adamw if draft.get_parameter(name).dim() == 2}
+    assert (
+        by_row
+        == {
+            "eagle3": {"lm_head.weight"},
+            "token_lm": {"model.embed_tokens.weight", "lm_head.weight"} & set(names.values()),
+        }[kind]
+    )
+    assert by_row
+
+
 def test_schedule_goes_by_steps() -> None:
     rates = [schedule(step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -485,7 +507,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
 ) -> None:
-    config = replace(CONFIG, optimizer=optimizer)
+    config = replace(CONFIG, method="expert+fc+norms", optimizer=optimizer)  # matrices and vectors
     whole, _ = run(target, draft_folder, answers, config)
     calls = 0
     evaluate = train_module._evaluate

@@ -43,8 +43,7 @@ PREDICTOR_NAMES = {
 ADVICE = {
     KEEP: "keep the draft unchanged",
     CLOSED_FORM: f"fit it in closed form (`redraft adapt --method {CLOSED_FORM_METHOD} --base BASE --set train.epochs=0`, with the settings below)",
-    ADAPT: "adapt it (`redraft adapt`; on the real model that both ran on, its defaults did better than the settings below: "
-    "docs/results/real-methods.md)",
+    ADAPT: "adapt it (`redraft adapt` with its own defaults; what is predicted is of the settings below)",
     SCRATCH: "train a draft from scratch (`redraft adapt --method scratch`, with the settings below)",
 }
 

@@ -21,10 +21,10 @@ def _opt(default: Any, help: str, **checks: Any) -> Any:
 
 
 def key_of(stage: Any) -> dict[str, Any]:
-    """A stage's settings as its result is known by.
+    """The settings that a stage's result depends on.
 
-    A setting with `since` was added later, and this value does what was done before: there it is left out, so that a
-    new version of redraft does not redo what is finished.
+    A setting that was added later names in `since` the value that does what was done before it. At this value it is
+    left out, so that a new version of redraft does not redo finished stages.
     """
     return {
         each.name: getattr(stage, each.name)
@@ -202,7 +202,7 @@ class TrainConfig:
     )
     optimizer: str = _opt(
         "adamw",
-        "what moves the tensors; 'muon' is Muon for matrices (but heads) and AdamW for the rest, from PyTorch 2.9 on",
+        "what moves the tensors; 'muon' (from PyTorch 2.9 on) is Muon for matrices but heads and embeddings, AdamW for the rest",
         choices=("adamw", "muon"),
         since="adamw",
     )

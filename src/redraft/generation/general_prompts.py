@@ -57,7 +57,10 @@ def made_up_questions(target: Target, count: int, seed: int = 0) -> list[str]:
 
 def _around_question(target: Target) -> tuple[str, str]:
     """The template's text before and after a user's only message."""
-    pieces = target.render_text([{"role": "user", "content": PLACE}]).split(PLACE)
+    try:
+        pieces = target.render_text([{"role": "user", "content": PLACE}]).split(PLACE)
+    except (UserError, ValueError) as problem:  # no template, or one that refuses such a message
+        raise TooFewError(f"no general prompts can be made up ({problem}): {WAY_OUT}") from None
     if len(pieces) != 2 or not pieces[0]:
         raise TooFewError(
             f"the chat template of {target.name} does not show where a user's turn begins, so no general "

@@ -120,10 +120,7 @@ def audit(
 ) -> Audit:
     """Hold every token of an answer against one uncached pass over it."""
     decoding = decoding or Decoding()
-    begin, count = len(prompt.tokens), len(answer)
-    row_1T = torch.tensor([[*prompt.tokens, *answer]], device=target.device)
-    positions = torch.arange(begin - 1, begin - 1 + count, device=target.device)
-    logits_1TV = target.read(row_1T, (), keep=positions).logits_BTV
+    count, logits_1TV = len(answer), _uncached(target, prompt, answer)
     seeds_1 = seeds_tensor([seed], target.device)
     at_1T = torch.arange(count, device=target.device)[None]
     chosen_T = decoding.rules.choose(
@@ -142,15 +139,20 @@ def near_ties(
     target: Target, prompt: Prompt, answer: Sequence[int], slack: float
 ) -> tuple[int, ...]:
     """Positions of a greedy answer whose token is no more than `slack` roundings above another one."""
-    row_1T = torch.tensor([[*prompt.tokens, *answer]], device=target.device)
-    positions = torch.arange(len(answer), device=target.device) + len(prompt.tokens) - 1
-    logits_TV = target.read(row_1T, (), keep=positions).logits_BTV[0]
+    logits_TV = _uncached(target, prompt, answer)[0]
     eps, wide_TV = torch.finfo(logits_TV.dtype).eps, logits_TV.double()
-    written_T1 = row_1T[0, len(prompt.tokens) :, None]
+    written_T1 = torch.tensor(answer, device=target.device)[:, None]
     own_T = wide_TV.gather(-1, written_T1)[:, 0]
     other_T = wide_TV.scatter(-1, written_T1, float("-inf")).max(-1).values
     unit_T = eps * torch.maximum(own_T.abs(), other_T.abs()).clamp(min=1.0)
     return tuple((own_T - other_T <= slack * unit_T).nonzero().flatten().tolist())
+
+
+def _uncached(target: Target, prompt: Prompt, answer: Sequence[int]) -> Tensor:
+    """The logits that each token of an answer was chosen by, [1, T, V], in one pass."""
+    row_1T = torch.tensor([[*prompt.tokens, *answer]], device=target.device)
+    positions = torch.arange(len(answer), device=target.device) + len(prompt.tokens) - 1
+    return target.read(row_1T, (), keep=positions).logits_BTV
 
 
 def _margin(

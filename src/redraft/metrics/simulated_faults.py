@@ -34,7 +34,7 @@ Made = Iterator[tuple[str, Draft]]
 
 @dataclass(frozen=True)
 class Fault:
-    """A row. `cause` is what is said of a server that counts like this; `make` gives the drafts."""
+    """A row. `cause` is the message for a server that counts like this; `make` gives the drafts."""
 
     name: str
     cause: str

@@ -64,7 +64,8 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
         _show(out, kept_of_the_way(t))
     elif report.config.get("general", {}).get("guard") == "auto" and not guarded(report):
         _show(
-            out, "no guard: the target made up no general prompts; name some with --general-prompts"
+            out,
+            "no guard: the target did not make up enough general prompts; name a file of them with --general-prompts",
         )
     if t.miss_rate is not None:
         was, now = t.miss_rate

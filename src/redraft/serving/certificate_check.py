@@ -211,9 +211,11 @@ def _checksum(row: Mapping[str, Any]) -> str:
 
 # -- how engines count -----------------------------------------------------------------------------
 
-Cut = Callable[[Sequence[int], Sequence[int], Sequence[int], int, int], tuple[int, int]]
-"""(accepted tokens of each step, the answer and what follows, stop tokens, K, longest answer) -> drafted
-and accepted tokens as the engine counts them."""
+Steps = list[tuple[int, int]]
+"""Drafted and accepted tokens of each step that an engine counts."""
+Cut = Callable[[Sequence[int], Sequence[int], Sequence[int], int, int], Steps]
+"""(accepted tokens of each step, the answer and what follows, stop tokens, K, longest answer) -> the steps as an
+engine counts them."""
 
 
 def steps_of(runs: Sequence[int], k: int) -> tuple[int, ...]:
@@ -228,28 +230,35 @@ def steps_of(runs: Sequence[int], k: int) -> tuple[int, ...]:
 
 def whole_steps(
     accepted: Sequence[int], tokens: Sequence[int], stops: Sequence[int], k: int, most: int
-) -> tuple[int, int]:
+) -> Steps:
     """vLLM and SGLang: every step in full, the last one too, whose tokens may run past the end."""
-    return k * len(accepted), sum(accepted)
+    return [(k, gained) for gained in accepted]
 
 
 def cut_steps(
     accepted: Sequence[int], tokens: Sequence[int], stops: Sequence[int], k: int, most: int
-) -> tuple[int, int]:
-    """llama.cpp: no step drafts past the longest answer. A drafted stop token is the step's own token, not an
-    accepted one, unless it is the chain's last."""
-    emitted, drafted, counted = 1, 0, 0
-    for gained in accepted:
-        length = min(k, most - emitted - 1)
-        if length <= 0:
+) -> Steps:
+    """llama.cpp: the last step of an answer is cut.
+
+    - A step drafts no more tokens than the longest answer leaves space for, but for the step's own. One
+      that drafts none is not counted.
+    - A drafted stop token that the target chooses too is the step's own token, unless it is the chain's
+      last: it does not count as accepted, nor does anything after it.
+    """
+    steps: Steps = []
+    emitted = 1
+    for agreed in accepted:
+        drafted = min(k, most - emitted - 1)
+        if drafted <= 0:
             break
-        gained = min(gained, length)
-        step = tokens[emitted : emitted + gained + 1]
-        stop = next((at for at, token in enumerate(step) if token in stops), None)
-        if stop is not None and stop + 1 < length:
-            gained = min(gained, stop)
-        drafted, counted, emitted = drafted + length, counted + gained, emitted + gained + 1
-    return drafted, counted
+        gained = min(agreed, drafted)
+        chain = tokens[emitted : emitted + gained]
+        stop = next((at for at, token in enumerate(chain) if token in stops), drafted)
+        if stop < drafted - 1:
+            gained = stop
+        steps.append((drafted, gained))
+        emitted += gained + 1
+    return steps
 
 
 @dataclass(frozen=True)
@@ -889,9 +898,10 @@ def _cut(
     """The steps of one answer as the engine counts them."""
     one, most = certificate.prompts[at], certificate.max_new_tokens
     tokens = (*one.answer, *one.lookahead)
-    drafted, gained = row.cut(accepted, tokens, certificate.stop_ids, k, most)
+    steps = row.cut(accepted, tokens, certificate.stop_ids, k, most)
+    drafted, gained = (sum(counts) for counts in zip(*steps, strict=True)) if steps else (0, 0)
     whole = row.cut is whole_steps
-    return Counts(drafted, gained, len(accepted) if whole else len(one.answer) - 1 - gained)
+    return Counts(drafted, gained, len(steps) if whole else len(one.answer) - 1 - gained)
 
 
 def _distance(one: Sequence[Counts], other: Sequence[Counts]) -> int:

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 from ..core.console import Progress
 from ..core.errors import UserError
 from ..core.records import Prompt
+from .certificate_check import Cut, whole_steps
 from .client import Client, connect
 from .counters import Counters, read_counters, steady
 from .environment import Environment, Package, find_environment
-from .own_count import Cut, whole_steps
 from .reply import Reply, Trouble, shown
 from .server import Server, free_port, serving
 

@@ -23,9 +23,9 @@ from typing import Any
 
 from ..core.console import Waiting, say
 from ..core.errors import UserError
+from .certificate_check import cut_steps
 from .engine import Engine, Serving
 from .environment import Environment, Package, clean_environment
-from .own_count import Limits, Steps
 from .programs import llamacpp_convert, llamacpp_server
 from .server import last_words
 
@@ -211,32 +211,6 @@ def _answer(content: dict[str, Any]) -> Any:
     return content.get("tokens")
 
 
-def cut_last_step(accepted: Sequence[int], tokens: Sequence[int], limits: Limits) -> Steps:
-    """The steps that llama.cpp counts: it cuts the last one of an answer.
-
-    - A step drafts no more tokens than the longest answer leaves space for, but for the step's own. One
-      that drafts none is not counted.
-    - A drafted stop token that the target chooses too is the step's own token, unless it is the chain's
-      last: it does not count as accepted, nor does anything after it.
-    """
-    steps: Steps = []
-    emitted = 1
-    for agreed in accepted:
-        drafted = min(limits.k, limits.max_new_tokens - emitted - 1)
-        if drafted <= 0:
-            break
-        count = min(agreed, drafted)
-        stop = next(
-            (at for at, t in enumerate(tokens[emitted : emitted + count]) if t in limits.stop_ids),
-            drafted,
-        )
-        if stop < drafted - 1:
-            count = min(count, stop)
-        steps.append((drafted, count))
-        emitted += count + 1
-    return steps
-
-
 LLAMACPP = Engine(
     name="llama.cpp",
     title="llama.cpp",
@@ -249,7 +223,7 @@ LLAMACPP = Engine(
     counters="llamacpp",
     completions="/completion",
     prepare=prepare,
-    cut=cut_last_step,
+    cut=cut_steps,
     own_flags=(
         *("--model", "-m", "--port", "--metrics", "--no-metrics", "--spec-type"),
         *("--spec-draft-model", "--model-draft", "-md", "--spec-draft-n-max"),

@@ -1,15 +1,17 @@
 """redraft's own verification steps, counted as an engine counts them.
 
 redraft counts whole steps: all K drafted tokens, and all that agree, also past the answer's end. An engine
-may cut the last step of an answer. Its row has a `Cut` that does the same.
+may cut the last step of an answer. Its row has the `Cut` that does the same; the rules stand in
+`certificate_check.py`, which has to work without redraft.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.records import Answer, StepTrace
+from .certificate_check import Cut
 from .counters import Counters
 
 
@@ -22,17 +24,6 @@ class Limits:
     stop_ids: Sequence[int]
 
 
-Steps = list[tuple[int, int]]
-"""Drafted and accepted tokens of each step."""
-Cut = Callable[[Sequence[int], Sequence[int], Limits], Steps]
-"""The steps an engine counts. From accepted tokens step by step, and the answer's tokens with lookahead."""
-
-
-def whole_steps(accepted: Sequence[int], tokens: Sequence[int], limits: Limits) -> Steps:
-    """Every step in full."""
-    return [(limits.k, count) for count in accepted]
-
-
 def count_own(
     traces: Sequence[StepTrace], answers: Sequence[Answer], limits: Limits, cut: Cut
 ) -> Counters:
@@ -40,7 +31,9 @@ def count_own(
     steps = [
         step
         for trace, answer in zip(traces, answers, strict=True)
-        for step in cut(trace.accepted, answer.tokens, limits)
+        for step in cut(
+            trace.accepted, answer.tokens, limits.stop_ids, limits.k, limits.max_new_tokens
+        )
     ]
     accepted = [count for _, count in steps]
     return Counters(

@@ -16,6 +16,10 @@ from ..drafts.base import Draft
 AUTO_LR = 0.4
 """The automatic peak learning rate of a whole draft, over the hidden size: 1e-4 at 4096, as published."""
 MUON = "muon"
+BY_TOKEN = ("lm_head.", "embed_tokens.")
+"""Parts of the names of tensors that have a row for each token."""
+Groups = dict[tuple[float, float], list[nn.Parameter]]
+"""Parameters by peak learning rate and weight decay."""
 
 
 def peak_rate(config: TrainConfig, draft: Draft) -> float:
@@ -27,34 +31,35 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """What moves the tensors: AdamW(.9, .95), with `optimizer: muon` Muon for matrices next to it.
 
-    Vectors and what starts at zero (down projections, B) are never decayed. Heads stay with AdamW, as is usual with
-    Muon (Jordan 2024): their rows are tokens, most of which a batch does not hold. Muon's steps are scaled to the
+    Vectors and what starts at zero (down projections, B) are never decayed. Heads and embeddings stay with AdamW, as is
+    usual with Muon (Jordan 2024): a batch holds few of the tokens that their rows stand for. Muon's steps are scaled to the
     size of AdamW's (arXiv 2502.16982), so one learning rate serves both.
     """
     peak, shares, kinds = peak_rate(config, draft), config.lr_parts_value, kinds_of(method)
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    adamw: Groups = {}
+    muon: Groups = {}
     for name, parameter in trainable:
         # What no adapter trains are new rows of a remapped head, whose other rows must not move.
         kind = adapter_of(name, kinds)
         decays = parameter.dim() > 1 and kind is not None and not kind.starts_at_zero(name)
         share = shares.get(kind.name, 1.0) if kind is not None else 1.0
         decay = config.weight_decay if decays else 0.0
-        muon = config.optimizer == MUON and parameter.dim() == 2 and "head" not in name
-        groups.setdefault((muon, peak * share, decay), []).append(parameter)
-
-    def of(muon: bool) -> list[dict[str, Any]]:
-        return [
-            {"params": ps, "weight_decay": decay, "peak": rate}
-            for (is_muon, rate, decay), ps in groups.items()
-            if is_muon == muon
-        ]
-
+        by_token = any(part in name for part in BY_TOKEN)
+        by_muon = config.optimizer == MUON and parameter.dim() == 2 and not by_token
+        (muon if by_muon else adamw).setdefault((peak * share, decay), []).append(parameter)
     found: list[torch.optim.Optimizer] = []
-    if of(False):
-        found.append(torch.optim.AdamW(of(False), lr=peak, betas=(0.9, 0.95)))
-    if of(True):
-        found.append(torch.optim.Muon(of(True), lr=peak, adjust_lr_fn="match_rms_adamw"))
+    if adamw:
+        found.append(torch.optim.AdamW(_listed(adamw), lr=peak, betas=(0.9, 0.95)))
+    if muon:
+        found.append(torch.optim.Muon(_listed(muon), lr=peak, adjust_lr_fn="match_rms_adamw"))
     return found
+
+
+def _listed(groups: Groups) -> list[dict[str, Any]]:
+    return [
+        {"params": parameters, "weight_decay": decay, "peak": rate}
+        for (rate, decay), parameters in groups.items()
+    ]
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
