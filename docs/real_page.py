@@ -37,11 +37,13 @@ on the same prompts. Intervals (95 %) are Student's t over seeds and prompts. "o
 
 ```
 redraft bench real --data DATA --python VLLM --out real
-redraft bench real-methods --suite real --python VLLM --out race \\
-  --record docs/results/real-methods.jsonl
+redraft bench real-methods --suite real --python VLLM --out race --seeds 1,2 \\
+  --members math-sft,medical-sft --record docs/results/real-methods.jsonl
 redraft bench real-serving --suite real --race race --python VLLM \\
   --record docs/results/real-serving.jsonl
 ```
+
+The second command runs every row; `--rows` names fewer. The rows below are those that were run.
 """
 TITLES = {"vllm": "vLLM", "transformers": "Transformers"}
 NAMES = {

@@ -89,7 +89,7 @@ def bench_real_serving(
     race: str,
     output: OutputFlags,
     member: str = "math-sft",
-    rows: str = "unadapted,expert",
+    rows: str = "unadapted,body",
     ks: str = "2,4",
     seed: int = 1,
     python: str | None = None,

@@ -223,7 +223,7 @@ def _predicted(check: Check | ServedCheck) -> list[str]:
     lines = [SETTINGS_NOTE.format(_sets(check), PLANS[ADAPT], PLANS[SCRATCH])]
     if check.recommendation.action == SCRATCH:
         lines.append(
-            f"adapting on {PLANS[SCRATCH].prompts:,} answers was not predicted and may come near (0.95 of the way in "
+            f"adapting on {PLANS[SCRATCH].prompts:,} answers was not predicted and may come near (0.86 of the way in "
             "`redraft demo`): try that first where the shared draft is to stay"
         )
     lines.append(PREDICTED_FROM.format(check.runs))
