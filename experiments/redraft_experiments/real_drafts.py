@@ -10,10 +10,16 @@ from typing import Any
 import torch
 
 from redraft.config import TrainConfig, key_of
+from redraft.core.errors import UserError
+from redraft.core.lock import held
+from redraft.drafts.base import Draft
+from redraft.drafts.new import new_draft
 from redraft.features.store import FeatureStore
 from redraft.features.stored_target import load_stored_target
 from redraft.generation.answer_file import read_answers
-from redraft.pipeline.stages import Shape, train_files
+from redraft.models.target import Target
+from redraft.pipeline.stages import Shape, save_fresh, train_files
+from redraft.training.train import train
 
 from .language_model import IGNORE, Example, fit, save_model
 from .real_members import BASE
@@ -23,7 +29,10 @@ K = 4
 
 @dataclass(frozen=True)
 class Trained:
-    """A draft of a `shape`, trained from nothing as `config` says."""
+    """A draft of a `shape`, trained from nothing as `config` says.
+
+    Where its method leaves the head alone, that is the base's rows, so that only the rest has to be kept.
+    """
 
     folder: str
     shape: Shape
@@ -48,7 +57,7 @@ class Pruned:
 
 
 DRAFT = TrainConfig(
-    method="scratch",
+    method="body",
     loss="kl",
     epochs=3,
     batch_tokens=1024,
@@ -62,7 +71,7 @@ DRAFTS: dict[str, Trained | Pruned] = {
     "eagle": Trained(
         "draft-eagle",
         Shape(kind="eagle"),
-        TrainConfig(**{**asdict(DRAFT), "epochs": 1, "evaluations": 6}),
+        TrainConfig(**{**asdict(DRAFT), "method": "scratch", "epochs": 1, "evaluations": 6}),
     ),
     "small-lm": Pruned("draft-lm", (0, 1, 2, 15, 28, 29), 400),
 }
@@ -76,7 +85,32 @@ def make_draft(out: Path, name: str) -> None:
         return
     base = load_stored_target(str(out / BASE), [FeatureStore(out / "features")])
     answers, heldout = (out / "answers" / f"{name}.jsonl" for name in ("base", "heldout"))
-    train_files(base, answers, heldout, out / row.folder, row.config, K, shape=row.shape)
+    if row.config.method_value.fresh:
+        train_files(base, answers, heldout, out / row.folder, row.config, K, shape=row.shape)
+        return
+    chosen = read_answers(answers)
+    (out / row.folder).mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(), held(out / row.folder):
+        torch.manual_seed(row.config.seed)
+        draft = new_draft(base, chosen, **vars(row.shape))
+        take_head(draft, base)
+        kept = out / row.folder / "checkpoints"
+        trained = train(
+            base, draft, chosen, read_answers(heldout), row.config, k=K, checkpoints=kept
+        )
+        save_fresh(out / row.folder, draft.to(base.dtype), base, trained.record)
+
+
+@torch.no_grad()
+def take_head(draft: Draft, base: Target) -> None:
+    """The base's final norm and its head's rows of the draft's vocabulary, in place of the draft's own."""
+    head = base.head_VH
+    if head is None:
+        raise UserError(f"{base.name} has no output head of plain rows that a draft could take")
+    own = dict(draft.named_parameters())
+    rows = head if draft.draft_vocab is None else head[draft.draft_vocab]
+    own["lm_head.weight"].copy_(rows)
+    own["norm.weight"].copy_(base.model.get_decoder().norm.weight)
 
 
 def _prune(out: Path, row: Pruned) -> None:

@@ -81,7 +81,7 @@ def small_real(monkeypatch: pytest.MonkeyPatch) -> list[RegenerateConfig]:
     eagle3, eagle = Shape(draft_vocab_size=64, width=16), Shape(kind="eagle", width=16)
     for name, row in (
         ("eagle3", Trained("draft", eagle3, config)),
-        ("eagle", Trained("draft-eagle", eagle, config)),
+        ("eagle", Trained("draft-eagle", eagle, dataclasses.replace(config, method="scratch"))),
         ("small-lm", Pruned("draft-lm", (0, 2), 2)),
     ):
         monkeypatch.setitem(DRAFTS, name, row)

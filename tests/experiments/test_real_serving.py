@@ -95,8 +95,8 @@ def test_transformers_answers_alike_with_a_draft_and_is_timed_once(
             decode_speculative(target, draft, [prompt.tokens], cell.k, 12)[0] for prompt in prompts
         ]
         accepted = [count for each in found for count in each.accepted]
-        assert cell.tau == pytest.approx(1 + sum(accepted) / len(accepted))
         # bf16 at random weights parts at near-ties, with our loop as with this one.
+        assert cell.tau == pytest.approx(1 + sum(accepted) / len(accepted), abs=0.005)
         assert cell.equal == sum(one.tokens == two for one, two in zip(found, alone, strict=True))
         assert cell.equal >= len(prompts) / 2
     monkeypatch.setattr(real_generate, "race", None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from redraft.checkpoints.load import load_draft
+from redraft.checkpoints.load import load_draft, read_draft
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
 from redraft.generation.answer_file import read_answers
@@ -92,3 +92,15 @@ def test_mistakes_are_named(data: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv(datasets.VARIABLE, raising=False)
     with pytest.raises(UserError, match="name a folder of real data: --data FOLDER"):
         build_real_suite(tmp_path / "real")
+
+
+def test_of_a_draft_of_the_base_only_the_body_is_its_own(
+    data: Path, tmp_path: Path, small_real: list[RegenerateConfig]
+) -> None:
+    suite = build_real_suite(tmp_path / "real", data=str(data), members=[])
+    base = load_real(tmp_path / "real", "base")
+    tensors = read_draft(suite["draft"]).tensors
+    rows = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+    assert base.head_VH is not None
+    assert torch.equal(tensors["lm_head.weight"], base.head_VH[rows])
+    assert not torch.equal(tensors["norm.weight"], base.model.model.norm.weight)  # it was trained
