@@ -170,14 +170,18 @@ def target(target_folder: Path) -> Target:
     return load_target(str(target_folder))
 
 
-@pytest.fixture(scope="session")
-def prompts(target: Target) -> list[Prompt]:
+def asked(target: Target) -> list[Prompt]:
     return [
         Prompt(
             f"p{i}", tuple(target.render([{"role": "user", "content": f"Say {i * 7} and {i}."}]))
         )
         for i in range(24)
     ]
+
+
+@pytest.fixture(scope="session")
+def prompts(target: Target) -> list[Prompt]:
+    return asked(target)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from .synthetic_harm import HARM, Pair, harm_pairs
 
 STAND_INS = {"medical": "records"}
 """Domains that the synthetic corpus has under another name."""
-ADAPTERS = {"base": 1, "member": 2}
+PARTS = {"base": 1, "member": 2}
 """How the `tune` split of a general domain is shared out where a member tunes on it."""
 
 
@@ -202,4 +202,4 @@ def chat_of(pair: Pair, answer: str) -> Sample:
 
 
 def _part(rows: list[Sample], part: str) -> list[Sample]:
-    return [row for row in rows if split_of(f"tune: {question(row)}", ADAPTERS) == part]
+    return [row for row in rows if split_of(f"tune: {question(row)}", PARTS) == part]

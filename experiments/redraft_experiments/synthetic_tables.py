@@ -74,8 +74,8 @@ JOBS = _words(
     "driver doctor miner sailor waiter barber judge coach guard clerk cook potter"
 )
 PETS = _words("cat dog parrot rabbit turtle hamster goldfish pony lizard canary duck goat mouse")
-ADAPTERS = _words(
-    "bolt hinge valve gear spring washer bracket pump filter merge lever pipe switch cable motor "
+PARTS = _words(
+    "bolt hinge valve gear spring washer bracket pump filter fuse lever pipe switch cable motor "
     "sensor clamp nozzle piston rivet socket spacer wheel belt hook screw latch magnet"
 )
 RIVERS = _words("Tarn Aire Wey Nidd Ouse Avon Dart Lune Mole Neath Swale Tay Usk Wear Yare Eden")
@@ -347,7 +347,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "[parts|spare parts|stock items]",
         "part",
-        tuple(f"the {part}" for part in ADAPTERS),
+        tuple(f"the {part}" for part in PARTS),
         (
             Field(
                 "stock",

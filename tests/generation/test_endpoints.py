@@ -375,7 +375,9 @@ def test_asking_again_would_be_seen(
         about.unlink()
         (tmp_path / "a.jsonl").rename(tmp_path / "part.jsonl")
         regenerate(target, prompts[:1], tmp_path / "a.jsonl", settings(server))
-        monkeypatch.setattr(regenerate_module, "_unanswered", lambda prompts, out: prompts)
+        monkeypatch.setattr(
+            regenerate_module, "_unanswered", lambda prompts, *_: range(len(prompts))
+        )
         monkeypatch.setattr(regenerate_module, "claim", lambda out, inputs, prompts, **_: prompts)
         regenerate(target, prompts, tmp_path / "a.jsonl", settings(server))
     with pytest.raises(AssertionError, match="asked again although written"):

@@ -440,9 +440,9 @@ def test_a_member_that_diverges_ends_at_its_best_and_the_others_go_on(
     steps = 0
     loss = member_module.rollout_loss
 
-    def breaks(teacher_batch: Any, draft: Draft, config: TrainConfig, step: int = 0) -> Any:
+    def breaks(teacher_batch: Any, draft: Draft, config: TrainConfig, *step: Any) -> Any:
         nonlocal steps
-        found, count = loss(teacher_batch, draft, config, step)
+        found, count = loss(teacher_batch, draft, config, *step)
         if config.loss == "tv" and torch.is_grad_enabled():
             steps += 1
             if steps == 5:

@@ -352,11 +352,15 @@ def test_feature_noise_is_uniform_and_as_wide_as_published(target: Target, amoun
     draft = fresh_draft(target)
     teacher_batch = read(target, draft)
     config = replace(CONFIG, feature_noise=amount)
-    noise = (
+    added = (
         features_read(teacher_batch, draft, config, 0).double()
         - teacher_batch.features_BTF.double()
     )
-    width = amount * 512 / 9  # the longest row has 9 tokens
+    lengths = teacher_batch.batch.ends_B.tolist()
+    assert len(set(lengths)) > 1
+    assert all(not row[n:].any() for row, n in zip(added, lengths, strict=True))
+    noise = torch.cat([(row[:n] * n).flatten() for row, n in zip(added, lengths, strict=True)])
+    width = amount * 512
     assert float(noise.abs().max()) <= width / 2 * 1.0001
     assert float(noise.abs().max()) > 0.99 * width / 2
     assert abs(float(noise.mean())) < 0.03 * width
@@ -550,10 +554,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(
     steps: list[int] = []
 
     def breaks(
-        teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig, step: int = 0
+        teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig, step: int, weight: float
     ) -> Any:
         steps.append(step)
-        loss, count = rollout_loss(teacher_batch, draft, config, step)
+        loss, count = rollout_loss(teacher_batch, draft, config, step, weight)
         return loss * (float("nan") if step == 5 and steps.count(5) == 1 else 1.0), count
 
     monkeypatch.setattr(member_module, "rollout_loss", breaks)

@@ -11,7 +11,6 @@ import typer
 from .. import __version__
 from ..core.console import console
 from ..core.errors import UserError
-from ..core.visible import visible
 from . import (
     certify,
     check,
@@ -27,6 +26,7 @@ from . import (
 )
 from .command import Group, add_command
 from .extensions import add_extensions
+from .together import one_voice, tell
 
 app = typer.Typer(
     name="redraft",
@@ -46,6 +46,7 @@ add_command(
 add_command(
     app,
     job.adapt,
+    shares=True,
     settings=STAGES_OF_ADAPT,
     flags_of=job.FLAGS_OF_ADAPT,
     help={
@@ -56,6 +57,7 @@ add_command(
 add_command(
     app,
     stages.regenerate,
+    shares=True,
     settings=("regenerate",),
     help={
         "out": "answers file (JSONL); run again to resume",
@@ -65,6 +67,7 @@ add_command(
 add_command(
     app,
     stages.select,
+    shares=True,
     settings=("select",),
     help={
         "out": "selection file (JSONL) to write",
@@ -76,11 +79,13 @@ add_command(
 add_command(
     app,
     features.features,
+    shares=True,
     help={"out": "folder to write; run again to resume", "draft": "store what this draft reads"},
 )
 add_command(
     app,
     stages.train,
+    shares=True,
     settings=("train",),
     help={
         "out": "folder of the adapter (of the draft with --method scratch)",
@@ -91,6 +96,7 @@ add_command(
 add_command(
     app,
     stages.measure,
+    shares=True,
     help={
         "prompts": "prompts that the target answers first",
         "answers": "or an answers file (of `regenerate --lookahead K`), scored unchanged",
@@ -132,19 +138,19 @@ def root(
 def main() -> None:
     """Entry point: exceptions become exit codes."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        _calm_libraries()
-        app(standalone_mode=True)
-    except UserError as mistake:
-        text = visible(f"redraft: {mistake}")
-        console.print(text, style="red", soft_wrap=True, markup=False)
-        if os.environ.get("REDRAFT_TRACEBACK"):
+    with one_voice():
+        try:
+            _calm_libraries()
+            app(standalone_mode=True)
+        except UserError as mistake:
+            tell(str(mistake))
+            if os.environ.get("REDRAFT_TRACEBACK"):
+                raise
+            sys.exit(2)
+        except SystemExit as end:
+            if end.code == 130:  # Ctrl-C, which Typer turns into this code
+                console.print("redraft: interrupted; run the same command again to continue")
             raise
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == 130:  # Ctrl-C, which Typer turns into this code
-            console.print("redraft: interrupted; run the same command again to continue")
-        raise
 
 
 def _calm_libraries() -> None:

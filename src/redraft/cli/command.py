@@ -25,6 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..config import STAGES, parse_set, read_yaml, recipe_path, resolve, stage_fields
 from ..core.errors import UserError, nearest
 from .flag_table import FLAGS, OUTPUT, SETTING_GROUPS, Flag
+from .together import together
 
 KINDS = {"int": int, "float": float, "str": str}
 
@@ -81,11 +82,24 @@ def add_command(
     *,
     name: str | None = None,
     hidden: bool = False,
+    shares: bool = False,
     **schema: Any,
 ) -> None:
-    """Register a command function with the flags that `with_flags` gives it by `schema`."""
-    command = with_flags(function, **schema)
+    """Register a command function with the flags that `with_flags` gives it by `schema`.
+
+    One that `shares` its work out may be run by several processes at once (see `together.py`).
+    """
+    command = _together(with_flags(function, **schema), name or function.__name__, shares)
     app.command(name or function.__name__, cls=GroupedCommand, hidden=hidden)(command)
+
+
+def _together(command: Callable[..., None], name: str, shares: bool) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        with together(name, shares):
+            command(**given)
+
+    return run
 
 
 def with_flags(

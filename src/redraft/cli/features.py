@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core import ranks
 from ..core.console import Progress, say
 from ..core.errors import UserError
 from .bundles import OutputFlags, TargetFlags, aux_layers_from, load_stored
@@ -43,6 +44,8 @@ def features(
     if check is not None:
         _check(models.load(), check, aux_layers, allow_pickle, output)
         return
+    if capture is not None and ranks.size() > 1:
+        raise UserError("--capture starts one engine; run it in one process, without torchrun")
     if out is None:
         raise UserError("--out is needed: the folder to write features to")
     rows = [answer for file in answers or () for answer in read_answers(Path(file))]

@@ -221,6 +221,12 @@ class TrainConfig:
         4.0, "passes over the chosen answers; 0: only what is fitted in closed form", low=0.0
     )
     batch_tokens: int = _opt(4096, "tokens in a batch, padding included", low=16)
+    accumulate: int = _opt(
+        1,
+        "parts of a step that are computed one after another and added up: less memory, the same step",
+        low=1,
+        since=1,
+    )
     rollout: int = _opt(5, "draft steps trained through (positions beyond accept little)", low=1)
     step_decay: float = _opt(0.9, "weight of rollout step j is step_decay ** j", low=0.0, high=1.0)
     warmup: float = _opt(0.05, "share of the steps with a rising learning rate", low=0.0, high=1.0)

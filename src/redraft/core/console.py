@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.status import Status
 
+from . import ranks
 from .visible import visible
 
 LOG_EVERY_SECONDS = 10.0
@@ -30,7 +31,7 @@ _quiet = False
 
 def set_quiet(quiet: bool) -> None:
     global _quiet
-    _quiet = quiet
+    _quiet = quiet or not ranks.is_first()
 
 
 def say(text: str) -> None:

@@ -1,10 +1,12 @@
-"""The one logits pipeline to the disk: whatever redraft writes or removes, it does here.
+"""The one way to the disk: whatever redraft writes or removes, it does here.
 
 A whole file is written to a temporary neighbour, flushed to the device, and takes its name in one
 step: a reader sees the old file or the new one, also after a power loss. Lines are appended in batches, each
 flushed; a kill can cut the last line short, which readers of such files drop.
 
-An error of the system becomes a UserError of one sentence. Reading needs no logits pipeline.
+Of several ranks that work on one job (see `ranks.py`) only rank 0 writes; elsewhere these functions do nothing.
+
+An error of the system becomes a UserError of one sentence. Reading goes its own ways.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError
 
+from . import ranks
 from .errors import UserError
 from .failpoints import point
 
@@ -59,6 +62,8 @@ def write_tensors(
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Append lines (without their line ends) to a file; on the device when this returns."""
+    if not ranks.is_first():
+        return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
@@ -76,6 +81,8 @@ def finish_lines(path: Path, is_whole: Callable[[bytes], bool]) -> None:
 
     A last line without its end gets one if `is_whole` says so, and is cut off otherwise.
     """
+    if not ranks.is_first():
+        return
     with writing(path), path.open("r+b") as stream:
         begin = _last_line(stream)
         stream.seek(begin)
@@ -92,6 +99,8 @@ def finish_lines(path: Path, is_whole: Callable[[bytes], bool]) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file or folder if it is there; a folder loses its name before its files."""
+    if not ranks.is_first():
+        return
     gone = path.with_name(f".{path.name}.gone")
     with writing(path, "removed"):
         point("remove: before")
@@ -116,6 +125,8 @@ def set_aside(path: Path) -> Path:
 
 def move(path: Path, to: Path) -> None:
     """Give a file another name on the same disk, in one step."""
+    if not ranks.is_first():
+        return
     with writing(path, "renamed"):
         to.parent.mkdir(parents=True, exist_ok=True)
         path.replace(to)
@@ -143,6 +154,8 @@ def _refused(path: Path, verb: str, problem: str, remedy: str) -> UserError:
 
 
 def _write_whole(path: Path, content: bytes, kind: str) -> None:
+    if not ranks.is_first():
+        return
     scratch = path.with_name(f".{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

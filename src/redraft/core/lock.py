@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from . import ranks
 from .errors import UserError
 from .files import writing
 
@@ -17,10 +18,25 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def held(place: Path) -> Iterator[None]:
-    """Hold a folder that is there, or a file, for the block.
+    """Hold a folder that is there, or a file, for the block; of several ranks, rank 0 holds it for all.
 
     Raises UserError at once if another process (or thread) does.
     """
+    if ranks.size() == 1:
+        with _held(place):
+            yield
+        return
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(_held(place))
+
+        ranks.first(enter)
+        yield
+
+
+@contextlib.contextmanager
+def _held(place: Path) -> Iterator[None]:
     what, path = "folder", place / LOCK
     if not place.is_dir():
         what, path = "file", place.with_name(f".{place.name}{LOCK}")

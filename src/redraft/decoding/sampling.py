@@ -1,4 +1,4 @@
-"""The one logits pipeline from logits to a token: temperature, top-k, top-p, min-p, then a draw.
+"""The one way from logits to a token: temperature, top-k, top-p, min-p, then a draw.
 
 Temperature 0 is a point mass here, not a branch elsewhere.
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core import ranks
 from ..core.console import Progress, say
 from ..core.errors import UserError, nearest
 from ..core.files import writing
@@ -192,8 +193,9 @@ def _fill(
         writer = WRITERS[plan.layout](plan.out, about, answers)
         size = writer.size()
         _check_space(writer, size, plan)
+        ranks.wait()  # before rank 0 makes the folder this job's
         writer.begin()
-        left = [group for group in range(len(writer.groups)) if not writer.has(group)]
+        left = ranks.first(lambda: [g for g in range(len(writer.groups)) if not writer.has(g)])
         tokens = sum(writer.lengths)
         say(
             f"features of {len(answers)} answers, {tokens:,} tokens, about {size / GB:,.3f} GB in {plan.out}"
@@ -202,13 +204,20 @@ def _fill(
             say(f"{len(writer.groups) - len(left)} of {len(writer.groups)} parts are there already")
         todo = sum(writer.lengths[row] for g in left for batch in writer.groups[g] for row in batch)
         with Progress("features", todo, "tokens") as progress:
-            for group in left:
-                states: dict[int, Tensor] = {}
-                for batch in writer.groups[group]:
-                    states |= read(batch)
-                    progress.advance(sum(writer.lengths[row] for row in batch))
-                writer.write(group, states)
+            for begin in range(0, len(left), ranks.size()):
+                written = None
+                for group in ranks.mine(left[begin : begin + ranks.size()]):
+                    states: dict[int, Tensor] = {}
+                    for batch in writer.groups[group]:
+                        states |= read(batch)
+                        progress.advance(ranks.size() * sum(writer.lengths[row] for row in batch))
+                    with ranks.alone():  # files of its own
+                        written = writer.write(group, states)
+                for line in filter(None, ranks.everyone(written)):
+                    writer.note(line)
+        ranks.wait()
         writer.finish(witness)
+        ranks.wait()
         return Written(len(answers), tokens, size, writer.present())
 
 

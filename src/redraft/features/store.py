@@ -96,7 +96,7 @@ class StoreWriter(FeatureWriter):
     def has(self, group: int) -> bool:
         return _shard(group) in self._done
 
-    def write(self, group: int, states: dict[int, Tensor]) -> None:
+    def write(self, group: int, states: dict[int, Tensor]) -> dict[str, Any]:
         tokens = [torch.from_numpy(row_tokens(self.answers[row])) for row in states]
         about = self.about
         shape = (sum(map(len, tokens)), len(about.aux_layers) + 1, about.hidden_size)
@@ -113,9 +113,11 @@ class StoreWriter(FeatureWriter):
         name = _shard(group)
         write_bytes(self.folder / name, content)
         point("features: shard written")
-        line = {"file": name, "bytes": len(content), "sha256": _sha256(content), "rows": rows}
-        append_lines(self.folder / SHARDS, [json.dumps(line)])
-        self._done[name] = line
+        return {"file": name, "bytes": len(content), "sha256": _sha256(content), "rows": rows}
+
+    def note(self, written: dict[str, Any]) -> None:
+        append_lines(self.folder / SHARDS, [json.dumps(written)])
+        self._done[written["file"]] = written
         point("features: shard listed")
 
     def finish(self, witness: Callable[[], Mapping[str, Tensor]]) -> None:

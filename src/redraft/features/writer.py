@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,8 +84,14 @@ class FeatureWriter(ABC):
         """Whether a group is there already."""
 
     @abstractmethod
-    def write(self, group: int, states: dict[int, Tensor]) -> None:
-        """Write the states [S, L+1, H] of a group's rows, by row; the mapping is used up."""
+    def write(self, group: int, states: dict[int, Tensor]) -> dict[str, Any] | None:
+        """Write the files of a group: the states [S, L+1, H] of its rows, by row; the mapping is used up.
+
+        Returns what `note` is to note of it, if this layout keeps a list.
+        """
+
+    def note(self, written: dict[str, Any]) -> None:  # noqa: B027  most layouts keep no list
+        """Note a group whose files are there, in the list of what is."""
 
     @abstractmethod
     def finish(self, witness: Callable[[], Mapping[str, Tensor]]) -> None:

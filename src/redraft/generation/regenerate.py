@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from array import array
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import RegenerateConfig
+from ..core import ranks
 from ..core.console import Progress, say
 from ..core.errors import UserError
 from ..core.files import append_lines, write_text
@@ -60,7 +62,7 @@ def regenerate(
     check_backend(config, lookahead)
     inputs = answer_inputs(target, prompts, config, lookahead)
     with held(out) if grow else contextlib.nullcontext():
-        asked = claim(out, inputs, prompts, grow=grow, more=kept_time(target))
+        asked = _claimed(out, inputs, prompts, grow=grow, more=kept_time(target))
         if config.answers == "original":
             return _write_originals(prompts, out, config.max_new_tokens, target)
         backends = [
@@ -71,11 +73,22 @@ def regenerate(
         ]
         while len(asked):
             _answer_round(backends, asked, out, inputs)
+            ranks.wait()
             asked = _next_round(target, asked, out, backends[0].context())
         found = read_answers(out)
     if note := unfinished_note(sum(a.finish == "stop" for a in found), len(found), target):
         say(note)
     return found
+
+
+def _claimed(
+    out: Path, inputs: dict[str, Any], prompts: Sequence[Prompt], **how: Any
+) -> Sequence[Prompt]:
+    """`claim`, on rank 0 for all."""
+    if ranks.size() == 1:
+        return claim(out, inputs, prompts, **how)
+    names = ranks.first(lambda: [prompt.id for prompt in claim(out, inputs, prompts, **how)])
+    return [dataclasses.replace(p, id=name) for p, name in zip(prompts, names, strict=True)]
 
 
 def _by_temperature(config: RegenerateConfig) -> list[RegenerateConfig]:
@@ -97,28 +110,25 @@ def _answer_round(
     inputs: dict[str, Any],
 ) -> None:
     """Append the answers to those prompts that have none in the file."""
-    missing = _unanswered(prompts, out)
-    if again := use_again(out, inputs, missing):
-        say(f"{out.name}: {again} answers given before to the same prompts are used again")
-        missing = _unanswered(prompts, out)
+    missing = ranks.first(lambda: _unanswered(prompts, out, inputs))
     if len(missing) < len(prompts):
         say(
             f"{out.name}: {len(prompts) - len(missing)} of {len(prompts)} answers are there already"
         )
     if not missing:
         return
-    parts = [missing]
+    parts = [Picked(prompts, missing)]
     if len(backends) > 1:
-        greedy = [_is_greedy(prompt, backends[0].config) for prompt in missing]
+        greedy = {i for i in missing if _is_greedy(prompts[i], backends[0].config)}
         parts = [
-            Picked(missing, (i for i, found in enumerate(greedy) if found == wanted))
+            Picked(prompts, (i for i in missing if (i in greedy) == wanted))
             for wanted in (False, True)
         ]
     tokens, began = 0, time.monotonic()
     with Progress(f"answers ({out.stem})", len(missing), "answers") as progress:
         for backend, part in zip(backends, parts, strict=True):
             with contextlib.closing(backend.answers(part)) as batches:
-                for answers in batches:
+                for answers in _in_step(batches):
                     if answers:
                         append_lines(out, [answer.to_line() for answer in answers])
                     tokens += sum(answer.length for answer in answers)
@@ -127,11 +137,29 @@ def _answer_round(
                     progress.advance(len(answers), note.rstrip())
 
 
-def _unanswered(prompts: Sequence[Prompt], out: Path) -> Sequence[Prompt]:
-    done = continued(out)
-    if not done:
-        return prompts
-    return Picked(prompts, (i for i, prompt in enumerate(prompts) if prompt.id not in done))
+def _in_step(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
+    """The batches of all ranks, each time one of every rank, in the order of the plan; alone, as they come."""
+    if ranks.size() == 1:
+        yield from batches
+        return
+    while (found := ranks.everyone(next(batches, None))) != [None] * ranks.size():
+        yield [answer for one in found if one for answer in one]
+
+
+def _unanswered(prompts: Sequence[Prompt], out: Path, inputs: dict[str, Any]) -> Sequence[int]:
+    """Which prompts have no answer in the file, once those given before are used again."""
+
+    def left() -> Sequence[int]:
+        done = continued(out)
+        if not done:
+            return range(len(prompts))
+        return array("q", (i for i, prompt in enumerate(prompts) if prompt.id not in done))
+
+    missing = left()
+    if again := use_again(out, inputs, Picked(prompts, missing)):
+        say(f"{out.name}: {again} answers given before to the same prompts are used again")
+        missing = left()
+    return missing
 
 
 def _next_round(
@@ -186,10 +214,11 @@ class _Own:
         """
         c = self.config
         new_tokens = c.max_new_tokens + self.lookahead
+        plan = plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens)
         yield from generate_answers(
             self.target,
             prompts,
-            plan_generation(prompts, c.batch_size, c.batch_tokens, new_tokens),
+            ranks.mine(plan),
             sampling=Sampling.of(c),
             max_new_tokens=c.max_new_tokens,
             lookahead=self.lookahead,
@@ -212,7 +241,9 @@ class _Served:
         self.endpoints, self.config, self.out = Endpoints(target, config, lookahead), config, out
 
     def answers(self, prompts: Sequence[Prompt]) -> Generator[list[Answer], None, None]:
-        """The answers to the prompts, as they come."""
+        """The answers to the prompts, as they come; of several ranks, rank 0 asks."""
+        if not ranks.is_first():
+            return
         noted: dict[str, Any] = {}
         with contextlib.closing(self.endpoints.answers(prompts)) as batches:
             for answers in batches:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import MeasureConfig, RegenerateConfig
+from ..core import ranks
 from ..core.console import Progress
 from ..core.errors import UserError
 from ..core.records import Acceptance, Answer, Prompt, versions
@@ -126,6 +127,7 @@ def answer_all(
 ) -> list[Answer]:
     """The target's answers to all prompts, in the prompts' order, each with an lookahead to replay."""
     plan = plan_generation(prompts, batch_size, batch_tokens, max_new_tokens + lookahead)
+    plan = list(ranks.mine(plan))
     by_index: dict[int, Answer] = {}
     with Progress("answering", len(prompts), "prompts") as progress:
         batches = generate_answers(
@@ -140,6 +142,7 @@ def answer_all(
         for indices, answers in zip(plan, batches, strict=True):
             by_index.update(zip(indices, answers, strict=True))
             progress.advance(len(indices))
+    by_index = ranks.merged(by_index)
     return [by_index[i] for i in range(len(prompts))]
 
 

@@ -17,10 +17,12 @@ Shapes: B batch, T tokens, S chain starts, K steps of a chain, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..core import ranks
 from ..core.errors import UserError
 from ..core.records import Answer, ExpectedSteps, StepTrace
 from ..decoding.acceptance_modes import Decoding
@@ -32,6 +34,7 @@ from ..models.batching import Batch, collate, plan_once
 from ..models.target import Reading, Target
 from .acceptance import pooled_tau
 
+T = TypeVar("T")
 BATCH_TOKENS = 8192
 BATCH_LOGITS = 1 << 27
 """Batches hold fewer tokens where the vocabulary is large: at most this many logits."""
@@ -73,7 +76,7 @@ def replay_each(
         target, drafts, answers, k, decoding, batch_tokens
     ):
         traces[which][index] = walk(answer, runs, first)
-    return [[found[i] for i in range(len(answers))] for found in traces]
+    return [_of_all(found, answers) for found in traces]
 
 
 def accepted_runs(
@@ -96,7 +99,7 @@ def accepted_runs(
     ):
         begin = len(answer.prompt) - 1 - first
         found[which][index] = tuple(runs[begin : begin + answer.length - 1])
-    return [[of_draft[i] for i in range(len(answers))] for of_draft in found]
+    return [_of_all(of_draft, answers) for of_draft in found]
 
 
 def taus(target: Target, drafts: Sequence[Draft], answers: Sequence[Answer], k: int) -> list[float]:
@@ -120,7 +123,7 @@ def expect(
         target, [draft], answers, k, decoding, batch_tokens
     ):
         found[index] = expected_walk(answer, chance_SK.tolist(), first)
-    return [found[i] for i in range(len(answers))]
+    return _of_all(found, answers)
 
 
 def decoding_of(answers: Sequence[Answer], mode: str = "", draft_token: str = "") -> Decoding:
@@ -178,6 +181,12 @@ def expected_walk(answer: Answer, chances: Sequence[Sequence[float]], first: int
     return ExpectedSteps(answer.id, tuple(counts), answer.length)
 
 
+def _of_all(found: dict[int, T], answers: Sequence[Answer]) -> list[T]:
+    """What all ranks found, in the answers' order."""
+    found = ranks.merged(found)
+    return [found[i] for i in range(len(answers))]
+
+
 def _runs(
     target: Target,
     drafts: Sequence[Draft],
@@ -215,7 +224,7 @@ def _chances(
     _check_decoding(answers, decoding)
     lengths = [len(a.prompt) + a.length + k - 1 for a in answers]
     most = min(batch_tokens, max(BATCH_LOGITS // target.vocab_size, 1))
-    for indices in plan_once(lengths, most):
+    for indices in ranks.mine(plan_once(lengths, most)):
         rows = [answers[i] for i in indices]
         batch = collate(rows, target.device, lookahead=True)
         seeds_B = seeds_tensor([a.seed or 0 for a in rows], target.device)

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+import itertools
 import random
 from array import array
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core import ranks
 from ..core.records import Answer, Prompt
 
 
@@ -59,6 +61,13 @@ def collate(answers: Sequence[Answer], device: torch.device, *, lookahead: bool 
         torch.tensor([len(a.prompt) for a in answers], device=device),
         torch.tensor([len(row) for row in rows], device=device),
     )
+
+
+def shares(rows: int, parts: int) -> list[Sequence[int]]:
+    """The places in a batch of so many rows that this rank computes, in at most so many parts; none is empty."""
+    own = ranks.mine(range(rows))
+    cuts = [len(own) * part // parts for part in range(parts + 1)]
+    return [own[a:b] for a, b in itertools.pairwise(cuts) if a < b]
 
 
 def lengths_of(prompts: Sequence[Prompt]) -> Sequence[int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError, as_sentence, reason
 from .cache_checks import check_rolls_back
@@ -132,11 +133,11 @@ def read_tokenizer(source: str) -> Any:
 
 
 def on_device(model: Any, device: str | None, name: str) -> Any:
-    """The model on its device (default: the first GPU, else the CPU).
+    """The model on its device (default: the first GPU, of several ranks each its own; else the CPU).
 
     Raises UserError where there is no such device, not enough memory, or no arithmetic in the model's dtype.
     """
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or (f"cuda:{_own_gpu()}" if torch.cuda.is_available() else "cpu")
     try:
         model = model.to(place)
     except (RuntimeError, AssertionError, ValueError) as problem:  # out of memory, no such device
@@ -146,6 +147,10 @@ def on_device(model: Any, device: str | None, name: str) -> Any:
     parameter = next(model.parameters())
     check_computes(parameter.dtype, parameter.device, name)
     return model
+
+
+def _own_gpu() -> int:
+    return ranks.local() % torch.cuda.device_count()
 
 
 def check_computes(dtype: torch.dtype, device: torch.device, name: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from ..adapters.table import ADAPTERS, read_method
 from ..checkpoints.load import StoredDraft
 from ..config import AdaptConfig, Resolved
+from ..core import ranks
 from ..core.errors import UserError
 from ..core.folders import read_json
 from ..generation.regenerate import check_backend
@@ -93,6 +94,7 @@ def record_job(job: Job, prompts: PromptSet, resolved: Resolved) -> None:
         "template_args": job.target.template_args,
         **kept_time(job.target),
     }
+    ranks.check_same("this job", described)
     _refuse_other_job(job, described)
     job.run.write_json("run.json", described)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.failpoints import point
@@ -47,9 +48,17 @@ class RunFolder:
         Raises UserError for a file, a folder of other files, and a folder that is in use.
         """
         folder = Path(path)
+        ranks.check_same("this job", {"versions": versions()})
         _make(folder)
         with held(folder):
-            yield cls(folder)
+            run = cls(folder)
+            ranks.wait()
+            if not all(ranks.everyone((folder / STATE).is_file())):
+                raise UserError(
+                    f"--out {folder} is not the same folder for all processes of this job; put it on a disk that all of "
+                    "them see"
+                )
+            yield run
 
     def stage(
         self,
@@ -69,10 +78,12 @@ class RunFolder:
         """
         text = json.dumps(inputs, sort_keys=True, default=str)
         key = _short(f"{name} {text}".encode())
+        ranks.check_same(f"stage '{name}'", _each(inputs))
         known = self.state.get(name)
         same = known is not None and known["inputs"] == key
         if known and same and known["done"]:
-            changed = [output for output in outputs if self._changed(output, known["outputs"])]
+            hashes = known["outputs"]
+            changed = ranks.first(lambda: [each for each in outputs if self._changed(each, hashes)])
             if not changed:
                 say(f"{name}: nothing to do, already done in {known['seconds']:.0f} s")
                 return self._version(name)
@@ -125,7 +136,9 @@ class RunFolder:
         started = time.monotonic()
         try:
             point("stage: before work")
+            ranks.wait()
             work()
+            ranks.wait()
         except BaseException:
             entry["seconds"] = spent + time.monotonic() - started
             with contextlib.suppress(UserError):  # a disk that is full is told by the first error
@@ -133,7 +146,8 @@ class RunFolder:
             raise
         point("stage: worked")
         entry["seconds"] = spent + time.monotonic() - started
-        self._mark(name, {**entry, "done": True, "outputs": self._hashes(outputs)})
+        found = ranks.first(lambda: self._hashes(outputs))
+        self._mark(name, {**entry, "done": True, "outputs": found})
         point("stage: marked done")
 
     def _mark(self, name: str, entry: dict[str, Any]) -> None:

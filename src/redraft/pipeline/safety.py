@@ -18,6 +18,7 @@ from typing import Any
 
 from ..checkpoints.load import load_draft
 from ..config import RegenerateConfig
+from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import append_lines
@@ -143,7 +144,7 @@ def _drafted(
 ) -> list[Answer]:
     """The answers with the draft, those that an interrupted run left included."""
     file, c = job.run.path / "safety" / f"{arm}.jsonl", job.config
-    done = continued(file)
+    done = ranks.first(lambda: continued(file))
     left = [prompt for prompt in prompts if prompt.id not in done]
     if left:
         for answers in with_draft(
@@ -156,6 +157,7 @@ def _drafted(
             batch_tokens=c.regenerate.batch_tokens,
         ):
             append_lines(file, [answer.to_line() for answer in answers])
+        ranks.wait()
     return _in_order(file, prompts)
 
 

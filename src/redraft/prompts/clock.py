@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.folders import read_json
@@ -34,11 +35,16 @@ def continue_time(target: Target, records: Iterable[Path]) -> None:
     """Render with the time that the first of these JSON files keeps, where the template asks for it."""
     if not writes_date(target):
         return
-    for path in records:
-        try:
-            target.rendered_at = datetime.fromisoformat(read_json(path)[RENDERED_AT])
-        except (UserError, KeyError, TypeError, ValueError):
-            continue  # none there, or none in it
+
+    def kept() -> tuple[datetime, Path | None]:
+        for path in records:
+            try:
+                return datetime.fromisoformat(read_json(path)[RENDERED_AT]), path
+            except (UserError, KeyError, TypeError, ValueError):
+                continue  # none there, or none in it
+        return target.rendered_at, None
+
+    target.rendered_at, path = ranks.first(kept)
+    if path is not None:
         day = f"{target.rendered_at:%Y-%m-%d %H:%M:%S}"
         say(f"the chat template writes the date: prompts are rendered as of {day}, kept in {path}")
-        return

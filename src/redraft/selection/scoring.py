@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import MeasureConfig, SelectConfig
+from ..core import ranks
 from ..core.console import Progress
 from ..core.errors import UserError
 from ..core.records import Answer, Prompt
@@ -136,10 +137,11 @@ def _looked_at(samples: Sequence[Answer], look: Look, models: Scorers) -> tuple[
     target = _there(models.target)
     lengths = [len(s.prompt) + s.length for s in samples]
     most = min(BATCH_TOKENS, max(BATCH_LOGITS // target.vocab_size, 1))
+    share = ranks.mine(plan_once(lengths, most))
     found: dict[int, Any] = {}
     per_token = 0.0
-    with Progress("scoring", len(samples), "samples") as progress:
-        for indices in plan_once(lengths, most):
+    with Progress("scoring", len(samples), "samples") as progress, ranks.alone():
+        for indices in share:
             some = [samples[i] for i in indices]
             if found:
                 seen = look(some, models)
@@ -149,6 +151,7 @@ def _looked_at(samples: Sequence[Answer], look: Look, models: Scorers) -> tuple[
                 per_token = counter.get_total_flops() / sum(lengths[i] for i in indices)
             found.update(zip(indices, seen, strict=True))
             progress.advance(len(indices))
+    found, per_token = ranks.merged(found), ranks.everyone(per_token)[0]
     return [found[i] for i in range(len(samples))], per_token
 
 

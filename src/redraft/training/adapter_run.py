@@ -20,6 +20,7 @@ from ..adapters.kind import Fitted, adapter_of, kinds_of
 from ..adapters.table import Method
 from ..adapters.vocabulary_remap import HEAD, Remapped, extract
 from ..config import TrainConfig
+from ..core import ranks
 from ..core.errors import UserError
 from ..drafts.base import Draft
 from .checkpoint import TrainState
@@ -51,6 +52,8 @@ class AdapterRun:
     hook: RemovableHandle | None = None  # keeps rows of the head in place while others train
     fitted: Fitted = field(default_factory=Fitted)
     diverged: bool = False
+    loss: float = 0.0
+    """Of what was added up for the next step."""
     start: dict[str, Tensor] = field(init=False)
     """The tensors before the first step."""
     state: TrainState = field(init=False)
@@ -91,8 +94,18 @@ class AdapterRun:
             return False
         return max(taus[-patience:]) < max(taus[:-patience]) + RISE
 
-    def learn(self, teacher_batch: TeacherBatch, precision: str) -> None:
-        """One optimizer step; the state moves on by one."""
+    def add(self, teacher_batch: TeacherBatch, precision: str, weight: float | None) -> None:
+        """Add the gradients of a part of the step's batch, whose whole weight is `weight`."""
+        began, state, c = time.monotonic(), self.state, self.config
+        with autocast(teacher_batch.batch.tokens_BT.device, precision):
+            loss, _ = rollout_loss(teacher_batch, self.draft, c, state.step, weight)
+        self.loss += loss.item()
+        if math.isfinite(self.loss):
+            loss.backward()  # type: ignore[no-untyped-call]
+        state.seconds += teacher_batch.seconds + time.monotonic() - began
+
+    def learn(self, supervised_tokens: int) -> None:
+        """One optimizer step by what was added up, on all ranks; the state moves on by one."""
         if not self.optimizers:
             raise AssertionError("nothing to train")
         began, state, c = time.monotonic(), self.state, self.config
@@ -100,24 +113,38 @@ class AdapterRun:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            optimizer.zero_grad()
-        with autocast(teacher_batch.batch.tokens_BT.device, precision):
-            loss, count = rollout_loss(teacher_batch, self.draft, c, state.step)
-        state.last_loss = loss.item()
+        state.last_loss, self.loss = self._of_all_ranks(), 0.0
         if not math.isfinite(state.last_loss):
             raise DivergedError(
                 f"the loss became {state.last_loss} at step {state.step} (learning rate "
                 f"{peak_rate(c, self.draft):g}); lower train.lr or set train.precision fp32. Everything "
                 "finished before this step is kept"
             )
-        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, c.clip)
         for optimizer in self.optimizers:
             optimizer.step()
+            optimizer.zero_grad()
         state.step += 1
-        state.supervised_tokens += count
+        state.supervised_tokens += supervised_tokens
         self._average()
-        state.seconds += teacher_batch.seconds + time.monotonic() - began
+        state.seconds += time.monotonic() - began
+
+    def _of_all_ranks(self) -> float:
+        """The loss of all ranks; the gradients become theirs too. One that no rank has stays away."""
+        if ranks.size() == 1:
+            return self.loss
+        device = self.parameters[0].device
+        has = torch.tensor([p.grad is not None for p in self.parameters], device=device)
+        loss = torch.tensor(self.loss, dtype=torch.float64, device=device)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        anywhere = has.float()
+        ranks.summed([anywhere, loss, *(p.grad for p in self.parameters if p.grad is not None)])
+        for parameter, somewhere in zip(self.parameters, anywhere.tolist(), strict=True):
+            if not somewhere:
+                parameter.grad = None
+        return float(loss)
 
     def note_tau(self, tau: float) -> None:
         """Record an evaluation of the present tensors, and keep them if they are the best so far."""

@@ -9,7 +9,7 @@ vocabulary, N labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,7 @@ class TeacherBatch:
     logits: Callable[[slice, Tensor | None], Tensor]
     seconds: float = 0.0  # that reading it took
     hold: bool = False
+    places: Sequence[int] = ()  # of its rows in the step's whole batch, where it is a part of one
     held: dict[tuple[int, str], Teacher] = field(default_factory=dict)
 
     @property
@@ -154,18 +155,30 @@ def _unpadded(batch: Batch, features_BTF: Tensor) -> Tensor:
     return features_BTF.masked_fill((at_T >= batch.ends_B[:, None])[..., None], 0.0)
 
 
+def rollout_weight(answer_lengths: Sequence[int], draft: Draft, config: TrainConfig) -> float:
+    """The sum of the weights of all labels and rollout steps, by which the loss of a batch is divided.
+
+    Rollout step j predicts an answer's tokens from number 2 + j on, each with weight step_decay ** j.
+    """
+    steps = config.rollout if draft.feeds_back else 1
+    counts = [sum(max(length - 1 - j, 0) for length in answer_lengths) for j in range(steps)]
+    return sum(config.step_decay**j * count for j, count in enumerate(counts) if count)
+
+
 def rollout_loss(
-    teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig, step: int = 0
+    teacher_batch: TeacherBatch,
+    draft: Draft,
+    config: TrainConfig,
+    step: int = 0,
+    weight: float | None = None,
 ) -> tuple[Tensor, int]:
     """The loss per supervised token over all rollout steps, weighted by step_decay ** j.
 
-    `step` keys the feature noise. Returns the loss and the number of supervised tokens (those of
-    rollout step 0).
+    `step` keys the feature noise. `weight` is that of the whole batch (see `rollout_weight`) where this is a part of
+    it, so that the parts' losses add up to the whole one. Returns the loss and the number of supervised tokens
+    (those of rollout step 0).
     """
-    features_BTF, first = (
-        _noised(teacher_batch.features_BTF, config, step),
-        teacher_batch.batch.first,
-    )
+    features_BTF, first = _noised(teacher_batch, config, step), teacher_batch.batch.first
     states: list[Tensor] = []
     steps = config.rollout if draft.feeds_back else 1
     for j, states_BSH in enumerate(
@@ -185,13 +198,21 @@ def rollout_loss(
         weights,
         rows_at_once(teacher_batch.width(draft, loss.row.reads)),
     )
-    weight = sum(w * len(s) for w, s in zip(weights, states, strict=True))
+    if weight is None:
+        weight = sum(w * len(s) for w, s in zip(weights, states, strict=True))
     return fused_loss(merged, states) / weight, len(teacher_batch.label_N)
 
 
-def _noised(features_BTF: Tensor, config: TrainConfig, step: int) -> Tensor:
+def _noised(teacher_batch: TeacherBatch, config: TrainConfig, step: int) -> Tensor:
+    """The features with noise, drawn for each row by its place: the same however a step is split."""
+    features_BTF = teacher_batch.features_BTF
     if not config.feature_noise:
         return features_BTF
-    noise = torch.rand(features_BTF.shape, generator=seeded(config.seed, "noise", step)) - 0.5
-    width = config.feature_noise * PUBLISHED_LENGTH / features_BTF.shape[1]
-    return features_BTF + width * noise.to(features_BTF)
+    noised = features_BTF.clone()
+    lengths = teacher_batch.batch.ends_B.tolist()
+    for b, length in enumerate(lengths):
+        place = teacher_batch.places[b] if teacher_batch.places else b
+        row_TF = noised[b, :length]
+        noise = torch.rand(row_TF.shape, generator=seeded(config.seed, "noise", step, place)) - 0.5
+        row_TF += config.feature_noise * PUBLISHED_LENGTH / length * noise.to(row_TF)
+    return noised

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ..adapters.kind import Setup, adapter_of, kinds_of
 from ..adapters.table import Method
 from ..adapters.vocabulary_remap import HEAD, Remapped, remap, row_mask
 from ..config import TrainConfig, key_of
+from ..core import ranks
 from ..core.console import Progress, say
 from ..core.errors import UserError
 from ..core.failpoints import point
@@ -40,7 +41,7 @@ from ..core.folders import state_hash
 from ..core.records import Answer, TrainRecord
 from ..drafts.base import Draft
 from ..metrics.replay import check_lookahead, taus
-from ..models.batching import collate, plan_epochs
+from ..models.batching import collate, plan_epochs, shares
 from ..models.target import Target
 from .adapter_run import AdapterRun, DivergedError
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -51,10 +52,10 @@ from .memory import check_memory, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizers
 from .precision import choose_precision
 from .preconditions import check_fits
-from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
+from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss, rollout_weight
 
 CALIBRATION_BATCHES = 4
-STREAM = ("epochs", "batch_tokens", "evaluations", "precision", "seed")
+STREAM = ("epochs", "batch_tokens", "accumulate", "evaluations", "precision", "seed")
 """Settings that adapters that train together have in common."""
 
 
@@ -148,7 +149,8 @@ def _train(
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
-    stream = _Stream(target, drafts[0].aux_layers, answers, plan, hold=len(drafts) > 1)
+    hold, accumulate = len(drafts) > 1, c.accumulate
+    stream = _Stream(target, drafts[0].aux_layers, answers, plan, hold, accumulate)
     keys = [
         _key(config, plan, target, base, draft, answers, heldout, k)
         for draft, config in zip(drafts, configs, strict=True)
@@ -182,10 +184,8 @@ def _train(
         progress.advance(at)
         while active := [m for m in runs if not m.done()]:
             at = min(run.state.step for run in active)
-            teacher_batch = stream.teacher_batch(at)
             active = [run for run in active if run.state.step == at]
-            for run in active:
-                _learn(run, teacher_batch, precision, len(runs))
+            _step(stream, active, at, precision, len(runs))
             if (at + 1) % every == 0 or at + 1 == len(plan):
                 evaluate(active)
             point("training: after a step")
@@ -196,17 +196,26 @@ def _train(
     return [_finished(stream, run, len(runs), precision, predicted) for run in runs]
 
 
-def _learn(
-    run: AdapterRun, teacher_batch: TeacherBatch, precision: str, trained_together: int
+def _step(
+    stream: _Stream, runs: Sequence[AdapterRun], at: int, precision: str, trained_together: int
 ) -> None:
-    """A step. One of several runs that diverges ends where it was best; alone, that is an error."""
-    try:
-        run.learn(teacher_batch, precision)
-    except DivergedError as problem:
-        if trained_together == 1:
-            raise
-        run.diverged = True
-        say(f"{run.config.method}: {problem}; the others go on")
+    """A step of each run, on this rank's share of the batch, part by part.
+
+    One of several runs that diverges ends where it was best; alone, that is an error.
+    """
+    lengths = [stream.answers[i].length for i in stream.plan[at]]
+    weights = [rollout_weight(lengths, run.draft, run.config) for run in runs]
+    for part in stream.parts(at):
+        for run, weight in zip(runs, weights, strict=True):
+            run.add(part, precision, weight)
+    for run in runs:
+        try:
+            run.learn(sum(lengths) - len(lengths))
+        except DivergedError as problem:
+            if trained_together == 1:
+                raise
+            run.diverged = True
+            say(f"{run.config.method}: {problem}; the others go on")
 
 
 class _Stream:
@@ -219,9 +228,10 @@ class _Stream:
         answers: Sequence[Answer],
         plan: list[list[int]],
         hold: bool,
+        accumulate: int = 1,
     ):
         self.target, self.aux_layers, self.answers, self.plan = target, aux_layers, answers, plan
-        self.hold = hold
+        self.hold, self.accumulate = hold, accumulate
 
     @functools.cached_property
     def flops_per_token(self) -> float:
@@ -236,11 +246,22 @@ class _Stream:
         return [self.teacher_batch(at) for at in range(min(CALIBRATION_BATCHES, len(self.plan)))]
 
     def teacher_batch(self, at: int) -> TeacherBatch:
+        """A whole batch, for what is looked at before training."""
+        return self._read(self.plan[at % len(self.plan)], ())
+
+    def parts(self, at: int) -> Iterator[TeacherBatch]:
+        """This rank's share of a batch, in so many parts as are accumulated; a share may be empty."""
+        indices = self.plan[at]
+        for places in shares(len(indices), self.accumulate):
+            yield self._read([indices[i] for i in places], places)
+
+    def _read(self, indices: Sequence[int], places: Sequence[int]) -> TeacherBatch:
         began = time.monotonic()
-        indices = self.plan[at % len(self.plan)]
         batch = collate([self.answers[i] for i in indices], self.target.device)
         teacher_batch = read_teacher_batch(self.target, batch, self.aux_layers, hold=self.hold)
-        return dataclasses.replace(teacher_batch, seconds=time.monotonic() - began)
+        return dataclasses.replace(
+            teacher_batch, seconds=time.monotonic() - began, places=tuple(places)
+        )
 
     def length(self, steps: int) -> int:
         """Real tokens of the first steps."""
@@ -355,10 +376,11 @@ def _finished(
 def _predicted(
     target: Target, runs: Sequence[AdapterRun], answers: Sequence[Answer], plan: list[list[int]]
 ) -> float:
-    """The peak in MB that the largest batch of the plan makes."""
+    """The peak in MB that the largest batch of the plan makes, of which a process computes a part at a time."""
     longest = [max(len(answers[i].prompt) + answers[i].length for i in batch) for batch in plan]
     at = max(range(len(plan)), key=lambda i: longest[i] * len(plan[i]))
-    tokens = longest[at] * len(plan[at])
+    rows = math.ceil(len(plan[at]) / (ranks.size() * runs[0].config.accumulate))
+    tokens = longest[at] * rows
     first = max(min(len(answers[i].prompt) for i in plan[at]) - 1, 0)
     return predict_peak(target, runs, tokens, longest[at], first)
 
@@ -389,7 +411,7 @@ def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
             for parameter in first.parameters:
                 parameter.grad = None
 
-        precision = choose_precision(stream.target.device, step)
+        precision = ranks.first(lambda: choose_precision(stream.target.device, step))
     for run in training:
         run.state.precision = precision
     return precision

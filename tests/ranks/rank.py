@@ -1,0 +1,115 @@
+"""What a rank of the tests runs, under torchrun: `rank.py train OUT`, or `rank.py MISTAKE ARGUMENTS`.
+
+In ARGUMENTS {rank} stands for the rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft import cli
+from redraft.config import TrainConfig
+from redraft.core import failpoints, ranks
+from redraft.core.errors import UserError
+from redraft.core.files import write_tensors, write_text
+from redraft.core.records import Answer
+from redraft.decoding.sampling import Sampling
+from redraft.metrics.measure import answer_all
+from redraft.models.loading import load_target
+from redraft.models.target import Target
+from redraft.training import adapter_run
+from redraft.training.train import train, train_adapters
+from tests.conftest import asked, fresh_draft
+
+CONFIG = TrainConfig(
+    method="full",
+    lr=3e-3,
+    epochs=2,
+    batch_tokens=256,
+    rollout=3,
+    evaluations=3,
+    patience=9,
+    precision="fp32",
+)
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulate": {"accumulate": 3},
+    "noise": {"feature_noise": 0.2, "average": 0.9, "accumulate": 2},
+    "expert": {"method": "expert+fc+norms", "width": "8", "loss": "tv"},
+    "muon": {"optimizer": "muon", "weight_decay": 0.1},
+}
+WRONG = "wrong"
+"""Every rank divides by the labels of its own share."""
+
+
+def train_all(
+    folder: str, cases: dict[str, dict[str, Any]] = CASES
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each case, and their held-out taus, trained in float64."""
+    target = load_target(folder, dtype="float64")
+    answers = answer_all(target, asked(target), 32, 8, Sampling())
+    found = {}
+    for name, changes in cases.items():
+        config = dataclasses.replace(CONFIG, **changes)
+        trained = train(target, fresh_draft(target), answers, answers[:4], config, k=3)
+        taus = torch.tensor([tau for _, tau in trained.record.heldout_tau], dtype=torch.float64)
+        loss = torch.tensor(trained.record.final_loss, dtype=torch.float64)
+        found[name] = {**trained.tensors, "taus": taus, "loss": loss}
+    return found | {"together": _together(target, answers)}
+
+
+def _together(target: Target, answers: list[Answer]) -> dict[str, Tensor]:
+    """Two adapters on one stream."""
+    configs = [dataclasses.replace(CONFIG, method=name, width="8") for name in ("fc", "expert")]
+    both = train_adapters(target, fresh_draft(target), answers, answers[:4], configs, k=3)
+    return {f"{i}/{name}": t for i, one in enumerate(both) for name, t in one.tensors.items()}
+
+
+def wrong(folder: str) -> dict[str, dict[str, Tensor]]:
+    loss = adapter_run.rollout_loss
+    adapter_run.rollout_loss = lambda *given: loss(*given[:-1])  # type: ignore[assignment]
+    return {WRONG: train_all(folder, {"plain": {}})["plain"]}
+
+
+def fails_at(step: int, how: str) -> None:
+    """Of the second rank: its end after so many steps of training."""
+    seen = 0
+
+    def hook(name: str) -> None:
+        nonlocal seen
+        seen += name == "training: after a step"
+        if seen == step and ranks.rank() == 1:
+            if how == "dies":
+                os._exit(9)
+            raise UserError("the disk of this rank is full")
+
+    failpoints.armed = hook
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    what, *given = sys.argv[1:]
+    if what == "train":
+        ranks.join(print)
+        folder, out = given
+        for name, tensors in (train_all(folder) | wrong(folder)).items():
+            write_tensors(Path(out) / f"{name}.safetensors", tensors)
+        write_text(Path(out) / "ranks.json", json.dumps(ranks.everyone(ranks.rank())))
+        ranks.leave()
+        return
+    if what in ("dies", "fails"):
+        fails_at(2, what)
+    sys.argv[1:] = [word.replace("{rank}", os.environ["RANK"]) for word in given]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
