@@ -132,6 +132,8 @@ def artefacts(run: Path) -> dict[str, Any]:
             with contextlib.suppress(ValueError, KeyError):  # a damaged file is compared as it is
                 if name in CLOCKED_FILES or name.startswith("measure/"):
                     found[name] = timeless(json.loads(path.read_text().replace(str(run), "RUN")))
+                elif name == "checkpoints/log.jsonl":
+                    found[name] = [timeless(json.loads(row)) for row in path.open()]
                 elif name == "checkpoints/checkpoint.safetensors":
                     found[name] = _checkpoint(found[name])
     return found

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 HERE = "{}.{}".format(*sys.version_info)
 OTHERS = sorted({"3.10", "3.13"} - {HERE})
-NEED_TORCH = ("torch", "peft")
+NEED_TORCH = ("torch", "peft", "accelerate")
 EXPERIMENTS_ONLY = re.compile("experiments|synthetic|bench|corpus|suite|members|demo.py")
 
 

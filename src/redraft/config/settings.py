@@ -13,7 +13,17 @@ from typing import Any
 
 from ..adapters.table import ADAPTERS, Method, read_method
 from ..losses.table import TABLE as LOSSES
-from .values import Budget, Width, read_budget, read_endpoints, read_format, read_shares, read_width
+from .values import (
+    TRACKERS,
+    Budget,
+    Width,
+    read_budget,
+    read_endpoints,
+    read_format,
+    read_shares,
+    read_trackers,
+    read_width,
+)
 
 
 def _opt(default: Any, help: str, **checks: Any) -> Any:
@@ -24,12 +34,13 @@ def key_of(stage: Any) -> dict[str, Any]:
     """The settings that a stage's result depends on.
 
     A setting that was added later names in `since` the value that does what was done before it. At this value it is
-    left out, so that a new version of redraft does not redo finished stages.
+    left out, so that a new version of redraft does not redo finished stages. One that is `keyless` never matters.
     """
     return {
         each.name: getattr(stage, each.name)
         for each in fields(stage)
-        if "since" not in each.metadata or getattr(stage, each.name) != each.metadata["since"]
+        if not each.metadata.get("keyless")
+        and ("since" not in each.metadata or getattr(stage, each.name) != each.metadata["since"])
     }
 
 
@@ -253,6 +264,13 @@ class TrainConfig:
         choices=("auto", "fp32", "bf16"),
     )
     seed: int = _opt(0, "seed of initialisation and batch order")
+    track: str = _opt(
+        "",
+        f"experiment trackers to follow training with, on this machine: {', '.join(TRACKERS)}",
+        many=True,
+        check=read_trackers,
+        keyless=True,
+    )
 
     @cached_property
     def method_value(self) -> Method:
@@ -261,6 +279,10 @@ class TrainConfig:
     @cached_property
     def width_value(self) -> Width | None:
         return read_width(self.width)
+
+    @cached_property
+    def trackers(self) -> tuple[str, ...]:
+        return read_trackers(self.track)
 
     @cached_property
     def lr_parts_value(self) -> Mapping[str, float]:

@@ -12,11 +12,24 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from ..adapters.table import ADAPTERS
-from ..core.errors import UserError
+from ..core.errors import UserError, nearest
 
 LARGEST_SHARE = 8.0
 Width = int | float
 """Neurons of an expert: a number (64), or a share of the shared FFN's (0.25) where it is a float."""
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""The experiment trackers that training can be followed with."""
+
+
+def read_trackers(text: str) -> tuple[str, ...]:
+    """Names joined by commas. Raises ValueError for an unknown one."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"names the tracker '{name}'; {nearest(name, TRACKERS)}")
+    return names
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,11 @@ from typing import Any
 from .renamed import with_today_keys
 from .tokens import Tokens, plain
 
-CLOCKED = ("seconds", "evaluation_seconds", "tokens_per_second", "peak_mb", "predicted_peak_mb")
-"""The fields of a `TrainRecord` and of a checkpoint that differ when the same work is done again."""
+CLOCKED = (
+    *("seconds", "evaluation_seconds", "tokens_per_second"),
+    *("peak_mb", "predicted_peak_mb", "memory_mb"),
+)
+"""The fields of a `TrainRecord`, a checkpoint and a training's log that differ when the same work is done again."""
 
 
 def to_json(record: Any) -> dict[str, Any]:

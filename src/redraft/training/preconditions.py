@@ -13,6 +13,7 @@ from ..drafts.base import Draft
 from ..losses.functions import LOSSES
 from ..losses.table import TABLE as LOSS_TABLE
 from ..models.target import Target
+from .log import check_trackers
 from .optimizer import MUON
 
 
@@ -38,6 +39,7 @@ def check_fits(draft: Draft, config: TrainConfig, target: Target, base: Target |
         raise UserError(
             f"train.optimizer muon needs PyTorch 2.9 or later, this is {torch.__version__}; take adamw or update PyTorch"
         )
+    check_trackers(config.trackers)
     _check_shares(method, config)
     _check_base(method, target, base)
 

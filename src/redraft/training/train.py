@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .closed_form import fit_closed_form
 from .flops import count_flops, counted
 from .guard import Guard, go_back
+from .log import TrainingLog
 from .memory import check_memory, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizers
 from .precision import choose_precision
@@ -55,6 +56,8 @@ from .preconditions import check_fits
 from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss, rollout_weight
 
 CALIBRATION_BATCHES = 4
+COSTS = ("supervised_tokens", "seconds", "peak_mb", "target_flops", "draft_flops")
+"""What the log's trackers get at the end, of the record."""
 STREAM = ("epochs", "batch_tokens", "accumulate", "evaluations", "precision", "seed")
 """Settings that adapters that train together have in common."""
 
@@ -172,10 +175,22 @@ def _train(
 
     def evaluate(some: Sequence[AdapterRun]) -> None:
         _evaluate(target, some, heldout, k)
-        for run, folder, key in zip(runs, folders, keys, strict=True):
+        for run, log, folder, key in zip(runs, logs, folders, keys, strict=True):
+            if run in some:
+                log.note(run.state.step, {"heldout_tau": run.state.heldout_tau[-1][1]})
+                log.flush()
             if folder and run in some and run.optimizers:
                 save_checkpoint(folder, run.state, run.trainable, run.optimizers, key)
 
+    logs = [
+        TrainingLog(
+            folder,
+            run.state.step if run.state.heldout_tau else -1,
+            run.config.trackers if i == 0 else (),
+            asdict(run.config),
+        )
+        for i, (folder, run) in enumerate(zip(folders, runs, strict=True))
+    ]
     if fresh := [run for run in runs if not run.state.heldout_tau]:
         evaluate(fresh)  # what training has to beat
     every = math.ceil(len(plan) / c.evaluations)
@@ -185,7 +200,12 @@ def _train(
         while active := [m for m in runs if not m.done()]:
             at = min(run.state.step for run in active)
             active = [run for run in active if run.state.step == at]
+            began = time.monotonic()
             _step(stream, active, at, precision, len(runs))
+            rate = stream.length(at, at + 1) / (time.monotonic() - began)
+            for run, log in zip(runs, logs, strict=True):
+                if run in active:
+                    log.note(run.state.step, _figures(run, rate, target.device))
             if (at + 1) % every == 0 or at + 1 == len(plan):
                 evaluate(active)
             point("training: after a step")
@@ -193,7 +213,10 @@ def _train(
     if guard:
         for run in runs:
             go_back(target, run, heldout, k, guard)
-    return [_finished(stream, run, len(runs), precision, predicted) for run in runs]
+    finished = [_finished(stream, run, len(runs), precision, predicted) for run in runs]
+    for one, log in zip(finished, logs, strict=True):
+        log.finish({name: getattr(one.record, name) for name in COSTS})
+    return finished
 
 
 def _step(
@@ -263,11 +286,11 @@ class _Stream:
             teacher_batch, seconds=time.monotonic() - began, places=tuple(places)
         )
 
-    def length(self, steps: int) -> int:
-        """Real tokens of the first steps."""
+    def length(self, begin: int, end: int) -> int:
+        """Real tokens of some steps."""
         return sum(
             len(self.answers[i].prompt) + self.answers[i].length
-            for batch in self.plan[:steps]
+            for batch in self.plan[begin:end]
             for i in batch
         )
 
@@ -343,7 +366,7 @@ def _finished(
     """
     state, draft, flops = run.state, run.draft, run.flops
     put(draft, state.best)
-    read = stream.length(state.step)
+    read = stream.length(0, state.step)
     if run.hook is not None:
         run.hook.remove()
     record = TrainRecord(
@@ -434,6 +457,18 @@ def _evaluate(
                     run.note_tau(averaged)
                     continue
         run.note_tau(tau)
+
+
+def _figures(run: AdapterRun, rate: float, device: torch.device) -> dict[str, float]:
+    """A step's row of the log."""
+    state = run.state
+    return {
+        "loss": state.last_loss,
+        "lr": run.optimizers[0].param_groups[0]["lr"],
+        "tokens_per_second": rate,
+        "seconds": state.seconds + state.evaluation_seconds,
+        "memory_mb": peak_memory(device),
+    }
 
 
 def _note(runs: Sequence[AdapterRun]) -> str:
