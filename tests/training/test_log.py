@@ -95,7 +95,9 @@ def test_a_tracker_gets_the_rows_and_no_stage_depends_on_it(
 
 
 def test_unknown_and_missing_trackers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="names the tracker 'tensorbord'; did you mean 'tensorboard'"):
+    with pytest.raises(
+        UserError, match="names the tracker 'tensorbord'; did you mean 'tensorboard'"
+    ):
         resolve([("flag", {"train.track": "tensorbord"})])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package tensorboardX: pip install tensorboardX"):

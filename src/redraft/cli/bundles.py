@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class TargetFlags:
     chat_template: str | None = None
     template_arg: list[str] | None = None
     dtype: str = "auto"
+    device_map: str | None = None
+    max_memory: str | None = None
 
     def load(self, **more: Any) -> Any:
         """The target. Raises UserError for what is none."""
@@ -38,12 +40,18 @@ class TargetFlags:
             chat_template=self.chat_template,
             template_args=given,
             dtype=self.dtype,
+            device_map=self.device_map,
+            max_memory=self.max_memory,
             **more,
         )
 
     def load_plain(self, source: str | None) -> Any:
         """Another model in this dtype, such as the base; None for None."""
-        return TargetFlags(source, dtype=self.dtype).load() if source else None
+        if not source:
+            return None
+        return TargetFlags(
+            source, dtype=self.dtype, device_map=self.device_map, max_memory=self.max_memory
+        ).load()
 
 
 @dataclass(frozen=True)
@@ -55,14 +63,14 @@ class MaybeTargetFlags:
     chat_template: str | None = None
     template_arg: list[str] | None = None
     dtype: str = "auto"
+    device_map: str | None = None
+    max_memory: str | None = None
 
     def named(self) -> TargetFlags | None:
         """The flags of a target that was named."""
         if self.target is None:
             return None
-        return TargetFlags(
-            self.target, self.target_adapter, self.chat_template, self.template_arg, self.dtype
-        )
+        return TargetFlags(**{each.name: getattr(self, each.name) for each in fields(TargetFlags)})
 
 
 @dataclass(frozen=True)

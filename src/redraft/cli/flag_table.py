@@ -45,6 +45,11 @@ FLAGS: dict[str, Flag] = {
         "variable for the chat template, e.g. enable_thinking=false; repeatable", MODELS
     ),
     "dtype": Flag("target's dtype: auto (as stored), float32, bfloat16, ...", MODELS),
+    "device_map": Flag(
+        "auto: spread the target's layers over GPUs, memory and disk, where one device is too small",
+        MODELS,
+    ),
+    "max_memory": Flag("how much of each to use, e.g. 0=20GiB,cpu=60GiB", MODELS),
     "kind": Flag("kind of a new draft, see docs/formats.md", MODELS),
     "aux_layers": Flag(
         "hs[] indices of the target's layers, e.g. 2,14,25", MODELS, old=("--taps",)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError, as_sentence, reason
+from . import placement as placement_of
 from .cache_checks import check_rolls_back
 from .target import Target
 from .templates import check_variables, read_template
@@ -41,10 +42,13 @@ def load_target(
     template_args: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    device_map: str | None = None,
+    max_memory: str | None = None,
 ) -> Target:
     """Load a causal LM from a folder or a Hub id, with an optional PEFT adapter on top.
 
-    `dtype` is 'auto' (as stored) or a torch dtype name. `chat_template` is a Jinja file,
+    `dtype` is 'auto' (as stored) or a torch dtype name. With `device_map` 'auto' its layers are spread over GPUs,
+    memory and disk, of which `max_memory` ("0=20GiB,cpu=60GiB") gives the sizes. `chat_template` is a Jinja file,
     `template_args` are variables that it is given. Nothing is downloaded for a local path, no code of the
     folder is run, and no pickle is opened. Raises UserError when the folder or the adapter is not there, is
     no causal LM, does not hold exactly the weights of its config.json, or does not compute finite logits.
@@ -54,12 +58,23 @@ def load_target(
     config = read_config(source)
     tokenizer = read_tokenizer(source)
     _check_template_args(template_args or {}, template or str(tokenizer.chat_template), source)
-    model = read_model(source, config, torch_dtype)
+    if device_map is None and max_memory is None:
+        placement = None
+    elif device_map in (None, placement_of.AUTO):
+        placement = placement_of.device_map(source, config, torch_dtype, max_memory)
+    else:
+        raise UserError(f"--device-map {device_map}: unknown; known: {placement_of.AUTO}")
+    model = read_model(source, config, torch_dtype, placement=placement)
     if adapter is not None:
+        if any(weight.is_meta for weight in model.parameters()):
+            raise UserError(
+                f"--target-adapter {adapter}: some layers of {source} are not on a GPU (--device-map), and PEFT adds nothing "
+                "to those; merge the adapter into the model first"
+            )
         model = _with_adapter(model, adapter)
         _note_unused(Path(adapter), tokenizer, chat_template)
     sources = [source] if adapter is None else [source, adapter]
-    placed = on_device(model, device, source)
+    placed = on_device(model, device, source) if placement is None else model
     found = Target(placed, tokenizer, sources, template, template_args=template_args)
     _check_finite(found)
     check_rolls_back(found.model, found.name)
@@ -101,9 +116,13 @@ def read_config(source: str) -> Any:
 
 
 def read_model(
-    source: str, config: Any, dtype: torch.dtype | str, absent: Callable[[str], bool] | None = None
+    source: str,
+    config: Any,
+    dtype: torch.dtype | str,
+    absent: Callable[[str], bool] | None = None,
+    placement: dict[str, int | str] | None = None,
 ) -> Any:
-    """The model of `config` with the weights in its files.
+    """The model of `config` with the weights in its files, on the CPU or where `placement` says.
 
     `absent` names the stored tensors that the caller left out of the model on purpose. Raises UserError
     naming the first weight that is missing, surplus or of another shape.
@@ -119,6 +138,7 @@ def read_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            **({"device_map": placement} if placement else {}),
         )
     _check_weights(source, model, info, absent or (lambda name: False))
     return model
@@ -352,7 +372,10 @@ def _check_template_args(given: Mapping[str, Any], template: str, name: str) -> 
 def _check_finite(target: Target) -> None:
     """Raise UserError for weights or first logits that are not finite numbers."""
     for name, weight in target.model.named_parameters():
-        if weight.numel() and weight.is_floating_point() and weight.element_size() > 1:
+        floats = weight.is_floating_point() and weight.element_size() > 1
+        if (
+            weight.numel() and floats and not weight.is_meta
+        ):  # those on the disk are not read for it
             low, high = weight.aminmax()
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
                 raise UserError(

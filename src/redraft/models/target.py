@@ -157,7 +157,9 @@ class Target:
         )
         if not aux_layers:
             return Reading(output.logits[..., :0], output.logits)
-        features = [output.hidden_states[aux_layer] for aux_layer in aux_layers]
+        # Of a target on several devices each layer leaves its states on its own.
+        place = output.logits.device
+        features = [output.hidden_states[aux_layer].to(place) for aux_layer in aux_layers]
         return Reading(torch.cat(features, dim=-1), output.logits)
 
     def logits_from(self, last_NH: Tensor, columns_D: Tensor | None = None) -> Tensor:
