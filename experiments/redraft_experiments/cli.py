@@ -25,13 +25,22 @@ app = typer.Typer(cls=Group, no_args_is_help=True, help="Build toy suites and ru
 def _demo(
     output: OutputFlags,
     out: str = "demo",
+    real: bool = False,
 ) -> None:
     """Build a toy suite in front of you, fine-tune its base, and adapt the draft.
 
     Example: redraft demo
     """
-    from .demo import print_demo, run_demo
+    from redraft.core.records import to_json
+    from redraft.report.terminal import print_report
 
+    from .demo import print_demo, run_demo
+    from .real_demo import run_real_demo
+
+    if real:
+        report = run_real_demo(Path(out))
+        output.show(to_json(report), lambda: print_report(report))
+        return
     result = run_demo(Path(out))
     output.show(result, lambda: print_demo(result))
 

@@ -6,6 +6,7 @@ from redraft.cli.flag_table import Flag
 
 FLAGS: dict[str, Flag] = {
     "out": Flag("folder of the cells; run again to resume"),
+    "real": Flag("SmolLM2-135M-Instruct with a medical fine-tune instead, as users run it"),
     "size": Flag("pico, nano, micro or small (the last two on real data)"),
     "data": Flag("folder of real data (default: $REDRAFT_DATA)"),
     "members": Flag("members to build, comma-separated; all is every one (default: default)"),

@@ -6,9 +6,11 @@ Shapes: B rows, T tokens, F features.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,6 +143,36 @@ def _saved_per_token(draft: Draft, steps: int) -> list[float]:
             found.append(total / states.shape[1])
             total = 0
     return found or [0.0]
+
+
+class Returned:
+    """Gives memory that is free but still held back to the system, when it has grown.
+
+    With every new batch shape glibc's heap tears a little more: in bf16 training on SmolLM2 two thirds of what was
+    resident was free after some hundred steps. Giving it back takes about 40 ms, and a step after it somewhat longer.
+    """
+
+    GROWN_MB, EVERY_SECONDS = 256, 5.0
+
+    def __init__(self, device: torch.device):
+        self._trim = _malloc_trim() if device.type == "cpu" else None
+        self._device, self._least, self._last = device, current_memory(device), time.monotonic()
+
+    def after_step(self) -> None:
+        if self._trim is None or time.monotonic() < self._last + self.EVERY_SECONDS:
+            return
+        if current_memory(self._device) >= self._least + self.GROWN_MB:
+            self._trim(0)
+            self._least, self._last = current_memory(self._device), time.monotonic()
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's function; None where the C library has none."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+    return found
 
 
 def current_memory(device: torch.device) -> float:

@@ -49,7 +49,7 @@ from .closed_form import fit_closed_form
 from .flops import count_flops, counted
 from .guard import Guard, go_back
 from .log import TrainingLog
-from .memory import check_memory, peak_memory, predict_peak, restart_peak
+from .memory import Returned, check_memory, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizers
 from .precision import choose_precision
 from .preconditions import check_fits
@@ -195,6 +195,7 @@ def _train(
         evaluate(fresh)  # what training has to beat
     every = math.ceil(len(plan) / c.evaluations)
     at = min(run.state.step for run in runs)
+    returned = Returned(target.device)
     with Progress("training", len(plan), "steps") as progress:
         progress.advance(at)
         while active := [m for m in runs if not m.done()]:
@@ -208,6 +209,7 @@ def _train(
                     log.note(run.state.step, _figures(run, rate, target.device))
             if (at + 1) % every == 0 or at + 1 == len(plan):
                 evaluate(active)
+            returned.after_step()
             point("training: after a step")
             progress.advance(1, _note(runs))
     if guard:
