@@ -12,18 +12,22 @@ import torch
 from redraft.adapters.merge import extract
 from redraft.adapters.table import read_method
 from redraft.checkpoints.adapter_folder import load_adapter
-from redraft.checkpoints.load import load_draft
+from redraft.checkpoints.load import load_draft, read_draft
 from redraft.config import Resolved, resolve
 from redraft.core.console import set_quiet
 from redraft.core.errors import UserError
 from redraft.core.folders import read_file, tensor_hash
-from redraft.core.records import to_json
+from redraft.core.records import Prompt, to_json
 from redraft.core.report_record import AdaptReport
+from redraft.decoding.sampling import Sampling
+from redraft.metrics.measure import answer_all
+from redraft.metrics.replay import replay
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.pipeline import stages
 from redraft.report.page import write_page
 from redraft.report.terminal import print_report
+from redraft.serving.certificate_check import read_certificate
 from tests.conftest import write_prompts
 
 SETTINGS = {
@@ -344,3 +348,26 @@ def test_an_automatic_width_is_chosen_and_resumed(
     assert len(gate) == min(int(w) for w, tau in tried.items() if tau >= 0.99 * best)
     assert result.worked
     assert not adapt().worked
+
+
+def test_a_job_of_enough_prompts_writes_a_certificate(
+    target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    """Its answers are the target's own, and its counts those that replay finds at every K."""
+    prompts = write_prompts(tmp_path / "p.jsonl", 60)
+    asked = settings(measure__eval_limit=12, measure__heldout=6, train__epochs=0.1)
+    run = tmp_path / "run"
+    pipeline.adapt(target, str(draft_folder), str(prompts), out=run, config=asked)
+    found = read_certificate(run / stages.CERTIFICATE)
+    assert len(found.prompts) == 18
+    assert found.draft["tensors_hash"] == read_draft(str(run / "draft")).hash()
+    rows = [Prompt(str(i), one.prompt) for i, one in enumerate(found.prompts)]
+    answers = answer_all(target, rows, found.max_new_tokens, 8, Sampling())
+    draft = load_draft(str(run / "draft"), target)
+    for k in (1, 3, 7):
+        traces = replay(target, draft, answers, k)
+        assert [t.accepted for t in traces] == [one.accepted[k] for one in found.prompts]
+    assert replay(target, draft, answers, 3) != replay(target, draft, answers, 4)
+    off = resolve([("test", {**SETTINGS, "measure.eval_limit": 12, "export.certificate": "off"})])
+    pipeline.adapt(target, str(draft_folder), str(prompts), out=tmp_path / "off", config=off)
+    assert not (tmp_path / "off" / stages.CERTIFICATE).exists()

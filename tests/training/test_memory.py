@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from redraft.core.errors import UserError
 from redraft.models.target import Target
@@ -119,3 +120,22 @@ def test_a_run_that_does_not_fit_is_refused_with_the_numbers(
         memory.check_memory(target, 2600.0, 4096, 512)
     with pytest.raises(UserError, match=r"a batch of its own with 20,000 tokens"):
         memory.check_memory(target, 9000.0, 4096, 20_000)
+
+
+def test_grown_memory_is_given_back_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it has grown by so much, and not at every step."""
+    calls: list[int] = []
+    used, clock = [1000.0], [0.0]
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(memory, "current_memory", lambda _: used[0])
+    monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
+    returned = memory.Returned(torch.device("cpu"))
+    for seconds, megabytes, expected in (
+        (9.0, 1200.0, 0),  # not grown
+        (9.5, 1300.0, 1),
+        (10.0, 1600.0, 1),  # too soon
+        (15.0, 1600.0, 2),
+    ):
+        clock[0], used[0] = seconds, megabytes
+        returned.after_step()
+        assert len(calls) == expected

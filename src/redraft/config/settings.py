@@ -332,6 +332,13 @@ class ExportConfig:
         "layout of the exported draft; 'auto' is the kind's own layout for vLLM",
         check=read_format,
     )
+    certificate: str = _opt(
+        "auto",
+        "'auto' writes certificate.json of the job's own prompts, against which a server can be checked, where there are "
+        "16 or more; 'off' does not",
+        choices=("auto", "off"),
+        keyless=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from .job import Job, check_job, record_job
 from .job_prompts import JobPrompts, Sources, read_job_prompts
 from .run_folder import RunFolder
 from .safety import OFF, measure_safety
-from .stages import SELECTION, answer, export, measure, select, train
+from .stages import SELECTION, answer, certify, export, measure, select, train
 from .summary import report_of
 
 WHOLE = 1 << 30
@@ -129,6 +129,7 @@ def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
         )
     exported = export(job, trained)
     measure(job, exported, {name: aside[name] for name in measured})
+    certify(job, exported, [*asked.measured["eval"], *asked.heldout])
     if asked.safety is None:
         return None
     return measure_safety(job, asked.safety, asked.whole.prompts, exported, aside[OFF])

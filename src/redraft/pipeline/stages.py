@@ -31,7 +31,7 @@ from ..core.records import Answer, Prompt, StepTrace, TrainRecord, to_json
 from ..drafts.base import Draft
 from ..drafts.new import new_draft
 from ..features.stored_target import StoredTarget
-from ..generation.answer_file import answer_inputs, answers_for, read_answers
+from ..generation.answer_file import answer_inputs, answers_for, prompts_hash, read_answers
 from ..generation.on_policy import OnPolicy, check_on_policy
 from ..generation.regenerate import regenerate
 from ..metrics.acceptance import Steps
@@ -41,12 +41,17 @@ from ..models.target import Target
 from ..selection.scoring import NEEDS, Scorers
 from ..selection.select import kept_answers, write_selection
 from ..selection.select import select as choose
+from ..serving.certificate import FEWEST
+from ..serving.certificate import certify as write_certificate
 from ..training.guard import Guard
 from ..training.train import Trained, train_adapters
 from ..training.train import train as train_draft
 from .job import Job
 
 SELECTION = "selection.jsonl"
+CERTIFICATE = "certificate.json"
+CERTIFIED = 32
+"""Prompts that are answered for the certificate, of which it holds those with the fewest near-ties."""
 STEPS = "measure/steps.json"
 """The accepted tokens of each step, by measurement, then answer by answer."""
 
@@ -182,6 +187,30 @@ def measure(job: Job, exported: str, answered: Mapping[str, str]) -> None:
 
     inputs = {"exported": exported, "answers": dict(answered), "k": job.k}
     job.run.stage("measure", inputs, ["measure"], work)
+
+
+def certify(job: Job, exported: str, prompts: Sequence[Prompt]) -> None:
+    """Write the certificate of the exported draft, on some of `prompts`; without enough of them, or where that draft can
+    have none, a sentence."""
+    if job.config.export.certificate == "off":
+        return
+    some = list(prompts[:CERTIFIED])
+    if len(some) < FEWEST:
+        say(
+            f"no {CERTIFICATE}: {len(some)} prompts are kept aside, and it needs {FEWEST}; redraft certify writes one"
+        )
+        return
+
+    def work() -> None:
+        try:
+            found = write_certificate(job.target, read_draft(str(job.run.path / "draft")), some)
+        except UserError as problem:
+            say(f"no {CERTIFICATE}: {problem}")
+            return
+        write_text(job.run.path / CERTIFICATE, found.to_text())
+
+    inputs = {"exported": exported, "prompts": prompts_hash(some)}
+    job.run.stage("certify", inputs, [], work)
 
 
 def accepted_by_step(traces: Sequence[Steps]) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -88,6 +89,9 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
         )
     _show(out, f"draft  {report.draft}\nreport {report.draft.removesuffix('draft')}report.html")
     _show(out, f"next   {verify_command(report)} measures the speed-up in the engine")
+    certificate = Path(report.draft).parent / "certificate.json"
+    if certificate.is_file():
+        _show(out, f"       redraft certify check {certificate} --endpoint URL checks a server")
 
 
 def guarded(report: AdaptReport) -> bool:
