@@ -21,7 +21,7 @@ from redraft.core.records import Prompt, to_json
 from redraft.core.report_record import AdaptReport
 from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all
-from redraft.metrics.replay import replay
+from redraft.metrics.replay import accepted_runs, replay
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.pipeline import stages
@@ -355,7 +355,7 @@ def test_a_job_of_enough_prompts_writes_a_certificate(
 ) -> None:
     """Its answers are the target's own, and its counts those that replay finds at every K."""
     prompts = write_prompts(tmp_path / "p.jsonl", 60)
-    asked = settings(measure__eval_limit=12, measure__heldout=6, train__epochs=0.1)
+    asked = settings(measure__eval_limit=12, measure__heldout=6, train__epochs=8, train__lr=0.01)
     run = tmp_path / "run"
     pipeline.adapt(target, str(draft_folder), str(prompts), out=run, config=asked)
     found = read_certificate(run / stages.CERTIFICATE)
@@ -368,6 +368,9 @@ def test_a_job_of_enough_prompts_writes_a_certificate(
         traces = replay(target, draft, answers, k)
         assert [t.accepted for t in traces] == [one.accepted[k] for one in found.prompts]
     assert replay(target, draft, answers, 3) != replay(target, draft, answers, 4)
+    named = {name: one.runs for one in found.faults for name in one.causes}
+    (unadapted,) = accepted_runs(target, [load_draft(str(draft_folder), target)], answers, 7)
+    assert named["the unadapted draft"] == tuple(unadapted)
     off = resolve([("test", {**SETTINGS, "measure.eval_limit": 12, "export.certificate": "off"})])
     pipeline.adapt(target, str(draft_folder), str(prompts), out=tmp_path / "off", config=off)
     assert not (tmp_path / "off" / stages.CERTIFICATE).exists()

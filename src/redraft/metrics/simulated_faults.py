@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,9 +52,14 @@ class Signature:
 
 
 def signatures(
-    stored: StoredDraft, target: Target, answers: Sequence[Answer], k: int
+    stored: StoredDraft,
+    target: Target,
+    answers: Sequence[Answer],
+    k: int,
+    others: Mapping[str, StoredDraft] = MappingProxyType({}),
 ) -> list[Signature]:
-    """The signature of every fault that this draft can have, on the target's own greedy `answers`.
+    """The signature of every fault that this draft can have, on the target's own greedy `answers`; and of `others`, drafts
+    that may be served in its place, by what they are.
 
     Raises UserError where draft and target do not fit, and as `replay` does.
     """
@@ -65,6 +71,8 @@ def signatures(
                 for detail, made in fault.make(stored, draft, target):
                     yield f"{fault.name} {detail}".strip(), fault.cause.format(detail), made
                 progress.advance(1)
+            for name, other in others.items():
+                yield name, f"the server drafts with another draft, {name}", other.build(target)
 
         for _, alike in groupby(all_made(), key=lambda entry: entry[2].aux_layers):
             while chunk := list(islice(alike, AT_ONCE)):

@@ -203,7 +203,10 @@ def certify(job: Job, exported: str, prompts: Sequence[Prompt]) -> None:
 
     def work() -> None:
         try:
-            found = write_certificate(job.target, read_draft(str(job.run.path / "draft")), some)
+            draft = read_draft(str(job.run.path / "draft"))
+            found = write_certificate(
+                job.target, draft, some, others={"the unadapted draft": job.draft}
+            )
         except UserError as problem:
             say(f"no {CERTIFICATE}: {problem}")
             return

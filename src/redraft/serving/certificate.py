@@ -8,9 +8,10 @@ written and how it is checked is in `certificate_check.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from types import MappingProxyType
 from typing import TypeVar
 
 from ..checkpoints.load import StoredDraft
@@ -42,8 +43,11 @@ def certify(
     stored: StoredDraft,
     prompts: Sequence[Prompt],
     max_new_tokens: int = MAX_NEW_TOKENS,
+    others: Mapping[str, StoredDraft] = MappingProxyType({}),
 ) -> Certificate:
     """The certificate of a draft for its target, on the first CANDIDATES of `prompts`.
+
+    `others` are drafts that might be served in its place, by what they are.
 
     Raises UserError when draft and target do not fit, or fewer than FEWEST prompts are of use.
     """
@@ -64,7 +68,7 @@ def certify(
     kept = [answered[at][1] for at in chosen]
     (runs,) = accepted_runs(target, [draft], kept, LARGEST_K)
     say(f"{len(kept)} prompts, {sum(len(ties[at]) for at in chosen)} near-ties")
-    faults, unseen = _faults(target, stored, kept, runs)
+    faults, unseen = _faults(target, stored, kept, runs, others)
     found = Certificate(
         target={
             "name": without_paths(target.name),
@@ -118,10 +122,11 @@ def _faults(
     stored: StoredDraft,
     answers: Sequence[Answer],
     right: Sequence[tuple[int, ...]],
+    others: Mapping[str, StoredDraft],
 ) -> tuple[tuple[FaultSignature, ...], tuple[str, ...]]:
     """Signatures of faults, those that count alike together; and the faults that change no count."""
     alike: dict[tuple[tuple[int, ...], ...], dict[str, str]] = {}
-    for one in signatures(stored, target, answers, LARGEST_K):
+    for one in signatures(stored, target, answers, LARGEST_K, others):
         alike.setdefault(tuple(one.runs), {})[one.name] = one.cause
     unseen = alike.pop(tuple(right), {})
     return tuple(FaultSignature(causes, runs) for runs, causes in alike.items()), tuple(unseen)
