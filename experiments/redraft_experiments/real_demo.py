@@ -53,7 +53,7 @@ QUESTIONS = (
     "What are the treatments for {}?",
     "Who is at risk for {}?",
     "How is {} diagnosed?",
-    "What is the outlook for {}?",
+    "How can {} be prevented?",
 )
 LIMIT = 200
 SETTINGS = {
