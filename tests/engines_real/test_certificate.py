@@ -31,7 +31,8 @@ pytestmark = [
     pytest.mark.timeout(1500),
     pytest.mark.skipif(bool(missing("smollm2")), reason=missing("smollm2")),
 ]
-K, TOKENS, PROMPTS = 4, 32, 20
+K, TOKENS, PROMPTS = 4, 32, 16
+LOST = "midlayer.self_attn.o_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def folder() -> Path:
     restore(out / "base", out / "draft")
     if not (out / "certificate.json").is_file():
         target = load_target(str(out / "base"), dtype="float32")
-        rows = [{"role": "user", "content": text} for text in questions()[::14]]
+        rows = [{"role": "user", "content": text} for text in questions()[::18]]
         asked = [Prompt(str(i), tuple(target.render([row]))) for i, row in enumerate(rows)]
         found = certify(target, read_draft(str(out / "draft")), asked[:PROMPTS], TOKENS)
         write_text(out / "certificate.json", found.to_text())
@@ -62,7 +63,10 @@ def held(engine: Engine, folder: Path, draft: Path, logs: Path) -> CheckResult:
         return check(read_certificate(folder / "certificate.json"), running.server.url)
 
 
-@pytest.mark.parametrize("engine", [VLLM, LLAMACPP], ids=lambda engine: engine.name)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(VLLM, marks=pytest.mark.full, id="vllm"), pytest.param(LLAMACPP, id="llama.cpp")],
+)
 def test_it_holds_and_a_fault_is_named(engine: Engine, folder: Path, tmp_path: Path) -> None:
     right = held(engine, folder, folder / "draft", tmp_path)
     print(right.to_text())
@@ -72,9 +76,9 @@ def test_it_holds_and_a_fault_is_named(engine: Engine, folder: Path, tmp_path: P
     assert right.equal + right.near_ties == right.prompts == PROMPTS
     stored = read_draft(str(folder / "draft"))
     faulty = dict(stored.tensors)
-    faulty["midlayer.hidden_norm.weight"] = torch.ones_like(faulty["midlayer.hidden_norm.weight"])
+    faulty[LOST] = torch.zeros_like(faulty[LOST])  # as of an engine that did not load it
     stored.with_tensors(faulty, {}).save(tmp_path / "faulty")
     wrong = held(engine, folder, tmp_path / "faulty", tmp_path)
     print(wrong.to_text())
     assert not wrong.holds
-    assert "hidden_norm" in wrong.cause
+    assert LOST in wrong.cause
