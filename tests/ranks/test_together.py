@@ -225,3 +225,11 @@ def test_commands_that_do_not_share_say_so(tmp_path: Path) -> None:
             assert ended.returncode == 2
             assert (message in ended.stderr) == (rank == "0")
             assert "Traceback" not in ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-m", "redraft", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(WORLD_SIZE="8"),  # of a cluster, without a launcher
+    )
+    assert "expected a file config.json" in ended.stderr

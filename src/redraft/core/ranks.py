@@ -53,8 +53,12 @@ _joined = _here = Place()
 
 
 def launched() -> int:
-    """How many processes a launcher started, by its environment; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many processes a launcher started, by its environment; 1 without one.
+
+    Some clusters set WORLD_SIZE by themselves, but a launcher sets RANK as well.
+    """
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdigit() and "RANK" in os.environ else 1
 
 
 def join(tell: Callable[[str], None]) -> None:
