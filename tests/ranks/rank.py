@@ -80,16 +80,17 @@ def wrong(folder: str) -> dict[str, dict[str, Tensor]]:
 
 
 def fails_at(step: int, how: str) -> None:
-    """Of the second rank: its end after so many steps of training."""
+    """The end of the second rank, or of the first by a full disk, after so many steps of training."""
     seen = 0
 
     def hook(name: str) -> None:
         nonlocal seen
         seen += name == "training: after a step"
-        if seen == step and ranks.rank() == 1:
-            if how == "dies":
-                os._exit(9)
-            raise UserError("the disk of this rank is full")
+        if seen != step or ranks.rank() != (how != "full"):
+            return
+        if how == "dies":
+            os._exit(9)
+        raise UserError("the disk of this rank is full")
 
     failpoints.armed = hook
 
@@ -105,7 +106,7 @@ def main() -> None:
         write_text(Path(out) / "ranks.json", json.dumps(ranks.everyone(ranks.rank())))
         ranks.leave()
         return
-    if what in ("dies", "fails"):
+    if what in ("dies", "fails", "full"):
         fails_at(2, what)
     sys.argv[1:] = [word.replace("{rank}", os.environ["RANK"]) for word in given]
     cli.main()

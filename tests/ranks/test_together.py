@@ -193,6 +193,7 @@ def test_what_goes_wrong_on_one_is_said_once(job: Callable[..., list[str]], tmp_
     out = tmp_path / "run"
     for how, message in (
         ("fails", "redraft: rank 1 of 2: the disk of this rank is full"),
+        ("full", "redraft: the disk of this rank is full"),
         ("dies", "another process of this job"),
     ):
         began = time.monotonic()
