@@ -181,7 +181,9 @@ def test_nearest() -> None:
 def test_a_setting_that_was_added_later_does_not_redo_what_is_finished() -> None:
     config = TrainConfig()
     later = {name for name in asdict(config) if name not in key_of(config)}
-    assert later == {"optimizer"}
+    assert later == {"optimizer", "accumulate", "track"}
     assert key_of(config) == {k: v for k, v in asdict(config).items() if k not in later}
     assert key_of(replace(config, optimizer="muon"))["optimizer"] == "muon"
+    assert key_of(replace(config, accumulate=2))["accumulate"] == 2
+    assert key_of(replace(config, track="wandb")) == key_of(config)  # it changes no result
     assert key_of(RegenerateConfig()) == asdict(RegenerateConfig())

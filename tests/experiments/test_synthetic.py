@@ -175,7 +175,7 @@ def test_texts_are_partly_but_not_fully_predictable() -> None:
 
 def test_word_lists_are_large_and_without_doubles() -> None:
     t = synthetic_tables
-    lists = [t.PEOPLE, t.SURNAMES, t.CITIES, t.THINGS, t.ADAPTERS, t.JOBS, t.CODE_WORDS, t.TITLES]
+    lists = [t.PEOPLE, t.SURNAMES, t.CITIES, t.THINGS, t.PARTS, t.JOBS, t.CODE_WORDS, t.TITLES]
     assert all(len(set(words)) == len(words) for words in lists)
     assert sum(len(words) for words in lists[:-1]) > 250
 

@@ -57,7 +57,8 @@ def alone(target_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return train_all(str(target_folder))
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.bench), 3])
+@pytest.mark.bench
+@pytest.mark.parametrize("count", [2, 3])
 def test_training_equals_that_of_one_process(
     count: int, target_folder: Path, tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]]
 ) -> None:
