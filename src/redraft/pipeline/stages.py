@@ -24,7 +24,7 @@ from ..checkpoints.load import StoredDraft, load_draft, made_for, read_draft, st
 from ..config import RegenerateConfig, TrainConfig, key_of
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.files import write_text, writing
+from ..core.files import remove, write_text, writing
 from ..core.folders import state_hash
 from ..core.lock import held
 from ..core.records import Answer, Prompt, StepTrace, TrainRecord, to_json
@@ -202,6 +202,7 @@ def certify(job: Job, exported: str, prompts: Sequence[Prompt]) -> None:
         return
 
     def work() -> None:
+        remove(job.run.path / CERTIFICATE)  # of another draft, should this one get none
         try:
             draft = read_draft(str(job.run.path / "draft"))
             found = write_certificate(

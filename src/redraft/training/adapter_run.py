@@ -94,7 +94,7 @@ class AdapterRun:
             return False
         return max(taus[-patience:]) < max(taus[:-patience]) + RISE
 
-    def add(self, teacher_batch: TeacherBatch, precision: str, weight: float | None) -> None:
+    def add(self, teacher_batch: TeacherBatch, precision: str, weight: float) -> None:
         """Add the gradients of a part of the step's batch, whose whole weight is `weight`."""
         began, state, c = time.monotonic(), self.state, self.config
         with autocast(teacher_batch.batch.tokens_BT.device, precision):
