@@ -22,6 +22,14 @@ STANDINS = {
     "ray": 'while [ "$1" != "--" ]; do shift; done; shift; exec "$@"',
     "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
 }
+AT_EXIT = """
+import atexit, os, pathlib
+
+@atexit.register
+def tell_threads():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    pathlib.Path(os.environ["THREADS"], str(os.getpid())).write_text("".join(names))
+"""
 CONFIG = """
 regenerate: {max_new_tokens: 8}
 general: {guard: "off"}
@@ -41,9 +49,13 @@ def job(target: Target, target_folder: Path, tmp_path: Path) -> dict[str, str]:
         script = f"#!/bin/bash\n{small if name == 'torchrun' else ''}{body}\n"
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "threads").mkdir()
+    (tmp_path / "threads" / "sitecustomize.py").write_text(AT_EXIT)
     return {
         **os.environ,
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path / "threads"),
+        "THREADS": str(tmp_path / "threads"),
         "OMP_NUM_THREADS": "1",
         "TARGET": str(target_folder),
         "DRAFT": str(tmp_path / "draft"),
@@ -80,6 +92,9 @@ def test_a_job_file_starts_a_job_of_two_processes(
     )
     assert ended.returncode == 0, ended.stderr
     assert read_json(tmp_path / "run" / "report.json")["after"]["prompts"] == 3
+    ends = [path.read_text() for path in (tmp_path / "threads").glob("[0-9]*")]
+    assert len(ends) >= 2
+    assert not any("gloo" in names for names in ends), "a thread of gloo may abort the process"
 
 
 def test_every_job_file_is_tried() -> None:

@@ -71,6 +71,7 @@ def join(tell: Callable[[str], None]) -> None:
         return
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn.functional  # its default arguments hold the group that it finds: none yet
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
@@ -92,7 +93,9 @@ def join(tell: Callable[[str], None]) -> None:
 
 
 def leave() -> None:
-    """Part from the other ranks, at the end of a job."""
+    """Part from the other ranks, at the end of a job. Ends gloo's threads too: one that still lets go of tensors when
+    Python ends aborts the process (pytorch/pytorch#179291).
+    """
     global _joined, _here
     if _joined.size > 1:
         import torch.distributed as dist
