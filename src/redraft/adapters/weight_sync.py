@@ -76,6 +76,5 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _norm(target: Target) -> Tensor | None:
     """The final norm's weight of the usual model layouts."""
-    inner: Any = target.model.get_decoder() if hasattr(target.model, "get_decoder") else None
-    weight: Tensor | None = getattr(getattr(inner, "norm", None), "weight", None)
+    weight: Tensor | None = getattr(target.final_norm, "weight", None)
     return weight

@@ -6,9 +6,10 @@ from ..core.errors import UserError, nearest
 from .eagle import EAGLE
 from .eagle3 import EAGLE3
 from .kind import DraftKind, Layout
+from .mtp import MTP
 from .token_lm import TOKEN_LM
 
-KINDS: tuple[DraftKind, ...] = (EAGLE3, EAGLE, TOKEN_LM)
+KINDS: tuple[DraftKind, ...] = (EAGLE3, EAGLE, MTP, TOKEN_LM)
 
 
 def kind_names() -> list[str]:

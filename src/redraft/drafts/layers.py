@@ -21,16 +21,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 as Llama does."""
+    """x / rms(x) * weight, computed in float32 as Llama does.
 
-    def __init__(self, size: int, eps: float):
+    With an `offset` of 1 the weight counts from there, x / rms(x) * (1 + weight), and the product is computed in
+    float32 as well, as Gemma and Qwen3.5 do.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         scaled = F.rms_norm(wide, (x.shape[-1],), eps=self.eps)
+        if self.offset:
+            return ((self.weight.to(wide.dtype) + self.offset) * scaled).to(x.dtype)
         return self.weight * scaled.to(x.dtype)
 
 
@@ -97,8 +103,12 @@ class Rotary(nn.Module):
 
 
 def rotate(x_BNTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Apply RoPE in the half-split layout of Llama checkpoints."""
-    half = x_BNTC.shape[-1] // 2
+    """Apply RoPE in the half-split layout of Llama checkpoints, to as many first elements as there are angles."""
+    size = cos_TC.shape[-1]
+    if size < x_BNTC.shape[-1]:
+        turned, rest = x_BNTC[..., :size], x_BNTC[..., size:]
+        return torch.cat([rotate(turned, cos_TC, sin_TC), rest], dim=-1)
+    half = size // 2
     turned = torch.cat([-x_BNTC[..., half:], x_BNTC[..., :half]], dim=-1)
     return x_BNTC * cos_TC + turned * sin_TC
 

@@ -50,6 +50,9 @@ class LayerShape:
     o_bias: bool = False
     head_norms: bool = False  # q_norm and k_norm over head_dim, as Qwen3 has them
     sliding_window: int | None = None  # a query sees this many positions, its own included
+    output_gate: bool = False  # q_proj makes a gate as well, head by head, as in Qwen3.5
+    rotary_share: float = 1.0  # of a head's elements, the first ones, that are turned
+    norm_offset: float = 0.0  # 1: norms multiply by 1 + weight
 
 
 def shape_of(target: Target, width: int | None) -> dict[str, Any]:
@@ -80,24 +83,28 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = C = shape.head_dim
         heads, groups = shape.num_attention_heads, shape.num_key_value_heads
-        self.q_proj = nn.Linear(wide, heads * C, bias=shape.qkv_bias)
+        self.gated = shape.output_gate
+        self.q_proj = nn.Linear(wide, heads * C * (1 + self.gated), bias=shape.qkv_bias)
         self.k_proj = nn.Linear(wide, groups * C, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(wide, groups * C, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(heads * C, shape.hidden_size, bias=shape.o_bias)
-        self.q_norm = RMSNorm(C, shape.rms_norm_eps) if shape.head_norms else None
-        self.k_norm = RMSNorm(C, shape.rms_norm_eps) if shape.head_norms else None
+        norm = C, shape.rms_norm_eps, shape.norm_offset
+        self.q_norm = RMSNorm(*norm) if shape.head_norms else None
+        self.k_norm = RMSNorm(*norm) if shape.head_norms else None
 
     def forward(self, x: Tensor, cos_TC: Tensor, sin_TC: Tensor, attend: Attend) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        C = self.head_dim
+        k, v = (proj(x).view(B, T, -1, C) for proj in (self.k_proj, self.v_proj))
+        q, *gate = self.q_proj(x).view(B, T, -1, C * (1 + self.gated)).split(C, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         attended = attend(rotate(q, cos_TC, sin_TC), rotate(k, cos_TC, sin_TC), v)
-        out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(B, T, -1))
+        mixed = attended.transpose(1, 2).reshape(B, T, -1)
+        for part in gate:
+            mixed = mixed * part.reshape(B, T, -1).sigmoid()
+        out: Tensor = self.o_proj(mixed)
         return out
 
 
@@ -136,6 +143,10 @@ class OneLayerDraft(Draft):
     def dtype(self) -> torch.dtype:
         return self.get_parameter("fc.weight").dtype
 
+    def inputs(self, tokens_BT: Tensor, begins: Sequence[int]) -> Tensor:
+        """What enters the layer of the tokens [B, T, H], a row's first being that of pair `begins`."""
+        return self._embed(tokens_BT)
+
     def _embed(self, tokens: Tensor) -> Tensor:
         table = self.shared_embedding if self.embed_tokens is None else self.embed_tokens.weight
         if table is None:
@@ -151,7 +162,7 @@ class OneLayerDraft(Draft):
         T = tokens_BT.shape[1]
         if T - 2 - first <= 0:
             return
-        embedded = self._embed(tokens_BT[:, 1 : T - 1])
+        embedded = self.inputs(tokens_BT[:, 1 : T - 1], [0] * len(tokens_BT))
         cos, sin = self.rotary(T - 2, embedded)
         kept: list[Tensor] = []
 
@@ -211,9 +222,9 @@ class OneLayerDraft(Draft):
         cache.true_lengths = [cache.true_lengths[row] for row in rows]
 
     def _decode(self, cache: Cache, tokens_BT: Tensor, state_BTH: Tensor) -> Tensor:
-        embedded = self._embed(tokens_BT)
         count, device = tokens_BT.shape[1], tokens_BT.device
         begins = [length + cache.drafted for length in cache.true_lengths]
+        embedded = self.inputs(tokens_BT, begins)
         cos, sin = self.rotary(max(begins) + count, embedded)
         if min(begins) == max(begins):
             cos, sin = cos[begins[0] :], sin[begins[0] :]
@@ -264,12 +275,13 @@ def rotary_of(shape: LayerShape) -> Rotary:
     from transformers import LlamaConfig
 
     rope = {key: value for key, value in shape.rope_parameters.items() if "mrope" not in key}
+    turned = int(shape.head_dim * shape.rotary_share)
     try:
         config = LlamaConfig(
-            hidden_size=shape.head_dim,
+            hidden_size=turned,
             num_attention_heads=1,
             num_key_value_heads=1,
-            head_dim=shape.head_dim,
+            head_dim=turned,
             max_position_embeddings=shape.max_position_embeddings,
             rope_parameters=rope,
         )

@@ -112,6 +112,27 @@ class Target:
         return weight.detach()
 
     @property
+    def final_norm(self) -> Any:
+        """The module before the head, in the usual model layouts; None in others."""
+        decoder = getattr(self.model, "get_decoder", lambda: None)()
+        return getattr(decoder, "norm", None)
+
+    @property
+    def norm_scale(self) -> Tensor:
+        """What the final norm multiplies by, [H]: a state after it, divided by this, is the state before it but for its
+        length. Raises UserError where there is no such norm.
+        """
+        with torch.no_grad():
+            ones = torch.ones(1, self.hidden_size, device=self.device, dtype=self.dtype)
+            scale: Tensor | None = None if self.final_norm is None else self.final_norm(ones)[0]
+        if scale is None or not bool(scale.all()):
+            raise UserError(
+                f"the state before the final norm of target {self.name} cannot be had from the state after it, which "
+                "this draft needs"
+            )
+        return scale
+
+    @property
     def template_text(self) -> str:
         """The chat template in use; '' where there is none."""
         return self.template or str(getattr(self.tokenizer, "chat_template", None) or "")

@@ -36,6 +36,8 @@ VARIANTS = {
     "o_bias": "o_proj has a bias",
     "head_norms": "q and k are normed per head",
     "sliding_window": "attention sees a sliding window",
+    "output_gate": "a gate on what attention yields",
+    "norm_offset": "norms multiply by 1 + weight",
 }
 """What a field of `LayerShape` means for the function when it is set."""
 
@@ -164,7 +166,7 @@ def layer_shapes(c: LayerShape, wide: int) -> dict[str, tuple[int, ...]]:
     H, C = c.hidden_size, c.head_dim
     width = c.intermediate_size
     rows = {
-        "q_proj": c.num_attention_heads * C,
+        "q_proj": c.num_attention_heads * C * (1 + c.output_gate),
         "k_proj": c.num_key_value_heads * C,
         "v_proj": c.num_key_value_heads * C,
     }

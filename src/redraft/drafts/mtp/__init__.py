@@ -1,0 +1,45 @@
+"""MTP heads, the layer for further tokens in a model's own checkpoint: the row, with network and files."""
+
+from __future__ import annotations
+
+from ..kind import DraftKind, Layout
+from ..stored.layer import VARIANTS
+from ..stored.rows import rows_in_words
+from . import engines, files
+from .network import MtpDraft
+
+MTP = DraftKind(
+    name="mtp",
+    network=MtpDraft,
+    new=MtpDraft.for_target,
+    stored_as="MTP heads (of Qwen3.5, MiMo, GLM and DeepSeek-V3 layout, dense)",
+    layouts=(
+        Layout(
+            name="mtp",
+            recognise=files.recognises,
+            parse=files.parse,
+            lay_out=files.lay_out,
+            engines=("vllm",),
+            serve="""vLLM:       redraft stitch --target TARGET --draft THIS --out STITCHED, then
+            vllm serve STITCHED --speculative-config '{"method": "mtp", "num_speculative_tokens": 4}'
+llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --spec-type draft-mtp""",
+        ),
+    ),
+    build=files.build,
+    tensors=files.expected_shapes,
+    with_rows_of=files.fitting,
+    second_reading=files.second_reading,
+    function="x = fc([norm(E[t+1]); norm(hs[n] or own state)]); one decoder layer; logits = target's lm_head(norm(x))",
+    variants={
+        "state_first": "fc reads the state first, then the embedding",
+        "before_norm": "a chain starts in the state before the target's final norm",
+        "raw_feedback": "a chain goes on in the state before the head's own norm",
+        "zero_first": "the first pair's embedding is zeros",
+        **VARIANTS,
+    },
+    reads=files.reads,
+    vocabulary=rows_in_words,
+    config_variants=files.other_readings,
+    engines=engines.ENGINES,
+    methods={"vllm": "mtp", "llama.cpp": "draft-mtp"},
+)

@@ -1,0 +1,189 @@
+"""MTP heads on disk: the tensors as the family's checkpoints name them, under the target's own config.json.
+
+The same tensors lie inside a checkpoint that has its head (`checkpoints/own_head.py`), and in a folder of their own, which
+vLLM takes as `model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.errors import UserError
+from ...models.target import Target
+from ..base import Draft
+from ..kind import Config, Files, Named, Shapes, Tensors
+from ..stored.layer import check_rotary, check_tensors, layer_shapes, read_layer, write_layer
+from .families import Family, family_named, found_in, has_trunk, text_config
+from .network import MtpConfig, MtpDraft
+
+LAYER = "layers.0."
+WIDTH = "intermediate_size"
+SHARE = "partial_rotary_factor"
+MOE = re.compile(r"\.experts\.|\.gate\.weight$|e_score_correction_bias|shared_expert")
+
+
+def recognises(raw: Config, tensors: Tensors, where: Path) -> bool:
+    """Whether a folder holds an MTP head and no target."""
+    return found_in(raw, tensors) is not None and not has_trunk(raw, list(tensors))
+
+
+def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[str, Tensor]]:
+    """Shape and tensors of the head among `stored`, under redraft's names; other tensors are left.
+
+    Raises UserError naming what is missing, surplus, or of a function that redraft does not compute.
+    """
+    found = found_in(raw, stored)
+    if found is None:
+        raise UserError(f"{where}: no tensors of an MTP head")
+    family, prefix = found
+    others = sorted(n for n in stored if re.match(r"^(?:model\.)?mtp(?:_layers)?\.", n))
+    beyond = [n for n in others if re.search(r"(?:layers|mtp)\.[1-9]\d*\.", n)]
+    if beyond:
+        raise UserError(f"{where}: expected one MTP layer, found a second ({beyond[0]})")
+    mine = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+    experts = sorted(name for name in mine if MOE.search(name))
+    if experts:
+        raise UserError(
+            f"{where}: an MTP head with routed experts ({prefix}{experts[0]}) is inspected, not run or adapted, by redraft"
+        )
+    tensors = {_named(family, name): t for name, t in mine.items() if name not in family.copies}
+    layer = {n.removeprefix(LAYER): t for n, t in tensors.items() if n.startswith(LAYER)}
+    config = _shape(raw, family, layer, where)
+    required, _ = expected_shapes(config)
+    native = {_stored(family, prefix, name): shape for name, shape in required.items()}
+    check_tensors({_stored(family, prefix, n): t for n, t in tensors.items()}, native, {}, str(where))
+    check_rotary(config, where)
+    return config, tensors
+
+
+def _shape(raw: Config, family: Family, layer: Tensors, where: Path) -> MtpConfig:
+    text = dict(text_config(raw))
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    share = rope.pop(SHARE, text.pop(SHARE, family.rotary_share))
+    for key in ("layer_types", "rope_scaling", "sliding_window", "use_sliding_window"):
+        text.pop(key, None)  # of the target's layers; the head's attends to everything
+    text |= {"rope_parameters": rope, "attention_bias": "self_attn.o_proj.bias" in layer}
+    fields = read_layer(text, layer, where)
+    return MtpConfig(
+        **{
+            **fields,
+            "qkv_bias": "self_attn.q_proj.bias" in layer,
+            "head_norms": "self_attn.q_norm.weight" in layer,
+            "output_gate": family.gated and bool(text.get("attn_output_gate", True)),
+            "rotary_share": float(share),
+            "norm_offset": family.norm_offset,
+        },
+        family=family.name,
+        state_first=family.state_first,
+        before_norm=family.before_norm,
+        raw_feedback=family.raw_feedback,
+        zero_first=family.zero_first,
+        checkpoint=dict(raw),
+    )
+
+
+def _named(family: Family, relative: str) -> str:
+    """redraft's name of a tensor, from its name relative to the prefix."""
+    if relative in family.names:
+        return family.names[relative]
+    return LAYER + relative.removeprefix(family.layer) if relative.startswith(family.layer) else relative
+
+
+def _stored(family: Family, prefix: str, name: str) -> str:
+    """The name in a file of a tensor that redraft calls `name`."""
+    if name.startswith(LAYER):
+        return prefix + family.layer + name.removeprefix(LAYER)
+    return prefix + next(stored for stored, own in family.names.items() if own == name)
+
+
+def as_stored(c: MtpConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that the family's checkpoints have."""
+    family = family_named(c.family)
+    prefix = family.write.replace("{n}", str(text_config(c.checkpoint).get("num_hidden_layers", 0)))
+    return {_stored(family, prefix, name): tensor for name, tensor in tensors.items()}
+
+
+def build(config: MtpConfig, tensors: Tensors, dtype: torch.dtype) -> MtpDraft:
+    """A head computing in `dtype` from tensors as stored."""
+    draft = MtpDraft(config).to(dtype)
+    draft.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()})
+    return draft.eval().requires_grad_(False)
+
+
+def expected_shapes(c: MtpConfig) -> tuple[Shapes, Shapes]:
+    """Required and optional tensors of a head of shape `c`: name -> shape."""
+    H = c.hidden_size
+    norms = {f"{name}.weight": (H,) for name in ("embedding_norm", "hidden_norm", "norm")}
+    layer = {**layer_shapes(c, H), "input_layernorm.weight": (H,)}
+    return {"fc.weight": (H, 2 * H), **norms, **{LAYER + n: s for n, s in layer.items()}}, {}
+
+
+def lay_out(c: MtpConfig, tensors: dict[str, Tensor], target: str) -> Files:
+    """A folder of the head alone: the checkpoint's config.json, but for the width of the head's FFN."""
+    return config_json(c), as_stored(c, tensors)
+
+
+def config_json(c: MtpConfig) -> dict[str, Any]:
+    """config.json of the checkpoint, declaring one layer; made of the head's own shape where there is none."""
+    family = family_named(c.family)
+    if c.checkpoint:
+        return declaring(c.checkpoint, family, {WIDTH: c.intermediate_size})
+    rope = {**c.rope_parameters, SHARE: c.rotary_share}
+    return {
+        **write_layer(c),
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "attn_output_gate": c.output_gate,
+        "rope_parameters": rope,
+        family.declared: 1,
+    }
+
+
+def declaring(raw: Config, family: Family, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with one MTP layer declared where engines look, and these changes of the language model's keys."""
+    found = dict(raw)
+    inner = found.get("text_config")
+    if isinstance(inner, Mapping):
+        found["text_config"] = {**inner, family.declared: 1, **changes}
+        return found
+    return {**found, family.declared: 1, **changes}
+
+
+def fitting(c: MtpConfig, tensors: Tensors, target: Target) -> Named:
+    """The head under a target of another number of vocabulary rows, of which it has none itself."""
+    return dataclasses.replace(c, vocab_size=target.vocab_size), dict(tensors)
+
+
+def reads(c: MtpConfig | None, num_layers: int | None) -> str:
+    """What it reads of the target, in words."""
+    if c is not None and c.before_norm:
+        return "the state before the target's final norm"
+    return "hs[n], the state after the target's final norm"
+
+
+def other_readings(c: MtpConfig, tensors: Tensors, target: Target) -> Iterator[tuple[str, Named]]:
+    """The other state of the target, and the other order of fc's halves."""
+    here, there = ("before", "after") if c.before_norm else ("after", "before")
+    yield (
+        f"it was trained on the state {there} the target's final norm, not {here} it",
+        (dataclasses.replace(c, before_norm=not c.before_norm), dict(tensors)),
+    )
+    yield (
+        "the halves of fc are swapped",
+        (dataclasses.replace(c, state_first=not c.state_first), dict(tensors)),
+    )
+
+
+def second_reading(draft: Draft, folder: Path) -> float:
+    """The worst relative difference of a chain's logits from those of the second reader."""
+    from .second_reading import by_the_second_reader
+
+    assert isinstance(draft, MtpDraft)
+    return by_the_second_reader(draft, folder)
