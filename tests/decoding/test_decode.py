@@ -20,7 +20,7 @@ from redraft.decoding.sampling import Sampling, draw, probabilities
 from redraft.decoding.speculative import decode_speculative
 from redraft.drafts.base import Draft
 from redraft.drafts.kinds import kind_names
-from redraft.models.kv_cache import RowCache, new_cache
+from redraft.models.kv_cache import RowCache
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.conftest import FAMILIES, fresh_draft, in_double, make_tokenizer, save_target
@@ -145,14 +145,6 @@ def test_rolling_back_restores_the_cache(pair64: tuple[Target, Draft]) -> None:
     continued = cache.read(tokens[:, 20:], ()).logits_BTV
     whole = target.read(tokens, ()).logits_BTV[:, 20:]
     assert float((continued - whole).abs().max()) < 1e-10
-
-
-def test_a_recurrent_target_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    from redraft.core.errors import UserError
-
-    monkeypatch.setattr(target.model, "_is_stateful", True, raising=False)
-    with pytest.raises(UserError, match="recurrent state"):
-        new_cache(target)
 
 
 def test_probabilities_by_hand() -> None:

@@ -18,8 +18,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from redraft.core import console
 from redraft.core.errors import UserError
+from redraft.core.records import Prompt
+from redraft.decoding.sampling import Sampling
+from redraft.metrics.measure import answer_all
 from redraft.models.cache_checks import check_rolls_back
+from redraft.models.kv_cache import RowCache
 from redraft.models.loading import load_target
+from redraft.models.target import Target
 from tests.conftest import FAMILIES, SHAPE, make_tokenizer, save_target
 
 Tensors = dict[str, Tensor]
@@ -211,19 +216,57 @@ def save(config: Any, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "minimax"])
-def test_a_state_that_cannot_be_rolled_back_is_refused(kind: str, tmp_path: Path) -> None:
-    shape = {**SHAPE, "num_hidden_layers": 2, "vocab_size": V}
-    config = (
-        Lfm2Config(**shape, layer_types=["conv", "full_attention"])
-        if kind == "lfm2"
-        else MiniMaxConfig(
-            **shape, layer_types=["linear_attention", "full_attention"], num_local_experts=2
-        )
-    )
+RECURRENT_SHAPE = {**SHAPE, "num_hidden_layers": 2, "vocab_size": V}
+RECURRENT: dict[str, Callable[[], Any]] = {
+    "lfm2": lambda: Lfm2Config(**RECURRENT_SHAPE, layer_types=["conv", "full_attention"]),
+    "qwen3_5": lambda: CONFIG_MAPPING["qwen3_5_text"](
+        **RECURRENT_SHAPE,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_target_with_a_recurrent_state_answers_but_is_not_rolled_back(
+    kind: str, tmp_path: Path
+) -> None:
+    """Batches of several lengths, and rows that leave early, answer as one prompt at a time without a cache does."""
+    torch.manual_seed(0)
+    found = load_target(str(save(RECURRENT[kind](), tmp_path)), dtype="float32")
+    prompts = [Prompt(f"p{n}", tuple(range(5, 8 + 3 * n))) for n in range(5)]
+    for answer in answer_all(found, prompts, 12, 2, Sampling()):
+        tokens = list(answer.prompt)
+        for token in answer.answer:
+            logits = found.read(torch.tensor([tokens]), (), keep=1).logits_BTV[0, -1]
+            assert logits[token] >= logits.max() - 1e-4
+            tokens.append(token)
+    with pytest.raises(UserError, match=r"keeps a recurrent state \(layers of kind.*not decode"):
+        RowCache(found, 1)
+
+
+def test_a_recurrent_state_that_transformers_does_not_cache_is_refused(tmp_path: Path) -> None:
+    kinds = ["linear_attention", "full_attention"]
+    config = MiniMaxConfig(**RECURRENT_SHAPE, layer_types=kinds, num_local_experts=2)
     text = refusal(save(config, tmp_path))
-    assert "keeps a recurrent state (layers of kind" in text
-    assert "cannot be rolled back" in text
+    assert "keeps a recurrent state, and does not read on from Transformers' cache" in text
+    assert "--endpoint" in text
+
+
+def test_a_cache_that_does_not_read_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(RECURRENT["lfm2"](), tmp_path)
+    real = Target.read
+    monkeypatch.setattr(
+        Target, "read", lambda self, tokens, aux, cache=None, **k: real(self, tokens, aux, **k)
+    )
+    with pytest.raises(UserError, match="reading on from Transformers' cache of it gives logits"):
+        load_target(str(tmp_path), dtype="float64")
 
 
 class Stateful(torch.nn.Module):

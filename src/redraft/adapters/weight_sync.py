@@ -9,7 +9,6 @@ Free of training. What the draft learned itself is no copy, and is left alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -20,6 +20,7 @@ from . import (
     features,
     generate,
     job,
+    mtp,
     prompts,
     recipes,
     stages,
@@ -103,7 +104,15 @@ add_command(
         "k": "draft tokens per step; auto: chosen from costs measured here",
     },
 )
-add_command(app, drafts.inspect, help={"target": "also check that it fits this target"})
+add_command(
+    app,
+    drafts.inspect,
+    help={
+        "path": "draft, or target with an MTP head of its own: folder or Hub id",
+        "target": "also check that it fits this target",
+        "base": "for a target: the model it was fine-tuned from, whose head is compared",
+    },
+)
 add_command(
     app,
     drafts.export,
@@ -112,6 +121,19 @@ add_command(
         "target": "the target, where the draft has other vocabulary rows than it",
     },
 )
+add_command(
+    app,
+    mtp.mtp,
+    shares=True,
+    settings=STAGES_OF_ADAPT,
+    flags_of=job.FLAGS_OF_ADAPT,
+    help={
+        "out": "run folder; run again to resume",
+        "base": "the model that the target was fine-tuned from, whose head is grafted",
+        "answers": "prompts with answers (production logs), used unchanged",
+    },
+)
+add_command(app, drafts.stitch, help={"out": "folder of the checkpoint to write"})
 add_command(app, engine.verify)
 add_command(app, job.report)
 add_command(

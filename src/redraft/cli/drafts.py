@@ -10,18 +10,33 @@ import typer
 from ..core.errors import UserError
 from .bundles import OutputFlags, TargetFlags
 
+STITCHED = "{out}: the target with head {head} in {file}; serve it with method mtp"
+
 
 def inspect(
-    path: str, output: OutputFlags, target: str | None = None, allow_pickle: bool = False
+    path: str,
+    output: OutputFlags,
+    target: str | None = None,
+    base: str | None = None,
+    allow_pickle: bool = False,
 ) -> None:
-    """What a draft is, what it computes, and what each engine will do with it.
+    """What a draft is, what it computes, and what each engine will do with it. Of a target: its own MTP head.
+
+    Ends with 2 for a draft that cannot be used, with 3 for a target that lacks the head it declares.
 
     Example: redraft inspect org/EAGLE3-base
     """
     from ..checkpoints.inspect import inspect_draft
+    from ..checkpoints.own_head import WHOLE, inspect_head
     from ..core.records import to_json
-    from ..report.terminal import print_inspection
+    from ..report.terminal import print_inspection, print_own_head
 
+    own = inspect_head(path, base)
+    if own is not None:
+        output.show(to_json(own), lambda: print_own_head(own))
+        if own.state != WHOLE:
+            raise typer.Exit(3)
+        return
     loaded = TargetFlags(target).load() if target else None
     found = inspect_draft(path, loaded, unpickle=allow_pickle)
     output.show(to_json(found), lambda: print_inspection(found))
@@ -70,6 +85,18 @@ def export(
         result["hub"] = push(folder, push_to_hub)
         lines.append(f"uploaded to {result['hub']}")
     output.finish("\n".join(lines), result)
+
+
+def stitch(target: str, draft: str, out: str, output: OutputFlags) -> None:
+    """Write a target's checkpoint again with a draft as its MTP head; its other files are linked.
+
+    Example: redraft stitch --target ./my-model --draft run/draft --out my-model-mtp
+    """
+    from ..checkpoints.load import read_draft
+    from ..checkpoints.own_head import stitch as write
+
+    result = write(target, read_draft(draft), Path(out))
+    output.finish(STITCHED.format(**result), result)
 
 
 def _sizes(text: str) -> list[int]:

@@ -41,7 +41,7 @@ def adapt(
     Example: redraft adapt --target ./my-model --draft org/EAGLE3-base --prompts prompts.jsonl
     --out run --method expert+fc+norms --budget 2000
     """
-    elsewhere = _pairs(off_domain or [], "--off-domain")
+    elsewhere = pairs(off_domain or [], "--off-domain")
     from ..pipeline import adapt as pipeline
 
     loaded = models.load()
@@ -92,7 +92,7 @@ def report(folder: str, output: OutputFlags) -> None:
     output.show(to_json(found), lambda: print_report(found))
 
 
-def _pairs(texts: list[str], flag: str) -> dict[str, str]:
+def pairs(texts: list[str], flag: str) -> dict[str, str]:
     pairs = {}
     for text in texts:
         name, sign, value = text.partition("=")

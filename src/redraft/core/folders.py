@@ -126,6 +126,40 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     return tensors
 
 
+def tensor_files(folder: Path) -> dict[str, str]:
+    """Which safetensors file of a folder holds each tensor, read from the files' headers alone.
+
+    Raises UserError for no such file, a damaged one, and a tensor that two of them hold.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as stream:
+                names = list(stream.keys())
+        except (SafetensorError, OSError, ValueError) as problem:
+            raise UserError(
+                f"{path} is not a whole safetensors file ({problem}); copy it again"
+            ) from None
+        for name in names:
+            if name in found:
+                raise UserError(
+                    f"{folder}: {found[name]} and {path.name} both hold {name}; remove the stale file"
+                )
+            found[name] = path.name
+    if not found:
+        raise UserError(f"{folder}: expected safetensors files with tensors, found none")
+    return found
+
+
+def read_some(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
+    """The named tensors, each from its file, without reading the others."""
+    tensors = {}
+    for file in sorted(set(files.values())):
+        with safe_open(folder / file, framework="pt") as stream:
+            tensors.update({n: stream.get_tensor(n) for n, f in files.items() if f == file})
+    return tensors
+
+
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` file, through the loader that refuses everything else."""
     try:

@@ -7,7 +7,7 @@ A row without one of its parts fails where it is made, at import.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -90,6 +90,20 @@ class Layout(Row):
             raise TypeError(f"Layout '{self.name}' has no serve")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """How a target's own checkpoint holds a draft of a kind: by config.json and the names of its tensors."""
+
+    find: Callable[[Config, Collection[str]], tuple[str, list[str]] | None]
+    """The family of the draft that is there, and the names of its tensors."""
+    declared: Callable[[Config], tuple[str, str, int | None] | None]
+    """The family that config.json declares, the key that counts its layers, and how many (None: it does not say)."""
+    declaring: Callable[[Config, Any], Config]
+    """config.json that declares a draft of that shape."""
+    rename: Callable[[Config, Any, Tensors], dict[str, Tensor]]
+    """A draft's tensors by the names that they have in this checkpoint."""
+
+
 def _no_readings(config: Any, tensors: Tensors, target: Target) -> Iterator[tuple[str, Named]]:
     yield from ()
 
@@ -142,6 +156,8 @@ class DraftKind(Row):
     """A stored tensor's name as the rules have it."""
     judged: Callable[[Config, Tensors], tuple[Config, list[str]]] = lambda raw, _: (raw, [])
     """config.json as the rules are to see it, and what keeps all of them from judging."""
+    inside: Inside | None = None
+    """How checkpoints of targets hold one; None: they hold none."""
     methods: Mapping[str, str] = field(default_factory=dict)
     """The method's name in engines that redraft runs; an engine that is not there has none."""
 

@@ -11,11 +11,38 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..core.errors import UserError
-from .kv_cache import RowCache, Rows
+from .kv_cache import RowCache, Rows, is_recurrent, new_cache
 from .target import Target
 
 UNSTEADY = 0.2
 """Relative difference of logits that no rounding explains."""
+
+
+def check_reads_on(target: Target) -> None:
+    """Raise UserError for a model that does not read on from its cache as speculative decoding needs, or as plain decoding
+    needs where the model keeps a recurrent state.
+    """
+    if not is_recurrent(target.model):
+        check_rolls_back(target.model, target.name)
+        return
+    tokens = torch.tensor([[0, 1, 2]], device=target.device).clamp(max=target.vocab_size - 1)
+    try:
+        cache = new_cache(target)
+        with torch.no_grad():
+            whole = target.read(tokens, (), keep=1).logits_BTV.double()
+            target.read(tokens[:, :2], (), cache, keep=1)
+            stepwise = target.read(tokens[:, 2:], (), cache, keep=1).logits_BTV.double()
+    except Exception as problem:
+        raise UserError(
+            f"{target.name} keeps a recurrent state, and does not read on from Transformers' cache of it "
+            f"({type(problem).__name__}: {problem}); let a server that runs it answer (--endpoint)"
+        ) from problem
+    far = float((stepwise - whole).norm() / whole.norm().clamp(min=1e-30))
+    if not far <= UNSTEADY:
+        raise UserError(
+            f"{target.name} keeps a recurrent state, and reading on from Transformers' cache of it gives logits that differ by "
+            f"{far:.1e} of their size; let a server that runs it answer (--endpoint)"
+        )
 
 
 def check_rolls_back(model: Any, name: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..core.errors import UserError
@@ -126,21 +126,31 @@ class RowCache(Rows):
 
 
 def new_cache(target: Target) -> Any:
-    """An empty cache of Transformers' shape. Raises UserError for targets whose state cannot be
-    rolled back."""
-    return _cache_of(target.model, target.name)
+    """An empty cache of Transformers' shape, for tokens that are never taken back."""
+    if is_recurrent(target.model):
+        return DynamicCache(config=target.model.config)
+    return Cache(layer_class_to_replicate=GrowingLayer)
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether a model keeps more than keys and values, so that no token can be taken back."""
+    return bool(_recurrent_kinds(model)) or bool(getattr(model, "_is_stateful", False))
+
+
+def _recurrent_kinds(model: Any) -> list[str]:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return sorted(set(kinds) - ATTENTION)
 
 
 def _cache_of(model: Any, name: str) -> Any:
     """An empty cache of Transformers' shape. Raises UserError for models whose state cannot be
     rolled back."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    others = sorted(kinds - ATTENTION)
-    if others or getattr(model, "_is_stateful", False):
+    if is_recurrent(model):
+        others = _recurrent_kinds(model)
         named = f" (layers of kind {', '.join(others)})" if others else ""
         raise UserError(
-            f"{name} keeps a recurrent state{named}, which cannot be rolled back after a rejected "
-            "token; speculative decoding needs an attention cache"
+            f"{name} keeps a recurrent state{named}, which cannot be rolled back after a rejected token: redraft answers "
+            "with it, trains and replays, but does not decode speculatively; the serving engine does"
         )
     return Cache(layer_class_to_replicate=GrowingLayer)
 
@@ -148,7 +158,10 @@ def _cache_of(model: Any, name: str) -> Any:
 def keep_rows(cache: Any, rows: Tensor) -> None:
     """Keep only some sequences of a batch."""
     for layer in cache.layers:
-        layer.keep_rows(rows)
+        if isinstance(layer, GrowingLayer):
+            layer.keep_rows(rows)
+        else:
+            layer.reorder_cache(rows)
 
 
 def _masks(model: Any, name: str, begins: Sequence[int], count: int, like: Tensor) -> Any:

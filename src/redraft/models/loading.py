@@ -19,7 +19,7 @@ from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError, as_sentence, reason
 from . import placement as placement_of
-from .cache_checks import check_rolls_back
+from .cache_checks import check_reads_on
 from .target import Target
 from .templates import check_variables, read_template
 
@@ -77,7 +77,7 @@ def load_target(
     placed = on_device(model, device, source) if placement is None else model
     found = Target(placed, tokenizer, sources, template, template_args=template_args)
     _check_finite(found)
-    check_rolls_back(found.model, found.name)
+    check_reads_on(found)
     return found
 
 

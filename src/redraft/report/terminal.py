@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..checkpoints.inspect import UNCHANGED, Inspection, engines
+from ..checkpoints.own_head import OwnHead
 from ..core.records import (
     Acceptance,
     Lossless,
@@ -225,6 +226,32 @@ def print_inspection(found: Inspection, out: Console | None = None) -> None:
             if finding.engine == engine:
                 _show(out, f"              {finding.level}: {finding.says}")
     _show(out, "  rules       read from the engines' loaders; docs/engines.md tells which were run")
+
+
+def print_own_head(found: OwnHead, out: Console | None = None) -> None:
+    """What is there of a target's own MTP head, and what to do."""
+    out = out or Console(highlight=False)
+    _show(out, f"{found.folder}: a target of the family {found.family}")
+    count = "does not count its layers" if found.declared is None else f"{found.declared}"
+    _show(out, f"  declared    {found.declared_by or 'not in config.json'}: {count}")
+    _show(out, f"  there       {found.tensors} tensors, {found.parameters:,} parameters")
+    style = "green" if found.state == "whole" and not found.stale else "red"
+    _show(out, f"  MTP head    {found.state}", style=style)
+    if found.problem:
+        _show(out, f"              {found.problem}")
+    if found.same_as_base is not None:
+        same = "the base's, to the last bit" if found.same_as_base else "not the base's"
+        _show(out, f"  its values  {same}")
+    if found.stale:
+        _show(
+            out,
+            "              the rest of the model was tuned: measure it, and adapt it (redraft mtp)",
+        )
+    elif found.state == "missing":
+        _show(
+            out,
+            "              graft and adapt the base's: redraft mtp --target THIS --base BASE --prompts FILE --out RUN",
+        )
 
 
 def print_verification(found: Verification, out: Console | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..kind import DraftKind, Layout
+from ..kind import DraftKind, Inside, Layout
 from ..stored.layer import VARIANTS
 from ..stored.rows import rows_in_words
 from . import engines, files
@@ -41,5 +41,11 @@ llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --s
     vocabulary=rows_in_words,
     config_variants=files.other_readings,
     engines=engines.ENGINES,
+    inside=Inside(
+        find=files.find_inside,
+        declared=files.declared_inside,
+        declaring=files.declare_inside,
+        rename=files.rename_inside,
+    ),
     methods={"vllm": "mtp", "llama.cpp": "draft-mtp"},
 )

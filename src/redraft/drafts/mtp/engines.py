@@ -35,7 +35,10 @@ def _sglang(raw: Config, tensors: Tensors) -> Findings:
     if family is MIMO:
         yield "wrong", "hands on the state after the target's final norm, vLLM the one before it"
     if family is NEXTN:
-        yield "wrong", "from the second token on it feeds back the state after shared_head.norm, vLLM the one before it"
+        yield (
+            "wrong",
+            "from the second token on it feeds back the state after shared_head.norm, vLLM the one before it",
+        )
 
 
 def _llamacpp(raw: Config, tensors: Tensors) -> Findings:
@@ -43,10 +46,16 @@ def _llamacpp(raw: Config, tensors: Tensors) -> Findings:
     if family not in LLAMACPP:
         yield "refused", "has no graph for this family's head"
     if family is NEXTN:
-        yield "wrong", "from the second token on it feeds back the state after shared_head.norm, vLLM the one before it"
+        yield (
+            "wrong",
+            "from the second token on it feeds back the state after shared_head.norm, vLLM the one before it",
+        )
     if family is not None and count_declared(raw, family) is None:
         yield "refused", f"its converter needs {family.declared} in config.json"
-    yield "note", "needs the head inside the target's GGUF, or as --model-draft of the same conversion"
+    yield (
+        "note",
+        "needs the head inside the target's GGUF, or as --model-draft of the same conversion",
+    )
 
 
 ENGINES: dict[str, tuple[Rule, ...]] = {

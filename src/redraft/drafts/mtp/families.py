@@ -62,7 +62,7 @@ QWEN = Family(
     architecture="Qwen3_5ForCausalLM",
     model_type="qwen3_5_text",
     served=("Qwen3_5", "Qwen3Next", "Qwen3_6", "Qwen3_8"),
-    prefix=r"(?:model\.)?mtp\.",
+    prefix=r"(?:[a-z_]+\.)*mtp\.",
     write="mtp.",
     names={
         "fc.weight": "fc.weight",
@@ -134,13 +134,18 @@ def layers_of(raw: Config) -> int:
 
 
 def found_in(raw: Config, names: Iterable[str]) -> tuple[Family, str] | None:
-    """The family whose head is among these names, and what the head's names begin with."""
+    """The family whose head is among these names, and what the head's names begin with.
+
+    Of the tensors around the decoder layer one at least has to be there.
+    """
     names = list(names)
     for family in FAMILIES:
-        pattern = re.compile(f"^{family.prefix.replace('{n}', str(layers_of(raw)))}")
+        around = "|".join(re.escape(name) for name in family.names)
+        prefix = family.prefix.replace("{n}", str(layers_of(raw)))
+        pattern = re.compile(f"^({prefix})(?:{around})$")
         for name in names:
             if found := pattern.match(name):
-                return family, found[0]
+                return family, found[1]
     return None
 
 

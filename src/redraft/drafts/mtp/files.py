@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,23 @@ from ...models.target import Target
 from ..base import Draft
 from ..kind import Config, Files, Named, Shapes, Tensors
 from ..stored.layer import check_rotary, check_tensors, layer_shapes, read_layer, write_layer
-from .families import Family, family_named, found_in, has_trunk, text_config
+from .families import (
+    Family,
+    count_declared,
+    declared_by,
+    family_named,
+    found_in,
+    has_trunk,
+    layers_of,
+    text_config,
+)
 from .network import MtpConfig, MtpDraft
 
 LAYER = "layers.0."
 WIDTH = "intermediate_size"
 SHARE = "partial_rotary_factor"
+MORE = re.compile(r"(?:^|\.)mtp(?:_layers|\.layers)\.[1-9]\d*\.")
+"""In the names of a second MTP layer."""
 MOE = re.compile(r"\.experts\.|\.gate\.weight$|e_score_correction_bias|shared_expert")
 
 
@@ -43,10 +54,9 @@ def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[st
     if found is None:
         raise UserError(f"{where}: no tensors of an MTP head")
     family, prefix = found
-    others = sorted(n for n in stored if re.match(r"^(?:model\.)?mtp(?:_layers)?\.", n))
-    beyond = [n for n in others if re.search(r"(?:layers|mtp)\.[1-9]\d*\.", n)]
+    beyond = next((name for name in sorted(stored) if MORE.search(name)), None)
     if beyond:
-        raise UserError(f"{where}: expected one MTP layer, found a second ({beyond[0]})")
+        raise UserError(f"{where}: expected one MTP layer, found a second ({beyond})")
     mine = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
     experts = sorted(name for name in mine if MOE.search(name))
     if experts:
@@ -58,7 +68,9 @@ def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[st
     config = _shape(raw, family, layer, where)
     required, _ = expected_shapes(config)
     native = {_stored(family, prefix, name): shape for name, shape in required.items()}
-    check_tensors({_stored(family, prefix, n): t for n, t in tensors.items()}, native, {}, str(where))
+    check_tensors(
+        {_stored(family, prefix, n): t for n, t in tensors.items()}, native, {}, str(where)
+    )
     check_rotary(config, where)
     return config, tensors
 
@@ -93,7 +105,11 @@ def _named(family: Family, relative: str) -> str:
     """redraft's name of a tensor, from its name relative to the prefix."""
     if relative in family.names:
         return family.names[relative]
-    return LAYER + relative.removeprefix(family.layer) if relative.startswith(family.layer) else relative
+    return (
+        LAYER + relative.removeprefix(family.layer)
+        if relative.startswith(family.layer)
+        else relative
+    )
 
 
 def _stored(family: Family, prefix: str, name: str) -> str:
@@ -106,7 +122,7 @@ def _stored(family: Family, prefix: str, name: str) -> str:
 def as_stored(c: MtpConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names that the family's checkpoints have."""
     family = family_named(c.family)
-    prefix = family.write.replace("{n}", str(text_config(c.checkpoint).get("num_hidden_layers", 0)))
+    prefix = family.write.replace("{n}", str(layers_of(c.checkpoint)))
     return {_stored(family, prefix, name): tensor for name, tensor in tensors.items()}
 
 
@@ -154,6 +170,37 @@ def declaring(raw: Config, family: Family, changes: Mapping[str, Any]) -> dict[s
         found["text_config"] = {**inner, family.declared: 1, **changes}
         return found
     return {**found, family.declared: 1, **changes}
+
+
+def find_inside(raw: Config, names: Collection[str]) -> tuple[str, list[str]] | None:
+    """The family of the head inside a checkpoint, and the names of its tensors."""
+    found = found_in(raw, names)
+    if found is None:
+        return None
+    family, prefix = found
+    return family.name, sorted(n for n in names if n.startswith(prefix) or MORE.search(n))
+
+
+def declared_inside(raw: Config) -> tuple[str, str, int | None] | None:
+    """The family that a target's config.json declares, the key, and the count."""
+    family = declared_by(raw)
+    return family and (family.name, family.declared, count_declared(raw, family))
+
+
+def declare_inside(raw: Config, c: MtpConfig) -> dict[str, Any]:
+    """The target's config.json, declaring this head. Raises UserError for one that it cannot hold."""
+    width = text_config(raw).get(WIDTH)
+    if width != c.intermediate_size:
+        raise UserError(
+            f"this head's FFN has {c.intermediate_size} neurons, the target's config.json says {width}, which engines take for "
+            "the head as well; adapt without an expert (--method body), or serve the head as a folder of its own"
+        )
+    return declaring(raw, family_named(c.family), {})
+
+
+def rename_inside(raw: Config, c: MtpConfig, tensors: Tensors) -> dict[str, Tensor]:
+    """The head's tensors by the names that engines look for in this checkpoint."""
+    return as_stored(dataclasses.replace(c, checkpoint=raw), tensors)
 
 
 def fitting(c: MtpConfig, tensors: Tensors, target: Target) -> Named:

@@ -78,6 +78,7 @@ class MtpDraft(OneLayerDraft):
         raw, layer = target.model.config.to_dict(), target.model.config.get_text_config()
         family = declared_by(raw) or QWEN
         shape = shape_of(target, width or getattr(layer, "intermediate_size", None))
+        rope = getattr(layer, "rope_parameters", None) or {}
         biased = bool(getattr(layer, "attention_bias", family.model_type == "qwen2"))
         return cls(
             MtpConfig(
@@ -85,8 +86,8 @@ class MtpDraft(OneLayerDraft):
                 hidden_act=getattr(layer, "hidden_act", "silu"),
                 qkv_bias=biased,
                 head_norms=family is QWEN,
-                output_gate=family.gated,
-                rotary_share=family.rotary_share,
+                output_gate=family.gated and bool(getattr(layer, "attn_output_gate", True)),
+                rotary_share=float(rope.get("partial_rotary_factor", family.rotary_share)),
                 norm_offset=family.norm_offset,
                 family=family.name,
                 state_first=family.state_first,

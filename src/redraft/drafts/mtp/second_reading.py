@@ -33,7 +33,11 @@ class MtpReference(Reference):
     def __init__(self, folder: Path, embedding: Tensor, head: Tensor, scale: Tensor):
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.c = raw.get("text_config", raw)
-        stored = {n: t.double() for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+        stored = {
+            n: t.double()
+            for file in folder.glob("*.safetensors")
+            for n, t in load_file(file).items()
+        }
         self.kind, prefix = next(
             (kind, name[: -len(f"{fc}.weight")])
             for kind, (_, _, _, fc) in NORMS.items()
@@ -84,7 +88,9 @@ class MtpReference(Reference):
             query = self.turn(part, position)
             shares = torch.stack([query @ ks[group] for ks, _ in self.seen]) / self.size**0.5
             shares = torch.exp(shares - shares.max())
-            out = sum(s * vs[group] for s, (_, vs) in zip(shares / shares.sum(), self.seen, strict=True))
+            out = sum(
+                s * vs[group] for s, (_, vs) in zip(shares / shares.sum(), self.seen, strict=True)
+            )
             if self.kind == QWEN and self.c.get("attn_output_gate", True):
                 out = out / (1 + torch.exp(-q[head][self.size :]))
             mixed.append(out)
@@ -105,7 +111,11 @@ class MtpReference(Reference):
 def by_the_second_reader(draft: MtpDraft, folder: Path) -> float:
     """The worst relative difference of a chain's logits, on random tokens, states, embedding and head."""
     H = draft.hidden_size
-    embedding, head, scale = random((IDS, H), "embedding"), target_head(H), random((H,), "scale").exp()
+    embedding, head, scale = (
+        random((IDS, H), "embedding"),
+        target_head(H),
+        random((H,), "scale").exp(),
+    )
     tokens, features = random_tokens(IDS), random((1, TOKENS, H), "features")
     draft.shared_embedding = embedding
     draft.head = torch.nn.Linear(H, IDS, bias=False, dtype=torch.float64)

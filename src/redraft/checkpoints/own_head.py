@@ -1,0 +1,292 @@
+"""The draft inside a target's own checkpoint, an MTP head: found and judged, taken out, and stitched in.
+
+Training tools lose it: Transformers drops its tensors on load and never writes them, while config.json goes on
+declaring them. It is read from the safetensors files, without loading the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.files import write_tensors, write_text, writing
+from ..core.folders import (
+    WEIGHTS,
+    find_folder,
+    read_json,
+    read_some,
+    tensor_files,
+    tensor_hash,
+)
+from ..core.records import versions
+from ..drafts import kinds
+from ..drafts.kind import DraftKind, Inside
+from .load import StoredDraft
+
+INDEX = f"{WEIGHTS}.index.json"
+HEAD_FILE = "model-mtp.safetensors"
+WHOLE, MISSING, BROKEN = "whole", "missing", "broken"
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """What a checkpoint says of its own head, and what is there.
+
+    `state` is `whole`, `missing` (declared, and no tensors), or `broken` (`problem` says how). `same_as_base` is whether
+    its tensors are the base's to the last bit; None without a base, or where one of them has no whole head.
+    `trunk_changed` is whether the rest is another model than the base.
+    """
+
+    folder: str
+    family: str
+    declared_by: str
+    declared: int | None
+    state: str
+    problem: str | None
+    tensors: int
+    parameters: int
+    hash: str | None
+    same_as_base: bool | None = None
+    trunk_changed: bool | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the base's head stands in a model that was tuned."""
+        return bool(self.same_as_base and self.trunk_changed)
+
+
+def inspect_head(source: str, base: str | None = None) -> OwnHead | None:
+    """What is there of the head of a target: a folder or Hub id. None where there is no target, or it is to have none.
+
+    Raises UserError where the files cannot be read at all.
+    """
+    folder = find_folder(source)
+    raw = read_json(folder / "config.json")
+    if not any(folder.glob("*.safetensors")):
+        return None
+    files = tensor_files(folder)
+    row, inside = _row()
+    found, declared = inside.find(raw, files), inside.declared(raw)
+    if (found is None and declared is None) or not _is_target(raw, files, inside):
+        return None
+    names = found[1] if found else []
+    family = found[0] if found else declared[0] if declared else ""
+    stored: StoredDraft | None = None
+    problem = (
+        None if found else f"no tensors of a head of family {family}, which config.json declares"
+    )
+    if found:
+        try:
+            stored = _taken(folder, row, raw, read_some(folder, {n: files[n] for n in names}))
+            _check_found(folder, raw, stored, files, names, declared)
+        except UserError as refusal:
+            problem = str(refusal)
+    state = WHOLE if problem is None else BROKEN if found else MISSING
+    sizes = _sizes(folder, files, names)
+    theirs = inspect_head(base) if base else None
+    both = theirs is not None and theirs.hash is not None and stored is not None
+    return OwnHead(
+        folder=str(folder),
+        family=family,
+        declared_by=declared[1] if declared else "",
+        declared=declared[2] if declared else None,
+        state=state,
+        problem=problem,
+        tensors=len(names),
+        parameters=sum(sizes.values()),
+        hash=stored.hash() if stored else None,
+        same_as_base=theirs.hash == stored.hash() if both and theirs and stored else None,
+        trunk_changed=_trunk_differs(folder, find_folder(base)) if base else None,
+    )
+
+
+def take_head(source: str) -> StoredDraft:
+    """The head of a target's checkpoint as a draft, also one that engines would not find. Raises UserError for none, and for
+    one that is not whole.
+    """
+    folder = find_folder(source)
+    found = inspect_head(source)
+    if found is None or found.hash is None:
+        why = "it declares none, and holds none" if found is None else found.problem
+        raise UserError(
+            f"{source} has no MTP head to take ({why}); name the model that the target was fine-tuned from, as published "
+            "(--base)"
+        )
+    row, inside = _row()
+    raw, files = read_json(folder / "config.json"), tensor_files(folder)
+    _, names = inside.find(raw, files) or ("", [])
+    return _taken(folder, row, raw, read_some(folder, {n: files[n] for n in names}))
+
+
+def stitch(target: str, draft: StoredDraft, out: Path) -> dict[str, Any]:
+    """Write `target` again with `draft` as its head, into the new folder `out`; the rest is linked, not copied, where the disk
+    allows it. Returns what was written. Raises UserError, before anything is, for a head that the target cannot hold.
+    """
+    folder = find_folder(target)
+    raw, files = read_json(folder / "config.json"), tensor_files(folder)
+    inside = draft.row.inside
+    if inside is None:
+        raise UserError(
+            f"a draft of kind {draft.kind} is no part of a target's checkpoint; only MTP heads are stitched in"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not an empty folder; name a new one")
+    config = inside.declaring(raw, draft.config)
+    tensors = inside.rename(raw, draft.config, draft.tensors)
+    parse = draft.row.layouts[0].parse
+    assert parse is not None
+    parse(config, tensors, out)  # the shapes that engines will make of this config.json
+    _, stale = inside.find(raw, files) or ("", [])
+    names = _weight_files(files)
+    out.mkdir(parents=True, exist_ok=True)
+    linked, rewritten = [], []
+    weight_map = {name: names[file] for name, file in files.items() if name not in stale}
+    for path in sorted(folder.iterdir()):
+        if path.name in ("config.json", INDEX) or not path.is_file():
+            continue
+        new = out / names.get(path.name, path.name)
+        if any(files[name] == path.name for name in stale):
+            kept = {n: f for n, f in files.items() if f == path.name and n not in stale}
+            if kept:
+                write_tensors(new, read_some(folder, kept))
+                rewritten.append(new.name)
+        else:
+            _link(path, new)
+            linked.append(new.name)
+    head = HEAD_FILE if len(set(files.values())) > 1 else "model-00002-of-00002.safetensors"
+    write_tensors(out / head, tensors)
+    weight_map |= dict.fromkeys(tensors, head)
+    total = sum((out / file).stat().st_size for file in set(weight_map.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    back = take_head(str(out))
+    if back.hash() != draft.hash():
+        raise UserError(
+            f"{out}: the head hashes to {back.hash()}, expected {draft.hash()}; run again"
+        )
+    return {
+        "out": str(out),
+        "head": draft.hash(),
+        "file": head,
+        "replaced": len(stale),
+        "linked": linked,
+        "rewritten": rewritten,
+    }
+
+
+def _row() -> tuple[DraftKind, Inside]:
+    """The kind that checkpoints of targets hold."""
+    return next((kind, kind.inside) for kind in kinds.KINDS if kind.inside is not None)
+
+
+def _is_target(raw: dict[str, Any], files: dict[str, str], inside: Inside) -> bool:
+    """Whether a folder holds more than a head."""
+    found = inside.find(raw, files)
+    return len(files) > (len(found[1]) if found else 0)
+
+
+def _taken(
+    folder: Path, row: DraftKind, raw: dict[str, Any], tensors: dict[str, Any]
+) -> StoredDraft:
+    parse = row.layouts[0].parse
+    assert parse is not None
+    config, named = parse(raw, tensors, folder)
+    about = {"target": folder.name, "taken_from": folder.name, "versions": versions()}
+    return StoredDraft(folder, row.name, config, named, about)
+
+
+def _check_found(
+    folder: Path,
+    raw: dict[str, Any],
+    stored: StoredDraft,
+    files: dict[str, str],
+    names: list[str],
+    declared: tuple[str, str, int | None] | None,
+) -> None:
+    """Raise UserError where engines would not find the head that is there."""
+    inside = stored.row.inside
+    assert inside is not None
+    usual = sorted(inside.rename(raw, stored.config, stored.tensors))
+    strange = sorted(set(usual) - set(names))
+    if strange:
+        raise UserError(
+            f"{folder}: engines look for {strange[0]}, which is here as {names[0].rpartition('.')[0]}...: the head was renamed; "
+            "redraft stitch writes the usual names"
+        )
+    if declared is not None and declared[2] not in (None, 1):
+        raise UserError(
+            f"{folder}: config.json declares {declared[2]} MTP layers ({declared[1]}), the files hold one; redraft stitch "
+            "sets it right"
+        )
+    if declared is None or declared[2] is None:
+        raise UserError(
+            f"{folder}: the tensors of a head are there, but config.json does not declare it; redraft stitch sets it right"
+        )
+    index = folder / INDEX
+    if index.is_file() and not (folder / WEIGHTS).is_file():
+        listed = read_json(index).get("weight_map", {})
+        unlisted = [name for name in names if listed.get(name) != files[name]]
+        if unlisted:
+            raise UserError(
+                f"{index} does not list {unlisted[0]} in {files[unlisted[0]]}, where it is, so engines pass over it; redraft "
+                "stitch writes the index again"
+            )
+
+
+def _sizes(folder: Path, files: dict[str, str], names: list[str]) -> dict[str, int]:
+    """The number of elements of tensors, from the files' headers."""
+    from safetensors import safe_open
+
+    sizes = {}
+    for file in sorted({files[name] for name in names}):
+        with safe_open(folder / file, framework="pt") as stream:
+            for name in (name for name in names if files[name] == file):
+                size = 1
+                for length in stream.get_slice(name).get_shape():
+                    size *= length
+                sizes[name] = size
+    return sizes
+
+
+def _trunk_differs(folder: Path, base: Path) -> bool:
+    """Whether any tensor that both hold, but for the head's, has other values; names without their prefix."""
+    _, inside = _row()
+
+    def trunk(where: Path) -> dict[str, tuple[str, str]]:
+        files = tensor_files(where)
+        found = inside.find(read_json(where / "config.json"), files)
+        own = set(found[1]) if found else set()
+        return {n.replace("language_model.", ""): (n, f) for n, f in files.items() if n not in own}
+
+    ours, theirs = trunk(folder), trunk(base)
+    for name in sorted(ours.keys() & theirs.keys()):
+        one, other = (
+            tensor_hash(read_some(where, dict([names[name]]))[names[name][0]])
+            for where, names in ((folder, ours), (base, theirs))
+        )
+        if one != other:
+            return True
+    return False
+
+
+def _weight_files(files: dict[str, str]) -> dict[str, str]:
+    """New names of the weight files: a single one becomes the first of two, as an index then lists both."""
+    names = sorted(set(files.values()))
+    return (
+        {names[0]: "model-00001-of-00002.safetensors"} if len(names) == 1 else {n: n for n in names}
+    )
+
+
+def _link(path: Path, new: Path) -> None:
+    """Another name for a file, or a copy where the disk has no such thing."""
+    with writing(new):
+        try:
+            os.link(path.resolve(), new)
+        except OSError:
+            shutil.copyfile(path, new)

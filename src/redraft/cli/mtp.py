@@ -1,0 +1,64 @@
+"""A fine-tune's own MTP head: grafted from the base, adapted, and stitched into the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import Resolved
+from ..core.errors import UserError
+from .bundles import OutputFlags, TargetFlags, print_json
+from .drafts import STITCHED
+from .job import pairs
+
+
+def mtp(
+    models: TargetFlags,
+    out: str,
+    config: Resolved,
+    output: OutputFlags,
+    prompts: str | None = None,
+    answers: str | None = None,
+    eval_prompts: str | None = None,
+    off_domain: list[str] | None = None,
+    base: str | None = None,
+    limit: int | None = None,
+) -> None:
+    """Give a fine-tune its MTP head back: the base's is grafted, measured, adapted, and stitched into the checkpoint.
+
+    Without --base the target's own head is adapted. RUN/draft is the head alone, RUN/checkpoint the target with it.
+
+    Example: redraft mtp --target ./my-model --base org/base --prompts prompts.jsonl --out run
+    """
+    from ..pipeline import adapt
+    from ..pipeline.own_head import give_head
+
+    if models.target_adapter:
+        raise UserError(
+            "--target-adapter: an MTP head lies in the model's own checkpoint; merge the adapter into the model first"
+        )
+    elsewhere = pairs(off_domain or [], "--off-domain")
+
+    def run(head: str) -> tuple[object, Path]:
+        result = adapt(
+            models.load(),
+            head,
+            prompts,
+            answers=answers,
+            out=out,
+            config=config,
+            limit=limit,
+            eval_prompts=eval_prompts,
+            off_domain=elsewhere,
+        )
+        return result.report, result.run
+
+    report, written = give_head(models.target, base, Path(out), run)
+    if output.as_json:
+        from ..core.records import to_json
+
+        print_json({**to_json(report), "checkpoint": written})
+    else:
+        from ..report.terminal import print_report
+
+        print_report(report)
+        output.finish(STITCHED.format(**written), written)

@@ -1,0 +1,58 @@
+"""The job on a target's own head: taken from the base or the target, adapted, and stitched into the target's checkpoint.
+
+OUT/head/         the head that was grafted, a draft
+OUT/draft/ ...    the run of `adapt` on it
+OUT/checkpoint/   the target with the adapted head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..checkpoints.load import read_draft
+from ..checkpoints.own_head import inspect_head, stitch, take_head
+from ..core import ranks
+from ..core.console import say
+from ..core.errors import UserError
+from ..core.files import remove
+
+R = TypeVar("R")
+HEAD, CHECKPOINT = "head", "checkpoint"
+
+
+def give_head(
+    target: str, base: str | None, out: Path, adapt: Callable[[str], tuple[R, Path]]
+) -> tuple[R, dict[str, Any]]:
+    """Take a head, `adapt` it (its folder given; the report and the run folder returned), and stitch it in.
+
+    Without a `base` the head is the target's own. Raises UserError where neither has one, and for a `base` whose head
+    is of another shape.
+    """
+    head = out / HEAD
+
+    def taken() -> None:
+        source = base or target
+        found = take_head(source)
+        before = inspect_head(target)
+        say(
+            f"MTP head of {target}: {'none' if before is None else before.state}; from {source}, hash {found.hash()}"
+        )
+        if head.is_dir() and read_draft(str(head)).hash() != found.hash():
+            raise UserError(
+                f"{head} is another head (hash {read_draft(str(head)).hash()}) than that of {source} ({found.hash()}); "
+                "use another --out"
+            )
+        if not head.is_dir():
+            found.save(head)
+
+    ranks.first(taken)
+    report, run = adapt(str(head))
+
+    def stitched() -> dict[str, Any]:
+        draft, checkpoint = read_draft(str(run / "draft")), run / CHECKPOINT
+        remove(checkpoint)  # of an earlier run
+        return stitch(target, draft, checkpoint)
+
+    return report, ranks.first(stitched)

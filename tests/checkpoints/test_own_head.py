@@ -1,0 +1,258 @@
+"""Heads inside checkpoints of targets: found, judged, taken out and stitched in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from redraft.checkpoints.load import StoredDraft, read_draft, stored
+from redraft.checkpoints.own_head import inspect_head, stitch, take_head
+from redraft.core.errors import UserError
+from redraft.core.folders import read_tensors, tensor_files
+from redraft.models.loading import load_target
+from tests.conftest import fresh_draft
+from tests.drafts.mtp_targets import SAVED, SIZES
+
+WIDTH = SIZES["intermediate_size"]
+HEAD, TRUNK = "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module", params=SAVED)
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A target without the head that it declares, a head for it, and the target with it."""
+    return made(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def made(family: str, folder: Path) -> tuple[Path, StoredDraft, Path]:
+    target = load_target(str(SAVED[family](folder / "target")))
+    head = stored(fresh_draft(target, kind="mtp", width=WIDTH), target)
+    stitch(str(folder / "target"), head, folder / "whole")
+    return folder / "target", head, folder / "whole"
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> tuple[Path, StoredDraft, Path]:
+    return made("qwen3_5", tmp_path)
+
+
+def test_a_dropped_head_is_seen_grafted_and_taken_out_again(parts: Any, tmp_path: Path) -> None:
+    folder, head, whole = parts
+    before, after = inspect_head(str(folder)), inspect_head(str(whole))
+    assert before is not None
+    assert after is not None
+    assert (before.state, before.tensors, before.declared) == ("missing", 0, 1)
+    assert (after.state, after.hash, after.problem) == ("whole", head.hash(), None)
+    assert after.parameters == sum(t.numel() for t in head.tensors.values())
+    taken = take_head(str(whole))
+    taken.save(tmp_path / "d")
+    assert read_draft(str(tmp_path / "d")).hash() == head.hash()
+    with pytest.raises(UserError, match=r"has no MTP head to take \(no tensors of a head"):
+        take_head(str(folder))
+
+
+def test_a_stitched_checkpoint_is_the_target_with_a_head(parts: Any) -> None:
+    """The trunk is the same file; Transformers loads the same model from the folder."""
+    folder, head, whole = parts
+    assert (whole / TRUNK).stat().st_ino == (folder / "model.safetensors").stat().st_ino
+    index = json.loads((whole / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(read_tensors(whole))
+    assert len(load_file(whole / HEAD)) == len(head.tensors)
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        for where in (whole, folder)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+    assert (whole / "tokenizer.json").is_file()
+
+
+def test_a_head_is_replaced(qwen: Any, tmp_path: Path) -> None:
+    """Also one in a file with layers of the target, which is written again without it."""
+    folder, head, whole = qwen
+    everything = tmp_path / "one file"
+    everything.mkdir()
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (everything / path.name).write_bytes(path.read_bytes())
+    save_file(read_tensors(whole), everything / "model.safetensors", {"format": "pt"})
+    other = head.with_tensors({n: t + 1 for n, t in head.tensors.items()}, {})
+    for source in (everything, whole):
+        out = tmp_path / f"again from {source.name}"
+        said = stitch(str(source), other, out)
+        assert said["replaced"] == len(head.tensors)
+        found = inspect_head(str(out))
+        assert found is not None
+        assert (found.state, found.hash) == ("whole", other.hash())
+        trunk = {n: t for n, t in read_tensors(out).items() if not n.startswith("mtp.")}
+        before = read_tensors(folder)
+        assert trunk.keys() == before.keys()
+        assert all(torch.equal(trunk[n], before[n]) for n in trunk)
+    with pytest.raises(UserError, match="is not an empty folder"):
+        stitch(str(folder), head, out)
+
+
+def renamed(t: dict[str, Any]) -> dict[str, Any]:
+    return {n.replace("mtp.", "base_model.model.mtp."): x for n, x in t.items()}
+
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+BROKEN: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "half": (
+        lambda t: {n: x for n, x in t.items() if "mlp" not in n},
+        {},
+        "missing mtp.layers.0.mlp.down_proj.weight",
+    ),
+    "one linear layer lost": (
+        lambda t: {n: x for n, x in t.items() if n != "mtp.layers.0.self_attn.o_proj.weight"},
+        {},
+        "missing mtp.layers.0.self_attn.o_proj.weight",
+    ),
+    "renamed": (
+        renamed,
+        {},
+        "engines look for mtp.fc.weight, which is here as base_model.model.mtp",
+    ),
+    "another base": (
+        lambda t: {**t, "mtp.fc.weight": torch.zeros(32, 64)},
+        {},
+        r"mtp.fc.weight should be \[64, 128\] according to config.json, found \[32, 64\]",
+    ),
+    "quantised": (
+        lambda t: {**t, "mtp.fc.weight": torch.zeros(64, 128, dtype=torch.int8)},
+        {},
+        "mtp.fc.weight is stored as torch.int8.*quantised",
+    ),
+    "two layers": (
+        lambda t: {**t, "mtp.layers.1.mlp.up_proj.weight": torch.zeros(1)},
+        {},
+        "expected one MTP layer, found a second",
+    ),
+    "two declared": (lambda t: t, {"mtp_num_hidden_layers": 2}, "declares 2 MTP layers"),
+    "none declared": (lambda t: t, {"mtp_num_hidden_layers": None}, "does not declare it"),
+    "routed experts": (
+        lambda t: {**t, "mtp.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(1)},
+        {},
+        "an MTP head with routed experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_with_a_head_is_named(qwen: Any, name: str) -> None:
+    _, head, whole = qwen
+    change, keys, says = BROKEN[name]
+    save_file(change(load_file(whole / HEAD)), whole / HEAD)
+    _set(whole / "config.json", **keys)
+    _index(whole)
+    found = inspect_head(str(whole))
+    assert found is not None
+    assert found.state == "broken"
+    with pytest.raises(UserError, match=says):
+        raise UserError(found.problem or "")
+    if found.hash is None:
+        with pytest.raises(UserError, match="has no MTP head to take"):
+            take_head(str(whole))
+    else:  # engines would not find it, but it can be stitched in again
+        assert take_head(str(whole)).hash() == head.hash()
+
+
+def test_an_index_that_leaves_the_head_out(qwen: Any) -> None:
+    _, _, whole = qwen
+    path = whole / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    kept = {n: f for n, f in index["weight_map"].items() if not n.startswith("mtp.")}
+    path.write_text(json.dumps({**index, "weight_map": kept}))
+    found = inspect_head(str(whole))
+    assert found is not None
+    assert "does not list mtp.fc.weight in model-00002-of-00002" in str(found.problem)
+
+
+def test_two_files_that_hold_one_tensor(qwen: Any) -> None:
+    _, _, whole = qwen
+    save_file({"mtp.norm.weight": torch.zeros(64)}, whole / "old.safetensors")
+    with pytest.raises(UserError, match="old.safetensors both hold mtp.norm.weight"):
+        inspect_head(str(whole))
+
+
+def test_a_stale_head_is_the_bases_in_another_model(qwen: Any, tmp_path: Path) -> None:
+    folder, head, base = qwen
+    same = inspect_head(str(base), str(base))
+    assert same is not None
+    assert (same.same_as_base, same.trunk_changed, same.stale) == (True, False, False)
+    tuned = tmp_path / "tuned"
+    stitch(str(folder), head, tuned)
+    weights = load_file(tuned / TRUNK)
+    name = "model.layers.1.mlp.up_proj.weight"
+    (tuned / TRUNK).unlink()
+    save_file({**weights, name: weights[name] + 0.01}, tuned / TRUNK, {"format": "pt"})
+    found = inspect_head(str(tuned), str(base))
+    assert found is not None
+    assert (found.same_as_base, found.trunk_changed, found.stale) == (True, True, True)
+
+
+def test_a_wider_head_is_no_part_of_the_checkpoint(qwen: Any, tmp_path: Path) -> None:
+    folder, _, _ = qwen
+    target = load_target(str(folder))
+    wide = stored(fresh_draft(target, kind="mtp", width=WIDTH + 8), target)
+    with pytest.raises(UserError, match="FFN has 104 neurons, the target's config.json says 96"):
+        stitch(str(folder), wide, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    eagle = stored(fresh_draft(target, kind="eagle"), target)
+    with pytest.raises(UserError, match="kind eagle is no part of a target's checkpoint"):
+        stitch(str(folder), eagle, tmp_path / "new")
+
+
+def test_a_target_of_no_such_family_has_no_head(target_folder: Path, draft_folder: Path) -> None:
+    assert inspect_head(str(target_folder)) is None
+    assert inspect_head(str(draft_folder)) is None
+
+
+def test_a_multimodal_config_is_read_and_declared_inside(qwen: Any, tmp_path: Path) -> None:
+    """Qwen3.5's own folders: the keys in `text_config`, the layers below `model.language_model`."""
+    folder, head, _ = qwen
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    raw = json.loads((folder / "config.json").read_text())
+    raw.pop("mtp_num_hidden_layers")
+    outer = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": raw,
+    }
+    (seen / "config.json").write_text(json.dumps(outer))
+    names = {
+        n.replace("model.", "model.language_model.", 1): t for n, t in read_tensors(folder).items()
+    }
+    save_file(names, seen / "model.safetensors", {"format": "pt"})
+    before = inspect_head(str(seen))
+    assert before is not None
+    assert (before.state, before.declared) == ("missing", None)
+    stitch(str(seen), head, tmp_path / "out")
+    found = inspect_head(str(tmp_path / "out"))
+    assert found is not None
+    assert (found.state, found.hash, found.declared) == ("whole", head.hash(), 1)
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["text_config"][
+            "mtp_num_hidden_layers"
+        ]
+        == 1
+    )
+
+
+def _set(path: Path, **keys: Any) -> None:
+    raw = {**json.loads(path.read_text()), **keys}
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+
+
+def _index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": tensor_files(folder)})
+    )
