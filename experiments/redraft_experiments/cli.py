@@ -14,7 +14,7 @@ from redraft.core.errors import UserError, nearest
 
 from .cli_parts import numbers, show_cells
 from .flag_table import FLAGS
-from .real_cli import bench_real, bench_real_methods, bench_real_serving
+from .real_cli import bench_real, bench_real_methods, bench_real_mtp, bench_real_serving
 
 OLD_NAMES = ("family", "repair")
 """Commands of before, which still work."""
@@ -418,6 +418,15 @@ for function, names, help in (
             "rows": "rows whose drafts are served, comma-separated",
             "seed": "the training seed of the drafts",
             "record": "also write every trial of --race to this JSONL file",
+        },
+    ),
+    (
+        bench_real_mtp,
+        ("real-mtp",),
+        {
+            "suite": "folder of `redraft bench real`",
+            "member": "the fine-tune of the suite that loses its head",
+            "record": "also write the record to this JSON file",
         },
     ),
     (bench_pipeline, ("pipeline",), {}),

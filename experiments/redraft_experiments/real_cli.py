@@ -109,3 +109,25 @@ def bench_real_serving(
     cells = run(Path(suite), folder, rows=names, python=python, **what)
     cells += bench_real_generate(Path(suite), folder / member, drafts=drafts, **what)
     show_cells(output, cells, print_served, record, read_served(Path(race)))
+
+
+def bench_real_mtp(
+    suite: str,
+    out: str,
+    output: OutputFlags,
+    member: str = "medical-lora",
+    record: str | None = None,
+) -> None:
+    """A real model with an MTP head, a fine-tune that lost it, and `redraft mtp` on that.
+
+    Example: redraft bench real-mtp --suite real --out mtp
+    """
+    from redraft.core.files import write_text
+
+    from .real_mtp import bench_real_mtp as run
+    from .real_mtp import in_words
+
+    found = run(Path(suite), Path(out), member)
+    if record:
+        write_text(Path(record), json.dumps(found, indent=2) + "\n")
+    output.show(found, lambda: typer.echo(in_words(found)))

@@ -123,10 +123,10 @@ BROKEN: dict[str, tuple[Change, dict[str, Any], str]] = {
     "another base": (
         lambda t: {**t, "mtp.fc.weight": torch.zeros(32, 64)},
         {},
-        r"mtp.fc.weight should be \[64, 128\] according to config.json, found \[32, 64\]",
+        r"mtp.fc.weight should be \[128, 256\] according to config.json, found \[32, 64\]",
     ),
     "quantised": (
-        lambda t: {**t, "mtp.fc.weight": torch.zeros(64, 128, dtype=torch.int8)},
+        lambda t: {**t, "mtp.fc.weight": torch.zeros(128, 256, dtype=torch.int8)},
         {},
         "mtp.fc.weight is stored as torch.int8.*quantised",
     ),
@@ -177,7 +177,7 @@ def test_an_index_that_leaves_the_head_out(qwen: Any) -> None:
 
 def test_two_files_that_hold_one_tensor(qwen: Any) -> None:
     _, _, whole = qwen
-    save_file({"mtp.norm.weight": torch.zeros(64)}, whole / "old.safetensors")
+    save_file({"mtp.norm.weight": torch.zeros(128)}, whole / "old.safetensors")
     with pytest.raises(UserError, match="old.safetensors both hold mtp.norm.weight"):
         inspect_head(str(whole))
 

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
+from redraft.core.rng import seeded
 from tests.conftest import make_tokenizer, save_target
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -30,7 +33,7 @@ def qwen3_5_config(**changes: Any) -> Any:
     """Full attention in every layer, and rotary embeddings of half a head."""
     return Qwen3_5TextConfig(
         vocab_size=len(make_tokenizer()),
-        head_dim=16,
+        head_dim=32,
         layer_types=["full_attention"] * 3,
         rope_parameters={
             "rope_type": "default",
@@ -53,6 +56,11 @@ def save_mimo(folder: Path, seed: int = 0) -> Path:
 
 
 def _changed(folder: Path, **keys: Any) -> Path:
+    """With these keys of config.json, and a final norm that is no identity."""
+    weights = load_file(folder / "model.safetensors")
+    norm = weights["model.norm.weight"]
+    weights["model.norm.weight"] = norm + 0.5 * torch.rand(norm.shape, generator=seeded(0, "norm"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
     return folder

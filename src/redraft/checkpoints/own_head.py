@@ -26,7 +26,9 @@ from ..core.folders import (
 from ..core.records import versions
 from ..drafts import kinds
 from ..drafts.kind import DraftKind, Inside
+from ..models.target import Target
 from .load import StoredDraft
+from .load import stored as stored_draft
 
 INDEX = f"{WEIGHTS}.index.json"
 HEAD_FILE = "model-mtp.safetensors"
@@ -121,6 +123,17 @@ def take_head(source: str) -> StoredDraft:
     raw, files = read_json(folder / "config.json"), tensor_files(folder)
     _, names = inside.find(raw, files) or ("", [])
     return _taken(folder, row, raw, read_some(folder, {n: files[n] for n in names}))
+
+
+def new_head(target: Target) -> StoredDraft:
+    """A head to begin with for a target that has none and whose base has none, made of the target's last layer.
+
+    Raises UserError where it has no such layer.
+    """
+    _, inside = _row()
+    draft = inside.from_target(target)
+    draft.bind(target)
+    return stored_draft(draft.to(target.dtype), target)
 
 
 def stitch(target: str, draft: StoredDraft, out: Path) -> dict[str, Any]:

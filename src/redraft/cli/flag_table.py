@@ -36,6 +36,9 @@ FLAGS: dict[str, Flag] = {
     "target": Flag("target model: folder or Hub id", MODELS),
     "target_adapter": Flag("PEFT adapter on top of the target", MODELS),
     "base": Flag("the model that the target was fine-tuned from: folder or Hub id", MODELS),
+    "from_layer": Flag(
+        "begin with the target's last layer, where neither it nor its base has a head", MODELS
+    ),
     "draft": Flag("draft model: folder or Hub id", MODELS),
     "adapter": Flag(
         "adapter to merge in; without one only the layout changes", MODELS, old=("--private",)

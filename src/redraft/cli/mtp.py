@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config import Resolved
 from ..core.errors import UserError
+from ..core.report_record import AdaptReport
 from .bundles import OutputFlags, TargetFlags, print_json
 from .drafts import STITCHED
 from .job import pairs
@@ -21,38 +22,42 @@ def mtp(
     eval_prompts: str | None = None,
     off_domain: list[str] | None = None,
     base: str | None = None,
+    from_layer: bool = False,
     limit: int | None = None,
 ) -> None:
     """Give a fine-tune its MTP head back: the base's is grafted, measured, adapted, and stitched into the checkpoint.
 
-    Without --base the target's own head is adapted. RUN/draft is the head alone, RUN/checkpoint the target with it.
+    Without --base the target's own head is adapted; with --from-layer a new one is trained. OUT/run is the run of `redraft adapt`, OUT/checkpoint the target with the
+    adapted head.
 
     Example: redraft mtp --target ./my-model --base org/base --prompts prompts.jsonl --out run
     """
-    from ..pipeline import adapt
+    from ..pipeline import adapt as pipeline
     from ..pipeline.own_head import give_head
 
     if models.target_adapter:
         raise UserError(
             "--target-adapter: an MTP head lies in the model's own checkpoint; merge the adapter into the model first"
         )
+    if from_layer and base:
+        raise UserError("name --base, whose head is grafted, or --from-layer, not both")
     elsewhere = pairs(off_domain or [], "--off-domain")
 
-    def run(head: str) -> tuple[object, Path]:
-        result = adapt(
+    def run(head: str, folder: Path) -> AdaptReport:
+        return pipeline.adapt(
             models.load(),
             head,
             prompts,
             answers=answers,
-            out=out,
+            out=folder,
             config=config,
             limit=limit,
             eval_prompts=eval_prompts,
             off_domain=elsewhere,
-        )
-        return result.report, result.run
+        ).report
 
-    report, written = give_head(models.target, base, Path(out), run)
+    begin = models.load if from_layer else None
+    report, written = give_head(models.target, base, Path(out), run, begin)
     if output.as_json:
         from ..core.records import to_json
 

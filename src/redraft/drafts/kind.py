@@ -100,6 +100,8 @@ class Inside:
     """The family that config.json declares, the key that counts its layers, and how many (None: it does not say)."""
     declaring: Callable[[Config, Any], Config]
     """config.json that declares a draft of that shape."""
+    from_target: Callable[[Target], Draft]
+    """An untrained one made of the target's own layers."""
     rename: Callable[[Config, Any, Tensors], dict[str, Tensor]]
     """A draft's tensors by the names that they have in this checkpoint."""
 

@@ -29,7 +29,7 @@ NOT_TEXT = ("visual", "vision", "image", "audio", "multi_modal", "multimodal", "
 """Parts of the names of modules that text never reaches."""
 NOT_THE_MODEL = ("rotary_emb.inv_freq", "masked_bias", ".attn.bias", "v_head.", "value_head.")
 """Parts of the names of stored tensors that change no logit: old buffers, and a reward's value head."""
-AHEAD = ("mtp.", "nextn.", "medusa", "eagle")
+AHEAD = ("mtp.", "mtp_layers.", "nextn.", "medusa", "eagle")
 """Beginnings of the names of modules that predict further tokens and are no part of plain decoding."""
 ADAPTER = "adapter_model.safetensors"
 

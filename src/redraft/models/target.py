@@ -112,10 +112,14 @@ class Target:
         return weight.detach()
 
     @property
+    def decoder(self) -> Any:
+        """The model without its head, in the usual model layouts; None in others."""
+        return getattr(self.model, "get_decoder", lambda: None)()
+
+    @property
     def final_norm(self) -> Any:
         """The module before the head, in the usual model layouts; None in others."""
-        decoder = getattr(self.model, "get_decoder", lambda: None)()
-        return getattr(decoder, "norm", None)
+        return getattr(self.decoder, "norm", None)
 
     @property
     def norm_scale(self) -> Tensor:

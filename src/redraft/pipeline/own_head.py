@@ -1,7 +1,7 @@
 """The job on a target's own head: taken from the base or the target, adapted, and stitched into the target's checkpoint.
 
 OUT/head/         the head that was grafted, a draft
-OUT/draft/ ...    the run of `adapt` on it
+OUT/run/          the run of `adapt` on it
 OUT/checkpoint/   the target with the adapted head
 """
 
@@ -12,29 +12,34 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..checkpoints.load import read_draft
-from ..checkpoints.own_head import inspect_head, stitch, take_head
+from ..checkpoints.own_head import inspect_head, new_head, stitch, take_head
 from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.files import remove
+from ..models.target import Target
 
 R = TypeVar("R")
-HEAD, CHECKPOINT = "head", "checkpoint"
+HEAD, RUN, CHECKPOINT = "head", "run", "checkpoint"
 
 
 def give_head(
-    target: str, base: str | None, out: Path, adapt: Callable[[str], tuple[R, Path]]
+    target: str,
+    base: str | None,
+    out: Path,
+    adapt: Callable[[str, Path], R],
+    layer_of: Callable[[], Target] | None = None,
 ) -> tuple[R, dict[str, Any]]:
-    """Take a head, `adapt` it (its folder given; the report and the run folder returned), and stitch it in.
+    """Take a head, `adapt` it (by its folder, into a run folder), and stitch it in; the report, and what was written.
 
-    Without a `base` the head is the target's own. Raises UserError where neither has one, and for a `base` whose head
+    Without a `base` the head is the target's own; with `layer_of`, which loads the target, one is made of its last layer. Raises UserError where neither has one, and for a `base` whose head
     is of another shape.
     """
     head = out / HEAD
 
     def taken() -> None:
         source = base or target
-        found = take_head(source)
+        found = new_head(layer_of()) if layer_of is not None else take_head(source)
         before = inspect_head(target)
         say(
             f"MTP head of {target}: {'none' if before is None else before.state}; from {source}, hash {found.hash()}"
@@ -48,10 +53,10 @@ def give_head(
             found.save(head)
 
     ranks.first(taken)
-    report, run = adapt(str(head))
+    report = adapt(str(head), out / RUN)
 
     def stitched() -> dict[str, Any]:
-        draft, checkpoint = read_draft(str(run / "draft")), run / CHECKPOINT
+        draft, checkpoint = read_draft(str(out / RUN / "draft")), out / CHECKPOINT
         remove(checkpoint)  # of an earlier run
         return stitch(target, draft, checkpoint)
 

@@ -26,6 +26,7 @@ from ..decoding.sampling import Sampling
 from ..metrics.config_diagnosis import better_variants
 from ..metrics.lossless import compare
 from ..metrics.measure import Measured, answer_all, measure
+from ..models.kv_cache import is_recurrent
 from ..models.target import Target
 from .diagnosis import diagnose
 from .engine import Engine, Serving, Speculation
@@ -92,7 +93,7 @@ def verify(
         prompts,
         k=request.k,
         max_new_tokens=request.max_new_tokens,
-        mode="live",
+        mode="replay" if is_recurrent(target.model) else "live",
     )
     answers = answer_all(target, prompts, request.max_new_tokens, request.k, Sampling())
     found = dataclasses.replace(

@@ -184,7 +184,7 @@ def find_inside(raw: Config, names: Collection[str]) -> tuple[str, list[str]] | 
 def declared_inside(raw: Config) -> tuple[str, str, int | None] | None:
     """The family that a target's config.json declares, the key, and the count."""
     family = declared_by(raw)
-    return family and (family.name, family.declared, count_declared(raw, family))
+    return None if family is None else (family.name, family.declared, count_declared(raw, family))
 
 
 def declare_inside(raw: Config, c: MtpConfig) -> dict[str, Any]:

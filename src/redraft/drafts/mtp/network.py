@@ -98,6 +98,29 @@ class MtpDraft(OneLayerDraft):
             )
         )
 
+    @classmethod
+    def from_last_layer(cls, target: Target) -> MtpDraft:
+        """A head to begin training with: the target's last layer of keys and values on the sum of both inputs.
+
+        In float32 and not yet bound. Raises UserError where no layer of the target is like the head's.
+        """
+        draft = cls.for_target(target)
+        wanted = draft.layers[0].state_dict()
+        layers = getattr(target.decoder, "layers", ())
+        states = [dict(layer.state_dict()) for layer in reversed(layers)]
+        like = next((s for s in states if _shapes(s) == _shapes(wanted)), None)
+        if like is None:
+            raise UserError(
+                f"no layer of target {target.name} has the tensors of an MTP head of family {draft.config.family}; train one from "
+                "nothing (redraft train --method scratch --kind mtp)"
+            )
+        draft.layers[0].load_state_dict({name: t.float() for name, t in like.items()})
+        if target.final_norm is not None:
+            draft.norm.weight.data.copy_(target.final_norm.weight)
+        identity = torch.eye(draft.hidden_size)
+        draft.fc.weight.data.copy_(torch.cat([identity, identity], dim=-1) / 2)
+        return draft
+
     def first_state(self, features_BTF: Tensor) -> Tensor:
         if self.target_norm is None:
             return features_BTF
@@ -149,3 +172,7 @@ class MtpDraft(OneLayerDraft):
         object.__setattr__(self, "head", target.head)
         scale = target.norm_scale if self.config.before_norm else None
         object.__setattr__(self, "target_norm", scale)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
