@@ -46,7 +46,7 @@ from .real_suite import folders_of, load_real, prompts_of
 HEAD = TrainConfig(
     method="full",
     lr=1e-3,
-    epochs=2,
+    epochs=1,
     batch_tokens=1024,
     rollout=K,
     evaluations=8,

@@ -34,18 +34,27 @@ def qwen3_5_config(**changes: Any) -> Any:
     return Qwen3_5TextConfig(
         vocab_size=len(make_tokenizer()),
         head_dim=32,
-        layer_types=["full_attention"] * 3,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,
         },
-        **{**SIZES, **changes},
+        **{"layer_types": ["full_attention"] * 3, **SIZES, **changes},
     )
 
 
-def save_qwen3_5(folder: Path, seed: int = 0) -> Path:
-    save_target(folder, qwen3_5_config(), seed)
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+
+def save_qwen3_5(folder: Path, seed: int = 0, *, linear: bool = False) -> Path:
+    """With `linear` a layer keeps a recurrent state."""
+    save_target(folder, qwen3_5_config(**(LINEAR if linear else {})), seed)
     return _changed(folder, mtp_num_hidden_layers=1)
 
 
