@@ -48,5 +48,5 @@ llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --s
         from_target=MtpDraft.from_last_layer,
         rename=files.rename_inside,
     ),
-    methods={"vllm": "mtp", "llama.cpp": "draft-mtp"},
+    methods={"vllm": "mtp"},
 )
