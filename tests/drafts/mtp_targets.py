@@ -32,19 +32,25 @@ SIZES: dict[str, Any] = {
 def qwen3_5_config(**changes: Any) -> Any:
     """Full attention in every layer, and rotary embeddings of half a head."""
     return Qwen3_5TextConfig(
-        vocab_size=len(make_tokenizer()),
         head_dim=32,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,
         },
-        **{"layer_types": ["full_attention"] * 3, **SIZES, **changes},
+        **{
+            "vocab_size": len(make_tokenizer()),
+            "layer_types": ["full_attention"] * 3,
+            **SIZES,
+            **changes,
+        },
     )
 
 
 LINEAR: dict[str, Any] = {
-    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "full_attention_interval": 2,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -53,8 +59,15 @@ LINEAR: dict[str, Any] = {
 
 
 def save_qwen3_5(folder: Path, seed: int = 0, *, linear: bool = False) -> Path:
-    """With `linear` a layer keeps a recurrent state."""
-    save_target(folder, qwen3_5_config(**(LINEAR if linear else {})), seed)
+    """With `linear` layers that keep a recurrent state, and a tokenizer with a merge, which llama.cpp wants."""
+    more = {**LINEAR, "vocab_size": len(make_tokenizer()) + 1} if linear else {}
+    save_target(folder, qwen3_5_config(**more), seed)
+    if linear:
+        path = folder / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        raw["model"]["vocab"]["th"] = len(make_tokenizer())
+        raw["model"]["merges"] = [["t", "h"]]
+        path.write_text(json.dumps(raw))
     return _changed(folder, mtp_num_hidden_layers=1)
 
 

@@ -21,8 +21,11 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 from redraft.checkpoints.load import read_draft, stored
 from redraft.checkpoints.reload_check import check_export
 from redraft.core.errors import UserError
+from redraft.core.records import Prompt
 from redraft.core.rng import seeded
 from redraft.drafts.mtp.network import MtpConfig, MtpDraft
+from redraft.metrics.live import live
+from redraft.metrics.measure import measure
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.conftest import fresh_draft, in_double
@@ -180,3 +183,23 @@ def test_a_head_of_another_size_is_refused(target: Target) -> None:
     )
     with pytest.raises(UserError, match="hidden sizes differ: the target's is 32, this MTP head's"):
         MtpDraft(config).bind(target)
+
+
+@pytest.mark.parametrize("change", ["leading_pair", "zero_first", "before_norm", "raw_feedback"])
+def test_replay_is_the_live_loop_for_every_function(
+    target_folder: Path, change: str, prompts: list[Prompt]
+) -> None:
+    """And the function is another one than the usual."""
+    target = in_double(target_folder)
+    draft = fresh_draft(target, kind="mtp")
+    other = MtpDraft(dataclasses.replace(draft.config, **{change: True})).double()
+    other.load_state_dict(draft.state_dict())
+    other.bind(target)
+    target.final_norm.weight.data += torch.linspace(0, 1, target.hidden_size)
+    other.bind(target)
+    steps, _ = live(target, other, prompts[:6], 4, 24)
+    assert measure(target, other, prompts[:6], k=4, max_new_tokens=24).traces == steps
+    tokens = torch.randint(3, target.vocab_size, (1, 12), generator=seeded(0, "tokens"))
+    features = target.read(tokens, draft.aux_layers).features_BTF
+    ours, theirs = (d.logits(list(d.rollout(tokens, features, 0, 2))[-1]) for d in (draft, other))
+    assert far(ours, theirs) > 1e-4

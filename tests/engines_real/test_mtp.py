@@ -1,6 +1,6 @@
-"""An MTP head in a running vLLM: alone in a folder, and stitched into its target's checkpoint.
+"""MTP heads in running engines: a tiny MiMo's in vLLM, a tiny Qwen3.5's in llama.cpp.
 
-A tiny target of MiMo's architecture, whose heads a vLLM for CPUs serves; Qwen3.5's need a GPU's build there.
+llama.cpp runs Qwen3.5's layers with a recurrent state, which a vLLM for CPUs does not; it has no graph for MiMo.
 """
 
 from __future__ import annotations
@@ -13,32 +13,44 @@ import pytest
 from redraft.checkpoints.load import StoredDraft, read_draft, stored
 from redraft.checkpoints.own_head import stitch
 from redraft.config import TrainConfig
-from redraft.core.records import Prompt
+from redraft.core.records import Prompt, StepTrace
 from redraft.decoding.sampling import Sampling
 from redraft.drafts.new import new_draft
-from redraft.metrics.measure import answer_all
+from redraft.metrics.measure import answer_all, measure
 from redraft.models.loading import load_target
 from redraft.models.target import Target
+from redraft.serving.counters import Counters
 from redraft.serving.engine import Speculation
+from redraft.serving.llamacpp import LLAMACPP
+from redraft.serving.own_count import Limits, count_own
+from redraft.serving.verify import Request, verify
 from redraft.serving.vllm import VLLM
 from redraft.training.train import train
 from tests.conftest import asked
-from tests.drafts.mtp_targets import save_mimo
-from tests.engines_real.cells import K, Table
+from tests.drafts.mtp_targets import save_mimo, save_qwen3_5
+from tests.engines_real.cells import TOKENS, K, Table, own_plain
 from tests.engines_real.conftest import environment_of
+from tests.engines_real.test_llamacpp import ONE_THREAD
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
+Parts = tuple[Target, StoredDraft, Path]
+
+
 @pytest.fixture(scope="module")
-def mimo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, StoredDraft, Path]:
-    """A target, a head that is right some of the time, and the folder of both."""
+def mimo(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     folder = tmp_path_factory.mktemp("mimo")
-    target = load_target(str(save_mimo(folder / "target")))
+    return trained(save_mimo(folder / "target"))
+
+
+def trained(source: Path, epochs: float = 40) -> Parts:
+    """A target, a head that is right some of the time, and the folder of both."""
+    folder, target = source.parent, load_target(str(source))
     answers = answer_all(target, asked(target), 32, 8, Sampling())
     draft = new_draft(target, answers, kind="mtp")
     how = TrainConfig(
-        method="scratch", lr=1e-2, epochs=40, batch_tokens=512, rollout=4, evaluations=1
+        method="scratch", lr=1e-2, epochs=epochs, batch_tokens=512, rollout=4, evaluations=1
     )
     train(target, draft, answers, answers[:4], how, k=4)
     head = stored(draft, target)
@@ -48,14 +60,12 @@ def mimo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, StoredDraft,
 
 
 @pytest.fixture(scope="module")
-def served(
-    tmp_path_factory: pytest.TempPathFactory, mimo: tuple[Target, StoredDraft, Path]
-) -> Table:
+def served(tmp_path_factory: pytest.TempPathFactory, mimo: Parts) -> Table:
     prompts: list[Prompt] = asked(mimo[0])[:12]
     return Table(VLLM, environment_of(VLLM), tmp_path_factory.mktemp("logs"), prompts)
 
 
-def test_a_head_of_its_own_folder(mimo: tuple[Target, StoredDraft, Path], served: Table) -> None:
+def test_a_head_of_its_own_folder(mimo: Parts, served: Table) -> None:
     """Words as without it, and counts equal to the last step; a head read otherwise would be seen."""
     target, head, _ = mimo
     cell = served.cell("mtp head", target, str(head.folder))
@@ -69,10 +79,84 @@ def test_a_head_of_its_own_folder(mimo: tuple[Target, StoredDraft, Path], served
         assert (own.drafts, own.accepted) != (cell.drafts, cell.accepted), name
 
 
-def test_a_stitched_checkpoint(mimo: tuple[Target, StoredDraft, Path], served: Table) -> None:
+def test_a_stitched_checkpoint(mimo: Parts, served: Table) -> None:
     target, head, whole = mimo
     cell = served.cell("mtp head", target, str(head.folder))
     stitched = load_target(str(whole))
     answers, counted = served.ask("stitched", stitched, Speculation("mtp", str(whole), K))
     assert answers == served.plain(target)
     assert (counted.drafts, counted.accepted) == (cell.drafts, cell.accepted)
+
+
+# -- llama.cpp -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    folder = tmp_path_factory.mktemp("qwen")
+    return trained(save_qwen3_5(folder / "target", linear=True), epochs=14)
+
+
+def own_count(parts: Parts, prompts: list[Prompt], **changes: bool) -> Counters:
+    """redraft's count by replay, of the head as llama.cpp computes it, with changes."""
+    target, head, _ = parts
+    as_served = head.as_served(LLAMACPP.name)
+    config = dataclasses.replace(as_served.config, **changes)
+    draft = dataclasses.replace(as_served, config=config).build(target)
+    found = measure(target, draft, prompts, k=K, max_new_tokens=TOKENS)
+    limits = Limits(K, TOKENS, target.stop_ids)
+    traces = [trace for trace in found.traces if isinstance(trace, StepTrace)]
+    return count_own(traces, found.answers, limits, LLAMACPP.cut)
+
+
+def test_a_head_of_a_recurrent_target_in_llamacpp(
+    qwen: Parts, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Counts are equal while a request is its slot's first: a later one begins with a state of the one before."""
+    target, _, whole = qwen
+    logs, environment = tmp_path_factory.mktemp("logs"), environment_of(LLAMACPP)
+    prompts: list[Prompt] = asked(target)[:8]
+    table = Table(LLAMACPP, environment, logs, prompts, ONE_THREAD)
+    stitched = load_target(str(whole))
+    plain = table.plain(stitched)
+    assert plain == own_plain(target, prompts)
+    words, together = table.ask("mtp", stitched, Speculation("draft-mtp", str(whole), K))
+    assert words == plain
+    assert together.acceptance().tau == pytest.approx(
+        own_count(qwen, prompts).acceptance().tau, rel=0.02
+    )
+    seen = set()
+    for prompt in prompts[:4]:
+        alone = Table(LLAMACPP, environment, logs, [prompt], ONE_THREAD)
+        speculation = Speculation("draft-mtp", str(whole), K)
+        _, counted = alone.ask(f"mtp {prompt.id}", stitched, speculation)
+        own = own_count(qwen, [prompt])
+        assert (counted.drafts, counted.accepted) == (own.drafts, own.accepted)
+        for change in ({"leading_pair": False}, {"before_norm": True}, {"state_first": True}):
+            other = own_count(qwen, [prompt], **change)
+            if (other.drafts, other.accepted) != (own.drafts, own.accepted):
+                seen.add(*change)
+    assert seen == {"leading_pair", "before_norm", "state_first"}
+
+
+def test_verify_stitches_for_llamacpp(
+    qwen: Parts, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target, head, _ = qwen
+    request = Request(
+        tmp_path_factory.mktemp("verify"),
+        k=K,
+        max_new_tokens=48,
+        concurrencies=(1,),
+        repeats=1,
+        engine=LLAMACPP,
+        engine_args=ONE_THREAD,
+    )
+    found = verify(environment_of(LLAMACPP), target, head, asked(target)[:8], request)
+    assert (found.method, found.outputs.holds, found.against_redraft.holds) == (
+        "draft-mtp",
+        True,
+        True,
+    )
+    assert found.tau.tau == pytest.approx(found.expected.tau, rel=0.05)
+    assert not found.causes

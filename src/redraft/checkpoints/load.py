@@ -116,6 +116,11 @@ class StoredDraft:
         config, tensors = self.row.pad_vocabulary(self.config, self.tensors, rows)
         return dataclasses.replace(self, config=config, tensors=tensors)
 
+    def as_served(self, engine: str) -> StoredDraft:
+        """This draft with the function that an engine computes from its files."""
+        change = self.row.as_served.get(engine)
+        return self if change is None else dataclasses.replace(self, config=change(self.config))
+
     def check_servable(self) -> None:
         """Raise UserError for a draft that no engine has a layer for."""
         if self.row.check_servable is not None:

@@ -158,6 +158,8 @@ class DraftKind(Row):
     """A stored tensor's name as the rules have it."""
     judged: Callable[[Config, Tensors], tuple[Config, list[str]]] = lambda raw, _: (raw, [])
     """config.json as the rules are to see it, and what keeps all of them from judging."""
+    as_served: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """The shape as an engine computes it, for engines that compute another function than the usual one."""
     inside: Inside | None = None
     """How checkpoints of targets hold one; None: they hold none."""
     methods: Mapping[str, str] = field(default_factory=dict)

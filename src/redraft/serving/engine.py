@@ -80,7 +80,8 @@ class Engine:
     it in a folder. `command` and `variables` start its server on a port; the path `health` replies with
     HTTP 200 once it is ready. `own_flags` are flags that redraft gives it and the user cannot.
     `greedy` is the body of a completion: prompt, longest answer, stop tokens. `answer` is the token ids
-    in its reply, None where there are none. `counters` is the prefix of their names on the page
+    in its reply, None where there are none. `inside` is whether it takes a draft that belongs into the
+    target's checkpoint from there only. `counters` is the prefix of their names on the page
     `metrics`, and `cut` what it counts of redraft's steps. `causes` are patterns of lines in its log that
     explain its end, the best first.
     """
@@ -99,6 +100,7 @@ class Engine:
     completions: str = "/v1/completions"
     prepare: Callable[[Environment, Serving, Path], Serving] = unchanged
     cut: Cut = whole_steps
+    inside: bool = False
     own_flags: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
 

@@ -13,9 +13,13 @@ HALF_TOLERANCE = 0.03
 token is the draft's most likely; in fp32 the two count the same steps."""
 
 
-def tolerance(dtype: str) -> float:
-    """How far the engine's tau may lie from redraft's own, as a share of it."""
-    return TOLERANCE if dtype == STRICT_DTYPE else HALF_TOLERANCE
+def tolerance(dtype: str, *, inside: bool = False) -> float:
+    """How far the engine's tau may lie from redraft's own, as a share of it.
+
+    `inside` is whether a draft is served from its target's checkpoint by an engine with `Engine.inside`: llama.cpp begins
+    a request with the state that the one before left in its slot.
+    """
+    return TOLERANCE if dtype == STRICT_DTYPE and not inside else HALF_TOLERANCE
 
 
 def judge(found: Verification) -> list[str]:

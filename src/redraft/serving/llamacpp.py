@@ -71,8 +71,9 @@ def prepare(environment: Environment, what: Serving, folder: Path) -> Serving:
     if what.speculation is None:
         return served
     draft = find_folder(what.speculation.draft)
-    converted = convert(source, draft, outtype, folder, target)
-    speculation = dataclasses.replace(what.speculation, draft=str(converted))
+    inside = draft == target  # its own head, in the same file
+    converted = served.target if inside else str(convert(source, draft, outtype, folder, target))
+    speculation = dataclasses.replace(what.speculation, draft=converted)
     return dataclasses.replace(served, speculation=speculation)
 
 
@@ -181,7 +182,8 @@ def command_line(environment: Environment, what: Serving, port: int) -> list[str
     if what.step_tokens is not None:
         command += ["--batch-size", str(what.step_tokens)]
     if what.speculation is not None:
-        command += ["--spec-draft-model", what.speculation.draft]
+        if what.speculation.draft != what.target:
+            command += ["--spec-draft-model", what.speculation.draft]
         command += ["--spec-type", what.speculation.method]
         command += ["--spec-draft-n-max", str(what.speculation.k), "--spec-draft-n-min", "0"]
         command += ["--spec-draft-p-min", "0", "--no-spec-draft-backend-sampling"]
@@ -224,6 +226,7 @@ LLAMACPP = Engine(
     completions="/completion",
     prepare=prepare,
     cut=cut_steps,
+    inside=True,
     own_flags=(
         *("--model", "-m", "--port", "--metrics", "--no-metrics", "--spec-type"),
         *("--spec-draft-model", "--model-draft", "-md", "--spec-draft-n-max"),

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.load import StoredDraft
+from ..checkpoints.own_head import stitch
 from ..config import MeasureConfig
 from ..core.console import say
 from ..core.errors import UserError
@@ -80,7 +81,8 @@ def verify(
     """
     began = time.monotonic()
     method_of(stored, request.engine)
-    draft = stored.build(target)  # refuses a draft that does not fit, before anything is started
+    served = stored.as_served(request.engine.name)
+    draft = served.build(target)  # refuses a draft that does not fit, before anything is started
     prompts = fitting(prompts, target, request)
     plain, drafted = _try_both(environment, target, stored, prompts, request)
     if torch.cuda.is_available():
@@ -99,7 +101,7 @@ def verify(
     found = dataclasses.replace(
         _compared(environment, target, stored, prompts, plain, drafted, own, request),
         recorded=recorded,
-        findings=(*findings, *better_variants(target, stored, answers, request.k)),
+        findings=(*findings, *better_variants(target, served, answers, request.k)),
         seconds=time.monotonic() - began,
     )
     reasons = judge(found)
@@ -169,11 +171,12 @@ def _try_both(
     request: Request,
 ) -> tuple[Trial, Trial]:
     """The engine without the draft, then with it."""
-    engine = request.engine
-    speculation = Speculation(method_of(stored, engine), str(stored.folder), request.k)
-    with_draft = dataclasses.replace(serving_of(target, prompts, request), speculation=speculation)
+    engine, method = request.engine, method_of(stored, request.engine)
     found = []
     with _converted(request) as folder:
+        what, draft = served_folders(serving_of(target, prompts, request), stored, engine, folder)
+        speculation = Speculation(method, draft, request.k)
+        with_draft = dataclasses.replace(what, speculation=speculation)
         with_draft = engine.prepare(environment, with_draft, folder)
         without = dataclasses.replace(with_draft, speculation=None)
         for name, what in (("plain", without), ("draft", with_draft)):
@@ -190,6 +193,24 @@ def _try_both(
                     )
                 )
     return found[0], found[1]
+
+
+def served_folders(
+    what: Serving, stored: StoredDraft, engine: Engine, folder: Path
+) -> tuple[Serving, str]:
+    """What is served, and the draft's folder: for an engine that wants a draft inside its target's checkpoint, a copy of
+    that with the draft, in `folder`.
+    """
+    if not _inside(stored, engine):
+        return what, str(stored.folder)
+    whole = folder / f"{Path(what.target).name}-{stored.hash()}"
+    if not whole.is_dir():
+        stitch(what.target, stored, whole)
+    return dataclasses.replace(what, target=str(whole)), str(whole)
+
+
+def _inside(stored: StoredDraft, engine: Engine) -> bool:
+    return engine.inside and stored.row.inside is not None
 
 
 @contextlib.contextmanager
@@ -247,7 +268,7 @@ def _compared(
         against_redraft=compare(target, prompts, own_answers, plain.answers[1]),
         tau=drafted.counted.acceptance(),
         own=own.acceptance,
-        tolerance=tolerance(dtype),
+        tolerance=tolerance(dtype, inside=_inside(stored, request.engine)),
         speed=speed,
         expected=counted.acceptance(),
         engine_args=request.engine_args,

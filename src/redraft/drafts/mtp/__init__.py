@@ -35,6 +35,7 @@ llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --s
         "before_norm": "a chain starts in the state before the target's final norm",
         "raw_feedback": "a chain goes on in the state before the head's own norm",
         "zero_first": "the first pair's embedding is zeros",
+        "leading_pair": "zeros with the first token are a pair before the others",
         **VARIANTS,
     },
     reads=files.reads,
@@ -48,5 +49,6 @@ llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --s
         from_target=MtpDraft.from_last_layer,
         rename=files.rename_inside,
     ),
-    methods={"vllm": "mtp"},
+    as_served=engines.AS_SERVED,
+    methods={"vllm": "mtp", "llama.cpp": "draft-mtp"},
 )

@@ -3,10 +3,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 from ..kind import Config, Rule, Tensors
 from ..stored.engine_rules import Findings, through_redraft
 from .families import MIMO, NEXTN, QWEN, Family, count_declared, found_in
+from .network import MtpConfig
 
+FUNCTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "sglang": {
+        MIMO.name: {"before_norm": False},
+        NEXTN.name: {"raw_feedback": False, "zero_first": False},
+    },
+    "llama.cpp": {
+        QWEN.name: {"leading_pair": True},
+        NEXTN.name: {"leading_pair": True, "raw_feedback": False, "zero_first": False},
+    },
+}
+"""What an engine computes otherwise than vLLM, by family."""
+
+
+def _as_served(engine: str) -> Callable[[MtpConfig], MtpConfig]:
+    return lambda c: dataclasses.replace(c, **FUNCTIONS[engine].get(c.family, {}))
+
+
+AS_SERVED = {engine: _as_served(engine) for engine in FUNCTIONS}
 VLLM, LLAMACPP = (QWEN, MIMO, NEXTN), (QWEN, NEXTN)
 
 

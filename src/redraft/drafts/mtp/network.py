@@ -11,7 +11,7 @@ families differ (`families.py`). Embedding and output head are always the target
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...models.target import Target
 from ..layers import GatedFFN, RMSNorm
-from ..one_layer import Attend, Attention, LayerShape, OneLayerDraft, shape_of
+from ..one_layer import Attend, Attention, Cache, LayerShape, OneLayerDraft, shape_of
 from .families import QWEN, declared_by
 
 
@@ -34,6 +34,8 @@ class MtpConfig(LayerShape):
     before_norm: bool = False
     raw_feedback: bool = False
     zero_first: bool = False
+    leading_pair: bool = False
+    """The first pair is zeros with the first token, before the usual ones, as llama.cpp has it."""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     """config.json of the checkpoint that it belongs to."""
 
@@ -134,6 +136,24 @@ class MtpDraft(OneLayerDraft):
         kept[[row for row, begin in enumerate(begins) if begin == 0], 0] = 0.0
         return embedded * kept[..., None]
 
+    def rollout(
+        self, tokens_BT: Tensor, features_BTF: Tensor, first: int, steps: int
+    ) -> Iterator[Tensor]:
+        if not self.config.leading_pair:
+            return super().rollout(tokens_BT, features_BTF, first, steps)
+        led = (
+            _led(tokens_BT[:, :1], tokens_BT),
+            _led(torch.zeros_like(features_BTF[:, :1]), features_BTF),
+        )
+        return super().rollout(*led, first + 1, steps)
+
+    def new_cache(self, first_B: Tensor) -> Cache:
+        cache = super().new_cache(first_B)
+        if self.config.leading_pair:
+            state = torch.zeros(len(first_B), 1, self.hidden_size, device=first_B.device)
+            super().extend(cache, first_B[:, None], state.to(self.dtype))
+        return cache
+
     def layer(
         self, embedded: Tensor, state: Tensor, cos_TC: Tensor, sin_TC: Tensor, attend: Attend
     ) -> Tensor:
@@ -172,6 +192,10 @@ class MtpDraft(OneLayerDraft):
         object.__setattr__(self, "head", target.head)
         scale = target.norm_scale if self.config.before_norm else None
         object.__setattr__(self, "target_norm", scale)
+
+
+def _led(first: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat([first, rest], dim=1)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
