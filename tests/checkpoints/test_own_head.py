@@ -256,3 +256,26 @@ def _index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": tensor_files(folder)})
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "state"),
+    [
+        ("Glm4ForCausalLM", {}, None),  # of the same name, and has no head
+        ("Glm4MoeForCausalLM", {"num_nextn_predict_layers": 1}, "missing"),
+        ("DeepseekV3ForCausalLM", {"num_nextn_predict_layers": 0}, None),
+        ("Qwen3NextForCausalLM", {}, "missing"),  # engines assume one
+        ("Ernie4_5_MoeForCausalLM", {"num_nextn_predict_layers": 1}, "unknown"),
+        ("LlamaForCausalLM", {}, None),
+    ],
+)
+def test_who_is_to_have_a_head(
+    architecture: str, keys: dict[str, int], state: str | None, tmp_path: Path
+) -> None:
+    raw = {"architectures": [architecture], "num_hidden_layers": 2, **keys}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    found = inspect_head(str(tmp_path))
+    assert (found.state if found else None) == state
+    if state == "unknown":
+        assert "Ernie4_5_MoeForCausalLM" in str(found and found.problem)

@@ -20,7 +20,7 @@ def inspect(
     base: str | None = None,
     allow_pickle: bool = False,
 ) -> None:
-    """What a draft is, what it computes, and what each engine will do with it. Of a target: its own MTP head.
+    """What a draft is, what it computes, and what each engine will do with it. Of a target (without --target): its own MTP head.
 
     Ends with 2 for a draft that cannot be used, with 3 for a target that lacks the head it declares.
 
@@ -31,7 +31,7 @@ def inspect(
     from ..core.records import to_json
     from ..report.terminal import print_inspection, print_own_head
 
-    own = inspect_head(path, base)
+    own = None if target else inspect_head(path, base)
     if own is not None:
         output.show(to_json(own), lambda: print_own_head(own))
         if own.state != WHOLE:

@@ -97,7 +97,8 @@ class Inside:
     find: Callable[[Config, Collection[str]], tuple[str, list[str]] | None]
     """The family of the draft that is there, and the names of its tensors."""
     declared: Callable[[Config], tuple[str, str, int | None] | None]
-    """The family that config.json declares, the key that counts its layers, and how many (None: it does not say)."""
+    """The family that config.json declares ("": one that is not known), the key that counts its layers, and how many (None: it
+    does not say)."""
     declaring: Callable[[Config, Any], Config]
     """config.json that declares a draft of that shape."""
     from_target: Callable[[Target], Draft]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...core.config_values import architectures_of
@@ -54,7 +54,8 @@ class Family:
     """The embedding of the first pair is zeros."""
     copies: tuple[str, ...] = ()
     """Copies of the target's embedding and head that the file may hold; engines use the target's."""
-    optional: Mapping[str, str] = field(default_factory=dict)
+    assumed: bool = False
+    """Whether engines assume a head where config.json does not count its layers."""
 
 
 QWEN = Family(
@@ -75,6 +76,7 @@ QWEN = Family(
     norm_offset=1.0,
     gated=True,
     rotary_share=0.25,
+    assumed=True,
 )
 MIMO = Family(
     name="mimo",
@@ -150,13 +152,20 @@ def found_in(raw: Config, names: Iterable[str]) -> tuple[Family, str] | None:
 
 
 def declared_by(raw: Config) -> Family | None:
-    """The family that a target of this config.json has its head of, if it is to have one."""
+    """The family that a target of this config.json has its head of, if it is to have one that is known."""
     architecture = (*architectures_of(raw), "")[0]
     for family in FAMILIES:
-        if architecture.startswith(family.served):
+        count = count_declared(raw, family)
+        if architecture.startswith(family.served) and (family.assumed if count is None else count):
             return family
-    text = text_config(raw)
-    return next((f for f in FAMILIES if text.get(f.declared) or raw.get(f.declared)), None)
+    return None
+
+
+def unknown_key(raw: Config) -> str | None:
+    """The key that counts MTP layers in the config.json of a family that is not known."""
+    if declared_by(raw) is not None:
+        return None
+    return next((f.declared for f in FAMILIES if (count_declared(raw, f) or 0) > 0), None)
 
 
 def count_declared(raw: Config, family: Family) -> int | None:

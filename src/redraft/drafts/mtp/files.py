@@ -29,6 +29,7 @@ from .families import (
     has_trunk,
     layers_of,
     text_config,
+    unknown_key,
 )
 from .network import MtpConfig, MtpDraft
 
@@ -183,8 +184,10 @@ def find_inside(raw: Config, names: Collection[str]) -> tuple[str, list[str]] | 
 
 def declared_inside(raw: Config) -> tuple[str, str, int | None] | None:
     """The family that a target's config.json declares, the key, and the count."""
-    family = declared_by(raw)
-    return None if family is None else (family.name, family.declared, count_declared(raw, family))
+    family, key = declared_by(raw), unknown_key(raw)
+    if family is not None:
+        return family.name, family.declared, count_declared(raw, family)
+    return None if key is None else ("", key, text_config(raw).get(key, raw.get(key)))
 
 
 def declare_inside(raw: Config, c: MtpConfig) -> dict[str, Any]:
