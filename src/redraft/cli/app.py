@@ -18,6 +18,7 @@ from . import (
     engine,
     env,
     features,
+    fleet,
     generate,
     job,
     mtp,
@@ -143,6 +144,7 @@ add_command(
 )
 add_command(app, env.env)
 app.add_typer(certify.app, name="certify")
+app.add_typer(fleet.app, name="fleet")
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(recipes.app, name="recipes")
 add_extensions(app)

@@ -76,6 +76,7 @@ FLAGS: dict[str, Flag] = {
     "safety_prompts": Flag(
         "prompts on which the answers with the adapted draft are compared with those without", DATA
     ),
+    "fleet": Flag("YAML file of adapters: NAME: {adapter: FOLDER, prompts: FILE, share: 2}", DATA),
     "selection": Flag("selection file of `redraft select`", DATA),
     "limit": Flag("use only the first N prompts", DATA, low=1),
     "features": Flag(

@@ -6,9 +6,10 @@ know, with a warning. Both make another model, whose figures look like any other
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,25 @@ def _common_prefix(missing: Iterable[str], surplus: Iterable[str]) -> str:
         if end in absent
     }
     return min(fronts, key=len) if fronts else ""
+
+
+@contextlib.contextmanager
+def adapter_on(base: Target, adapter: str) -> Iterator[Target]:
+    """In the block, the base with a PEFT adapter on its own weights; the base must not be used meanwhile.
+
+    Raises UserError for an adapter that does not fit.
+    """
+    model = _with_adapter(base.model, adapter)
+    try:
+        yield Target(
+            model,
+            base.tokenizer,
+            [*base.sources, adapter],
+            base.template,
+            template_args=base.template_args,
+        )
+    finally:
+        model.unload()
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:

@@ -71,7 +71,7 @@ class Target:
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
-        if self.head is not None:
+        if self.head is not None and _contiguous not in self.head._forward_pre_hooks.values():
             self.head.register_forward_pre_hook(_contiguous)
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 30)
         self.context_note = ""

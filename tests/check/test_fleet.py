@@ -1,0 +1,159 @@
+"""A draft on many adapters of one base: each as if it were checked alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from redraft.check.fleet import Member, MemberCheck, advice, check_fleet, read_fleet
+from redraft.checkpoints.load import read_draft
+from redraft.cli.app import app
+from redraft.core.errors import UserError
+from redraft.metrics.measure import measure
+from redraft.models.loading import adapter_on, load_target
+from redraft.prompts.prompts import read_prompts
+from tests.conftest import SHAPE, make_tokenizer, save_target, write_prompts
+
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def fleet(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fleet.yaml with two adapters, one of which changes nothing."""
+    folder = tmp_path_factory.mktemp("fleet")
+    for name, scale in (("loud", 0.4), ("still", 0.0)):
+        torch.manual_seed(len(name))
+        model = AutoModelForCausalLM.from_pretrained(target_folder)
+        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        for parameter in (p for n, p in tuned.named_parameters() if "lora_B" in n):
+            torch.nn.init.normal_(parameter, std=scale) if scale else torch.nn.init.zeros_(
+                parameter
+            )
+        tuned.save_pretrained(folder / name)
+        write_prompts(folder / f"{name}.jsonl", 12)
+    rows = {
+        "still": {"adapter": "still", "prompts": "still.jsonl"},
+        "loud": {"adapter": "loud", "prompts": "loud.jsonl", "share": 3},
+    }
+    (folder / "fleet.yaml").write_text(yaml.safe_dump(rows))
+    return folder
+
+
+def test_each_adapter_is_measured_as_alone(
+    fleet: Path, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    base, draft = load_target(str(target_folder)), read_draft(str(draft_folder))
+    members = read_fleet(fleet / "fleet.yaml")
+    found = check_fleet(base, draft, members, tmp_path, k=3, most=8)
+    assert [row.name for row in found.members] == ["loud", "still"]
+    for row in found.members:
+        alone = load_target(str(target_folder), adapter=str(fleet / row.name))
+        prompts = read_prompts(str(fleet / f"{row.name}.jsonl"), alone, 8).prompts
+        expected = measure(alone, draft.build(alone), prompts, k=3)
+        assert row.tau[0] == pytest.approx(expected.acceptance.tau, abs=1e-12)
+        assert row.prompts == 8
+    loud, still = found.members
+    assert still.retention[0] == pytest.approx(1.0)
+    assert (still.lost, still.changed) == (0.0, False)
+    assert loud.lost == pytest.approx(1000 / loud.tau[0] - 1000 / loud.on_base[0])
+    assert loud.of_fleet == pytest.approx(0.75 * loud.lost)
+    assert loud.lost > 0
+
+
+def test_the_base_is_left_as_it_was(fleet: Path, target_folder: Path) -> None:
+    base = load_target(str(target_folder))
+    tokens = torch.arange(5, 25)[None]
+    before = base.read(tokens, ()).logits_BTV
+    with adapter_on(base, str(fleet / "loud")) as tuned:
+        assert not torch.equal(tuned.read(tokens, ()).logits_BTV, before)
+        assert tuned.fingerprint() != base.fingerprint()
+    assert torch.equal(base.read(tokens, ()).logits_BTV, before)
+    assert len(base.head._forward_pre_hooks) == 1
+
+
+def command(fleet: Path, target: Path, draft: Path, out: Path, *more: str) -> Any:
+    words = ["--target", str(target), "--draft", str(draft), "--fleet", str(fleet / "fleet.yaml")]
+    sizes = ["--max-new-tokens", str(TOKENS), "--most", "6", "--out", str(out)]
+    return CliRunner().invoke(app, ["fleet", "check", *words, *sizes, *more])
+
+
+def test_the_command_goes_on_where_it_stopped(
+    fleet: Path, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    first = command(fleet, target_folder, draft_folder, tmp_path / "out", "--json")
+    assert first.exit_code == 0, first.output
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.jsonl")}
+    assert len(kept) == 4
+    (tmp_path / "out" / "still" / "answers.jsonl").unlink()
+    again = command(fleet, target_folder, draft_folder, tmp_path / "out", "--json")
+    assert json.loads(again.stdout)["members"] == json.loads(first.stdout)["members"]
+    changed = [path for path, time in kept.items() if path.stat().st_mtime_ns != time]
+    assert changed == [tmp_path / "out" / "still" / "answers.jsonl"]
+    table = command(fleet, target_folder, draft_folder, tmp_path / "out")
+    assert "leaves out 1" in table.stdout
+    assert table.stdout.index("loud") < table.stdout.index("still")
+
+
+def row(value: float, low: float, high: float, lost: float) -> MemberCheck:
+    changed = not low <= 1 <= high
+    return MemberCheck("a", 8, (2, 1, 3), (2, 1, 3), (value, low, high), lost, lost, changed)
+
+
+def test_advice_follows_the_interval() -> None:
+    assert advice(row(0.8, 0.7, 0.9, 50.0)) == "adapt"
+    assert advice(row(0.9, 0.8, 1.1, 20.0)) == "keep"  # no loss that can be seen
+    assert advice(row(1.2, 1.1, 1.3, -20.0)) == "keep"  # better than on the base
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no adapters": ({}, "names no adapters"),
+    "other keys": ({"a": {"adapter": "loud", "prompt": "x"}}, "a: expected adapter, prompts"),
+    "no prompts": ({"a": {"adapter": "loud"}}, "a: prompts is missing"),
+    "no folder": (
+        {"a": {"adapter": "none", "prompts": "loud.jsonl"}},
+        "adapter a: .*none is no folder",
+    ),
+    "share": (
+        {"a": {"adapter": "loud", "prompts": "loud.jsonl", "share": -1}},
+        "expected a finite number above 0 as share",
+    ),
+    "twice": (
+        {n: {"adapter": "loud", "prompts": "loud.jsonl"} for n in "ab"},
+        "a and b are the same adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_fleet_that_cannot_be_checked_is_a_sentence(fleet: Path, name: str) -> None:
+    content, says = BAD[name]
+    path = fleet / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=says):
+        read_fleet(path)
+
+
+def test_an_adapter_of_another_base_is_named(
+    fleet: Path, draft_folder: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    wide = LlamaConfig(vocab_size=len(make_tokenizer()), **{**SHAPE, "hidden_size": 64})
+    other = save_target(tmp_path / "other", wide)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "x"
+    )
+    base, draft = load_target(str(target_folder)), read_draft(str(draft_folder))
+    prompts = str(fleet / "loud.jsonl")
+    with pytest.raises(UserError, match="/x does not fit this target"):
+        check_fleet(base, draft, [Member("x", str(tmp_path / "x"), prompts)], tmp_path / "out", k=3)
+    few = Member("y", str(fleet / "loud"), str(write_prompts(tmp_path / "p.jsonl", 2)))
+    with pytest.raises(UserError, match="adapter y: 2 prompts"):
+        check_fleet(base, draft, [few], tmp_path / "out", k=3)
