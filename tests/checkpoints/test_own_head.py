@@ -137,10 +137,10 @@ BROKEN: dict[str, tuple[Change, dict[str, Any], str]] = {
     ),
     "two declared": (lambda t: t, {"mtp_num_hidden_layers": 2}, "declares 2 MTP layers"),
     "none declared": (lambda t: t, {"mtp_num_hidden_layers": None}, "does not declare it"),
-    "routed experts": (
-        lambda t: {**t, "mtp.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(1)},
+    "a surplus tensor": (
+        lambda t: {**t, "mtp.other.weight": torch.zeros(1)},
         {},
-        "an MTP head with routed experts",
+        "unknown mtp.other.weight",
     ),
 }
 
@@ -162,6 +162,25 @@ def test_what_is_wrong_with_a_head_is_named(qwen: Any, name: str) -> None:
             take_head(str(whole))
     else:  # engines would not find it, but it can be stitched in again
         assert take_head(str(whole)).hash() == head.hash()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("mtp.layers.0.mlp.experts.0.up_proj.weight", "routed experts"),
+        ("mtp.layers.0.self_attn.kv_a_proj_with_mqa.weight", "multi-head latent attention"),
+    ],
+)
+def test_a_head_that_is_not_computed_is_no_broken_one(qwen: Any, name: str, what: str) -> None:
+    _, _, whole = qwen
+    save_file({**load_file(whole / HEAD), name: torch.zeros(1)}, whole / HEAD)
+    _index(whole)
+    found = inspect_head(str(whole))
+    assert found is not None
+    assert (found.state, found.hash) == ("there, not read", None)
+    assert f"with {what} ({name})" in str(found.problem)
+    with pytest.raises(UserError, match="has no MTP head to take .*neither checked"):
+        take_head(str(whole))
 
 
 def test_an_index_that_leaves_the_head_out(qwen: Any) -> None:

@@ -33,15 +33,16 @@ from .load import stored as stored_draft
 
 INDEX = f"{WEIGHTS}.index.json"
 HEAD_FILE = "model-mtp.safetensors"
-WHOLE, MISSING, BROKEN, UNKNOWN = "whole", "missing", "broken", "unknown"
+WHOLE, MISSING, BROKEN = "whole", "missing", "broken"
+UNKNOWN, UNREAD = "unknown", "there, not read"
 
 
 @dataclass(frozen=True)
 class OwnHead:
     """What a checkpoint says of its own head, and what is there.
 
-    `state` is `whole`, `missing` (declared, and no tensors), `broken` (`problem` says how) or `unknown` (declared by a family whose
-    names redraft does not know). `same_as_base` is whether
+    `state` is `whole`, `missing` (declared, and no tensors), `broken` (`problem` says how), `unknown` (declared by a family whose
+    names redraft does not know) or `there, not read` (of a function that redraft does not compute). `same_as_base` is whether
     its tensors are the base's to the last bit; None without a base, or where one of them has no whole head.
     `trunk_changed` is whether the rest is another model than the base.
     """
@@ -81,18 +82,23 @@ def inspect_head(source: str, base: str | None = None) -> OwnHead | None:
     names = found[1] if found else []
     family = found[0] if found else declared[0] if declared else ""
     stored: StoredDraft | None = None
-    problem = None
+    problem = unread = None
     if not family:
         problem = f"config.json declares MTP layers of {architectures_of(raw)[:1]}, whose names redraft does not know"
     elif not found:
         problem = f"no tensors of a head of family {family}, which config.json declares"
+    elif unread := inside.not_computed(raw, names):
+        problem = unread
     else:
         try:
             stored = _taken(folder, row, raw, read_some(folder, {n: files[n] for n in names}))
             _check_found(folder, raw, stored, files, names, declared)
         except UserError as refusal:
             problem = str(refusal)
-    state = WHOLE if problem is None else BROKEN if found else MISSING if family else UNKNOWN
+    if found:
+        state = WHOLE if problem is None else UNREAD if unread else BROKEN
+    else:
+        state = MISSING if family else UNKNOWN
     sizes = _sizes(folder, files, names)
     theirs = inspect_head(base) if base else None
     both = theirs is not None and theirs.hash is not None and stored is not None

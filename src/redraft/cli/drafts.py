@@ -27,14 +27,14 @@ def inspect(
     Example: redraft inspect org/EAGLE3-base
     """
     from ..checkpoints.inspect import inspect_draft
-    from ..checkpoints.own_head import WHOLE, inspect_head
+    from ..checkpoints.own_head import BROKEN, MISSING, inspect_head
     from ..core.records import to_json
     from ..report.terminal import print_inspection, print_own_head
 
     own = None if target else inspect_head(path, base)
     if own is not None:
         output.show(to_json(own), lambda: print_own_head(own))
-        if own.state != WHOLE:
+        if own.state in (MISSING, BROKEN):
             raise typer.Exit(3)
         return
     loaded = TargetFlags(target).load() if target else None

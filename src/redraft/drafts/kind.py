@@ -99,6 +99,8 @@ class Inside:
     declared: Callable[[Config], tuple[str, str, int | None] | None]
     """The family that config.json declares ("": one that is not known), the key that counts its layers, and how many (None: it
     does not say)."""
+    not_computed: Callable[[Config, Collection[str]], str | None]
+    """Why redraft does not compute a draft with these tensors; None where it does."""
     declaring: Callable[[Config, Any], Config]
     """config.json that declares a draft of that shape."""
     from_target: Callable[[Target], Draft]

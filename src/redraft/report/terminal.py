@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..checkpoints.inspect import UNCHANGED, Inspection, engines
-from ..checkpoints.own_head import OwnHead
+from ..checkpoints.own_head import BROKEN, MISSING, OwnHead
 from ..core.records import (
     Acceptance,
     Lossless,
@@ -235,7 +235,7 @@ def print_own_head(found: OwnHead, out: Console | None = None) -> None:
     count = "does not count its layers" if found.declared is None else f"{found.declared}"
     _show(out, f"  declared    {found.declared_by or 'not in config.json'}: {count}")
     _show(out, f"  there       {found.tensors} tensors, {found.parameters:,} parameters")
-    style = "green" if found.state == "whole" and not found.stale else "red"
+    style = "red" if found.state in (MISSING, BROKEN) or found.stale else "green"
     _show(out, f"  MTP head    {found.state}", style=style)
     if found.problem:
         _show(out, f"              {found.problem}")
@@ -247,7 +247,7 @@ def print_own_head(found: OwnHead, out: Console | None = None) -> None:
             out,
             "              the rest of the model was tuned: measure it, and adapt it (redraft mtp)",
         )
-    elif found.state == "missing":
+    elif found.state == MISSING:
         _show(
             out,
             "              graft and adapt the base's: redraft mtp --target THIS --base BASE --prompts FILE --out RUN",

@@ -45,6 +45,7 @@ llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --s
     inside=Inside(
         find=files.find_inside,
         declared=files.declared_inside,
+        not_computed=files.not_computed,
         declaring=files.declare_inside,
         from_target=MtpDraft.from_last_layer,
         rename=files.rename_inside,

@@ -38,6 +38,7 @@ WIDTH = "intermediate_size"
 SHARE = "partial_rotary_factor"
 MORE = re.compile(r"(?:^|\.)mtp(?:_layers|\.layers)\.[1-9]\d*\.")
 """In the names of a second MTP layer."""
+MLA = re.compile(r"\.kv_[ab]_(?:proj|layernorm)")
 MOE = re.compile(r"\.experts\.|\.gate\.weight$|e_score_correction_bias|shared_expert")
 
 
@@ -59,11 +60,8 @@ def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[st
     if beyond:
         raise UserError(f"{where}: expected one MTP layer, found a second ({beyond})")
     mine = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
-    experts = sorted(name for name in mine if MOE.search(name))
-    if experts:
-        raise UserError(
-            f"{where}: an MTP head with routed experts ({prefix}{experts[0]}) is inspected, not run or adapted, by redraft"
-        )
+    if reason := not_computed(raw, [prefix + name for name in mine]):
+        raise UserError(f"{where}: {reason}")
     tensors = {_named(family, name): t for name, t in mine.items() if name not in family.copies}
     layer = {n.removeprefix(LAYER): t for n, t in tensors.items() if n.startswith(LAYER)}
     config = _shape(raw, family, layer, where)
@@ -74,6 +72,15 @@ def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[st
     )
     check_rotary(config, where)
     return config, tensors
+
+
+def not_computed(raw: Config, names: Collection[str]) -> str | None:
+    """Why redraft does not compute a head with these tensors; None where it does."""
+    for pattern, what in ((MOE, "routed experts"), (MLA, "multi-head latent attention")):
+        name = next((name for name in sorted(names) if pattern.search(name)), None)
+        if name is not None:
+            return f"an MTP head with {what} ({name}) is seen, but neither checked, run nor adapted by redraft"
+    return None
 
 
 def _shape(raw: Config, family: Family, layer: Tensors, where: Path) -> MtpConfig:
@@ -117,7 +124,7 @@ def _stored(family: Family, prefix: str, name: str) -> str:
     """The name in a file of a tensor that redraft calls `name`."""
     if name.startswith(LAYER):
         return prefix + family.layer + name.removeprefix(LAYER)
-    return prefix + next(stored for stored, own in family.names.items() if own == name)
+    return prefix + next((stored for stored, own in family.names.items() if own == name), name)
 
 
 def as_stored(c: MtpConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
