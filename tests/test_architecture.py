@@ -187,7 +187,7 @@ def test_public_names_resolve() -> None:
         assert callable(getattr(redraft, name))
 
 
-KINDS = re.compile(r"\b(eagle3?|token_lm)\b|Eagle3?[A-Z]|TokenLM")
+KINDS = re.compile(r"\b(eagle3?|token_lm)\b|[\"']mtp[\"']|Eagle3?[A-Z]|TokenLM|Mtp[A-Z]")
 NOT_A_KIND = {
     "models/loading.py": "names of tensors in a target's file",
     "features/specforge.py": "the path of a file in SpecForge",
@@ -208,4 +208,4 @@ def test_what_kinds_share_names_none_of_them() -> None:
     for path in [*shared, ROOT / "drafts" / "stored" / "rows.py"]:
         tree = ast.parse(path.read_text())
         texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
-        assert not texts & {"eagle", "eagle3", "token_lm"}, path
+        assert not texts & {"eagle", "eagle3", "mtp", "token_lm"}, path

@@ -25,6 +25,7 @@ import torch
 from redraft.checkpoints.load import read_draft
 from redraft.checkpoints.own_head import inspect_head, new_head, stitch
 from redraft.config import TrainConfig, key_of, resolve
+from redraft.core.files import remove
 from redraft.core.records import to_json
 from redraft.core.report_record import AdaptReport
 from redraft.features.store import FeatureStore
@@ -174,6 +175,7 @@ def _train_head(suite: Path, out: Path) -> None:
 
 
 def _stitch(out: Path) -> None:
+    remove(out / "base")
     stitch(str(out / "trunk"), read_draft(str(out / "head")), out / "base")
 
 

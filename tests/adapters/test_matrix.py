@@ -50,12 +50,22 @@ METHODS = (
 )
 """Every adapter that trains, the toy included, and combinations."""
 LAYER_OF = {
+    "mtp": ("layers.0",),
     "eagle": ("layers.0",),
     "eagle3": ("midlayer",),
     "token_lm": ("model.layers.0", "model.layers.1"),
 }
 NORMS_OF = {
     "eagle": ("layers.0.post_attention_layernorm",),
+    "mtp": (
+        "embedding_norm",
+        "hidden_norm",
+        "layers.0.input_layernorm",
+        "layers.0.post_attention_layernorm",
+        "layers.0.self_attn.q_norm",
+        "layers.0.self_attn.k_norm",
+        "norm",
+    ),
     "eagle3": (
         "midlayer.input_layernorm",
         "midlayer.hidden_norm",
@@ -70,7 +80,10 @@ NORMS_OF = {
         "model.norm",
     ),
 }
-LACKS = {"eagle": {"head", "head-lora"}, "eagle3": set(), "token_lm": {"fc"}}
+WITHOUT_HEAD = ("eagle", "mtp")
+LACKS = {"eagle3": set(), "token_lm": {"fc"}} | {
+    kind: {"head", "head-lora"} for kind in WITHOUT_HEAD
+}
 """What a kind has not; its module names are above."""
 
 
@@ -98,8 +111,8 @@ def outputs(draft: Draft, dtype: torch.dtype) -> list[Tensor]:
     draft = draft.to(dtype)
     with torch.no_grad():
         states = list(draft.rollout(tokens, features, 1, 4))
-        # The head of an eagle draft is the target's, in the target's dtype.
-        return states if draft.kind == "eagle" else [draft.logits(s) for s in states]
+        # The head of these drafts is the target's, in the target's dtype.
+        return states if draft.kind in WITHOUT_HEAD else [draft.logits(s) for s in states]
 
 
 def apart(one: Draft, other: Draft, dtype: torch.dtype = torch.float64, steps: int = 4) -> float:
@@ -173,6 +186,7 @@ def test_ownership_is_declared_for_every_tensor(target: Target, kind: str, metho
     draft = attached(target, kind, method)
     every = set(fresh_draft(target, kind=kind).state_dict())
     attention = {f"{at}.self_attn.{p}_proj.weight" for at in LAYER_OF[kind] for p in "qkvo"}
+    attention |= {f"{name}.weight" for name in NORMS_OF[kind] if "self_attn" in name}
     ffn = {f"{at}.mlp.{p}_proj" for at in LAYER_OF[kind] for p in ("gate", "up", "down")}
     in_place = {
         "fc": {"fc.weight"},

@@ -79,6 +79,20 @@ def test_the_base_is_left_as_it_was(fleet: Path, target_folder: Path) -> None:
     assert len(base.head._forward_pre_hooks) == 1
 
 
+def test_an_adapter_that_replaces_parts_of_the_base_is_refused(
+    target_folder: Path, tmp_path: Path
+) -> None:
+    """PEFT would leave the adapter's copy in the base."""
+    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    how = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(model, how).save_pretrained(tmp_path)
+    base = load_target(str(target_folder))
+    with pytest.raises(UserError, match=r"changes parts of the base itself \(modules_to_save\)"):
+        with adapter_on(base, str(tmp_path)):
+            pass
+    assert type(base.model).__name__ == "LlamaForCausalLM"
+
+
 def command(fleet: Path, target: Path, draft: Path, out: Path, *more: str) -> Any:
     words = ["--target", str(target), "--draft", str(draft), "--fleet", str(fleet / "fleet.yaml")]
     sizes = ["--max-new-tokens", str(TOKENS), "--most", "6", "--out", str(out)]
@@ -124,6 +138,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "share": (
         {"a": {"adapter": "loud", "prompts": "loud.jsonl", "share": -1}},
         "expected a finite number above 0 as share",
+    ),
+    "outside": (
+        {"../x": {"adapter": "loud", "prompts": "loud.jsonl"}},
+        "a name of letters, digits",
     ),
     "twice": (
         {n: {"adapter": "loud", "prompts": "loud.jsonl"} for n in "ab"},

@@ -69,7 +69,12 @@ def test_one_eagle_draft_becomes_two_folders(target: Target, tmp_path: Path) -> 
         ("eagle", {"fc_bias": True}, "vllm-eagle", "vLLM would drop it without a word"),
         ("eagle", {}, "eagle3", "can be exported as vllm-eagle, sglang-eagle"),
         ("eagle3", {}, "vllm-eagle", "can be exported as eagle3, speculators"),
-        ("eagle3", {}, "gguf", "unknown export format 'gguf'; known: eagle3, hf, sglang-eagle"),
+        (
+            "eagle3",
+            {},
+            "gguf",
+            "unknown export format 'gguf'; known: eagle3, hf, mtp, sglang-eagle",
+        ),
     ],
 )
 def test_a_format_that_does_not_fit_is_refused_before_anything_is_written(

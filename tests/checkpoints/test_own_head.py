@@ -125,7 +125,7 @@ BROKEN: dict[str, tuple[Change, dict[str, Any], str]] = {
         {},
         r"mtp.fc.weight should be \[128, 256\] according to config.json, found \[32, 64\]",
     ),
-    "quantised": (
+    "quantised without scales": (
         lambda t: {**t, "mtp.fc.weight": torch.zeros(128, 256, dtype=torch.int8)},
         {},
         "mtp.fc.weight is stored as torch.int8.*quantised",
@@ -169,6 +169,7 @@ def test_what_is_wrong_with_a_head_is_named(qwen: Any, name: str) -> None:
     [
         ("mtp.layers.0.mlp.experts.0.up_proj.weight", "routed experts"),
         ("mtp.layers.0.self_attn.kv_a_proj_with_mqa.weight", "multi-head latent attention"),
+        ("mtp.layers.0.mlp.up_proj.weight_scale_inv", "quantised weights"),
     ],
 )
 def test_a_head_that_is_not_computed_is_no_broken_one(qwen: Any, name: str, what: str) -> None:
@@ -298,3 +299,70 @@ def test_who_is_to_have_a_head(
     assert (found.state if found else None) == state
     if state == "unknown":
         assert "Ernie4_5_MoeForCausalLM" in str(found and found.problem)
+
+
+def test_a_head_of_another_family_or_a_quantised_target_is_refused_before_anything_is_written(
+    qwen: Any, target_folder: Path, tmp_path: Path
+) -> None:
+    folder, head, _ = qwen
+    with pytest.raises(UserError, match="family qwen3_5 is no part of .'LlamaForCausalLM'."):
+        stitch(str(target_folder), head, tmp_path / "new")
+    _set(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UserError, match="the target is quantised"):
+        stitch(str(folder), head, tmp_path / "new")
+    assert not any(path.name.startswith((".new", "new")) for path in tmp_path.iterdir())
+
+
+def test_a_stitch_that_was_stopped_is_done_again(
+    qwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder appears whole or not at all; other files are copies, and subfolders come along."""
+    folder, head, _ = qwen
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr("redraft.checkpoints.own_head.inspect_head", lambda _: None)
+        with pytest.raises(UserError, match="reads back as None"):
+            stitch(str(folder), head, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    stitch(str(folder), head, tmp_path / "new")
+    assert (tmp_path / "new" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
+    name = "tokenizer.json"
+    assert (tmp_path / "new" / name).stat().st_ino != (folder / name).stat().st_ino
+    assert not (tmp_path / ".new.part").exists()
+
+
+@pytest.mark.parametrize("inner", ["model.", "model.language_model."])
+def test_a_head_of_layer_n(inner: str, target_folder: Path, tmp_path: Path) -> None:
+    """Of GLM's layout, dense; below `language_model` where the other layers are. A second layer is seen."""
+    target = load_target(str(target_folder))
+    raw = {**target.model.config.to_dict(), "architectures": ["Glm4MoeForCausalLM"]}
+    raw["num_nextn_predict_layers"] = 1
+    names = {n.replace("model.", inner, 1): t for n, t in read_tensors(target_folder).items()}
+    folder = tmp_path / "glm"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw, default=str))
+    save_file(names, folder / "model.safetensors", {"format": "pt"})
+    fields = {"norm_offset": 0.0, "output_gate": False, "rotary_share": 1.0, "head_norms": False}
+    draft = fresh_draft(target, kind="mtp", width=48, family="nextn", **fields)
+    head = stored(draft, target)
+    stitch(str(folder), head, tmp_path / "whole")
+    assert f"{inner}layers.8.eh_proj.weight" in tensor_files(tmp_path / "whole")
+    found = inspect_head(str(tmp_path / "whole"))
+    assert found is not None
+    assert (found.state, found.family) == ("whole", "nextn")
+    more = {f"{inner}layers.9.enorm.weight": torch.zeros(1)}
+    path = tmp_path / "whole" / HEAD
+    save_file({**load_file(path), **more}, path)
+    _index(tmp_path / "whole")
+    found = inspect_head(str(tmp_path / "whole"))
+    assert found is not None
+    assert "found a second" in str(found.problem)
+
+
+def test_names_alike_in_an_unknown_architecture_are_no_head(qwen: Any) -> None:
+    _, _, whole = qwen
+    _set(whole / "config.json", architectures=["Exaone4_5ForCausalLM"])
+    found = inspect_head(str(whole))
+    assert found is not None
+    assert (found.state, found.tensors) == ("unknown", 0)

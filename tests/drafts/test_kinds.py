@@ -186,10 +186,12 @@ def test_a_layout_with_half_a_way_in_or_out_is_refused(part: str) -> None:
 def test_unknown_names_list_the_rows_that_exist() -> None:
     with pytest.raises(UserError, match="did you mean 'eagle3'.*known: eagle, .*recurrent"):
         kind_named("eagel3")
-    with pytest.raises(UserError, match="known: eagle3, hf, recurrent, sglang-eagle, specul"):
+    with pytest.raises(UserError, match="known: eagle3, hf, mtp, recurrent, sglang-eagle, specul"):
         format_named("gguf")
     read_format("recurrent")
-    with pytest.raises(ValueError, match="unknown export format 'gguf'; known: eagle3, hf, rec"):
+    with pytest.raises(
+        ValueError, match="unknown export format 'gguf'; known: eagle3, hf, mtp, rec"
+    ):
         read_format("gguf")
 
 

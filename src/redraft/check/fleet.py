@@ -9,6 +9,7 @@ it stopped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from .evidence import ANSWERING, Interval
 
 LEAST = 4
 """Prompts of an adapter below which nothing is said of it."""
+NAME = re.compile(r"\w[\w.-]*")
 PER = 1000
 """Tokens that passes of the target are counted for."""
 
@@ -79,7 +81,7 @@ def read_fleet(path: Path) -> list[Member]:
 
     Raises UserError for anything else, and for two members with the same weights.
     """
-    members = []
+    members: list[Member] = []
     for name, row in read_yaml(path).items():
         where = f"{path}, {name}"
         if not isinstance(row, dict) or not set(row) <= {"adapter", "prompts", "share"}:
@@ -90,6 +92,10 @@ def read_fleet(path: Path) -> list[Member]:
         if missing:
             raise UserError(f"{where}: {missing[0]} is missing, a path")
         adapter, prompts = (str(path.parent / values.text(k, "")) for k in ("adapter", "prompts"))
+        if not NAME.fullmatch(str(name)) or str(name) in {one.name for one in members}:
+            raise UserError(
+                f"{where}: a name of letters, digits, dots, dashes and underscores is expected, each once"
+            )
         members.append(Member(str(name), adapter, prompts, share))
     if not members:
         raise UserError(f"{path} names no adapters")
@@ -102,10 +108,13 @@ def _check_different(members: Sequence[Member]) -> None:
     for member in members:
         if not Path(member.adapter).is_dir():
             raise UserError(f"adapter {member.name}: {member.adapter} is no folder")
-        first = seen.setdefault(weights_hash(member.adapter), member.name)
+        settings = Path(member.adapter) / "adapter_config.json"
+        scaled = settings.read_text(encoding="utf-8") if settings.is_file() else ""
+        key = f"{weights_hash(member.adapter)} {scaled} {member.prompts}"
+        first = seen.setdefault(key, member.name)
         if first != member.name:
             raise UserError(
-                f"{first} and {member.name} are the same adapter, with the same weights; leave one out"
+                f"{first} and {member.name} are the same adapter, with the same prompts; leave one out"
             )
 
 

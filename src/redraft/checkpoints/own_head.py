@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..core.config_values import architectures_of
 from ..core.errors import UserError
-from ..core.files import write_tensors, write_text, writing
+from ..core.files import move, remove, write_tensors, write_text, writing
 from ..core.folders import (
     WEIGHTS,
     find_folder,
@@ -33,6 +35,8 @@ from .load import stored as stored_draft
 
 INDEX = f"{WEIGHTS}.index.json"
 HEAD_FILE = "model-mtp.safetensors"
+TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+"""The weight files of a target that had one."""
 WHOLE, MISSING, BROKEN = "whole", "missing", "broken"
 UNKNOWN, UNREAD = "unknown", "there, not read"
 
@@ -74,9 +78,15 @@ def inspect_head(source: str, base: str | None = None) -> OwnHead | None:
     raw = read_json(folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         return None
-    files = tensor_files(folder)
     row, inside = _row()
-    found, declared = inside.find(raw, files), inside.declared(raw)
+    declared = inside.declared(raw)
+    try:
+        files = tensor_files(folder)
+    except UserError:
+        if declared is None:
+            return None  # a draft, whose reader says what is wrong
+        raise
+    found = inside.find(raw, files)
     if (found is None and declared is None) or not _is_target(raw, files, inside):
         return None
     names = found[1] if found else []
@@ -126,8 +136,8 @@ def take_head(source: str) -> StoredDraft:
     if found is None or found.hash is None:
         why = "it declares none, and holds none" if found is None else found.problem
         raise UserError(
-            f"{source} has no MTP head to take ({why}); name the model that the target was fine-tuned from, as published "
-            "(--base)"
+            f"{source} has no MTP head to take ({why}); a head is taken from the model as it was published (--base), or a new one "
+            "trained (--from-layer)"
         )
     row, inside = _row()
     raw, files = read_json(folder / "config.json"), tensor_files(folder)
@@ -146,61 +156,83 @@ def new_head(target: Target) -> StoredDraft:
     return stored_draft(draft.to(target.dtype), target)
 
 
-def stitch(target: str, draft: StoredDraft, out: Path) -> dict[str, Any]:
-    """Write `target` again with `draft` as its head, into the new folder `out`; the rest is linked, not copied, where the disk
-    allows it. Returns what was written. Raises UserError, before anything is, for a head that the target cannot hold.
-    """
-    folder = find_folder(target)
-    raw, files = read_json(folder / "config.json"), tensor_files(folder)
+def check_stitch(target: str, draft: StoredDraft) -> None:
+    """Raise UserError for a head that the target cannot hold, or that engines would not serve from there."""
+    _fitting(find_folder(target), draft)
+
+
+def _fitting(folder: Path, draft: StoredDraft) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the head's tensors as they are to be written next to the target's."""
     inside = draft.row.inside
     if inside is None:
         raise UserError(
             f"a draft of kind {draft.kind} is no part of a target's checkpoint; only MTP heads are stitched in"
         )
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not an empty folder; name a new one")
-    config = inside.declaring(raw, draft.config)
-    tensors = inside.rename(raw, draft.config, draft.tensors)
+    raw, files = read_json(folder / "config.json"), tensor_files(folder)
+    config = dict(inside.declaring(raw, draft.config))
+    tensors = inside.rename(raw, draft.config, draft.tensors, files)
     parse = draft.row.layouts[0].parse
     assert parse is not None
-    parse(config, tensors, out)  # the shapes that engines will make of this config.json
-    _, stale = inside.find(raw, files) or ("", [])
+    parse(config, tensors, folder)  # the shapes that engines will make of this config.json
+    return config, tensors
+
+
+def stitch(target: str, draft: StoredDraft, out: Path) -> dict[str, Any]:
+    """Write `target` again with `draft` as its head, into the new folder `out`; its weights are linked, not copied, where the
+    disk allows it. Returns what was written. The folder appears whole or not at all.
+
+    Raises UserError, before anything is written, for a head that the target cannot hold.
+    """
+    folder = find_folder(target)
+    config, tensors = _fitting(folder, draft)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; name a new one")
+    part = out.with_name(f".{out.name}.part")
+    remove(part)  # of an earlier try
+    part.mkdir(parents=True)
+    told = _write(folder, config, tensors, part)
+    found = inspect_head(str(part))
+    if found is None or (found.state, found.hash) != (WHOLE, draft.hash()):
+        raise UserError(f"{part}: the head reads back as {found}, expected hash {draft.hash()}")
+    if out.is_dir():
+        out.rmdir()
+    move(part, out)
+    return {"out": str(out), "head": draft.hash(), **told}
+
+
+def _write(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], out: Path
+) -> dict[str, Any]:
+    """The files of a stitched checkpoint in the empty folder `out`, and what was done with them."""
+    _, inside = _row()
+    files = tensor_files(folder)
+    _, stale = inside.find(config, files) or ("", [])
     names = _weight_files(files)
-    out.mkdir(parents=True, exist_ok=True)
-    linked, rewritten = [], []
     weight_map = {name: names[file] for name, file in files.items() if name not in stale}
+    linked, rewritten = [], []
+    for file, new in names.items():
+        kept = {n: f for n, f in files.items() if f == file and n not in stale}
+        if len(kept) == sum(f == file for f in files.values()):
+            _link(folder / file, out / new)
+            linked.append(new)
+        elif kept:
+            write_tensors(out / new, read_some(folder, kept))
+            rewritten.append(new)
     for path in sorted(folder.iterdir()):
-        if path.name in ("config.json", INDEX) or not path.is_file():
-            continue
-        new = out / names.get(path.name, path.name)
-        if any(files[name] == path.name for name in stale):
-            kept = {n: f for n, f in files.items() if f == path.name and n not in stale}
-            if kept:
-                write_tensors(new, read_some(folder, kept))
-                rewritten.append(new.name)
-        else:
-            _link(path, new)
-            linked.append(new.name)
-    head = HEAD_FILE if len(set(files.values())) > 1 else "model-00002-of-00002.safetensors"
+        if path.is_dir() and not path.name.startswith("."):
+            shutil.copytree(path, out / path.name)
+        elif path.is_file() and path.name not in {"config.json", INDEX, *files.values()}:
+            shutil.copyfile(path, out / path.name)
+    head = TWO[1] if TWO[0] in names.values() else HEAD_FILE
+    while (out / head).exists():
+        head = f"{Path(head).stem}-head.safetensors"
     write_tensors(out / head, tensors)
     weight_map |= dict.fromkeys(tensors, head)
     total = sum((out / file).stat().st_size for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    back = take_head(str(out))
-    if back.hash() != draft.hash():
-        raise UserError(
-            f"{out}: the head hashes to {back.hash()}, expected {draft.hash()}; run again"
-        )
-    return {
-        "out": str(out),
-        "head": draft.hash(),
-        "file": head,
-        "replaced": len(stale),
-        "linked": linked,
-        "rewritten": rewritten,
-    }
+    return {"file": head, "replaced": len(stale), "linked": linked, "rewritten": rewritten}
 
 
 def _row() -> tuple[DraftKind, Inside]:
@@ -209,9 +241,10 @@ def _row() -> tuple[DraftKind, Inside]:
 
 
 def _is_target(raw: dict[str, Any], files: dict[str, str], inside: Inside) -> bool:
-    """Whether a folder holds more than a head."""
+    """Whether a folder holds layers beside a head's."""
     found = inside.find(raw, files)
-    return len(files) > (len(found[1]) if found else 0)
+    own = set(found[1]) if found else set()
+    return any(".layers." in f".{name}" for name in files if name not in own)
 
 
 def _taken(
@@ -235,7 +268,7 @@ def _check_found(
     """Raise UserError where engines would not find the head that is there."""
     inside = stored.row.inside
     assert inside is not None
-    usual = sorted(inside.rename(raw, stored.config, stored.tensors))
+    usual = sorted(inside.rename(raw, stored.config, stored.tensors, files))
     strange = sorted(set(usual) - set(names))
     if strange:
         raise UserError(
@@ -301,9 +334,7 @@ def _trunk_differs(folder: Path, base: Path) -> bool:
 def _weight_files(files: dict[str, str]) -> dict[str, str]:
     """New names of the weight files: a single one becomes the first of two, as an index then lists both."""
     names = sorted(set(files.values()))
-    return (
-        {names[0]: "model-00001-of-00002.safetensors"} if len(names) == 1 else {n: n for n in names}
-    )
+    return {names[0]: TWO[0]} if len(names) == 1 else {name: name for name in names}
 
 
 def _link(path: Path, new: Path) -> None:

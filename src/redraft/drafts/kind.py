@@ -105,8 +105,8 @@ class Inside:
     """config.json that declares a draft of that shape."""
     from_target: Callable[[Target], Draft]
     """An untrained one made of the target's own layers."""
-    rename: Callable[[Config, Any, Tensors], dict[str, Tensor]]
-    """A draft's tensors by the names that they have in this checkpoint."""
+    rename: Callable[[Config, Any, Tensors, Collection[str]], dict[str, Tensor]]
+    """A draft's tensors by the names that they have in a checkpoint of these names."""
 
 
 def _no_readings(config: Any, tensors: Tensors, target: Target) -> Iterator[tuple[str, Named]]:

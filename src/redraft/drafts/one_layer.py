@@ -1,4 +1,4 @@
-"""Drafts of one decoder layer: what `eagle` and `eagle3` have in common.
+"""Drafts of one decoder layer: what kinds of them have in common.
 
 A chain's state enters the layer together with the embedding of the next token, and what leaves it
 is the chain's next state. A kind says how the target's features become the first state, what the

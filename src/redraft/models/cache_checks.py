@@ -9,9 +9,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from ..core.errors import UserError
-from .kv_cache import RowCache, Rows, is_recurrent, new_cache
+from .kv_cache import RowCache, Rows, is_recurrent, keep_rows, new_cache
 from .target import Target
 
 UNSTEADY = 0.2
@@ -19,19 +20,28 @@ UNSTEADY = 0.2
 
 
 def check_reads_on(target: Target) -> None:
-    """Raise UserError for a model that does not read on from its cache as speculative decoding needs, or as plain decoding
-    needs where the model keeps a recurrent state.
+    """Raise UserError for a model that does not read on from its cache as speculative decoding needs, or as answering in
+    batches needs where the model keeps a recurrent state: two rows, one padded on the left, of which one leaves.
     """
     if not is_recurrent(target.model):
         check_rolls_back(target.model, target.name)
         return
-    tokens = torch.tensor([[0, 1, 2]], device=target.device).clamp(max=target.vocab_size - 1)
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 1, 2, 3]], device=target.device)
+    tokens, padded = tokens.clamp(max=target.vocab_size - 1), torch.tensor([0, 2])
+    mask = (torch.arange(5)[None] >= padded[:, None]).long().to(target.device)
+    places = (torch.arange(5)[None] - padded[:, None]).clamp(min=0).to(target.device)
     try:
         cache = new_cache(target)
         with torch.no_grad():
-            whole = target.read(tokens, (), keep=1).logits_BTV.double()
-            target.read(tokens[:, :2], (), cache, keep=1)
-            stepwise = target.read(tokens[:, 2:], (), cache, keep=1).logits_BTV.double()
+            whole = target.read(tokens[1:, 2:], (), keep=1).logits_BTV.double()
+            first: dict[str, Tensor] = {
+                "attention_mask": mask[:, :4],
+                "position_ids": places[:, :4],
+            }
+            target.read(tokens[:, :4], (), cache, keep=1, **first)
+            keep_rows(cache, torch.tensor([1], device=target.device))
+            then = {"attention_mask": mask[1:], "position_ids": places[1:, 4:]}
+            stepwise = target.read(tokens[1:, 4:], (), cache, keep=1, **then).logits_BTV.double()
     except Exception as problem:
         raise UserError(
             f"{target.name} keeps a recurrent state, and does not read on from Transformers' cache of it "

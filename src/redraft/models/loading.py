@@ -67,11 +67,6 @@ def load_target(
         raise UserError(f"--device-map {device_map}: unknown; known: {placement_of.AUTO}")
     model = read_model(source, config, torch_dtype, placement=placement)
     if adapter is not None:
-        if any(weight.is_meta for weight in model.parameters()):
-            raise UserError(
-                f"--target-adapter {adapter}: some layers of {source} are not on a GPU (--device-map), and PEFT adds nothing "
-                "to those; merge the adapter into the model first"
-            )
         model = _with_adapter(model, adapter)
         _note_unused(Path(adapter), tokenizer, chat_template)
     sources = [source] if adapter is None else [source, adapter]
@@ -286,10 +281,13 @@ def _common_prefix(missing: Iterable[str], surplus: Iterable[str]) -> str:
 def adapter_on(base: Target, adapter: str) -> Iterator[Target]:
     """In the block, the base with a PEFT adapter on its own weights; the base must not be used meanwhile.
 
-    Raises UserError for an adapter that does not fit.
+    Raises UserError for an adapter that does not fit, and for one that replaces whole parts of the base, which
+    could not be put back.
     """
-    model = _with_adapter(base.model, adapter)
+    _check_leaves_base(Path(adapter))
+    model = None
     try:
+        model = _with_adapter(base.model, adapter, "adapter")
         yield Target(
             model,
             base.tokenizer,
@@ -298,35 +296,60 @@ def adapter_on(base: Target, adapter: str) -> Iterator[Target]:
             template_args=base.template_args,
         )
     finally:
-        model.unload()
+        if model is not None:
+            model.unload()
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
-    """The model with a PEFT adapter on top, unmerged as engines serve it (a bf16 merge rounds)."""
+def _check_leaves_base(folder: Path) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        return  # which is refused when it is loaded
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    parts = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
+    if config.get("bias", "none") != "none":
+        parts.append("bias")
+    if (folder / ADAPTER).is_file():
+        with safe_open(folder / ADAPTER, framework="pt") as stream:
+            parts += [n for n in stream.keys() if ".lora_" not in n and "magnitude" not in n][:1]  # noqa: SIM118
+    if parts:
+        raise UserError(
+            f"adapter {folder} changes parts of the base itself ({parts[0]}), so the base would not be the same after it; check "
+            "it by itself (redraft check --target-adapter)"
+        )
+
+
+def _with_adapter(model: Any, adapter: str, flag: str = "--target-adapter") -> Any:
+    """The model with a PEFT adapter on top, unmerged as engines serve it (a bf16 merge rounds). `flag` is what messages call it."""
     from peft import PeftConfig, PeftModel
 
+    if any(weight.is_meta for weight in model.parameters()):
+        raise UserError(
+            f"{flag} {adapter}: some layers of the target are not on a GPU (--device-map), and PEFT adds nothing "
+            "to those; merge the adapter into the model first"
+        )
     folder = Path(adapter)
     if folder.exists() and not (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"--target-adapter {adapter}: expected a PEFT folder with adapter_config.json"
-        )
+        raise UserError(f"{flag} {adapter}: expected a PEFT folder with adapter_config.json")
     if folder.exists() and not (folder / ADAPTER).is_file():
         raise UserError(
-            f"--target-adapter {adapter}: expected its weights in {ADAPTER}; pickles (.bin) are not opened"
+            f"{flag} {adapter}: expected its weights in {ADAPTER}; pickles (.bin) are not opened"
         )
-    what = f"--target-adapter {adapter} does not fit this target"
+    what = f"{flag} {adapter} does not fit this target"
     with as_sentence(what):
         settings = PeftConfig.from_pretrained(adapter)
     if settings.is_prompt_learning:
         raise UserError(
-            f"--target-adapter {adapter}: {settings.peft_type.value} puts virtual tokens before the prompt, "
+            f"{flag} {adapter}: {settings.peft_type.value} puts virtual tokens before the prompt, "
             "which engines and drafts do not see; adapters that change weights are read (LoRA and the like)"
         )
     with as_sentence(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of missing weights, which are refused below
         adapted = PeftModel.from_pretrained(model, adapter)
     if folder.exists():
-        _check_adapter_weights(adapter, adapted, folder / ADAPTER)
+        try:
+            _check_adapter_weights(adapter, adapted, folder / ADAPTER)
+        except UserError:
+            adapted.unload()
+            raise
     return adapted
 
 

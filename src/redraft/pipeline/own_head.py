@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..checkpoints.load import read_draft
-from ..checkpoints.own_head import inspect_head, new_head, stitch, take_head
+from ..checkpoints.own_head import check_stitch, inspect_head, new_head, stitch, take_head
 from ..core import ranks
 from ..core.console import say
 from ..core.errors import UserError
@@ -44,12 +44,14 @@ def give_head(
         say(
             f"MTP head of {target}: {'none' if before is None else before.state}; from {source}, hash {found.hash()}"
         )
-        if head.is_dir() and read_draft(str(head)).hash() != found.hash():
+        check_stitch(target, found)  # before anything is trained
+        saved = (head / "config.json").is_file()
+        if saved and read_draft(str(head)).hash() != found.hash():
             raise UserError(
                 f"{head} is another head (hash {read_draft(str(head)).hash()}) than that of {source} ({found.hash()}); "
                 "use another --out"
             )
-        if not head.is_dir():
+        if not saved:
             found.save(head)
 
     ranks.first(taken)

@@ -28,7 +28,7 @@ from ..metrics.config_diagnosis import better_variants
 from ..metrics.lossless import compare
 from ..metrics.measure import Measured, answer_all, measure
 from ..models.kv_cache import is_recurrent
-from ..models.target import Target
+from ..models.target import Target, weights_hash
 from .diagnosis import diagnose
 from .engine import Engine, Serving, Speculation
 from .environment import Environment
@@ -203,8 +203,8 @@ def served_folders(
     """
     if not _inside(stored, engine):
         return what, str(stored.folder)
-    whole = folder / f"{Path(what.target).name}-{stored.hash()}"
-    if not whole.is_dir():
+    whole = folder / f"{Path(what.target).name}-{weights_hash(what.target)}-{stored.hash()}"
+    if not whole.is_dir():  # it appears whole
         stitch(what.target, stored, whole)
     return dataclasses.replace(what, target=str(whole)), str(whole)
 

@@ -19,7 +19,7 @@ MTP = DraftKind(
             recognise=files.recognises,
             parse=files.parse,
             lay_out=files.lay_out,
-            engines=("vllm",),
+            engines=("vllm", "llama.cpp"),
             serve="""vLLM:       redraft stitch --target TARGET --draft THIS --out STITCHED, then
             vllm serve STITCHED --speculative-config '{"method": "mtp", "num_speculative_tokens": 4}'
 llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --spec-type draft-mtp""",

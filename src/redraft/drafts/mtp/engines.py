@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..kind import Config, Rule, Tensors
-from ..stored.engine_rules import Findings, through_redraft
-from .families import MIMO, NEXTN, QWEN, Family, count_declared, found_in
+from ..stored.engine_rules import Findings
+from .families import MIMO, NEXTN, QWEN, Family, count_declared, feeds_raw, found_in
 from .network import MtpConfig
 
 FUNCTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,26 +41,41 @@ def _family(raw: Config, tensors: Tensors) -> Family | None:
 def _counts(raw: Config, tensors: Tensors) -> Findings:
     family = _family(raw, tensors)
     count = None if family is None else count_declared(raw, family)
-    if family is not None and count == 0:
-        yield "refused", f"{family.declared} is 0 in config.json: method mtp divides by it"
     if count is not None and count > 1:
         yield "wrong", f"config.json declares {count} MTP layers, the file has one"
 
 
 def _vllm(raw: Config, tensors: Tensors) -> Findings:
-    if _family(raw, tensors) not in VLLM:
+    family = _family(raw, tensors)
+    if family not in VLLM:
         yield "unknown", "this family of MTP heads is not known to redraft's rules"
+    elif count_declared(raw, family) == 0:
+        yield "refused", f"{family.declared} is 0 in config.json: method mtp divides by it"
+    yield from _dense(family)
     yield "note", "says nothing of a linear layer that is missing: it runs on uninitialised values"
+
+
+def _dense(family: Family | None) -> Findings:
+    if family is NEXTN:
+        yield (
+            "unknown",
+            "builds a layer with routed experts for most architectures of this family, and this head has none",
+        )
 
 
 def _sglang(raw: Config, tensors: Tensors) -> Findings:
     family = _family(raw, tensors)
     if family is MIMO:
         yield "wrong", "hands on the state after the target's final norm, vLLM the one before it"
-    if family is NEXTN:
+    yield from _dense(family)
+    yield from _other_feedback(raw, family)
+
+
+def _other_feedback(raw: Config, family: Family | None) -> Findings:
+    if family is not None and feeds_raw(raw, family):
         yield (
-            "wrong",
-            "from the second token on it feeds back the state after shared_head.norm, vLLM the one before it",
+            "note",
+            "from the second token on it feeds back the normed state, vLLM the one before the norm",
         )
 
 
@@ -68,16 +83,17 @@ def _llamacpp(raw: Config, tensors: Tensors) -> Findings:
     family = _family(raw, tensors)
     if family not in LLAMACPP:
         yield "refused", "has no graph for this family's head"
-    if family is NEXTN:
-        yield (
-            "wrong",
-            "from the second token on it feeds back the state after shared_head.norm, vLLM the one before it",
-        )
-    if family is not None and count_declared(raw, family) is None:
+    elif not count_declared(raw, family):
         yield "refused", f"its converter needs {family.declared} in config.json"
+    yield from _dense(family)
+    yield from _other_feedback(raw, family)
+    yield "note", "reads it from the target's own GGUF: stitch it in, then convert"
+
+
+def _transformers(raw: Config, tensors: Tensors) -> Findings:
     yield (
         "note",
-        "needs the head inside the target's GGUF, or as --model-draft of the same conversion",
+        "drops MTP heads when it loads a model: redraft.generate runs them inside its generate",
     )
 
 
@@ -85,5 +101,5 @@ ENGINES: dict[str, tuple[Rule, ...]] = {
     "vllm": (_vllm, _counts),
     "sglang": (_sglang, _counts),
     "llama.cpp": (_llamacpp, _counts),
-    "transformers": (through_redraft,),
+    "transformers": (_transformers,),
 }

@@ -48,8 +48,8 @@ class Family:
     """fc reads [state; embedding]."""
     before_norm: bool = False
     """A chain starts in the target's state before its final norm."""
-    raw_feedback: bool = False
-    """A chain goes on in the state before the head's own final norm."""
+    raw_feedback: tuple[str, ...] = ()
+    """How names of architectures begin whose chains go on in the state before the head's own final norm."""
     zero_first: bool = False
     """The embedding of the first pair is zeros."""
     copies: tuple[str, ...] = ()
@@ -112,7 +112,9 @@ NEXTN = Family(
     },
     layer="",
     declared="num_nextn_predict_layers",
-    raw_feedback=True,  # in vLLM; llama.cpp, SGLang and Transformers feed back the normed state
+    raw_feedback=(
+        "Glm4Moe",
+    ),  # in vLLM; llama.cpp, SGLang and Transformers feed back the normed state
     zero_first=True,  # in vLLM
     copies=(EMBEDDING, HEAD),
 )
@@ -138,10 +140,14 @@ def layers_of(raw: Config) -> int:
 def found_in(raw: Config, names: Iterable[str]) -> tuple[Family, str] | None:
     """The family whose head is among these names, and what the head's names begin with.
 
-    Of the tensors around the decoder layer one at least has to be there.
+    Of the tensors around the decoder layer one at least has to be there. Names alike mean other functions in
+    architectures that are not known, so those have none.
     """
     names = list(names)
+    architecture = (*architectures_of(raw), "")[0]
     for family in FAMILIES:
+        if architecture and not architecture.startswith(family.served):
+            continue
         around = "|".join(re.escape(name) for name in family.names)
         prefix = family.prefix.replace("{n}", str(layers_of(raw)))
         pattern = re.compile(f"^({prefix})(?:{around})$")
@@ -175,6 +181,11 @@ def count_declared(raw: Config, family: Family) -> int | None:
         if isinstance(count, int):
             return count
     return None
+
+
+def feeds_raw(raw: Config, family: Family) -> bool:
+    """Whether a chain of a target of this config.json goes on in the state before the head's norm."""
+    return (*architectures_of(raw), "")[0].startswith(family.raw_feedback or ("\0",))
 
 
 def has_trunk(raw: Config, names: Collection[str]) -> bool:

@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.config_values import architectures_of
 from ...core.errors import UserError
 from ...models.target import Target
 from ..base import Draft
 from ..kind import Config, Files, Named, Shapes, Tensors
 from ..stored.layer import check_rotary, check_tensors, layer_shapes, read_layer, write_layer
 from .families import (
+    TRUNK,
     Family,
     count_declared,
     declared_by,
     family_named,
+    feeds_raw,
     found_in,
     has_trunk,
     layers_of,
@@ -38,8 +41,16 @@ WIDTH = "intermediate_size"
 SHARE = "partial_rotary_factor"
 MORE = re.compile(r"(?:^|\.)mtp(?:_layers|\.layers)\.[1-9]\d*\.")
 """In the names of a second MTP layer."""
-MLA = re.compile(r"\.kv_[ab]_(?:proj|layernorm)")
-MOE = re.compile(r"\.experts\.|\.gate\.weight$|e_score_correction_bias|shared_expert")
+NOT_COMPUTED = {
+    re.compile(
+        r"\.experts\.|\.gate\.weight$|e_score_correction_bias|shared_expert"
+    ): "routed experts",
+    re.compile(r"\.kv_[ab]_(?:proj|layernorm)"): "multi-head latent attention",
+    re.compile(
+        r"_scale(?:_inv)?$|\.qweight$|\.scales$|\.qzeros$|\.weight_packed$"
+    ): "quantised weights",
+}
+"""What names of tensors tell of heads that redraft does not compute."""
 
 
 def recognises(raw: Config, tensors: Tensors, where: Path) -> bool:
@@ -56,8 +67,7 @@ def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[st
     if found is None:
         raise UserError(f"{where}: no tensors of an MTP head")
     family, prefix = found
-    beyond = next((name for name in sorted(stored) if MORE.search(name)), None)
-    if beyond:
+    if beyond := next(iter(_beyond(raw, stored)), None):
         raise UserError(f"{where}: expected one MTP layer, found a second ({beyond})")
     mine = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
     if reason := not_computed(raw, [prefix + name for name in mine]):
@@ -74,9 +84,16 @@ def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[st
     return config, tensors
 
 
+def _beyond(raw: Config, names: Collection[str]) -> list[str]:
+    """The names of tensors of a second MTP layer."""
+    layers = {name: TRUNK.match(name) for name in names}
+    more = (n for n, at in layers.items() if at and layers_of(raw) and int(at[1]) > layers_of(raw))
+    return sorted([*(name for name in names if MORE.search(name)), *more])
+
+
 def not_computed(raw: Config, names: Collection[str]) -> str | None:
     """Why redraft does not compute a head with these tensors; None where it does."""
-    for pattern, what in ((MOE, "routed experts"), (MLA, "multi-head latent attention")):
+    for pattern, what in NOT_COMPUTED.items():
         name = next((name for name in sorted(names) if pattern.search(name)), None)
         if name is not None:
             return f"an MTP head with {what} ({name}) is seen, but neither checked, run nor adapted by redraft"
@@ -103,7 +120,7 @@ def _shape(raw: Config, family: Family, layer: Tensors, where: Path) -> MtpConfi
         family=family.name,
         state_first=family.state_first,
         before_norm=family.before_norm,
-        raw_feedback=family.raw_feedback,
+        raw_feedback=feeds_raw(raw, family),
         zero_first=family.zero_first,
         checkpoint=dict(raw),
     )
@@ -186,7 +203,8 @@ def find_inside(raw: Config, names: Collection[str]) -> tuple[str, list[str]] | 
     if found is None:
         return None
     family, prefix = found
-    return family.name, sorted(n for n in names if n.startswith(prefix) or MORE.search(n))
+    own = {name for name in names if name.startswith(prefix)}
+    return family.name, sorted(own | set(_beyond(raw, names)))
 
 
 def declared_inside(raw: Config) -> tuple[str, str, int | None] | None:
@@ -199,7 +217,20 @@ def declared_inside(raw: Config) -> tuple[str, str, int | None] | None:
 
 def declare_inside(raw: Config, c: MtpConfig) -> dict[str, Any]:
     """The target's config.json, declaring this head. Raises UserError for one that it cannot hold."""
-    width = text_config(raw).get(WIDTH)
+    family, width = (
+        declared_by(declaring(raw, family_named(c.family), {})),
+        text_config(raw).get(WIDTH),
+    )
+    if family is None or family.name != c.family:
+        raise UserError(
+            f"a head of family {c.family} is no part of {list(architectures_of(raw))}, which engines serve "
+            f"{'with heads of family ' + family.name if family else 'without one that redraft knows'}"
+        )
+    if raw.get("quantization_config"):
+        raise UserError(
+            "the target is quantised (quantization_config), and engines would take the head for quantised too, and pass over its "
+            "weights; stitch it into the unquantised model, and quantise that with the head left out"
+        )
     if width != c.intermediate_size:
         raise UserError(
             f"this head's FFN has {c.intermediate_size} neurons, the target's config.json says {width}, which engines take for "
@@ -208,9 +239,16 @@ def declare_inside(raw: Config, c: MtpConfig) -> dict[str, Any]:
     return declaring(raw, family_named(c.family), {})
 
 
-def rename_inside(raw: Config, c: MtpConfig, tensors: Tensors) -> dict[str, Tensor]:
-    """The head's tensors by the names that engines look for in this checkpoint."""
-    return as_stored(dataclasses.replace(c, checkpoint=raw), tensors)
+def rename_inside(
+    raw: Config, c: MtpConfig, tensors: Tensors, names: Collection[str]
+) -> dict[str, Tensor]:
+    """The head's tensors by the names that engines look for in a checkpoint with these `names`."""
+    stored = as_stored(dataclasses.replace(c, checkpoint=raw), tensors)
+    inner = "model.language_model."
+    if not any(name.startswith(f"{inner}layers.") for name in names):
+        return stored
+    numbered = re.compile(r"^model\.(?=layers\.\d)")
+    return {numbered.sub(inner, name): tensor for name, tensor in stored.items()}
 
 
 def fitting(c: MtpConfig, tensors: Tensors, target: Target) -> Named:

@@ -22,7 +22,7 @@ from ...core.errors import UserError
 from ...models.target import Target
 from ..layers import GatedFFN, RMSNorm
 from ..one_layer import Attend, Attention, Cache, LayerShape, OneLayerDraft, shape_of
-from .families import QWEN, declared_by
+from .families import QWEN, declared_by, feeds_raw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class MtpDraft(OneLayerDraft):
                 family=family.name,
                 state_first=family.state_first,
                 before_norm=family.before_norm,
-                raw_feedback=family.raw_feedback,
+                raw_feedback=feeds_raw(raw, family),
                 zero_first=family.zero_first,
                 checkpoint=raw if declared_by(raw) else {},
             )
@@ -102,19 +102,18 @@ class MtpDraft(OneLayerDraft):
 
     @classmethod
     def from_last_layer(cls, target: Target) -> MtpDraft:
-        """A head to begin training with: the target's last layer of keys and values on the sum of both inputs.
+        """A head to begin training with: the target's last layer on the sum of both inputs.
 
-        In float32 and not yet bound. Raises UserError where no layer of the target is like the head's.
+        In float32 and not yet bound. Raises UserError where that layer is not like the head's.
         """
         draft = cls.for_target(target)
         wanted = draft.layers[0].state_dict()
-        layers = getattr(target.decoder, "layers", ())
-        states = [dict(layer.state_dict()) for layer in reversed(layers)]
-        like = next((s for s in states if _shapes(s) == _shapes(wanted)), None)
-        if like is None:
+        layers = list(getattr(target.decoder, "layers", ()))
+        like = dict(layers[-1].state_dict()) if layers else {}
+        if _shapes(like) != _shapes(wanted):
             raise UserError(
-                f"no layer of target {target.name} has the tensors of an MTP head of family {draft.config.family}; train one from "
-                "nothing (redraft train --method scratch --kind mtp)"
+                f"the last layer of target {target.name} has not the tensors of an MTP head of family {draft.config.family}; train "
+                "one from nothing (redraft train --method scratch --kind mtp)"
             )
         draft.layers[0].load_state_dict({name: t.float() for name, t in like.items()})
         if target.final_norm is not None:
