@@ -186,12 +186,12 @@ def test_ownership_is_declared_for_every_tensor(target: Target, kind: str, metho
     draft = attached(target, kind, method)
     every = set(fresh_draft(target, kind=kind).state_dict())
     attention = {f"{at}.self_attn.{p}_proj.weight" for at in LAYER_OF[kind] for p in "qkvo"}
-    attention |= {f"{name}.weight" for name in NORMS_OF[kind] if "self_attn" in name}
+    within = {f"{name}.weight" for name in NORMS_OF[kind] if "self_attn" in name}
     ffn = {f"{at}.mlp.{p}_proj" for at in LAYER_OF[kind] for p in ("gate", "up", "down")}
     in_place = {
         "fc": {"fc.weight"},
         "norms": {f"{name}.weight" for name in NORMS_OF[kind]},
-        "attention": attention,
+        "attention": attention | within,
         "ffn": {f"{name}.weight" for name in ffn},
         "head": {"lm_head.weight"},
         "body": {n for n in every if n.split(".")[-2] not in ("embed_tokens", "lm_head")},
