@@ -241,7 +241,7 @@ def _row() -> tuple[DraftKind, Inside]:
 
 
 def _is_target(raw: dict[str, Any], files: dict[str, str], inside: Inside) -> bool:
-    """Whether a folder holds layers beside a head's."""
+    """Whether a folder holds other layers than a head's."""
     found = inside.find(raw, files)
     own = set(found[1]) if found else set()
     return any(".layers." in f".{name}" for name in files if name not in own)

@@ -309,7 +309,7 @@ def _check_leaves_base(folder: Path) -> None:
         parts.append("bias")
     if (folder / ADAPTER).is_file():
         with safe_open(folder / ADAPTER, framework="pt") as stream:
-            parts += [n for n in stream.keys() if ".lora_" not in n and "magnitude" not in n][:1]  # noqa: SIM118
+            parts += [n for n in stream.keys() if "lora_" not in n and "magnitude" not in n][:1]  # noqa: SIM118
     if parts:
         raise UserError(
             f"adapter {folder} changes parts of the base itself ({parts[0]}), so the base would not be the same after it; check "
