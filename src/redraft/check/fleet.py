@@ -31,7 +31,7 @@ from ..prompts.prompts import read_prompts
 from .evidence import ANSWERING, Interval
 
 LEAST = 4
-"""Prompts of an adapter below which nothing is said of it."""
+"""The fewest prompts of an adapter that is measured."""
 NAME = re.compile(r"\w[\w.-]*")
 PER = 1000
 """Tokens that passes of the target are counted for."""

@@ -162,7 +162,7 @@ def check_stitch(target: str, draft: StoredDraft) -> None:
 
 
 def _fitting(folder: Path, draft: StoredDraft) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the head's tensors as they are to be written next to the target's."""
+    """config.json and the head's tensors in the form that is written next to the target's."""
     inside = draft.row.inside
     if inside is None:
         raise UserError(
