@@ -378,7 +378,7 @@ def test_what_lies_beside_an_adapter_unused_is_said(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
-    monkeypatch.setattr("redraft.models.loading.say", said.append)
+    monkeypatch.setattr("redraft.models.target_adapters.say", said.append)
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     make_tokenizer().save_pretrained(copy)
     load_target(str(target_folder), adapter=str(copy))

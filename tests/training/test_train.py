@@ -620,7 +620,9 @@ def test_what_is_kept_is_the_best_share_of_the_way_that_loses_nothing_elsewhere(
     free, _ = run(target, draft_folder, answers[:4], config)
     draft = load_draft(str(draft_folder), target, torch.float32)
     seen, others = answers[:4], answers[4:8]
-    found = train(target, draft, seen, seen, config, k=3, guard=Guard(others, tolerance))
+    found = train(
+        target, draft, seen, seen, config, k=3, guard=Guard({"others": others}, tolerance)
+    )
     record, start = found.record, free.start
     assert record.heldout_tau == free.record.heldout_tau  # a guard changes no step
     assert [share for share, _, _ in record.way] == list(SHARES)
@@ -645,10 +647,29 @@ def test_the_test_above_has_teeth(
     shares = []
     for tolerance in (0.0, 9.0):
         draft = load_draft(str(draft_folder), target, torch.float32)
-        guard = Guard(answers[4:8], tolerance)
+        guard = Guard({"others": answers[4:8]}, tolerance)
         found = train(target, draft, answers[:4], answers[:4], config, k=3, guard=guard)
         shares.append(found.record.share)
     assert shares[0] < shares[1]
+
+
+def test_of_several_guards_the_one_that_loses_most_decides(
+    target: Target, draft_folder: Path, answers: list[Answer]
+) -> None:
+    config = replace(CONFIG, method="expert+fc+norms", lr=3e-3, epochs=40, evaluations=2)
+    groups = {"some": answers[4:6], "others": answers[6:8]}
+
+    def kept(guarding: dict[str, Sequence[Answer]]) -> Any:
+        draft = load_draft(str(draft_folder), target, torch.float32)
+        guard = Guard(guarding, 0.0)
+        return train(target, draft, answers[:4], answers[:4], config, k=3, guard=guard).record
+
+    alone = {name: kept({name: some}).way for name, some in groups.items()}
+    way = kept(groups).way
+    for at in range(len(SHARES)):
+        each = [(own[at][2] / own[0][2], own[at][2]) for own in alone.values()]
+        assert way[at][2] == pytest.approx(min(each)[1])
+    assert len({way[at][2] for at in range(len(SHARES))}) > 1
 
 
 def test_operations_are_counted_and_grow_with_the_tokens(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from ..config import MeasureConfig, RegenerateConfig
+from ..config import MeasureConfig, RegenerateConfig, Resolved
+from ..core.errors import UserError
 from .bundles import OutputFlags, TargetFlags
 from .command import Group, add_command
 
@@ -34,16 +35,15 @@ def check(
 
     Example: redraft fleet check --target org/base --draft org/EAGLE3-base --fleet fleet.yaml --out fleet
     """
-    from ..check.fleet import check_fleet, read_fleet
-    from ..check.fleet_table import print_fleet
     from ..checkpoints.load import read_draft
-    from ..core.errors import UserError
     from ..core.files import writing
     from ..core.lock import held
     from ..core.records import to_json
+    from ..fleet.check import check_fleet
+    from ..fleet.members import read_fleet
+    from ..fleet.table import print_fleet
 
-    if models.target_adapter:
-        raise UserError("--target-adapter: name every adapter in the file of --fleet")
+    _check_bare(models)
     members, stored = read_fleet(Path(fleet)), read_draft(draft)
     folder = Path(out)
     with writing(folder):
@@ -61,6 +61,37 @@ def check(
     output.show(to_json(found), lambda: print_fleet(found))
 
 
+def adapt(
+    models: TargetFlags,
+    draft: str,
+    fleet: str,
+    out: str,
+    config: Resolved,
+    output: OutputFlags,
+) -> None:
+    """Adapt one draft for all adapters and for the base, so that none of them loses; a stock checkpoint in OUT/draft.
+
+    The budget is split by the passes that each adapter lost and its share of the traffic; each gets a part, and so does the base.
+
+    Example: redraft fleet adapt --target org/base --draft org/EAGLE3-base --fleet fleet.yaml --out run
+    --budget 1000
+    """
+    from ..core.records import to_json
+    from ..fleet.adapt import adapt_fleet
+    from ..fleet.members import read_fleet
+    from ..fleet.table import print_adapted
+
+    _check_bare(models)
+    members = read_fleet(Path(fleet))
+    found = adapt_fleet(models.load(), draft, members, out, config, fleet)
+    output.show(to_json(found), lambda: print_adapted(found))
+
+
+def _check_bare(models: TargetFlags) -> None:
+    if models.target_adapter:
+        raise UserError("--target-adapter: name every adapter in the file of --fleet")
+
+
 add_command(
     app,
     check,
@@ -68,5 +99,15 @@ add_command(
         "target": "the base: folder or Hub id",
         "out": "folder that keeps the answers; run again to resume",
         "most": "most prompts of each adapter",
+    },
+)
+add_command(
+    app,
+    adapt,
+    settings=("regenerate", "general", "select", "train", "measure", "export"),
+    flags_of=("train.method", "train.width", "train.vocab", "select.budget"),
+    help={
+        "target": "the base: folder or Hub id",
+        "out": "run folder; run again to resume",
     },
 )

@@ -229,7 +229,8 @@ def _chances(
         batch = collate(rows, target.device, lookahead=True)
         seeds_B = seeds_tensor([a.seed or 0 for a in rows], target.device)
         keep = 0 if decoding.draft_token == "sampled" else 1
-        reading = target.read(batch.tokens_BT, drafts[0].aux_layers, keep=keep)
+        with target.giving(rows):
+            reading = target.read(batch.tokens_BT, drafts[0].aux_layers, keep=keep)
         for which, draft in enumerate(drafts):
             chance_BSK = chances(reading, draft, batch, k, decoding, seeds_B).cpu()
             for index, answer, chance_SK in zip(indices, rows, chance_BSK, strict=True):

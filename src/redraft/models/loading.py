@@ -6,22 +6,18 @@ know, with a warning. Both make another model, whose figures look like any other
 
 from __future__ import annotations
 
-import contextlib
-import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ..core import ranks
-from ..core.console import say
 from ..core.errors import UserError, as_sentence, reason
 from . import placement as placement_of
 from .cache_checks import check_reads_on
 from .target import Target
+from .target_adapters import note_unused, with_adapter
 from .templates import check_variables, read_template
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -32,7 +28,6 @@ NOT_THE_MODEL = ("rotary_emb.inv_freq", "masked_bias", ".attn.bias", "v_head.", 
 """Parts of the names of stored tensors that change no logit: old buffers, and a reward's value head."""
 AHEAD = ("mtp.", "mtp_layers.", "nextn.", "medusa", "eagle")
 """Beginnings of the names of modules that predict further tokens and are no part of plain decoding."""
-ADAPTER = "adapter_model.safetensors"
 
 
 def load_target(
@@ -67,8 +62,8 @@ def load_target(
         raise UserError(f"--device-map {device_map}: unknown; known: {placement_of.AUTO}")
     model = read_model(source, config, torch_dtype, placement=placement)
     if adapter is not None:
-        model = _with_adapter(model, adapter)
-        _note_unused(Path(adapter), tokenizer, chat_template)
+        model = with_adapter(model, adapter)
+        note_unused(Path(adapter), tokenizer, chat_template)
     sources = [source] if adapter is None else [source, adapter]
     placed = on_device(model, device, source) if placement is None else model
     found = Target(placed, tokenizer, sources, template, template_args=template_args)
@@ -275,127 +270,6 @@ def _common_prefix(missing: Iterable[str], surplus: Iterable[str]) -> str:
         if end in absent
     }
     return min(fronts, key=len) if fronts else ""
-
-
-@contextlib.contextmanager
-def adapter_on(base: Target, adapter: str) -> Iterator[Target]:
-    """In the block, the base with a PEFT adapter on its own weights; the base must not be used meanwhile.
-
-    Raises UserError for an adapter that does not fit, and for one that replaces whole parts of the base, which
-    could not be put back.
-    """
-    _check_leaves_base(Path(adapter))
-    model = None
-    try:
-        model = _with_adapter(base.model, adapter, "adapter")
-        yield Target(
-            model,
-            base.tokenizer,
-            [*base.sources, adapter],
-            base.template,
-            template_args=base.template_args,
-        )
-    finally:
-        if model is not None:
-            model.unload()
-
-
-def _check_leaves_base(folder: Path) -> None:
-    if not (folder / "adapter_config.json").is_file():
-        return  # which is refused when it is loaded
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    parts = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
-    if config.get("bias", "none") != "none":
-        parts.append("bias")
-    if (folder / ADAPTER).is_file():
-        with safe_open(folder / ADAPTER, framework="pt") as stream:
-            parts += [n for n in stream.keys() if "lora_" not in n and "magnitude" not in n][:1]  # noqa: SIM118
-    if parts:
-        raise UserError(
-            f"adapter {folder} changes parts of the base itself ({parts[0]}), so the base would not be the same after it; check "
-            "it by itself (redraft check --target-adapter)"
-        )
-
-
-def _with_adapter(model: Any, adapter: str, flag: str = "--target-adapter") -> Any:
-    """The model with a PEFT adapter on top, unmerged as engines serve it (a bf16 merge rounds). `flag` is what messages call it."""
-    from peft import PeftConfig, PeftModel
-
-    if any(weight.is_meta for weight in model.parameters()):
-        raise UserError(
-            f"{flag} {adapter}: some layers of the target are not on a GPU (--device-map), and PEFT adds nothing "
-            "to those; merge the adapter into the model first"
-        )
-    folder = Path(adapter)
-    if folder.exists() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{flag} {adapter}: expected a PEFT folder with adapter_config.json")
-    if folder.exists() and not (folder / ADAPTER).is_file():
-        raise UserError(
-            f"{flag} {adapter}: expected its weights in {ADAPTER}; pickles (.bin) are not opened"
-        )
-    what = f"{flag} {adapter} does not fit this target"
-    with as_sentence(what):
-        settings = PeftConfig.from_pretrained(adapter)
-    if settings.is_prompt_learning:
-        raise UserError(
-            f"{flag} {adapter}: {settings.peft_type.value} puts virtual tokens before the prompt, "
-            "which engines and drafts do not see; adapters that change weights are read (LoRA and the like)"
-        )
-    with as_sentence(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of missing weights, which are refused below
-        adapted = PeftModel.from_pretrained(model, adapter)
-    if folder.exists():
-        try:
-            _check_adapter_weights(adapter, adapted, folder / ADAPTER)
-        except UserError:
-            adapted.unload()
-            raise
-    return adapted
-
-
-def _check_adapter_weights(adapter: str, adapted: Any, path: Path) -> None:
-    """Raise UserError unless the adapter's file holds the adapter's weights and no others."""
-    from peft import get_peft_model_state_dict
-
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    with safe_open(path, framework="pt") as stream:
-        stored = set(stream.keys())
-    missing = sorted(wanted - stored)
-    surplus = sorted(stored - wanted - set(adapted.state_dict()))
-    for names, what in (
-        (missing, "weights of this adapter are not in its file"),
-        (surplus, "tensors of its file find no place in this target"),
-    ):
-        if names:
-            raise UserError(
-                f"--target-adapter {adapter}: {len(names)} {what}, first {names[0]}; was it trained for "
-                "another model, or saved from inside a wrapper?"
-            )
-
-
-def _note_unused(adapter: Path, tokenizer: Any, chat_template: str | None) -> None:
-    """Say what lies in the adapter's folder and is not used: trainers save tokenizer and template there."""
-    template = adapter / "chat_template.jinja"
-    if template.is_file() and chat_template is None:
-        own = template.read_text(encoding="utf-8", errors="replace")
-        if own != getattr(tokenizer, "chat_template", None):
-            say(
-                f"{template} differs from the target's chat template and is not used; if the adapter is "
-                f"served with it, pass --chat-template {template}"
-            )
-    vocabulary = adapter / "tokenizer.json"
-    if vocabulary.is_file():
-        try:
-            added = json.loads(vocabulary.read_text(encoding="utf-8")).get("added_tokens") or []
-            names = {entry["content"] for entry in added}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return  # no tokenizer that anything would load
-        new = sorted(names - set(tokenizer.get_vocab()))
-        if new:
-            say(
-                f"{vocabulary} has {len(new)} tokens that the target's tokenizer lacks (first {new[0]}) and is "
-                "not used; save the adapter merged into the model, with that tokenizer, to adapt for it"
-            )
 
 
 def _check_template_args(given: Mapping[str, Any], template: str, name: str) -> None:

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, V target vocabulary, H target hidden size, F = aux la
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from jinja2 import TemplateSyntaxError
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.records import Answer
 from .head import logits_from
 from .templates import DIRECTIVES, FIXED_TIME, check_variables, unreadable
 from .tool_calls import forms, written_as_python, written_as_text
@@ -186,6 +188,10 @@ class Target:
         place = output.logits.device
         features = [output.hidden_states[aux_layer].to(place) for aux_layer in aux_layers]
         return Reading(torch.cat(features, dim=-1), output.logits)
+
+    def giving(self, answers: Sequence[Answer]) -> contextlib.AbstractContextManager[None]:
+        """In the block, rows that are read are these answers', in their order, and are read as what gave them."""
+        return contextlib.nullcontext()
 
     def logits_from(self, last_NH: Tensor, columns_D: Tensor | None = None) -> Tensor:
         """Logits [N, V] of states after the final norm (hs[n]), as the model itself makes them.

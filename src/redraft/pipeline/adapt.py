@@ -27,7 +27,14 @@ from ..prompts.clock import continue_time
 from ..selection.scoring import as_samples
 from ..selection.select import kept_prompts
 from .auto_budget import train_in_rounds
-from .general import GENERAL, GENERAL_HELDOUT, OFF_GENERAL, answering, general_prompts
+from .general import (
+    GENERAL,
+    GENERAL_HELDOUT,
+    GUARDED_BY,
+    OFF_GENERAL,
+    answering,
+    general_prompts,
+)
 from .job import Job, check_job, record_job
 from .job_prompts import JobPrompts, Sources, read_job_prompts
 from .run_folder import RunFolder
@@ -124,7 +131,7 @@ def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
             ["adapt"],
             [chosen, *files.values(), *until],
             general=list(files),
-            guarded_by=GENERAL_HELDOUT if general else None,
+            guarded_by=GUARDED_BY if general else None,
             selection=selection,
         )
     exported = export(job, trained)

@@ -23,7 +23,7 @@ from ..core.records import Prompt, TrainRecord
 from ..generation.answer_file import read_answers
 from ..prompts.disk_list import Picked
 from ..selection.scores import random_score
-from .general import GENERAL, GENERAL_HELDOUT, GeneralPrompts, answering
+from .general import GENERAL, GUARDED_BY, GeneralPrompts, answering
 from .job import Job
 from .run_folder import RunFolder
 from .stages import answer, train
@@ -90,7 +90,7 @@ def train_in_rounds(
             _files(number),
             [*keys, *until],
             general=[f"{GENERAL}-{n}" for n in range(1, number + 1) if general and general.trained],
-            guarded_by=GENERAL_HELDOUT if general else None,
+            guarded_by=GUARDED_BY if general else None,
             name=f"train round {number}",
             folder=f"rounds/{number}",
             checkpoints=f"checkpoints/round-{number}",

@@ -27,6 +27,8 @@ from .job_prompts import JobPrompts, apart
 FILE = "general.jsonl"
 GENERAL, GENERAL_HELDOUT, OFF_GENERAL = "general", "general-heldout", "off-general"
 """The names of their answers files."""
+GUARDED_BY = {"general prompts": GENERAL_HELDOUT}
+"""As the stage `train` is told."""
 FEWEST = 8
 """Prompts of a file, at least, for each of the three parts."""
 LONGEST = 256

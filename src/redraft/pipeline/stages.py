@@ -115,8 +115,9 @@ def train(
     files: Sequence[str],
     chosen: Sequence[str],
     *,
+    heldout: Sequence[str] = ("heldout",),
     general: Sequence[str] = (),
-    guarded_by: str | None = None,
+    guarded_by: Mapping[str, str] | None = None,
     selection: Path | None = None,
     name: str = "train",
     folder: str = "adapter",
@@ -124,7 +125,8 @@ def train(
 ) -> str:
     """Train an adapter on the answers in `files` (of which `selection` keeps some) into `folder`.
 
-    Those in the `general` files are trained on too; those in the file `guarded_by` guard it (see `Guard`).
+    Those in the `heldout` files stop it. Those in the `general` files are trained on too; those in the files `guarded_by`
+    (by what messages call them) guard it (see `Guard`).
     `chosen` are the keys of what is trained on and stopped by.
     """
 
@@ -134,12 +136,13 @@ def train(
         trained_on += [a for file in general for a in read_answers(job.answers(file))]
         guard = None
         if guarded_by:
-            guard = Guard(read_answers(job.answers(guarded_by)), job.config.general.tolerance)
+            guarding = {n: read_answers(job.answers(file)) for n, file in guarded_by.items()}
+            guard = Guard(guarding, job.config.general.tolerance)
         adapter = train_adapter(
             job.target,
             job.draft,
             trained_on,
-            read_answers(job.answers("heldout")),
+            [a for file in heldout for a in read_answers(job.answers(file))],
             job.config.train,
             job.k,
             job.run.path / checkpoints,

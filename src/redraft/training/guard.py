@@ -7,7 +7,7 @@ less on what was not trained on. Source: weight-space ensembles (WiSE-FT, arXiv 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -27,9 +27,9 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Guard:
-    """Held-out `answers` to general prompts, of whose tau no more than the share `tolerance` may be lost."""
+    """Held-out answers to other prompts, by name, of each of whose taus no more than the share `tolerance` may be lost."""
 
-    answers: Sequence[Answer]
+    answers: Mapping[str, Sequence[Answer]]
     tolerance: float
 
 
@@ -38,7 +38,8 @@ def go_back(
 ) -> None:
     """Keep the share of the way with the best held-out tau among those that the guard allows.
 
-    Nothing of it, the unadapted draft, is always allowed. A run whose best step is its start has no way to go back,
+    Of the guard's answers, those that keep the least of their tau decide. Nothing of the way, the unadapted draft, is
+    always allowed. A run whose best step is its start has no way to go back,
     and one from scratch did not start at the unadapted draft.
     """
     began, state = time.monotonic(), run.state
@@ -46,15 +47,22 @@ def go_back(
         return
     ends = [between(run.start, state.best, share) for share in SHARES]
     drafts = [_copy(run, tensors) for tensors in ends]
-    own, general = (taus(target, drafts, some, k) for some in (heldout, guard.answers))
-    least = general[0] * (1 - guard.tolerance)
-    allowed = [at for at, tau in enumerate(general) if tau >= least]
+    own = taus(target, drafts, heldout, k)
+    guarding = {name: taus(target, drafts, some, k) for name, some in guard.answers.items()}
+    worst = [
+        min(guarding, key=lambda name, at=at: guarding[name][at] / guarding[name][0])  # type: ignore[misc]
+        for at in range(len(SHARES))
+    ]
+    kept_of = [guarding[name][at] / guarding[name][0] for at, name in enumerate(worst)]
+    allowed = [at for at, share in enumerate(kept_of) if share >= 1 - guard.tolerance]
     kept = max(allowed, key=lambda at: own[at])
-    state.way = list(zip(SHARES, own, general, strict=True))
+    state.way = [(share, own[at], guarding[worst[at]][at]) for at, share in enumerate(SHARES)]
     state.best, state.share = ends[kept], SHARES[kept]
     state.evaluation_seconds += time.monotonic() - began
+    held = {worst[at] for at in range(kept + 1, len(SHARES)) if at not in allowed}
     say(
         f"guard: {state.share:.0%} of the way from the unadapted draft to step {state.best_step} is kept"
+        + (f"; further on {', '.join(sorted(held))} would lose" if held else "")
     )
 
 

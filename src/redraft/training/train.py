@@ -147,8 +147,10 @@ def _train(
         )
     check_lookahead(heldout, k)
     if guard:
-        guard = dataclasses.replace(guard, answers=[a for a in guard.answers if a.length >= 2])
-        check_lookahead(guard.answers, k)
+        guarding = {n: [a for a in some if a.length >= 2] for n, some in guard.answers.items()}
+        guard = dataclasses.replace(guard, answers={n: a for n, a in guarding.items() if a})
+        for some in guard.answers.values():
+            check_lookahead(some, k)
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
@@ -261,8 +263,10 @@ class _Stream:
     @functools.cached_property
     def flops_per_token(self) -> float:
         """Operations of the target's layers, counted on the first batch."""
-        batch = collate([self.answers[i] for i in self.plan[0]], self.target.device)
-        read = counted(lambda: read_teacher_batch(self.target, batch, self.aux_layers))
+        answers = [self.answers[i] for i in self.plan[0]]
+        batch = collate(answers, self.target.device)
+        with self.target.giving(answers):
+            read = counted(lambda: read_teacher_batch(self.target, batch, self.aux_layers))
         return read / batch.tokens_BT.numel()
 
     @functools.cached_property
@@ -282,8 +286,10 @@ class _Stream:
 
     def _read(self, indices: Sequence[int], places: Sequence[int]) -> TeacherBatch:
         began = time.monotonic()
-        batch = collate([self.answers[i] for i in indices], self.target.device)
-        teacher_batch = read_teacher_batch(self.target, batch, self.aux_layers, hold=self.hold)
+        answers = [self.answers[i] for i in indices]
+        batch = collate(answers, self.target.device)
+        with self.target.giving(answers):
+            teacher_batch = read_teacher_batch(self.target, batch, self.aux_layers, hold=self.hold)
         return dataclasses.replace(
             teacher_batch, seconds=time.monotonic() - began, places=tuple(places)
         )

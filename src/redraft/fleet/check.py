@@ -9,14 +9,13 @@ it stopped.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..check.evidence import ANSWERING, Interval
 from ..checkpoints.load import StoredDraft
-from ..config import RegenerateConfig, read_yaml
-from ..core.config_values import ConfigValues
+from ..config import RegenerateConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.records import Prompt, versions
@@ -25,26 +24,12 @@ from ..generation.regenerate import regenerate
 from ..metrics import intervals
 from ..metrics.acceptance import prompt_counts
 from ..metrics.replay import replay
-from ..models.loading import adapter_on
-from ..models.target import Target, weights_hash
+from ..models.target import Target
 from ..prompts.prompts import read_prompts
-from .evidence import ANSWERING, Interval
+from .members import PER, Member
 
 LEAST = 4
 """The fewest prompts of an adapter that is measured."""
-NAME = re.compile(r"\w[\w.-]*")
-PER = 1000
-"""Tokens that passes of the target are counted for."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """An adapter of the fleet: its folder, its prompts, and its share of the traffic (of the sum of all shares)."""
-
-    name: str
-    adapter: str
-    prompts: str
-    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,48 +61,6 @@ class FleetCheck:
     versions: dict[str, str] = field(default_factory=versions)
 
 
-def read_fleet(path: Path) -> list[Member]:
-    """The members that a YAML file names: NAME: {adapter: FOLDER, prompts: FILE, share: 2}; paths are relative to the file.
-
-    Raises UserError for anything else, and for two members with the same weights.
-    """
-    members: list[Member] = []
-    for name, row in read_yaml(path).items():
-        where = f"{path}, {name}"
-        if not isinstance(row, dict) or not set(row) <= {"adapter", "prompts", "share"}:
-            raise UserError(f"{where}: expected adapter, prompts and perhaps share, got {row}")
-        values = ConfigValues(row, where)
-        share = values.number("share", 1.0)
-        missing = [key for key in ("adapter", "prompts") if not values.given(key)]
-        if missing:
-            raise UserError(f"{where}: {missing[0]} is missing, a path")
-        adapter, prompts = (str(path.parent / values.text(k, "")) for k in ("adapter", "prompts"))
-        if not NAME.fullmatch(str(name)) or str(name) in {one.name for one in members}:
-            raise UserError(
-                f"{where}: a name of letters, digits, dots, dashes and underscores is expected, each once"
-            )
-        members.append(Member(str(name), adapter, prompts, share))
-    if not members:
-        raise UserError(f"{path} names no adapters")
-    _check_different(members)
-    return members
-
-
-def _check_different(members: Sequence[Member]) -> None:
-    seen: dict[str, str] = {}
-    for member in members:
-        if not Path(member.adapter).is_dir():
-            raise UserError(f"adapter {member.name}: {member.adapter} is no folder")
-        settings = Path(member.adapter) / "adapter_config.json"
-        scaled = settings.read_text(encoding="utf-8") if settings.is_file() else ""
-        key = f"{weights_hash(member.adapter)} {scaled} {member.prompts}"
-        first = seen.setdefault(key, member.name)
-        if first != member.name:
-            raise UserError(
-                f"{first} and {member.name} are the same adapter, with the same prompts; leave one out"
-            )
-
-
 def check_fleet(
     base: Target,
     stored: StoredDraft,
@@ -140,10 +83,11 @@ def check_fleet(
         say(f"{member.name}: {len(asked[member.name])} prompts")
         folder, prompts = out / member.name, asked[member.name]
         folder.mkdir(parents=True, exist_ok=True)
-        on_base = _counts(base, draft, prompts, folder / "base.jsonl", k, answering)
-        with adapter_on(base, member.adapter) as target:
-            tuned = stored.build(target)
-            counts = _counts(target, tuned, prompts, folder / "answers.jsonl", k, answering)
+        counts = on_base = _counts(base, draft, prompts, folder / "base.jsonl", k, answering)
+        if member.adapter is not None:
+            with member.on(base) as target:
+                tuned = stored.build(target)
+                counts = _counts(target, tuned, prompts, folder / "answers.jsonl", k, answering)
         found.append(_checked(member, counts, on_base, k, member.share / total))
     ordered = sorted(found, key=lambda one: -one.of_fleet)
     return FleetCheck(base.name, str(stored.folder), k, tuple(ordered))

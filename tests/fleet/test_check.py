@@ -13,38 +13,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-from redraft.check.fleet import Member, MemberCheck, advice, check_fleet, read_fleet
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.core.errors import UserError
+from redraft.fleet.check import MemberCheck, advice, check_fleet
+from redraft.fleet.members import Member, read_fleet
 from redraft.metrics.measure import measure
-from redraft.models.loading import adapter_on, load_target
+from redraft.models.loading import load_target
+from redraft.models.target_adapters import adapter_on
 from redraft.prompts.prompts import read_prompts
 from tests.conftest import SHAPE, make_tokenizer, save_target, write_prompts
 
 TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def fleet(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fleet.yaml with two adapters, one of which changes nothing."""
-    folder = tmp_path_factory.mktemp("fleet")
-    for name, scale in (("loud", 0.4), ("still", 0.0)):
-        torch.manual_seed(len(name))
-        model = AutoModelForCausalLM.from_pretrained(target_folder)
-        tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-        for parameter in (p for n, p in tuned.named_parameters() if "lora_B" in n):
-            torch.nn.init.normal_(parameter, std=scale) if scale else torch.nn.init.zeros_(
-                parameter
-            )
-        tuned.save_pretrained(folder / name)
-        write_prompts(folder / f"{name}.jsonl", 12)
-    rows = {
-        "still": {"adapter": "still", "prompts": "still.jsonl"},
-        "loud": {"adapter": "loud", "prompts": "loud.jsonl", "share": 3},
-    }
-    (folder / "fleet.yaml").write_text(yaml.safe_dump(rows))
-    return folder
 
 
 def test_each_adapter_is_measured_as_alone(

@@ -1,0 +1,75 @@
+"""What was found of a fleet, as tables on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ..check.evidence import Interval
+from ..core.visible import visible
+from .adapt import FleetAdapted
+from .check import FleetCheck, advice
+from .members import PER
+
+
+def print_fleet(found: FleetCheck, out: Console | None = None) -> None:
+    """A line for each adapter, those that lost most of the fleet's passes first."""
+    out = out or Console(highlight=False)
+    table = _table(
+        f"{found.draft} on {found.base}: tau at K={found.k} [95 %]",
+        ("adapter", "n", "tau", "on the base", "kept", "lost", "of all", ""),
+    )
+    for row in found.members:
+        table.add_row(
+            visible(row.name),
+            str(row.prompts),
+            *(_shown(figure) for figure in (row.tau, row.on_base, row.retention)),
+            f"{row.lost:.0f}",
+            f"{row.of_fleet:.0f}",
+            advice(row),
+        )
+    out.print(table)
+    out.print(
+        f"lost: further passes of the target per {PER:,} tokens of the adapter, of all: of the fleet. adapt: the interval of what is "
+        "kept leaves out 1",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def print_adapted(found: FleetAdapted, out: Console | None = None) -> None:
+    """A line for each adapter and the base, those that gained most first."""
+    out = out or Console(highlight=False)
+    table = _table(
+        f"{found.unadapted} adapted for all, on {found.base}: tau at K={found.k} [95 %]",
+        ("adapter", "n", "before", "after", "change", "lost", "trained on", ""),
+    )
+    for row in found.members:
+        table.add_row(
+            visible(row.name),
+            str(row.prompts),
+            *(_shown(figure) for figure in (row.before, row.after)),
+            _shown(row.change, sign="+"),
+            f"{row.lost:.0f}",
+            str(row.trained_on),
+            "worse" if row.lost_by_it else "",
+        )
+    out.print(table)
+    before, after = found.passes
+    out.print(
+        f"passes of the target per {PER:,} tokens of the fleet: {before:.0f} before, {after:.0f} after. lost: those that the adapter "
+        f"cost more than the base before. One draft for all: {found.draft}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    table = Table(title=visible(title))
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("adapter", "") else "right")
+    return table
+
+
+def _shown(figure: Interval, sign: str = "") -> str:
+    return "{} [{}, {}]".format(*(f"{number:{sign}.2f}" for number in figure))
