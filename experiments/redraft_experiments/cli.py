@@ -9,12 +9,19 @@ import typer
 
 from redraft.cli.bundles import OutputFlags, TargetFlags, print_json
 from redraft.cli.command import Group, add_command, with_flags
+from redraft.cli.fleet import FLAGS_OF_ADAPT, STAGES_OF_ADAPT
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError, nearest
 
 from .cli_parts import numbers, show_cells
 from .flag_table import FLAGS
-from .real_cli import bench_real, bench_real_methods, bench_real_mtp, bench_real_serving
+from .real_cli import (
+    bench_fleet,
+    bench_real,
+    bench_real_methods,
+    bench_real_mtp,
+    bench_real_serving,
+)
 
 OLD_NAMES = ("family", "repair")
 """Commands of before, which still work."""
@@ -475,3 +482,15 @@ for function, names, help in (
 ):
     for name in names:
         add_command(app, function, name=name, flags=FLAGS, help=help, hidden=name in OLD_NAMES)
+add_command(
+    app,
+    bench_fleet,
+    name="fleet",
+    settings=STAGES_OF_ADAPT,
+    flags_of=FLAGS_OF_ADAPT,
+    flags=FLAGS,
+    help={
+        "target": "the base: folder or Hub id",
+        "record": "also write the cells to this JSONL file",
+    },
+)

@@ -8,7 +8,8 @@ from typing import Any
 
 import typer
 
-from redraft.cli.bundles import OutputFlags
+from redraft.cli.bundles import OutputFlags, TargetFlags
+from redraft.config import Resolved
 from redraft.core.errors import UserError, nearest
 
 from .cli_parts import numbers, show_cells
@@ -131,3 +132,26 @@ def bench_real_mtp(
     if record:
         write_text(Path(record), json.dumps(found, indent=2) + "\n")
     output.show(found, lambda: typer.echo(in_words(found)))
+
+
+def bench_fleet(
+    models: TargetFlags,
+    draft: str,
+    fleet: str,
+    out: str,
+    config: Resolved,
+    output: OutputFlags,
+    record: str | None = None,
+) -> None:
+    """One draft for many adapters, against a draft for each, the mean of those, and one without split and guard.
+
+    Example: redraft bench fleet --target real/base --draft real/draft --fleet real/fleet.yaml --out fleet
+    --budget 360
+    """
+    from redraft.fleet.members import read_fleet
+
+    from .fleet import bench_fleet as run
+    from .fleet import print_cells
+
+    cells = run(models.load(), draft, read_fleet(Path(fleet)), Path(out), config)
+    show_cells(output, cells, print_cells, record, cells)

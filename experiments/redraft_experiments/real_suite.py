@@ -8,6 +8,7 @@
     draft             its EAGLE-3 draft; draft-eagle, draft-lm: others, where they are asked for
     members/NAME      a fine-tune (of LoRA the adapter)
     runs/NAME         the draft adapted to it, where that is asked for
+    fleet.yaml        the members of LoRA that were made, and chat of the base, for `redraft fleet`
     suite.json        the manifest
 
 Every part is a stage of a run folder: building again continues where it stopped.
@@ -22,6 +23,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from redraft.config import RegenerateConfig, resolve
 from redraft.core.console import say
@@ -125,6 +128,7 @@ def build_real_suite(
                 [f"members/{name}"],
                 partial(make_member, run.path, folder, name),
             )
+        write_text(run.path / "fleet.yaml", yaml.safe_dump(_fleet(chosen), sort_keys=False))
         manifest = {
             "model": MODEL,
             "k": K,
@@ -136,6 +140,18 @@ def build_real_suite(
         }
         write_text(run.path / "suite.json", json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _fleet(members: Sequence[str]) -> dict[str, Any]:
+    rows: dict[str, Any] = {
+        name: {
+            "adapter": f"members/{name}",
+            "prompts": str(prompts_of(Path(), MEMBERS[name].domain, "adapt")),
+        }
+        for name in members
+        if MEMBERS[name].rank is not None
+    }
+    return {**rows, BASE: {"prompts": str(prompts_of(Path(), "chat", "adapt"))}}
 
 
 def adapt_real(out: Path, name: str) -> AdaptResult:

@@ -11,6 +11,10 @@ from ..core.errors import UserError
 from .bundles import OutputFlags, TargetFlags
 from .command import Group, add_command
 
+STAGES_OF_ADAPT = ("regenerate", "general", "select", "train", "measure", "export")
+FLAGS_OF_ADAPT = ("train.method", "train.width", "train.vocab", "select.budget")
+"""The settings of `redraft fleet adapt`, and those of them that are flags."""
+
 app = typer.Typer(help="One draft for many LoRA adapters of one base.", cls=Group)
 
 
@@ -104,8 +108,8 @@ add_command(
 add_command(
     app,
     adapt,
-    settings=("regenerate", "general", "select", "train", "measure", "export"),
-    flags_of=("train.method", "train.width", "train.vocab", "select.budget"),
+    settings=STAGES_OF_ADAPT,
+    flags_of=FLAGS_OF_ADAPT,
     help={
         "target": "the base: folder or Hub id",
         "out": "run folder; run again to resume",

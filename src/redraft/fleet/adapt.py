@@ -86,7 +86,7 @@ class FleetAdapted:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class MemberPrompts:
     """The prompts of a member."""
 
     adapt: Sequence[Prompt]
@@ -112,7 +112,7 @@ def adapt_fleet(
     _check_settings(c)
     check_job(base, stored, None, c)
     continue_time(base, [Path(out) / "run.json"])
-    parts = _all_parts(base, members, c)
+    parts = fleet_prompts(base, members, c)
     asked = [m for m in members if m.adapter is not None]
     everyone = [*asked, Member(BASE, None, "", 1.0)]
     adapters = {member.name: str(member.adapter) for member in asked}
@@ -159,7 +159,9 @@ def _check_settings(c: AdaptConfig) -> None:
         )
 
 
-def _all_parts(base: Target, members: Sequence[Member], c: AdaptConfig) -> dict[str, _Parts]:
+def fleet_prompts(
+    base: Target, members: Sequence[Member], c: AdaptConfig
+) -> dict[str, MemberPrompts]:
     """Each member's prompts, and the base's: its own if the fleet has such a row, and some of every adapter's."""
     parts = {member.name: _parts_of(base, member, c) for member in members}
     aside = [some for found in parts.values() for some in (found.heldout, found.measured)]
@@ -168,10 +170,10 @@ def _all_parts(base: Target, members: Sequence[Member], c: AdaptConfig) -> dict[
         for name, found in parts.items()
     }
     others = [found for name, found in parts.items() if name != BASE]
-    own = parts.get(BASE, _Parts((), (), ()))
+    own = parts.get(BASE, MemberPrompts((), (), ()))
     reference = [found.heldout[:REFERENCE] for found in others]
     most = c.measure.eval_limit
-    parts[BASE] = _Parts(
+    parts[BASE] = MemberPrompts(
         own.adapt or _of_base(_in_turn([found.adapt for found in others])),
         [*own.heldout, *_of_base(chain.from_iterable(reference))],
         own.measured or _of_base(_in_turn([found.measured for found in others])[:most]),
@@ -179,7 +181,7 @@ def _all_parts(base: Target, members: Sequence[Member], c: AdaptConfig) -> dict[
     return parts
 
 
-def _parts_of(base: Target, member: Member, c: AdaptConfig) -> _Parts:
+def _parts_of(base: Target, member: Member, c: AdaptConfig) -> MemberPrompts:
     found = read_prompts(member.prompts, base, None, c.regenerate.turns)
     say(f"{member.name}: {found.summary()}")
     named = [dataclasses.replace(p, id=f"{member.name}/{p.id}") for p in found.prompts]
@@ -187,7 +189,7 @@ def _parts_of(base: Target, member: Member, c: AdaptConfig) -> _Parts:
         split = split_prompts(named, c.measure.eval_limit, c.measure.heldout, c.regenerate.seed)
     except UserError as problem:
         raise UserError(f"{member.name}, {member.prompts}: {problem}") from None
-    return _Parts(*split)
+    return MemberPrompts(*split)
 
 
 def _in_turn(lists: Sequence[Sequence[Prompt]]) -> list[Prompt]:
@@ -200,7 +202,7 @@ def _of_base(prompts: Any) -> list[Prompt]:
 
 
 def _answer_aside(
-    job: Job, everyone: Sequence[Member], parts: Mapping[str, _Parts]
+    job: Job, everyone: Sequence[Member], parts: Mapping[str, MemberPrompts]
 ) -> dict[str, str]:
     """Every member answers the prompts that stop training and those measured; the stage key of each file."""
     c = job.config
@@ -227,7 +229,7 @@ def _answer_aside(
 def _answer_adapt(
     job: Job,
     everyone: Sequence[Member],
-    parts: Mapping[str, _Parts],
+    parts: Mapping[str, MemberPrompts],
     counts: Mapping[str, int],
 ) -> dict[str, str]:
     """Every member answers as many of its prompts as it was given; the stage key of each file."""
@@ -273,7 +275,10 @@ def _passes(traces: Sequence[StepTrace]) -> float:
 
 
 def _split(
-    job: Job, members: Sequence[Member], parts: Mapping[str, _Parts], needs: Mapping[str, float]
+    job: Job,
+    members: Sequence[Member],
+    parts: Mapping[str, MemberPrompts],
+    needs: Mapping[str, float],
 ) -> dict[str, int]:
     """The budget over members, by the passes that they lost and their shares of the traffic."""
     shares = {member.name: member.share for member in members}
