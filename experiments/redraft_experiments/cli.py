@@ -21,6 +21,7 @@ from .real_cli import (
     bench_real_methods,
     bench_real_mtp,
     bench_real_serving,
+    bench_watch,
 )
 
 OLD_NAMES = ("family", "repair")
@@ -436,6 +437,7 @@ for function, names, help in (
             "record": "also write the record to this JSON file",
         },
     ),
+    (bench_watch, ("watch",), {"record": "also write the cells to this JSONL file"}),
     (bench_pipeline, ("pipeline",), {}),
     (
         bench_drafts,

@@ -155,3 +155,17 @@ def bench_fleet(
 
     cells = run(models.load(), draft, read_fleet(Path(fleet)), Path(out), config)
     show_cells(output, cells, print_cells, record, cells)
+
+
+def bench_watch(
+    run: str, output: OutputFlags, simulations: int = 20, record: str | None = None
+) -> None:
+    """False alarms and delays of `redraft watch`, simulated on the requests of a real run.
+
+    Example: redraft bench watch --run run
+    """
+    from .watch import bench_watch as work
+    from .watch import print_cells
+
+    cells = work(Path(run), simulations)
+    show_cells(output, cells, print_cells, record, cells)

@@ -25,6 +25,7 @@ from . import (
     prompts,
     recipes,
     stages,
+    watch,
 )
 from .command import Group, add_command
 from .extensions import add_extensions
@@ -136,6 +137,15 @@ add_command(
 )
 add_command(app, drafts.stitch, help={"out": "folder of the checkpoint to write"})
 add_command(app, engine.verify)
+add_command(
+    app,
+    watch.watch,
+    help={
+        "endpoint": "address of the vLLM server (key: $REDRAFT_API_KEY)",
+        "run": "run folder of `redraft adapt`, whose adapted draft's tau is expected",
+        "out": "JSONL file that keeps the looks; run again to go on with them",
+    },
+)
 add_command(app, job.report)
 add_command(
     app,

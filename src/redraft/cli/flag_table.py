@@ -137,6 +137,14 @@ FLAGS: dict[str, Flag] = {
     "method": Flag(
         "adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]"
     ),
+    "expected": Flag("the tau that is expected [default: that of the first looks]", low=1.0),
+    "every": Flag("seconds between two looks", low=0.1),
+    "drop": Flag("the share of tau whose loss matters (0.1: 10 %)", low=0.01, high=0.9),
+    "days": Flag("days from one false alarm to the next, in the mean", low=0.01),
+    "learn": Flag("looks that are learned on before any alarm", low=8),
+    "looks": Flag("end after so many looks [default: go on for ever]", low=1),
+    "until_alarm": Flag("end at the first alarm, with exit code 3"),
+    "metrics_file": Flag("also write Prometheus gauges into this file at every look", OUTPUT),
     "engine": Flag("the serving engine: vllm or llama.cpp"),
     "python": Flag(
         "Python of the engine's environment (default: $REDRAFT_VLLM_PYTHON or $REDRAFT_LLAMACPP_PYTHON)"
