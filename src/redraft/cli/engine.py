@@ -81,7 +81,7 @@ def verify(
 
     row = engine_named(engine)
     levels = _levels(concurrency)
-    flags = _flags(engine_args)
+    flags = engine_flags(engine_args)
     row.check_flags(flags)
     finished = _read_run(run) if run else None
     named = models.named()
@@ -165,7 +165,8 @@ def _levels(text: str) -> tuple[int, ...]:
     return levels
 
 
-def _flags(text: str) -> tuple[str, ...]:
+def engine_flags(text: str) -> tuple[str, ...]:
+    """The flags that --engine-args holds."""
     try:
         return tuple(shlex.split(text))
     except ValueError as problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import typer
@@ -10,6 +11,7 @@ from ..config import MeasureConfig, RegenerateConfig, Resolved
 from ..core.errors import UserError
 from .bundles import OutputFlags, TargetFlags
 from .command import Group, add_command
+from .engine import NOT_GOOD, engine_flags
 
 STAGES_OF_ADAPT = ("regenerate", "general", "select", "train", "measure", "export")
 FLAGS_OF_ADAPT = ("train.method", "train.width", "train.vocab", "select.budget")
@@ -91,6 +93,55 @@ def adapt(
     output.show(to_json(found), lambda: print_adapted(found))
 
 
+def verify(
+    models: TargetFlags,
+    draft: str,
+    fleet: str,
+    output: OutputFlags,
+    python: str | None = None,
+    k: int = MeasureConfig.k,
+    limit: int = 8,
+    max_new_tokens: int = 64,
+    port: int | None = None,
+    start_timeout: float = 900.0,
+    engine_args: str = "",
+    out: str | None = None,
+) -> None:
+    """Serve the base with all its adapters and one draft in a real vLLM: same outputs, same tau as redraft counts, of each.
+
+    Exit codes: 0 it is, 3 it is not, 2 a mistake in the command, 1 our fault.
+
+    Example: redraft fleet verify --target org/base --draft run/draft --fleet fleet.yaml
+    --python .venv-vllm/bin/python
+    """
+    from ..checkpoints.load import read_draft
+    from ..core.records import to_json
+    from ..fleet.members import read_fleet
+    from ..fleet.table import print_served
+    from ..fleet.verify import verify_fleet
+    from ..serving.verify import Request
+    from ..serving.vllm import VLLM
+
+    _check_bare(models)
+    flags = engine_flags(engine_args)
+    VLLM.check_flags(flags)
+    environment, members = VLLM.find(python), read_fleet(Path(fleet))
+    request = Request(
+        logs=Path(out or tempfile.mkdtemp(prefix="redraft-fleet-")),
+        k=k,
+        max_new_tokens=max_new_tokens,
+        concurrencies=(1,),
+        port=port,
+        patience=start_timeout,
+        engine_args=flags,
+    )
+    base = models.load(device="cpu")
+    found = verify_fleet(environment, base, read_draft(draft), members, request, most=limit)
+    output.show(to_json(found), lambda: print_served(found))
+    if not found.good:
+        raise typer.Exit(NOT_GOOD)
+
+
 def _check_bare(models: TargetFlags) -> None:
     if models.target_adapter:
         raise UserError("--target-adapter: name every adapter in the file of --fleet")
@@ -113,5 +164,15 @@ add_command(
     help={
         "target": "the base: folder or Hub id",
         "out": "run folder; run again to resume",
+    },
+)
+add_command(
+    app,
+    verify,
+    help={
+        "target": "the base: folder or Hub id",
+        "limit": "prompts of each member, the first ones",
+        "out": "folder of the server's logs",
+        "python": "Python of vLLM's environment (default: $REDRAFT_VLLM_PYTHON)",
     },
 )

@@ -10,6 +10,7 @@ from ..core.visible import visible
 from .adapt import FleetAdapted
 from .check import FleetCheck, advice
 from .members import PER
+from .verify import FleetServed
 
 
 def print_fleet(found: FleetCheck, out: Console | None = None) -> None:
@@ -62,6 +63,39 @@ def print_adapted(found: FleetAdapted, out: Console | None = None) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def print_served(found: FleetServed, out: Console | None = None) -> None:
+    """A line for each member, as served."""
+    out = out or Console(highlight=False)
+    table = _table(
+        f"{found.draft} on {found.base}, {found.adapters} adapters in vLLM {found.engine_version} ({found.dtype}, K={found.k})",
+        (
+            "adapter",
+            "n",
+            "same outputs",
+            "at near-ties",
+            "steps",
+            "accepted",
+            "tau",
+            "by redraft",
+            "",
+        ),
+    )
+    for row in found.members:
+        table.add_row(
+            visible(row.name),
+            str(row.outputs.prompts),
+            str(row.outputs.identical),
+            str(row.outputs.excused),
+            f"{row.counted.drafts:,}",
+            f"{row.counted.accepted:,}",
+            f"{row.counted.tau:.3f}",
+            f"{row.own.tau:.3f}",
+            row.problem,
+        )
+    out.print(table)
+    out.print(found.conclusion, markup=False, soft_wrap=True)
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:

@@ -45,7 +45,8 @@ class Serving:
     `dtype` is a torch dtype name. `eager` None means: on a CPU build. `port` None picks a free one.
     `patience` is the longest start, in seconds. `step_tokens` are the most tokens of a step (None: the engine's own
     choice): a prompt that does not fit in one is read in parts. `at_a_time` is the most requests that
-    will be sent at a time. `flags` are the user's own, added to the server's command line.
+    will be sent at a time. `flags` are the user's own, added to the server's command line. `fleet` are adapters that are
+    served side by side, by the names that requests ask for.
     """
 
     target: str
@@ -59,6 +60,7 @@ class Serving:
     step_tokens: int | None = None
     at_a_time: int = 1
     flags: tuple[str, ...] = ()
+    fleet: tuple[tuple[str, str], ...] = ()
 
     @property
     def model(self) -> str:

@@ -60,9 +60,9 @@ def prepare(environment: Environment, what: Serving, folder: Path) -> Serving:
     """
     from ..core.folders import find_folder  # torch, which `redraft env` does without
 
-    if what.adapter is not None:
+    if what.adapter is not None or what.fleet:
         raise UserError(
-            f"--target-adapter {what.adapter}: redraft does not convert adapters for llama.cpp; save the "
+            f"adapter {what.adapter or what.fleet[0][1]}: redraft does not convert adapters for llama.cpp; save the "
             "target with its adapter merged (PEFT's merge_and_unload) and name that folder"
         )
     source, outtype = converter_of(environment), OUTTYPES[what.dtype]

@@ -33,6 +33,8 @@ then name it with --python .venv-vllm/bin/python or in REDRAFT_VLLM_PYTHON""",
 )
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM takes for --max-lora-rank."""
+AT_A_TIME = 8
+"""Adapters of a fleet in one batch, at most."""
 
 
 def command_line(environment: Environment, what: Serving, port: int) -> list[str]:
@@ -45,10 +47,13 @@ def command_line(environment: Environment, what: Serving, port: int) -> list[str
         command.append("--enforce-eager")
     if what.step_tokens is not None:
         command += ["--max-num-batched-tokens", str(what.step_tokens)]
-    if what.adapter is not None:
-        rank = _lora_rank(what.adapter)
-        command += ["--enable-lora", "--lora-modules", f"{ADAPTED}={what.adapter}"]
-        command += ["--max-lora-rank", str(rank)]
+    if adapters := _adapters(what):
+        rank = max(_lora_rank(folder) for folder in adapters.values())
+        modules = [f"{name}={folder}" for name, folder in adapters.items()]
+        command += ["--enable-lora", "--lora-modules", *modules, "--max-lora-rank", str(rank)]
+        if what.fleet:
+            command += ["--max-loras", str(min(len(adapters), AT_A_TIME))]
+            command += ["--max-cpu-loras", str(len(adapters))]
     if what.speculation is not None:
         config = {
             "method": what.speculation.method,
@@ -66,10 +71,15 @@ def variables_for(environment: Environment, what: Serving) -> dict[str, str]:
         variables["VLLM_CPU_KVCACHE_SPACE"] = "1"
         variables["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     draft = what.speculation.draft if what.speculation else None
-    models = [what.target, *(m for m in (what.adapter, draft) if m is not None)]
+    models = [what.target, *_adapters(what).values(), *([draft] if draft else [])]
     if all(Path(model).exists() for model in models):
         variables["HF_HUB_OFFLINE"] = "1"
     return {**variables, **clean_environment()}
+
+
+def _adapters(what: Serving) -> dict[str, str]:
+    """The adapters' folders by the names that requests ask for."""
+    return {**({ADAPTED: what.adapter} if what.adapter else {}), **dict(what.fleet)}
 
 
 def _lora_rank(adapter: str) -> int:
@@ -82,8 +92,7 @@ def _lora_rank(adapter: str) -> int:
         if needed <= rank:
             return rank
     raise UserError(
-        f"--target-adapter {adapter} has rank {needed}; vLLM serves adapters up to rank "
-        f"{LORA_RANKS[-1]}"
+        f"adapter {adapter} has rank {needed}; vLLM serves adapters up to rank {LORA_RANKS[-1]}"
     )
 
 

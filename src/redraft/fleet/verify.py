@@ -1,0 +1,179 @@
+"""`redraft fleet verify`: a base, all its adapters and one draft in one running engine, each member against redraft's own counts.
+
+One request at a time, so that steps can be counted: the counters are read before and after each member's prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..checkpoints.load import StoredDraft
+from ..core.console import say
+from ..core.records import EngineAcceptance, Lossless, Prompt, versions
+from ..metrics.live import live
+from ..metrics.lossless import compare
+from ..models.target import Target
+from ..prompts.prompts import read_prompts
+from ..serving.counters import Counters
+from ..serving.engine import TARGET, RunningEngine, Speculation
+from ..serving.environment import Environment
+from ..serving.judgement import STRICT_DTYPE, tolerance
+from ..serving.own_count import Limits, count_own
+from ..serving.verify import Request, fitting, method_of, serving_of
+from .members import Member
+
+
+@dataclass(frozen=True)
+class MemberServed:
+    """A member in the engine: outputs with the draft against those without, the latter against redraft's own decoding; the
+    engine's counters, and redraft's steps as the engine counts them. `problem` is empty where all is as it should be."""
+
+    name: str
+    outputs: Lossless
+    against_redraft: Lossless
+    counted: EngineAcceptance
+    own: EngineAcceptance
+    problem: str
+
+
+@dataclass(frozen=True)
+class FleetServed:
+    """A fleet in one engine."""
+
+    base: str
+    draft: str
+    adapters: int
+    engine_version: str
+    dtype: str
+    k: int
+    max_new_tokens: int
+    members: tuple[MemberServed, ...]
+    good: bool
+    conclusion: str
+    versions: dict[str, str] = field(default_factory=versions)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Answers of a member, and what was counted while they were given."""
+
+    answers: list[list[int]]
+    counted: Counters
+
+
+def verify_fleet(
+    environment: Environment,
+    base: Target,
+    stored: StoredDraft,
+    members: Sequence[Member],
+    request: Request,
+    *,
+    most: int = 8,
+) -> FleetServed:
+    """Serve all members with and without the draft, and compare up to `most` prompts of each with redraft's own decoding.
+
+    Raises UserError where draft and base do not fit, and where the engine cannot be run.
+    """
+    method = method_of(stored, request.engine)
+    stored.build(base)  # refuses a draft that does not fit, before anything is started
+    asked = {
+        member.name: fitting(read_prompts(member.prompts, base, most).prompts, base, request)
+        for member in members
+    }
+    every = [prompt for some in asked.values() for prompt in some]
+    names = {member.name: f"adapter-{member.name}" for member in members if member.adapter}
+    what = dataclasses.replace(
+        serving_of(base, every, request),
+        fleet=tuple((names[m.name], m.adapter) for m in members if m.adapter),
+    )
+    drafted = dataclasses.replace(
+        what, speculation=Speculation(method, str(stored.folder), request.k)
+    )
+    given: dict[str, dict[str, _Asked]] = {}
+    for how, serving in (("plain", what), ("draft", drafted)):
+        log = request.logs / f"{how}.log"
+        with request.engine.serve(environment, serving, log) as running:
+            given[how] = {
+                name: _ask(running, names.get(name, TARGET), prompts, base, request)
+                for name, prompts in asked.items()
+            }
+    say("redraft's own loop on the same token ids")
+    found = tuple(
+        _compared(base, stored, member, asked[member.name], given, request) for member in members
+    )
+    wrong = [row for row in found if row.problem]
+    return FleetServed(
+        base=base.name,
+        draft=str(stored.folder),
+        adapters=len(names),
+        engine_version=environment.version,
+        dtype=_dtype(base),
+        k=request.k,
+        max_new_tokens=request.max_new_tokens,
+        members=found,
+        good=not wrong,
+        conclusion="; ".join(f"{row.name}: {row.problem}" for row in wrong)
+        or "every member is served as redraft counts it",
+    )
+
+
+def _ask(
+    running: RunningEngine, model: str, prompts: Sequence[Prompt], base: Target, request: Request
+) -> _Asked:
+    engine = dataclasses.replace(running, model=model)
+    before = engine.counters()
+    answers = engine.complete_all(prompts, request.max_new_tokens, base.stop_ids, label=model)
+    return _Asked(answers, engine.counters().since(before))
+
+
+def _compared(
+    base: Target,
+    stored: StoredDraft,
+    member: Member,
+    prompts: Sequence[Prompt],
+    given: dict[str, dict[str, _Asked]],
+    request: Request,
+) -> MemberServed:
+    plain, drafted = (given[how][member.name] for how in ("plain", "draft"))
+    with member.on(base) as target:
+        draft = stored.build(target)
+        traces, answers = live(target, draft, prompts, request.k, request.max_new_tokens)
+        outputs = compare(target, prompts, plain.answers, drafted.answers)
+        own_answers = [answer.answer for answer in answers]
+        against = compare(target, prompts, own_answers, plain.answers)
+    limits = Limits(request.k, request.max_new_tokens, base.stop_ids)
+    own = count_own(traces, answers, limits, request.engine.cut).acceptance()
+    counted = drafted.counted.acceptance()
+    return MemberServed(
+        member.name,
+        outputs,
+        against,
+        counted,
+        own,
+        _problem(outputs, against, counted, own, _dtype(base)),
+    )
+
+
+def _problem(
+    outputs: Lossless,
+    against: Lossless,
+    counted: EngineAcceptance,
+    own: EngineAcceptance,
+    dtype: str,
+) -> str:
+    """What is wrong with a member as it is served; empty where nothing is."""
+    if not outputs.holds:
+        return f"with the draft {outputs.problem()} from those without it"
+    if dtype == STRICT_DTYPE and not against.holds:
+        return f"even without a draft {against.problem('answers')} from redraft's"
+    if own.drafts and not counted.drafts:
+        return "the engine drafted nothing"
+    if abs(counted.tau - own.tau) > tolerance(dtype) * own.tau:
+        return f"the engine counts tau {counted.tau:.3f}, redraft {own.tau:.3f}"
+    return ""
+
+
+def _dtype(base: Target) -> str:
+    return str(base.dtype).removeprefix("torch.")
