@@ -10,6 +10,7 @@ docs/results/decode.md    decoding speed, from its record there
 docs/results/positions.md  recovery by position and temperature, from the cells there; with a figure
 docs/results/methods.md   adapters on matched data, from the cells there; with figures
 docs/results/real-methods.md  the race on real models, from the cells there
+docs/guides/*.md          tables between marks, from single records there
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
 from real_page import race_table, real_page
+from record_tables import mtp_table, watch_table
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
@@ -46,8 +48,14 @@ def generated() -> dict[Path, str]:
         "measured": measured_table(),
         "race": race_table(),
         "tree": f"```\n{tree()}```",
+        "mtp": mtp_table(),
+        "watch": watch_table(),
     }
-    pages = (ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md")
+    guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
+    pages = (
+        *(ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md"),
+        *guides,
+    )
     return {page: between(page.read_text(encoding="utf-8"), parts) for page in pages} | {
         ROOT / "docs" / "results" / "drafts.md": results_page(),
         ROOT / "docs" / "results" / "decode.md": decode_page(),

@@ -1,0 +1,70 @@
+"""Tables of single records, for the guides: an MTP head that a fine-tune lost, one draft for a fleet, a watch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def mtp_table() -> str:
+    """From `redraft bench real-mtp --record docs/results/mtp-smollm2.json`."""
+    record = json.loads((RESULTS / "mtp-smollm2.json").read_text(encoding="utf-8"))
+    base, grafted, fresh = (record[name] for name in ("on base", "grafted", "from layer"))
+    parameters = f"{grafted['train']['trained_parameters'] / 1e6:.1f} million"
+    rows = [
+        "| the head | tau, own prompts | tau, people's chat | answers' tokens | seconds of training |",
+        "|---|---|---|---|---|",
+        "| dropped, as it was saved | 1.00 | 1.00 | | |",
+        f"| the base's, grafted | {_tau(grafted['before'])} | {_tau(grafted['off_domain']['chat-before'])} | | |",
+        _adapted("grafted and adapted", grafted, "eval", "off-chat"),
+        _adapted("new, from the last layer, on the same answers", fresh, "eval", "off-chat"),
+    ]
+    note = (
+        f"\n{grafted['before']['prompts']} own prompts, {grafted['off_domain']['chat-before']['prompts']} of people's chat, K = {grafted['before']['k']}, "
+        f"greedy, {parameters} numbers trained, one seed, two CPU cores. On its own base the head has {_tau(base)} ({base['prompts']} prompts)."
+    )
+    return "\n".join(rows) + "\n" + note
+
+
+def _adapted(name: str, report: dict[str, Any], own: str, chat: str) -> str:
+    changes = report["changes"]
+    return (
+        f"| {name} | {_tau(report['after'])}, {_change(changes[own])} | {_tau(report['off_domain']['chat-after'])}, {_change(changes[chat])} | "
+        f"{report['train']['unique_answer_tokens']:,} | {report['train']['seconds']:.0f} |"
+    )
+
+
+def _tau(found: dict[str, Any]) -> str:
+    low, high = found["ci"]
+    return f"{found['tau']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _change(found: dict[str, float]) -> str:
+    return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+def watch_table() -> str:
+    """From `redraft bench watch --record docs/results/watch.jsonl`."""
+    lines = (RESULTS / "watch.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = [json.loads(line) for line in lines]
+    sizes = sorted({cell["requests"] for cell in cells})
+    rows = [
+        "| requests a minute | " + " | ".join(str(size) for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for fallen in sorted({cell["fallen"] for cell in cells}):
+        some = {cell["requests"]: cell for cell in cells if cell["fallen"] == fallen}
+        first = some[sizes[0]]
+        name = f"tau {first['before']:.2f} to {first['after']:.2f}" if fallen else "no fall"
+        rows.append(f"| {name} | " + " | ".join(_found(some[size]) for size in sizes) + " |")
+    return "\n".join(rows)
+
+
+def _found(cell: dict[str, Any]) -> str:
+    if cell["false_alarms"] is not None:
+        return f"{cell['false_alarms']} alarms in {cell['simulations']} months"
+    missed = f"; {cell['missed']} of {cell['simulations']} not" if cell["missed"] else ""
+    return f"{cell['median']:.0f} minutes, 95 % within {cell['late']:.0f}{missed}"
