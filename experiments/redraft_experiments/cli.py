@@ -17,6 +17,7 @@ from .cli_parts import numbers, show_cells
 from .flag_table import FLAGS
 from .real_cli import (
     bench_fleet,
+    bench_plan,
     bench_real,
     bench_real_methods,
     bench_real_mtp,
@@ -437,6 +438,7 @@ for function, names, help in (
             "record": "also write the record to this JSON file",
         },
     ),
+    (bench_plan, ("plan",), {"record": "also write the cells to this JSONL file"}),
     (bench_watch, ("watch",), {"record": "also write the cells to this JSONL file"}),
     (bench_pipeline, ("pipeline",), {}),
     (

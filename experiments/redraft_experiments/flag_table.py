@@ -28,6 +28,7 @@ FLAGS: dict[str, Flag] = {
     "padded": Flag("also pad the target to so many parameters (1e8)"),
     "batches": Flag("prompts at a time"),
     "ks": Flag("draft tokens per step to try"),
+    "runs": Flag("run folder of `redraft adapt`; repeatable"),
     "simulations": Flag("months that are simulated, and a tenth of the falls", low=1),
     "limit": Flag("prompts raced on"),
     "max_new_tokens": Flag("longest answer, in tokens", low=2),

@@ -169,3 +169,15 @@ def bench_watch(
 
     cells = work(Path(run), simulations)
     show_cells(output, cells, print_cells, record, cells)
+
+
+def bench_plan(runs: list[str], output: OutputFlags, record: str | None = None) -> None:
+    """What `redraft plan` says of finished runs, next to what they measured.
+
+    Example: redraft bench plan --runs run
+    """
+    from .plan import bench_plan as work
+    from .plan import print_cells
+
+    cells = work([Path(run) for run in runs])
+    show_cells(output, cells, print_cells, record, cells)

@@ -153,7 +153,7 @@ def test_an_environment_without_the_converter(
 
 
 def test_an_adapter_is_refused(fake_llamacpp: FakeEngine, what: Serving, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--target-adapter a: .* save the target with its adapter"):
+    with pytest.raises(UserError, match="adapter a: .* save the target with its adapter"):
         prepare(fake_llamacpp.environment, dataclasses.replace(what, adapter="a"), tmp_path)
 
 

@@ -22,6 +22,7 @@ from . import (
     generate,
     job,
     mtp,
+    plan,
     prompts,
     recipes,
     stages,
@@ -137,6 +138,13 @@ add_command(
 )
 add_command(app, drafts.stitch, help={"out": "folder of the checkpoint to write"})
 add_command(app, engine.verify)
+add_command(
+    app,
+    plan.plan,
+    settings=("train",),
+    flags_of=("train.method", "train.width", "train.rank", "train.epochs", "train.batch_tokens"),
+    help={"target": "the target: a folder with config.json, or Hub id"},
+)
 add_command(
     app,
     watch.watch,

@@ -137,6 +137,11 @@ FLAGS: dict[str, Flag] = {
     "method": Flag(
         "adapters whose training is timed, for drafts that lack the default's [default: expert+fc+norms]"
     ),
+    "prompt_count": Flag("prompts that are answered and trained on", low=1),
+    "prompt_tokens": Flag("tokens of a prompt, in the mean", low=2),
+    "answer_tokens": Flag("tokens of an answer, in the mean", low=2),
+    "gpu": Flag("a GPU by name, e.g. H100 [default: this machine, tried for a second]"),
+    "gpus": Flag("how many of them train on shares of each batch", low=1),
     "expected": Flag("the tau that is expected [default: that of the first looks]", low=1.0),
     "every": Flag("seconds between two looks", low=0.1),
     "drop": Flag("the share of tau whose loss matters (0.1: 10 %)", low=0.01, high=0.9),

@@ -11,6 +11,7 @@ queries per key/value head, C head_dim, M steps of a chain so far.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,12 +53,17 @@ def chain_attention(
     seen = [base_k_BGTC[:, :, : first + S], base_v_BGTC[:, :, : first + S]]
     seen += [part[:, :, :S] for part in (*own_k, *own_v)]
     seen = [part.to(dtype) for part in seen]
-    with torch.autocast(q_BNSC.device.type, enabled=False):
+    with _without_autocast(q_BNSC.device.type):
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q_BGRSC, *seen)):
             out: Tensor = _ChainAttention.apply(shape, q_BGRSC, *seen)  # type: ignore[no-untyped-call]
         else:
             out, _ = _forward(shape, q_BGRSC, seen)
     return out.view(B, N, S, C)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Where there are shapes only, PyTorch has no autocast at all."""
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @dataclass(frozen=True)

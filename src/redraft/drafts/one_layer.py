@@ -285,7 +285,8 @@ def rotary_of(shape: LayerShape) -> Rotary:
             max_position_embeddings=shape.max_position_embeddings,
             rope_parameters=rope,
         )
-        rotary = Rotary(config)
+        with torch.device("cpu"):  # its numbers are checked, where all else may be shapes only
+            rotary = Rotary(config)
     except Exception as problem:  # noqa: BLE001 - Transformers has no class of its own for this
         raise UserError(f"no rotary embedding can be made of {rope}: {problem}") from None
     if not bool(rotary.inv_freq.isfinite().all()) or not math.isfinite(rotary.scaling):

@@ -163,7 +163,7 @@ def _problem(
     own: EngineAcceptance,
     dtype: str,
 ) -> str:
-    """What is wrong with a member as it is served; empty where nothing is."""
+    """What is wrong with a member in the engine; empty where nothing is."""
     if not outputs.holds:
         return f"with the draft {outputs.problem()} from those without it"
     if dtype == STRICT_DTYPE and not against.holds:

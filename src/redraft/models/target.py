@@ -131,7 +131,7 @@ class Target:
         with torch.no_grad():
             ones = torch.ones(1, self.hidden_size, device=self.device, dtype=self.dtype)
             scale: Tensor | None = None if self.final_norm is None else self.final_norm(ones)[0]
-        if scale is None or not bool(scale.all()):
+        if scale is None or not (scale.is_meta or bool(scale.all())):
             raise UserError(
                 f"the state before the final norm of target {self.name} cannot be had from the state after it, which "
                 "this draft needs"

@@ -58,7 +58,7 @@ def count_flops(teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig) 
     reads = LOSSES[config.loss].row.reads
     total = trained = 0.0
     for work, times in ((roll_out, 1), (one_label, sum(counts))):
-        with _products_of_trained(draft) as products:
+        with products_of_trained(draft) as products:
             total += times * counted(work)
         trained += times * sum(products)
     alone = replace(teacher_batch, hold=False)
@@ -69,7 +69,7 @@ def count_flops(teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig) 
 
 
 @contextmanager
-def _products_of_trained(draft: Draft) -> Iterator[list[float]]:
+def products_of_trained(draft: Draft) -> Iterator[list[float]]:
     """Operations of the draft's linear layers whose weights train, one entry per call."""
     found: list[float] = []
 

@@ -12,20 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import TrainConfig
 from ..core.errors import UserError
 from ..drafts.base import Draft
 from ..losses.functions import LOSSES
 from ..losses.table import LABELS, OWN, WHOLE
 from ..models.target import Target
 from .teacher_batch import HELD, VALUES
-
-if TYPE_CHECKING:
-    from .adapter_run import AdapterRun
 
 MB = 1e6
 DRAFT_COPIES, TEACHER_COPIES = 5, {LABELS: 0, OWN: 1, WHOLE: 4}
@@ -38,9 +36,28 @@ LEAST_FREE_MB = 512
 
 
 def predict_peak(
-    target: Target, runs: Sequence[AdapterRun], batch_tokens: int, longest: int, first: int = 0
+    target: Target, runs: Sequence[Training], batch_tokens: int, longest: int, first: int = 0
 ) -> float:
-    """Predicted peak in MB: what is resident now plus gradients, optimizer and activations.
+    """Predicted peak in MB: what is resident now and what a run adds (see `predict_growth`)."""
+    grown = predict_growth(target, runs, batch_tokens, longest, first)
+    return current_memory(target.device) + grown
+
+
+class Training(Protocol):
+    """What is looked at of a run: the draft with its adapter, its settings and what trains."""
+
+    @property
+    def draft(self) -> Draft: ...
+    @property
+    def config(self) -> TrainConfig: ...
+    @property
+    def parameters(self) -> list[nn.Parameter]: ...
+
+
+def predict_growth(
+    target: Target, runs: Sequence[Training], batch_tokens: int, longest: int, first: int = 0
+) -> float:
+    """MB that runs add to their models: gradients, optimizer and activations. Shapes are enough (`meta` tensors).
 
     `batch_tokens` are those of the largest batch, whose rows have `longest` tokens and whose chains
     start at `first`. Activations: the target's features and one of its layers, then what the most
@@ -59,7 +76,7 @@ def predict_peak(
         if len(runs) > 1:
             held = max(held, min(batch_tokens * _columns(target, run.draft), HELD) * 4)
     activations = 2 * features + max(layer, most + held)
-    return current_memory(target.device) + (optimizer + activations) / MB
+    return (optimizer + activations) / MB
 
 
 def check_memory(target: Target, predicted: float, batch_tokens: int, longest: int) -> None:
@@ -96,7 +113,7 @@ def free_memory(device: torch.device) -> float:
     return min(found)
 
 
-def _of_run(target: Target, run: AdapterRun, batch_tokens: int, longest: int, first: int) -> float:
+def _of_run(target: Target, run: Training, batch_tokens: int, longest: int, first: int) -> float:
     """Bytes of a run's step: saved tensors, and one chunk of logits with its gradients."""
     draft, config = run.draft, run.config
     steps = config.rollout if draft.feeds_back else 1
@@ -124,15 +141,15 @@ def _saved_per_token(draft: Draft, steps: int) -> list[float]:
     dtype = next(p.dtype for p in draft.parameters())
     tokens = torch.zeros(1, PROBE + steps, dtype=torch.long, device=device)
     features = torch.zeros(1, PROBE + steps, draft.feature_size, dtype=dtype, device=device)
-    own = {p.untyped_storage().data_ptr() for p in draft.parameters()}
+    own = {p.untyped_storage()._cdata for p in draft.parameters()}
     seen: set[int] = set(own)
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal total
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
             total += storage.nbytes()
         return tensor
 
