@@ -35,7 +35,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
-MOST_ARROWS = 120
+MOST_ARROWS = 122
 
 
 def packages() -> dict[Path, str]:

@@ -20,7 +20,7 @@ from redraft.generation.answer_file import read_answers
 @dataclass(frozen=True)
 class PlanCell:
     """Predicted and measured: peak MB (of the process, by `plan` and as training began), operations of the target and the
-    draft, and seconds of training and of answers on this machine as it is now."""
+    draft, and seconds of training and of answers on this machine, at the load that it has now."""
 
     run: str
     target: str

@@ -18,6 +18,7 @@ from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.core.errors import UserError
 from redraft.core.records import Answer
+from redraft.fleet import adapt as adapt_module
 from redraft.fleet.adapt import MemberAdapted
 from redraft.generation.answer_file import read_answers
 from redraft.metrics.acceptance import pooled_tau
@@ -228,3 +229,25 @@ def test_too_few_prompts_name_the_member(
     assert isinstance(done.exception, UserError)
     assert "still, " in str(done.exception)
     assert "few.jsonl: 3 prompts" in str(done.exception)
+
+
+def test_a_member_that_answers_in_single_tokens_is_named(
+    wide: Path,
+    fleet: Path,
+    target_folder: Path,
+    draft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is trained."""
+    real = adapt_module.read_answers
+
+    def short(path: Path) -> list[Answer]:
+        found = real(path)
+        return [dataclasses.replace(a, length=1) for a in found] if "loud" in str(path) else found
+
+    monkeypatch.setattr(adapt_module, "read_answers", short)
+    done = command(wide, target_folder, draft_folder, tmp_path / "out")
+    assert isinstance(done.exception, UserError)
+    assert "loud answers 0 of 4 prompts with more than a token" in str(done.exception)
+    assert not (tmp_path / "out" / "adapter").exists()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from redraft.cli.app import app
 from redraft.core.errors import UserError
+from redraft.core.lock import held
 from redraft.metrics.drift import FALLEN, LEARNING, STEADY, Seen
 from redraft.serving import watch as watch_module
 from redraft.serving.client import connect
@@ -114,6 +115,12 @@ def test_kept_looks_are_gone_on_with(tmp_path: Path) -> None:
     assert [(s.state, s.evidence) for s in rest] == [(s.state, s.evidence) for s in whole[10:]]
     assert len(file.read_text().splitlines()) == 15
     row = json.loads(file.read_text().splitlines()[0])
+    whole_text = file.read_text()
+    file.write_text(whole_text + '{"endpoint": "http://12')  # a writer that was cut off
+    looked([None, HIGH], 1, out=file)
+    assert len(file.read_text().splitlines()) == 16
+    with held(file), pytest.raises(UserError, match="another redraft process"):
+        looked([None, HIGH], 1, out=file)
     assert row["endpoint"] == URL
     file.write_text(json.dumps({**row, "endpoint": "http://other"}) + "\n")
     with pytest.raises(UserError, match="holds looks at http://other"):

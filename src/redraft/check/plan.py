@@ -25,6 +25,7 @@ from ..config import TrainConfig
 from ..core.errors import UserError, as_sentence
 from ..core.records import versions
 from ..drafts.base import Draft
+from ..drafts.kinds import kind_names
 from ..drafts.new import new_draft
 from ..features.writer import FeatureAbout
 from ..models.loading import DTYPES, read_config
@@ -35,7 +36,7 @@ from .devices import Device
 
 ROWS = 64
 """Answers written together."""
-BESIDE = {"cuda": 1.0e9, "cpu": 0.6e9}
+LIBRARIES = {"cuda": 1.0e9, "cpu": 0.6e9}
 """Bytes that PyTorch and its libraries take themselves, about."""
 EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 OF_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
@@ -134,7 +135,7 @@ def plan(
     active, weights = _active(target), _bytes(target.model)
     draft_bytes = 4.0 * sum(p.numel() for p in draft.parameters())
     around = _bytes(nn.ModuleList([target.model.get_input_embeddings(), target.head]))
-    beside = BESIDE["cpu" if device.measured and not torch.cuda.is_available() else "cuda"]
+    libraries = LIBRARIES["cpu" if device.measured and not torch.cuda.is_available() else "cuda"]
     seen = round(sizes.prompts * length * (config.epochs or 0.0))
     labels = (sizes.answer_tokens - 1) / length  # an answer's first token comes from the prefill
     steps = config.rollout if draft.feeds_back else 1
@@ -158,8 +159,8 @@ def plan(
         sizes=sizes,
         answer_tokens=answers,
         train_tokens=seen,
-        train_bytes=weights + draft_bytes + growth + beside,
-        stored_bytes=around + draft_bytes + growth + beside,
+        train_bytes=weights + draft_bytes + growth + libraries,
+        stored_bytes=around + draft_bytes + growth + libraries,
         feature_bytes=float(sizes.prompts * length * _about(target, draft).token_bytes),
         target_flops=flops[0],
         draft_flops=flops[1],
@@ -235,8 +236,8 @@ def _laid_out(
         if not isinstance(cause, RuntimeError):  # not that numbers are missing
             raise
         raise UserError(
-            f"a draft of kind {sizes.kind or 'eagle3'} with --method {config.method} cannot be laid out without numbers ({cause}); "
-            "plan kind eagle3, eagle or mtp with body, full or lora"
+            f"a draft of kind {sizes.kind or kind_names()[0]} with --method {config.method} cannot be laid out without numbers "
+            f"({cause}); plan another --kind, or --method body, full or lora"
         ) from None
     draft.to("meta")
     return draft, [parameter for _, parameter in trained]

@@ -41,6 +41,7 @@ from ..pipeline.stages import answer, certify, export, measure_file, train
 from ..prompts.clock import continue_time
 from ..prompts.prompts import PromptSet, read_prompts, split_prompts
 from ..selection.select import most_kept
+from .check import LEAST
 from .members import PER, Member
 from .split import split_budget
 
@@ -122,6 +123,7 @@ def adapt_fleet(
         job = Job(run, base, stored, None, c)
         record_job(job, PromptSet(source, (), ()), config)
         aside = _answer_aside(job, everyone, parts)
+        _check_something_to_draft(job, aside)
         needs = _needs(job, asked, aside)
         counts = _split(job, members, parts, needs)
         answered = _answer_adapt(job, everyone, parts, counts)
@@ -244,6 +246,18 @@ def _answer_adapt(
     return keys
 
 
+def _check_something_to_draft(job: Job, aside: Mapping[str, str]) -> None:
+    """Raise UserError for a member whose answers are single tokens, which come from the prefill."""
+    for name in aside:
+        answers = read_answers(job.answers(name))
+        longer = sum(answer.length > 1 for answer in answers)
+        if longer < min(LEAST, len(answers)):
+            raise UserError(
+                f"{name.partition('/')[0]} answers {longer} of {len(answers)} prompts with more than a token, so there is next "
+                "to nothing to draft; leave it out of the fleet"
+            )
+
+
 def _needs(job: Job, asked: Sequence[Member], aside: Mapping[str, str]) -> dict[str, float]:
     """The passes per 1,000 tokens that the unadapted draft costs each adapter more than it costs the base."""
     held = {name: key for name, key in aside.items() if name.endswith("/heldout")}
@@ -269,9 +283,8 @@ def _heldout(job: Job, name: str) -> list[Any]:
 
 
 def _passes(traces: Sequence[StepTrace]) -> float:
-    """Passes of the target per 1,000 tokens; without a step, as without a draft."""
-    used = [trace for trace in traces if trace.accepted]
-    return PER / pooled_tau(used) if used else float(PER)
+    """Passes of the target per 1,000 tokens."""
+    return PER / pooled_tau([trace for trace in traces if trace.accepted])
 
 
 def _split(

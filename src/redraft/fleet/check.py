@@ -118,7 +118,8 @@ def _counts(
     traces = [trace for trace in replay(target, draft, answers, k) if trace.accepted]
     if len(traces) < LEAST:
         raise UserError(
-            f"{target.name} answers {len(traces)} of {len(prompts)} prompts with more than a token, too few"
+            f"{target.name} answers {len(traces)} of {len(prompts)} prompts with more than a token, so there is next to nothing to "
+            "draft; leave it out of the fleet"
         )
     return prompt_counts(traces)
 

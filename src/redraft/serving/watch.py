@@ -6,6 +6,7 @@ starts again, costs looks and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ import httpx
 
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.files import append_lines, write_text
+from ..core.files import append_lines, finish_lines, write_text
 from ..core.folders import read_json
+from ..core.lock import held
 from ..core.report_record import AdaptReport
 from ..metrics.drift import FALLEN, Drift, Look, Seen
 from .client import Client, connect, key_for
@@ -73,7 +75,7 @@ def watch(
     cannot be reached at first, or counts no speculation, and for a file of another server's looks.
     """
     client = connect(url, REQUEST_SECONDS, key_for(url), transport)
-    with client.http:
+    with client.http, contextlib.nullcontext() if out is None else held(out):
         before = _first(client)
         if run is not None:
             expected = expected_of_run(run, len(before.per_position))
@@ -162,10 +164,18 @@ def _read(client: Client) -> Counters | None:
     return read_counters(page.text)
 
 
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def _kept(out: Path | None, url: str) -> list[Look]:
     """The looks in a file, of this server. Raises UserError for another's, and for what are no looks."""
     if out is None or not out.is_file():
         return []
+    finish_lines(out, _is_whole)
     found = []
     for number, line in enumerate(out.read_text(encoding="utf-8").splitlines(), 1):
         try:
