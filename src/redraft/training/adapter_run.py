@@ -85,14 +85,16 @@ class AdapterRun:
         return self.diverged or self.state.step >= self.planned or self.stalled()
 
     def stalled(self) -> bool:
-        """Whether the last `patience` evaluations brought no rise over those before them.
+        """Whether the last `patience` evaluations brought no rise over those before them, nor the last one over these.
 
-        Not before half of the steps: much of the rise comes as the learning rate falls.
+        Not before half of the steps: much of the rise comes as the learning rate falls, after a fall at first where other
+        traffic is held out too.
         """
         taus, patience = [tau for _, tau in self.state.heldout_tau], self.config.patience
         if len(taus) <= patience or 2 * self.state.step < self.planned:
             return False
-        return max(taus[-patience:]) < max(taus[:-patience]) + RISE
+        rising = taus[-1] >= max(taus[-max(patience, 2) : -1]) + RISE
+        return not rising and max(taus[-patience:]) < max(taus[:-patience]) + RISE
 
     def add(self, teacher_batch: TeacherBatch, precision: str, weight: float) -> None:
         """Add the gradients of a part of the step's batch, whose whole weight is `weight`."""
