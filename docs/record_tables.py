@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from redraft_experiments.watch import shown
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -66,5 +68,4 @@ def watch_table() -> str:
 def _found(cell: dict[str, Any]) -> str:
     if cell["false_alarms"] is not None:
         return f"{cell['false_alarms']} alarms in {cell['simulations']} months"
-    missed = f"; {cell['missed']} of {cell['simulations']} not" if cell["missed"] else ""
-    return f"{cell['median']:.0f} minutes, 95 % within {cell['late']:.0f}{missed}"
+    return f"{shown(cell['median'])} minutes, 95 % within {shown(cell['late'])}"

@@ -33,7 +33,7 @@ MOST = 2_000
 @dataclass(frozen=True)
 class WatchCell:
     """So many requests a look: alarms in `simulations` months without a fall, or looks from a fall (of tau to `after`) to the
-    alarm: their median and the 95th percentile, and how many falls were not found within `MOST` looks."""
+    alarm: their median and the 95th percentile (above `MOST`: later than that), and how many falls were not found by then."""
 
     requests: int
     fallen: float
@@ -62,14 +62,15 @@ def bench_watch(run: Path, simulations: int = 20) -> list[WatchCell]:
             progress.advance(1)
             for fallen in FALLS:
                 delays = [_delay(sets, requests, fallen, seed) for seed in range(10 * simulations)]
-                found = [delay for delay in delays if delay is not None]
+                missed = sum(delay is None for delay in delays)
+                waited = [MOST + 1 if delay is None else delay for delay in delays]
                 mixed = _mixed_tau(sets, fallen)
                 cells.append(
                     WatchCell(
                         *(requests, fallen, taus[0], mixed, len(delays)),
-                        median=float(np.median(found)) if found else None,
-                        late=float(np.quantile(found, 0.95)) if found else None,
-                        missed=len(delays) - len(found),
+                        median=float(np.quantile(waited, 0.5, method="higher")),
+                        late=float(np.quantile(waited, 0.95, method="higher")),
+                        missed=missed,
                     )
                 )
                 progress.advance(1)
@@ -145,9 +146,13 @@ def print_cells(cells: Sequence[WatchCell]) -> None:
         begin = f"{cell.requests:4} requests a look  tau {cell.before:.2f} -> {cell.after:.2f}  "
         if cell.false_alarms is not None:
             typer.echo(f"{begin}{cell.false_alarms} alarms in {cell.simulations} months of looks")
-        elif cell.median is None:
-            typer.echo(f"{begin}not found in {cell.simulations} falls")
         else:
+            median, late = shown(cell.median), shown(cell.late)
             typer.echo(
-                f"{begin}found after {cell.median:.0f} looks (95 % within {cell.late:.0f}); {cell.missed} of {cell.simulations} not"
+                f"{begin}found after {median} looks (95 % within {late}; {cell.simulations} falls)"
             )
+
+
+def shown(looks: float | None) -> str:
+    """So many looks, or more than were waited for."""
+    return f"{looks:.0f}" if looks is not None and looks <= MOST else f"> {MOST:,}"

@@ -16,17 +16,20 @@ from typer.testing import CliRunner
 
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
+from redraft.config import resolve
 from redraft.core.errors import UserError
 from redraft.core.records import Answer
 from redraft.fleet import adapt as adapt_module
-from redraft.fleet.adapt import MemberAdapted
+from redraft.fleet.adapt import MemberAdapted, fleet_prompts
+from redraft.fleet.members import Member
 from redraft.generation.answer_file import read_answers
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
 from redraft.models.batching import collate
 from redraft.models.loading import load_target
-from redraft.models.target_adapters import fleet_on
+from redraft.models.target_adapters import BASE, fleet_on
 from redraft.training.teacher_batch import read_teacher_batch
+from redraft.training.train import _Stream
 from tests.conftest import write_prompts
 
 SMALL = ("regenerate.max_new_tokens=24", "measure.eval_new_tokens=24", "measure.heldout=4")
@@ -71,6 +74,34 @@ def test_each_row_is_read_with_its_own_adapter(
         assert (found[at] - own[at]).abs().max() <= near * scale
         if name == "loud":
             assert (wrong[at] - own[at]).abs().max() > 0.1 * scale
+
+
+def test_training_and_measuring_read_each_answer_as_what_gave_it(
+    fleet: Path, target_folder: Path, draft_folder: Path, answers: list[Answer]
+) -> None:
+    """The stream of training batches, and replay: as each adapter alone gives them, and not as the base does."""
+    base = load_target(str(target_folder), dtype="float64")
+    stored = read_draft(str(draft_folder))
+    rows = owned(answers[:6], ["loud", "base"])
+    plan = [[0, 1, 2], [3, 4, 5]]
+    adapters = {name: str(fleet / name) for name in ("loud", "still")}
+    with fleet_on(base, adapters) as target:
+        draft = stored.build(target)
+        stream = _Stream(target, draft.aux_layers, rows, plan, hold=False)
+        batches = [part.features_BTF for at in range(2) for part in stream.parts(at)]
+        runs = replay(target, draft, rows, 3)
+    differs = 0.0
+    for at, answer in enumerate(rows):
+        name = answer.id.partition("/")[0]
+        adapter = None if name == "base" else str(fleet / name)
+        alone = load_target(str(target_folder), adapter=adapter, dtype="float64")
+        batch = collate([rows[i] for i in plan[at // 3]], alone.device)
+        own = read_teacher_batch(alone, batch, draft.aux_layers).features_BTF[at % 3]
+        assert torch.allclose(batches[at // 3][at % 3], own, atol=1e-9)
+        assert replay(alone, stored.build(alone), [answer], 3) == [runs[at]]
+        plain = read_teacher_batch(base, batch, draft.aux_layers).features_BTF[at % 3]
+        differs = max(differs, float((plain - own).abs().max()))
+    assert differs > 0.01
 
 
 def command(fleet: Path, target: Path, draft: Path, out: Path, *more: str) -> Any:
@@ -137,7 +168,7 @@ def test_the_budget_follows_the_loss(run: tuple[Path, dict[str, Any]]) -> None:
     assert min(asked.values()) >= 1
 
 
-def test_a_finished_run_does_nothing_and_a_new_budget_keeps_the_answers(
+def test_a_finished_run_does_nothing(
     run: tuple[Path, dict[str, Any]], wide: Path, target_folder: Path, draft_folder: Path
 ) -> None:
     out, record = run
@@ -147,6 +178,23 @@ def test_a_finished_run_does_nothing_and_a_new_budget_keeps_the_answers(
     assert json.loads(again.stdout) == record
     assert {p: p.stat().st_mtime_ns for p in times} == times
     assert (out / "draft" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_members_that_share_prompts_lend_the_base_each_once(
+    fleet: Path, target_folder: Path
+) -> None:
+    """No prompt of the base is in two of its parts, nor twice in one."""
+    base = load_target(str(target_folder))
+    write_prompts(fleet / "shared-24.jsonl", 24)
+    write_prompts(fleet / "shared-30.jsonl", 30)
+    some = [
+        Member(name, str(fleet / "loud"), str(fleet / f"shared-{count}.jsonl"))
+        for name, count in (("a", 24), ("b", 30), ("c", 24))
+    ]
+    found = fleet_prompts(base, some, resolve([("test", {"measure.heldout": 6})]).config)[BASE]
+    parts = [[p.tokens for p in part] for part in (found.adapt, found.heldout, found.measured)]
+    assert all(parts)
+    assert len({tokens for part in parts for tokens in part}) == sum(map(len, parts))
 
 
 def test_the_worst_is_named() -> None:
@@ -171,6 +219,8 @@ def variant(target_folder: Path, folder: Path, **how: Any) -> str:
         ({"target_modules": ["lm_head"]}, "adapter odd .* changes .*lm_head"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "adapter odd .* changes .*embed_tokens"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "parts of the base"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "olora"}, "init_lora_weights: olora"),
     ],
 )
 def test_an_adapter_that_a_fleet_cannot_hold_is_named(
@@ -206,6 +256,10 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_base_unchanged(
         (("--budget", "auto"), "fleet adapt does not take"),
         (("--set", "select.select=rejection"), "select.select=rejection"),
         (("--method", "feature-map+body"), "--method feature-map"),
+        (("--method", "scratch"), "--method scratch"),
+        (("--set", "general.guard=off"), "general.guard=off"),
+        (("--set", "general.share=1.0"), "general.share"),
+        (("--set", "select.by=prompts"), "select.by=prompts"),
         (("--target-adapter", "x"), "name every adapter"),
     ],
 )

@@ -130,6 +130,16 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_names_are_what_is_written(fleet: Path) -> None:
+    """YAML reads `no` as false, and passes over the first of two rows of a name."""
+    row = "{adapter: loud, prompts: loud.jsonl}"
+    (fleet / "names.yaml").write_text(f"no: {row}\n7: {{adapter: still, prompts: still.jsonl}}\n")
+    assert [member.name for member in read_fleet(fleet / "names.yaml")] == ["no", "7"]
+    (fleet / "names.yaml").write_text(f"a: {row}\na: {row}\n")
+    with pytest.raises(UserError, match="a: there are 2 rows of this name"):
+        read_fleet(fleet / "names.yaml")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_fleet_that_cannot_be_checked_is_a_sentence(fleet: Path, name: str) -> None:
     content, says = BAD[name]

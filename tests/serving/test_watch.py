@@ -101,6 +101,45 @@ def test_a_restart_silence_and_empty_pages_cost_looks_only() -> None:
     assert [one.look.drafts for one in seen][9] == 100
 
 
+def test_another_number_of_drafted_tokens_is_learned_afresh(tmp_path: Path) -> None:
+    """A server that is started again with another K; the looks before it are no measure."""
+    server = Server([None, *[HIGH] * 9])
+    longer = [page((100 * n, 300 * n, 120 * n), (60 * n, 40 * n, 20 * n)) for n in range(10)]
+    server.script = iter([None, *[HIGH] * 9, *longer])
+    file = tmp_path / "looks.jsonl"
+    how = {"every": 1.0, "drop": 0.1, "between_alarms": 1000.0, "learn": 8, "out": file}
+    seen = list(
+        watch(URL, looks=18, transport=httpx.MockTransport(server), pause=lambda s: None, **how)
+    )
+    assert seen[8].state == STEADY
+    assert [one.state for one in seen[9:16]] == [LEARNING] * 7
+    assert seen[17].state == STEADY
+    again = Server([])
+    again.script = iter([longer[0], longer[1]])
+    (one,) = watch(URL, looks=1, transport=httpx.MockTransport(again), pause=lambda s: None, **how)
+    assert one.state == STEADY  # of the nine with this K
+
+
+def test_a_new_process_is_seen_by_its_start() -> None:
+    """Its counters may be ahead of the old one's."""
+    pages = [page((n, 2 * n, n // 2), (n // 3, n // 6)) for n in (600, 1200, 1300, 1400)]
+    starts = ("1.5e9", "1.5e9", "1.6e9", "1.6e9")
+    script = [
+        f"{text}process_start_time_seconds {at}\n" for text, at in zip(pages, starts, strict=True)
+    ]
+    seen = looked(script, 2)
+    assert [one.look.drafts for one in seen] == [600, 100]
+
+
+def test_a_file_of_something_else_stays_as_it_was_found(tmp_path: Path) -> None:
+    file = tmp_path / "notes.yaml"
+    for text in ("a: 1\nb: 2", "a: 1", "5\n", '{"endpoint": "x"}\n'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="no look of redraft watch"):
+            looked([None, HIGH], 1, out=file)
+        assert file.read_text() == text
+
+
 def test_few_steps_wait_for_more() -> None:
     seen = looked([None, (12, 6, 20), (12, 6, 20), (12, 6, 20), HIGH], 2)
     assert [one.look.drafts for one in seen] == [60, 100]
@@ -123,7 +162,7 @@ def test_kept_looks_are_gone_on_with(tmp_path: Path) -> None:
         looked([None, HIGH], 1, out=file)
     assert row["endpoint"] == URL
     file.write_text(json.dumps({**row, "endpoint": "http://other"}) + "\n")
-    with pytest.raises(UserError, match="holds looks at http://other"):
+    with pytest.raises(UserError, match="line 1: a look at http://other"):
         looked([None, HIGH], 1, out=file)
     file.write_text("{}\n")
     with pytest.raises(UserError, match="line 1: no look"):

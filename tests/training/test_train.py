@@ -684,6 +684,27 @@ def test_of_several_guards_the_one_that_loses_most_decides(
         each = [(own[at][2] / own[0][2], own[at][2]) for own in alone.values()]
         assert way[at][2] == pytest.approx(min(each)[1])
     assert len({way[at][2] for at in range(len(SHARES))}) > 1
+    kept_of = [min(own[at][2] / own[0][2] for own in alone.values()) for at in range(len(SHARES))]
+    best = max((way[at][1], SHARES[at]) for at in range(len(SHARES)) if kept_of[at] >= 1)
+    assert kept(groups).best_tau() == best[0]
+
+
+def test_one_of_two_guards_holds_back_what_the_other_would_allow(
+    target: Target, draft_folder: Path, answers: list[Answer]
+) -> None:
+    """Whichever of the two comes first."""
+    config = replace(CONFIG, method="expert+fc+norms", lr=3e-3, epochs=40, evaluations=2)
+
+    def share(guarding: dict[str, Sequence[Answer]]) -> float:
+        draft = load_draft(str(draft_folder), target, torch.float32)
+        guard = Guard(guarding, 0.0)
+        found = train(target, draft, answers[:4], answers[:4], config, k=3, guard=guard)
+        return found.record.share
+
+    same, other = answers[:4], answers[4:8]
+    held = share({"other": other})
+    assert held < share({"same": same})
+    assert share({"same": same, "other": other}) == held == share({"other": other, "same": same})
 
 
 def test_operations_are_counted_and_grow_with_the_tokens(

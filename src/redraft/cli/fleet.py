@@ -75,9 +75,9 @@ def adapt(
     config: Resolved,
     output: OutputFlags,
 ) -> None:
-    """Adapt one draft for all adapters and for the base, so that none of them loses; a stock checkpoint in OUT/draft.
+    """Adapt one draft for all adapters and for the base, so that none loses more than general.tolerance where it is held out; a stock checkpoint in OUT/draft.
 
-    The budget is split by the passes that each adapter lost and its share of the traffic; each gets a part, and so does the base.
+    The budget is split by the passes that each adapter lost and its share of the traffic, with a floor for each and for the base.
 
     Example: redraft fleet adapt --target org/base --draft org/EAGLE3-base --fleet fleet.yaml --out run
     --budget 1000

@@ -31,13 +31,14 @@ def watch(
     """Watch a serving vLLM's acceptance by its counters, and say when it has fallen. No model is loaded, nothing is asked.
 
     The first looks are learned on. What counts as fallen is a tau that lost --drop against --run, --expected or what was
-    learned, by a sequential test with a false alarm in --days at the mean.
+    learned, by a sequential test with a false alarm in --days at the mean, for traffic like that of the first looks. Any lasting
+    loss above half of --drop ends in an alarm, so let --learn span what a day brings.
 
     Example: redraft watch --endpoint http://127.0.0.1:8000 --run run --out looks.jsonl
     """
     from ..config import read_endpoints
     from ..core.records import to_json
-    from ..metrics.drift import FALLEN
+    from ..metrics.drift import FALLEN, LEARNING
     from ..serving.watch import line_of, write_metrics
     from ..serving.watch import watch as work
 
@@ -71,6 +72,8 @@ def watch(
     output.finish(
         "tau has fallen: the model, the draft or what is asked has changed; redraft check says what to do"
         if fallen
+        else f"nothing is known yet: {learn} looks are learned on before any alarm"
+        if seen.state == LEARNING
         else "no fall",
         {**to_json(seen), "endpoint": url},
     )

@@ -109,7 +109,7 @@ def adapt_fleet(
     adapter that cannot be read row by row with others and for fewer than 8 prompts; and for settings that a fleet does
     not take.
     """
-    c, stored = config.config, read_draft(draft)
+    c, stored = config.config, read_draft(draft).fitted(base)
     _check_settings(c)
     check_job(base, stored, None, c)
     continue_time(base, [Path(out) / "run.json"])
@@ -151,13 +151,20 @@ def _check_settings(c: AdaptConfig) -> None:
         "regenerate.answers=original": c.regenerate.answers != "regenerate",
         f"select.select={c.select.select}": c.select.select != "random",
         f"--budget {c.select.budget}": c.select.budget_value.kind not in ("count", "share"),
-        f"--method {c.train.method}": c.train.method_value.closed_form,
+        f"--method {c.train.method}": c.train.method_value.closed_form
+        or c.train.method_value.fresh,
+        "select.by=prompts": c.select.by != "answers",
+        "select.coverage": bool(c.select.coverage),
+        "general.guard=off": c.general.guard == "off",
+        "general.share": bool(c.general.share),
+        "general.prompts": bool(c.general.prompts),
     }
     found = [name for name, there in wrong.items() if there]
     if found:
         raise UserError(
             f"fleet adapt does not take {', '.join(found)}: each adapter answers its own prompts in this process, of which a "
-            "budget (500, 0.5) is split by need, and the draft is trained by gradient steps"
+            "budget (500, 0.5) is split by need; the draft is trained by gradient steps from what it is, and guarded by what is held "
+            "out of every member"
         )
 
 
@@ -174,11 +181,12 @@ def fleet_prompts(
     others = [found for name, found in parts.items() if name != BASE]
     own = parts.get(BASE, MemberPrompts((), (), ()))
     reference = [found.heldout[:REFERENCE] for found in others]
-    most = c.measure.eval_limit
+    measured = own.measured or _of_base(_once(_in_turn([found.measured for found in others])))
+    measured = measured[: c.measure.eval_limit]
     parts[BASE] = MemberPrompts(
-        own.adapt or _of_base(_in_turn([found.adapt for found in others])),
-        [*own.heldout, *_of_base(chain.from_iterable(reference))],
-        own.measured or _of_base(_in_turn([found.measured for found in others])[:most]),
+        own.adapt or _of_base(_once(_in_turn([found.adapt for found in others]))),
+        apart(_once([*own.heldout, *_of_base(chain.from_iterable(reference))]), [measured]),
+        measured,
     )
     return parts
 
@@ -197,6 +205,11 @@ def _parts_of(base: Target, member: Member, c: AdaptConfig) -> MemberPrompts:
 def _in_turn(lists: Sequence[Sequence[Prompt]]) -> list[Prompt]:
     """The first of each, then the second of each."""
     return [prompt for row in zip_longest(*lists) for prompt in row if prompt is not None]
+
+
+def _once(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once, though members share it."""
+    return list({prompt.tokens: prompt for prompt in reversed(prompts)}.values())[::-1]
 
 
 def _of_base(prompts: Any) -> list[Prompt]:
@@ -264,12 +277,16 @@ def _needs(job: Job, asked: Sequence[Member], aside: Mapping[str, str]) -> dict[
 
     def work() -> None:
         draft = job.draft.build(job.target)
-        base = replay(job.target, draft, _heldout(job, BASE), job.k)
+        asked_of_base = _heldout(job, BASE)
+        traces = replay(job.target, draft, asked_of_base, job.k)
+        base = {a.prompt: trace for a, trace in zip(asked_of_base, traces, strict=True)}
         found = {BASE: 0.0}
         for member in asked:
+            answers = _heldout(job, member.name)
+            both = [answer for answer in answers if answer.prompt in base]
+            theirs = [base[answer.prompt] for answer in both] or list(base.values())
             with member.on(job.target) as target:
-                own = replay(target, job.draft.build(target), _heldout(job, member.name), job.k)
-            theirs = [trace for trace in base if trace.id.startswith(f"{BASE}/{member.name}/")]
+                own = replay(target, job.draft.build(target), both or answers, job.k)
             found[member.name] = _passes(own) - _passes(theirs)
         job.run.write_json(NEEDS, found)
 

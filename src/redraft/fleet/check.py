@@ -20,11 +20,13 @@ from ..core.console import say
 from ..core.errors import UserError
 from ..core.records import Prompt, versions
 from ..drafts.base import Draft
+from ..generation.answer_file import about
 from ..generation.regenerate import regenerate
 from ..metrics import intervals
 from ..metrics.acceptance import prompt_counts
 from ..metrics.replay import replay
 from ..models.target import Target
+from ..prompts.clock import continue_time
 from ..prompts.prompts import read_prompts
 from .members import PER, Member
 
@@ -75,6 +77,8 @@ def check_fleet(
 
     Raises UserError, which names the adapter, for one that does not fit the base and for too few prompts.
     """
+    files = [about(out / member.name / "base.jsonl") for member in members]
+    continue_time(base, files)
     draft = stored.build(base)  # refuses a draft that does not fit, before anything is answered
     asked = {member.name: _prompts(base, member, most) for member in members}
     total = sum(member.share for member in members)

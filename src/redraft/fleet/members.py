@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from ..config import read_yaml
 from ..core.config_values import ConfigValues
 from ..core.errors import UserError
@@ -43,8 +45,13 @@ def read_fleet(path: Path) -> list[Member]:
     members with the same weights.
     """
     members: list[Member] = []
-    for key, row in read_yaml(path).items():
-        where, name = f"{path}, {key}", str(key)
+    rows = list(read_yaml(path).values())
+    names = _names(path)
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}, {name}: there are {names.count(name)} rows of this name")
+    for name, row in zip(names, rows, strict=True):
+        where = f"{path}, {name}"
         if not isinstance(row, dict) or not set(row) <= {"adapter", "prompts", "share"}:
             raise UserError(f"{where}: expected adapter, prompts and perhaps share, got {row}")
         values = ConfigValues(row, where)
@@ -57,9 +64,9 @@ def read_fleet(path: Path) -> list[Member]:
             raise UserError(
                 f"{where}: this row is the traffic of the base without an adapter; give the adapter another name"
             )
-        if not NAME.fullmatch(name) or name in {one.name for one in members}:
+        if not NAME.fullmatch(name):
             raise UserError(
-                f"{where}: a name of letters, digits, dots, dashes and underscores is expected, each once"
+                f"{where}: a name of letters, digits, dots, dashes and underscores is expected"
             )
         adapter = None if name == BASE else str(path.parent / values.text("adapter", ""))
         prompts = str(path.parent / values.text("prompts", ""))
@@ -70,13 +77,23 @@ def read_fleet(path: Path) -> list[Member]:
     return members
 
 
+def _names(path: Path) -> list[str]:
+    """The rows' names as they are written: YAML would read `no` as false, and pass over the first of two rows of a name."""
+    whole = yaml.compose(path.read_text(encoding="utf-8"))
+    if not isinstance(whole, yaml.MappingNode):
+        return []
+    return [str(key.value) for key, _ in whole.value]
+
+
 def _check_different(members: Sequence[Member]) -> None:
     seen: dict[str, str] = {}
     for member in members:
         if member.adapter is None:
             continue
         if not Path(member.adapter).is_dir():
-            raise UserError(f"adapter {member.name}: {member.adapter} is no folder")
+            raise UserError(
+                f"adapter {member.name}: {member.adapter} is no folder; one on the Hub has to be downloaded first"
+            )
         settings = Path(member.adapter) / "adapter_config.json"
         scaled = settings.read_text(encoding="utf-8") if settings.is_file() else ""
         key = f"{weights_hash(member.adapter)} {scaled} {member.prompts}"

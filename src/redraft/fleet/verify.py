@@ -9,11 +9,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from ..checkpoints.load import StoredDraft
-from ..core.console import say
+from ..core.console import Progress, say
+from ..core.errors import UserError
 from ..core.records import EngineAcceptance, Lossless, Prompt, versions
 from ..metrics.live import live
 from ..metrics.lossless import compare
+from ..models.kv_cache import is_recurrent
 from ..models.target import Target
 from ..prompts.prompts import read_prompts
 from ..serving.counters import Counters
@@ -77,6 +81,11 @@ def verify_fleet(
     Raises UserError where draft and base do not fit, and where the engine cannot be run.
     """
     method = method_of(stored, request.engine)
+    if is_recurrent(base.model):
+        raise UserError(
+            f"{base.name} keeps a recurrent state, which redraft's own loop cannot take back; verify its members one by one "
+            "(redraft verify)"
+        )
     stored.build(base)  # refuses a draft that does not fit, before anything is started
     asked = {
         member.name: fitting(read_prompts(member.prompts, base, most).prompts, base, request)
@@ -100,9 +109,13 @@ def verify_fleet(
                 for name, prompts in asked.items()
             }
     say("redraft's own loop on the same token ids")
-    found = tuple(
-        _compared(base, stored, member, asked[member.name], given, request) for member in members
-    )
+    if torch.cuda.is_available():  # the servers are gone
+        base.model.to("cuda")
+    found = []
+    with Progress("comparing", len(members), "members") as progress:
+        for member in members:
+            found.append(_compared(base, stored, member, asked[member.name], given, request))
+            progress.advance(1)
     wrong = [row for row in found if row.problem]
     return FleetServed(
         base=base.name,
@@ -112,7 +125,7 @@ def verify_fleet(
         dtype=_dtype(base),
         k=request.k,
         max_new_tokens=request.max_new_tokens,
-        members=found,
+        members=tuple(found),
         good=not wrong,
         conclusion="; ".join(f"{row.name}: {row.problem}" for row in wrong)
         or "every member is served as redraft counts it",
@@ -152,7 +165,7 @@ def _compared(
         against,
         counted,
         own,
-        _problem(outputs, against, counted, own, _dtype(base)),
+        _problem(outputs, against, counted, own, _dtype(base), request.engine_args),
     )
 
 
@@ -162,10 +175,13 @@ def _problem(
     counted: EngineAcceptance,
     own: EngineAcceptance,
     dtype: str,
+    engine_args: Sequence[str],
 ) -> str:
-    """What is wrong with a member in the engine; empty where nothing is."""
+    """What is wrong with a member in the engine; empty where nothing is. The user's own flags may change its answers."""
     if not outputs.holds:
         return f"with the draft {outputs.problem()} from those without it"
+    if engine_args and not against.holds:
+        return ""
     if dtype == STRICT_DTYPE and not against.holds:
         return f"even without a draft {against.problem('answers')} from redraft's"
     if own.drafts and not counted.drafts:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,6 +23,8 @@ BASE = "base"
 """What the base itself is called among the adapters of a fleet."""
 NO_ADAPTER = "__base__"
 """PEFT's name for rows without an adapter."""
+REWRITING = ("pissa", "olora", "corda", "loftq")
+"""Ways to begin a LoRA that change the weights under it, when it is loaded too."""
 AROUND_LAYERS = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out", "output_layer")
 """Parts of the names of modules that a draft shares with the base, whatever adapter is on."""
 
@@ -42,6 +45,8 @@ class FleetTarget(Target):
             template_args=base.template_args,
         )
         self.name = f"{base.name} and {len(adapters)} adapters"
+        self.rendered_at = base.rendered_at
+        self.names = tuple(adapters)
         self._stored = {name: _stored(at) for at, name in enumerate(adapters)} | {BASE: NO_ADAPTER}
         self._rows: list[str] | None = None
 
@@ -81,10 +86,23 @@ def fleet_on(base: Target, adapters: Mapping[str, str]) -> Iterator[FleetTarget]
             model = with_adapter(model or base.model, folder, "adapter", _stored(at))
         assert model is not None, "a fleet without adapters"
         fleet = FleetTarget(model, base, adapters)
+        with as_sentence(
+            f"{base.name} ({type(base.model).__name__}) cannot be read with an adapter of its own in each row; adapt a draft "
+            "for each (redraft adapt --target-adapter)"
+        ):
+            _try(fleet)
         yield fleet
     finally:
         if model is not None:
             model.unload()
+
+
+@torch.no_grad()
+def _try(fleet: FleetTarget) -> None:
+    """Read a row with each adapter, which some families' layers do not take."""
+    rows = [Answer(f"{name}/try", (0,), (0,), 1, "length") for name in [*fleet.names, BASE]]
+    with fleet.giving(rows):
+        fleet.read(torch.zeros(len(rows), 3, dtype=torch.long, device=fleet.device), (), keep=1)
 
 
 def _stored(at: int) -> str:
@@ -131,13 +149,15 @@ def adapter_on(base: Target, adapter: str) -> Iterator[Target]:
     model = None
     try:
         model = with_adapter(base.model, adapter, "adapter")
-        yield Target(
+        found = Target(
             model,
             base.tokenizer,
             [*base.sources, adapter],
             base.template,
             template_args=base.template_args,
         )
+        found.rendered_at = base.rendered_at
+        yield found
     finally:
         if model is not None:
             model.unload()
@@ -150,13 +170,18 @@ def _check_leaves_base(folder: Path) -> None:
     parts = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
     if config.get("bias", "none") != "none":
         parts.append("bias")
+    start = str(config.get("init_lora_weights", ""))
+    if start.lower().startswith(
+        REWRITING
+    ):  # PEFT takes the adapter's start out of the base's weights again
+        parts.append(f"init_lora_weights: {start}")
     if (folder / ADAPTER).is_file():
         with safe_open(folder / ADAPTER, framework="pt") as stream:
             parts += [n for n in stream.keys() if "lora_" not in n and "magnitude" not in n][:1]  # noqa: SIM118
     if parts:
         raise UserError(
             f"adapter {folder} changes parts of the base itself ({parts[0]}), so the base would not be the same after it; check "
-            "it by itself (redraft check --target-adapter)"
+            "it by itself (redraft check --target-adapter), or save it as plain LoRA"
         )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,10 @@ from .reply import Trouble
 REQUEST_SECONDS = 30.0
 FEWEST_STEPS = 50
 """Steps that a look holds at least; fewer are added to the next one."""
+SPECULATES = re.compile(r"^vllm:spec_decode_num_drafts_total(?:\{[^}]*\})? ", re.MULTILINE)
+STARTED = re.compile(r"^process_start_time_seconds(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
+BEGINNING = b'{"endpoint": '
+"""Of every line of looks."""
 NO_COUNTERS = "holds no counters of vLLM's speculation (vllm:spec_decode_num_drafts_total)"
 
 
@@ -75,12 +80,15 @@ def watch(
     cannot be reached at first, or counts no speculation, and for a file of another server's looks.
     """
     client = connect(url, REQUEST_SECONDS, key_for(url), transport)
+
+    def fresh(positions: int) -> Drift:
+        tau = expected if run is None else expected_of_run(run, positions)
+        return Drift(expected=tau, drop=drop, between_alarms=between_alarms, learn=learn)
+
     with client.http, contextlib.nullcontext() if out is None else held(out):
         before = _first(client)
-        if run is not None:
-            expected = expected_of_run(run, len(before.per_position))
-        drift = Drift(expected=expected, drop=drop, between_alarms=between_alarms, learn=learn)
-        kept = _kept(out, url)
+        drift = fresh(len(before.counters.per_position))
+        kept = _kept(out, url, len(before.counters.per_position))
         for look in kept:
             drift.add(look)
         if kept:
@@ -91,9 +99,12 @@ def watch(
             now = _read(client)
             if now is None:
                 continue
-            counted = now.since(before)
-            if min(counted.drafts, counted.accepted, *counted.per_position, 0) < 0:
+            counted = now.counters.since(before.counters)
+            if now.start != before.start or _went_down(counted):
                 say(f"{url} started again; its counters are read afresh")
+                if len(now.counters.per_position) != len(before.counters.per_position):
+                    say("it drafts another number of tokens now, so its tau is learned afresh")
+                    drift = fresh(len(now.counters.per_position))
                 before = now
                 continue
             if counted.drafts < FEWEST_STEPS:
@@ -103,6 +114,18 @@ def watch(
             if out is not None:
                 append_lines(out, [json.dumps({"endpoint": url, **asdict(look)})])
             yield drift.add(look)
+
+
+@dataclass(frozen=True)
+class _Page:
+    """The counters, and when the server began to count, as far as it tells."""
+
+    counters: Counters
+    start: str
+
+
+def _went_down(counted: Counters) -> bool:
+    return min(counted.drafts, counted.accepted, *counted.per_position, 0) < 0
 
 
 def line_of(seen: Seen) -> str:
@@ -137,31 +160,78 @@ def write_metrics(file: Path, seen: Seen, url: str) -> None:
     write_text(file, text)
 
 
-def _first(client: Client) -> Counters:
+def _first(client: Client) -> _Page:
     try:
         page = client.reply("/metrics")
     except Trouble as problem:
         raise UserError(f"{client.url}/metrics does not answer ({problem})") from None
     if page.status != 200:
         raise UserError(f"{client.url}/metrics refused (HTTP {page.status}): {page.reason}")
-    if "vllm:spec_decode_num_drafts" not in page.text:
+    found = _page_of(page.text)
+    if found is None:
         raise UserError(
             f"{client.url}/metrics {NO_COUNTERS}: does the server run, and with --speculative-config?"
         )
-    return read_counters(page.text)
+    return found
 
 
-def _read(client: Client) -> Counters | None:
+def _read(client: Client) -> _Page | None:
     """The counters; None with a line where there are none at the moment."""
     try:
         page = client.reply("/metrics")
     except Trouble as problem:
         say(f"{client.url}/metrics does not answer ({problem}); looking again")
         return None
-    if page.status != 200 or "vllm:spec_decode_num_drafts" not in page.text:
+    found = _page_of(page.text) if page.status == 200 else None
+    if found is None:
         say(f"{client.url}/metrics {NO_COUNTERS} at the moment (HTTP {page.status}); looking again")
+    return found
+
+
+def _page_of(text: str) -> _Page | None:
+    if not SPECULATES.search(text):
         return None
-    return read_counters(page.text)
+    try:
+        return _Page(read_counters(text), " ".join(STARTED.findall(text)))
+    except (ValueError, OverflowError):
+        return None
+
+
+def _kept(out: Path | None, url: str, positions: int) -> list[Look]:
+    """The last looks in a file that are of so many drafted tokens. An incomplete last line is cut off.
+
+    Raises UserError for looks at another server, and for what are no looks, which stays as it was found.
+    """
+    if out is None or not out.is_file():
+        return []
+    found: list[Look] = []
+    *lines, rest = out.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        found.append(_look_of(line, f"{out}, line {number}", url))
+    if rest:
+        if not rest.startswith(BEGINNING[: len(rest)]):
+            _look_of(rest, f"{out}, line {len(lines) + 1}", url)
+        finish_lines(out, _is_whole)
+        if _is_whole(rest):
+            found.append(_look_of(rest, f"{out}, line {len(lines) + 1}", url))
+    same = [at for at, look in enumerate(found) if len(look.per_position) != positions]
+    return found[same[-1] + 1 :] if same else found
+
+
+def _look_of(line: bytes, where: str, url: str) -> Look:
+    try:
+        row = json.loads(line)
+        whose = row.pop("endpoint")
+        look = Look(**{**row, "per_position": tuple(row["per_position"])})
+        if not look.accepted >= 0 or look.drafts < 1:
+            raise ValueError(f"{look.drafts} steps")
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise UserError(
+            f"{where}: no look of redraft watch ({problem!r}); name another file with --out"
+        ) from None
+    if whose != url:
+        raise UserError(f"{where}: a look at {whose}; name another file for {url}")
+    return look
 
 
 def _is_whole(line: bytes) -> bool:
@@ -169,24 +239,3 @@ def _is_whole(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def _kept(out: Path | None, url: str) -> list[Look]:
-    """The looks in a file, of this server. Raises UserError for another's, and for what are no looks."""
-    if out is None or not out.is_file():
-        return []
-    finish_lines(out, _is_whole)
-    found = []
-    for number, line in enumerate(out.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            whose = row.pop("endpoint")
-            look = Look(**{**row, "per_position": tuple(row["per_position"])})
-        except (ValueError, TypeError, KeyError) as problem:
-            raise UserError(
-                f"{out}, line {number}: no look of redraft watch ({problem!r})"
-            ) from None
-        if whose != url:
-            raise UserError(f"{out} holds looks at {whose}; name another file for {url}")
-        found.append(look)
-    return found

@@ -151,6 +151,11 @@ def _train(
         guard = dataclasses.replace(guard, answers={n: a for n, a in guarding.items() if a})
         for some in guard.answers.values():
             check_lookahead(some, k)
+        if not guard.answers:
+            say(
+                "no guard: the answers that would guard are single tokens, which nothing is drafted for"
+            )
+            guard = None
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
