@@ -29,7 +29,7 @@ from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
 from real_page import race_table, real_page
-from record_tables import mtp_table, watch_table
+from record_tables import fleet_table, mtp_table, watch_table
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
@@ -50,6 +50,7 @@ def generated() -> dict[Path, str]:
         "tree": f"```\n{tree()}```",
         "mtp": mtp_table(),
         "watch": watch_table(),
+        "fleet": fleet_table(),
     }
     guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
     pages = (

@@ -48,6 +48,41 @@ def _change(found: dict[str, float]) -> str:
     return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
+NAMES = {
+    "unadapted": "unadapted",
+    "shared": "one for all (`fleet adapt`)",
+    "union": "one for all, no split, no guard, none of the base's answers",
+    "own": "one for each adapter",
+    "average": "the mean of these",
+}
+
+
+def fleet_table() -> str:
+    """From `redraft bench fleet --record docs/results/fleet-smollm2.jsonl`."""
+    lines = (RESULTS / "fleet-smollm2.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = [json.loads(line) for line in lines]
+    members = list(dict.fromkeys(cell["member"] for cell in cells))
+    rows = ["| the draft | " + " | ".join(members) + " |", "|---" * (len(members) + 1) + "|"]
+    for draft, title in NAMES.items():
+        found = {cell["member"]: cell for cell in cells if cell["draft"] == draft}
+        shown = (_of_member(found[name]) if name in found else "" for name in members)
+        rows.append(f"| {title} | " + " | ".join(shown) + " |")
+    counts = {cell["member"]: cell["trained_on"] for cell in cells if cell["draft"] == "shared"}
+    split = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return "\n".join(rows) + (
+        f"\n\ntau at K = {cells[0]['k']}, {cells[0]['prompts']} prompts of each kept aside, greedy; changes against the unadapted draft on the same answers. "
+        f"`fleet adapt` trained on {sum(counts.values())} answers ({split}). One seed, two CPU cores."
+    )
+
+
+def _of_member(cell: dict[str, Any]) -> str:
+    if cell["draft"] == "unadapted":
+        return f"{cell['tau']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+    if cell["change"] == 0 and cell["change_low"] == -cell["change_high"]:
+        return f"{cell['tau']:.2f}, none"
+    return f"{cell['tau']:.2f}, {cell['change']:+.2f} [{cell['change_low']:+.2f}, {cell['change_high']:+.2f}]"
+
+
 def watch_table() -> str:
     """From `redraft bench watch --record docs/results/watch.jsonl`."""
     lines = (RESULTS / "watch.jsonl").read_text(encoding="utf-8").splitlines()
