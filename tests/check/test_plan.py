@@ -99,7 +99,7 @@ def test_a_large_target_is_planned_without_its_weights(tmp_path: Path) -> None:
     halved = plan(target, Sizes(draft_vocab=32000), TrainConfig(), device_named("H100"), 2)
     assert halved.train_seconds == pytest.approx(found.train_seconds / 2)
     assert halved.train_bytes <= found.train_bytes
-    huge = TrainConfig(method="full", batch_tokens=400_000)
+    huge = TrainConfig(method="full")  # the gradients of a whole head alone are more
     worse = plan(target, Sizes(), huge, device_named("T4"))
     assert any("not even" in line for line in lines_of(worse))
 

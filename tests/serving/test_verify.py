@@ -25,7 +25,7 @@ from tests.conftest import fresh_draft, write_prompts
 from tests.serving.conftest import PROMPTS, FakeEngine, K, install_fake
 
 TOKENS = 12
-SLOWER = 0.05
+SLOWER = 0.2
 """Seconds that every request without a draft takes longer."""
 
 
