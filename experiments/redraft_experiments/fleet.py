@@ -34,7 +34,7 @@ from redraft.core.errors import UserError
 from redraft.core.folders import read_json
 from redraft.core.records import Answer
 from redraft.fleet.adapt import FleetAdapted, adapt_fleet, fleet_prompts
-from redraft.fleet.members import PER, Member
+from redraft.fleet.member import PER, Member
 from redraft.generation.answer_file import answer_inputs, read_answers
 from redraft.generation.regenerate import regenerate
 from redraft.metrics import intervals

@@ -148,7 +148,7 @@ def bench_fleet(
     Example: redraft bench fleet --target real/base --draft real/draft --fleet real/fleet.yaml --out fleet
     --budget 360
     """
-    from redraft.fleet.members import read_fleet
+    from redraft.fleet.member import read_fleet
 
     from .fleet import bench_fleet as run
     from .fleet import print_cells

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from redraft.checkpoints.load import read_draft
-from redraft.fleet.members import read_fleet
+from redraft.fleet.member import read_fleet
 from redraft.fleet.verify import verify_fleet
 from redraft.models.loading import load_target
 from redraft.serving.verify import Request

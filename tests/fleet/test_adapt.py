@@ -21,7 +21,7 @@ from redraft.core.errors import UserError
 from redraft.core.records import Answer
 from redraft.fleet import adapt as adapt_module
 from redraft.fleet.adapt import MemberAdapted, fleet_prompts
-from redraft.fleet.members import Member
+from redraft.fleet.member import Member
 from redraft.generation.answer_file import read_answers
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay

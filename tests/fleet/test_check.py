@@ -17,7 +17,7 @@ from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.core.errors import UserError
 from redraft.fleet.check import MemberCheck, advice, check_fleet
-from redraft.fleet.members import Member, read_fleet
+from redraft.fleet.member import Member, read_fleet
 from redraft.metrics.measure import measure
 from redraft.models.loading import load_target
 from redraft.models.target_adapters import adapter_on

@@ -46,7 +46,7 @@ def check(
     from ..core.lock import held
     from ..core.records import to_json
     from ..fleet.check import check_fleet
-    from ..fleet.members import read_fleet
+    from ..fleet.member import read_fleet
     from ..fleet.table import print_fleet
 
     _check_bare(models)
@@ -84,7 +84,7 @@ def adapt(
     """
     from ..core.records import to_json
     from ..fleet.adapt import adapt_fleet
-    from ..fleet.members import read_fleet
+    from ..fleet.member import read_fleet
     from ..fleet.table import print_adapted
 
     _check_bare(models)
@@ -116,7 +116,7 @@ def verify(
     """
     from ..checkpoints.load import read_draft
     from ..core.records import to_json
-    from ..fleet.members import read_fleet
+    from ..fleet.member import read_fleet
     from ..fleet.table import print_served
     from ..fleet.verify import verify_fleet
     from ..serving.verify import Request

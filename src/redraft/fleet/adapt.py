@@ -42,7 +42,7 @@ from ..prompts.clock import continue_time
 from ..prompts.prompts import PromptSet, read_prompts, split_prompts
 from ..selection.select import most_kept
 from .check import LEAST
-from .members import PER, Member
+from .member import PER, Member
 from .split import split_budget
 
 NEEDS, REPORT = "needs.json", "fleet.json"

@@ -28,7 +28,7 @@ from ..metrics.replay import replay
 from ..models.target import Target
 from ..prompts.clock import continue_time
 from ..prompts.prompts import read_prompts
-from .members import PER, Member
+from .member import PER, Member
 
 LEAST = 4
 """The fewest prompts of an adapter that is measured."""

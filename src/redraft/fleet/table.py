@@ -9,7 +9,7 @@ from ..check.evidence import Interval
 from ..core.visible import visible
 from .adapt import FleetAdapted
 from .check import FleetCheck, advice
-from .members import PER
+from .member import PER
 from .verify import FleetServed
 
 

@@ -26,7 +26,7 @@ from ..serving.environment import Environment
 from ..serving.judgement import STRICT_DTYPE, tolerance
 from ..serving.own_count import Limits, count_own
 from ..serving.verify import Request, fitting, method_of, serving_of
-from .members import Member
+from .member import Member
 
 
 @dataclass(frozen=True)
