@@ -215,7 +215,10 @@ def variant(target_folder: Path, folder: Path, **how: Any) -> str:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"target_modules": ["q_proj"], "use_dora": True}, "adapter odd .* is LORA with use_dora"),
+        (
+            {"target_modules": ["q_proj"], "use_dora": True},
+            "adapter odd .* is LORA with use_dora, and a fleet takes plain LoRA",
+        ),
         ({"target_modules": ["lm_head"]}, "adapter odd .* changes .*lm_head"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "adapter odd .* changes .*embed_tokens"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "parts of the base"),

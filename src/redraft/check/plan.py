@@ -12,7 +12,6 @@ Padding, prefill, and what the answers that are measured cost, are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +26,11 @@ from ..core.records import versions
 from ..drafts.base import Draft
 from ..drafts.kinds import kind_names
 from ..drafts.new import new_draft
-from ..features.writer import FeatureAbout
+from ..features.writer import token_bytes
 from ..models.loading import DTYPES, read_config
 from ..models.target import Target
 from ..training.flops import counted, products_of_trained
-from ..training.memory import predict_growth
+from ..training.memory import columns, predict_growth
 from .devices import Device
 
 ROWS = 64
@@ -137,10 +136,11 @@ def plan(
     around = _bytes(nn.ModuleList([target.model.get_input_embeddings(), target.head]))
     libraries = LIBRARIES["cpu" if device.measured and not torch.cuda.is_available() else "cuda"]
     seen = round(sizes.prompts * length * (config.epochs or 0.0))
+    kept = [layer for layer in draft.aux_layers if layer != target.num_layers]
     labels = (sizes.answer_tokens - 1) / length  # an answer's first token comes from the prefill
     steps = config.rollout if draft.feeds_back else 1
     of_target = 2.0 * (active - _embedding(target)) + _attention(target, length)
-    of_head = 2.0 * target.hidden_size * _columns(target, draft) * labels
+    of_head = 2.0 * target.hidden_size * columns(target, draft) * labels
     of_draft = _draft_step(draft, rows, sizes, steps)
     flops = (of_target + of_head) * seen, of_draft * seen
     answers = sizes.prompts * sizes.answer_tokens
@@ -161,7 +161,9 @@ def plan(
         train_tokens=seen,
         train_bytes=weights + draft_bytes + growth + libraries,
         stored_bytes=around + draft_bytes + growth + libraries,
-        feature_bytes=float(sizes.prompts * length * _about(target, draft).token_bytes),
+        feature_bytes=float(
+            sizes.prompts * length * token_bytes(kept, target.hidden_size, target.dtype)
+        ),
         target_flops=flops[0],
         draft_flops=flops[1],
         device=device.name,
@@ -292,26 +294,5 @@ def _attention(target: Target, length: int) -> float:
     return 4.0 * target.num_layers * wide * length / 2
 
 
-def _columns(target: Target, draft: Draft) -> int:
-    return target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
-
-
 def _bytes(module: Any) -> float:
     return float(sum(p.numel() * p.itemsize for p in module.parameters()))
-
-
-def _about(target: Target, draft: Draft) -> FeatureAbout:
-    unknown: Mapping[str, str] = dict.fromkeys(
-        ("target", "target_hash", "tokenizer_hash", "answers_hash"), ""
-    )
-    aux_layers = tuple(layer for layer in draft.aux_layers if layer != target.num_layers)
-    return FeatureAbout(
-        **unknown,
-        layers=target.num_layers,
-        hidden_size=target.hidden_size,
-        dtype=str(target.dtype).removeprefix("torch."),
-        aux_layers=aux_layers,
-        pre_norm=True,
-        shard_mb=128.0,
-        batch_tokens=4096,
-    )

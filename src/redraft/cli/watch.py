@@ -8,9 +8,8 @@ import typer
 
 from ..core.errors import UserError
 from .bundles import OutputFlags
+from .engine import NOT_GOOD
 
-FELL = 3
-"""Exit code of a watch that ends at an alarm."""
 DAY = 86400.0
 
 
@@ -38,7 +37,7 @@ def watch(
     """
     from ..config import read_endpoints
     from ..core.records import to_json
-    from ..metrics.drift import FALLEN, LEARNING
+    from ..metrics.drift import FALLEN, LEARNING, STEADY
     from ..serving.watch import line_of, write_metrics
     from ..serving.watch import watch as work
 
@@ -68,14 +67,11 @@ def watch(
             break
     if seen is None:
         return
-    fallen = seen.state == FALLEN
-    output.finish(
-        "tau has fallen: the model, the draft or what is asked has changed; redraft check says what to do"
-        if fallen
-        else f"nothing is known yet: {learn} looks are learned on before any alarm"
-        if seen.state == LEARNING
-        else "no fall",
-        {**to_json(seen), "endpoint": url},
-    )
-    if fallen and until_alarm:
-        raise typer.Exit(FELL)
+    words = {
+        FALLEN: "tau has fallen: the model, the draft or what is asked has changed; redraft check says what to do",
+        LEARNING: f"nothing is known yet: {learn} looks are learned on before any alarm",
+        STEADY: "no fall",
+    }
+    output.finish(words[seen.state], {**to_json(seen), "endpoint": url})
+    if seen.state == FALLEN and until_alarm:
+        raise typer.Exit(NOT_GOOD)

@@ -47,7 +47,12 @@ class FeatureAbout:
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes, its id included."""
-        return (len(self.aux_layers) + 1) * self.hidden_size * self.torch_dtype.itemsize + 8
+        return token_bytes(self.aux_layers, self.hidden_size, self.torch_dtype)
+
+
+def token_bytes(aux_layers: Sequence[int], hidden_size: int, dtype: torch.dtype) -> int:
+    """Bytes that the features of one token take, its id included."""
+    return (len(aux_layers) + 1) * hidden_size * dtype.itemsize + 8
 
 
 class FeatureWriter(ABC):

@@ -78,7 +78,7 @@ def read_fleet(path: Path) -> list[Member]:
 
 
 def _names(path: Path) -> list[str]:
-    """The rows' names as they are written: YAML would read `no` as false, and pass over the first of two rows of a name."""
+    """The rows' names, letter by letter: YAML would read `no` as false, and pass over the first of two rows of a name."""
     whole = yaml.compose(path.read_text(encoding="utf-8"))
     if not isinstance(whole, yaml.MappingNode):
         return []

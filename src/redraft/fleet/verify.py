@@ -6,7 +6,7 @@ One request at a time, so that steps can be counted: the counters are read befor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,36 +91,25 @@ def verify_fleet(
         member.name: fitting(read_prompts(member.prompts, base, most).prompts, base, request)
         for member in members
     }
-    every = [prompt for some in asked.values() for prompt in some]
-    names = {member.name: f"adapter-{member.name}" for member in members if member.adapter}
-    what = dataclasses.replace(
-        serving_of(base, every, request),
-        fleet=tuple((names[m.name], m.adapter) for m in members if m.adapter),
+    speculation = Speculation(method, str(stored.folder), request.k)
+    plain, drafted = (
+        _serve(environment, base, members, asked, request, how, what)
+        for how, what in (("plain", None), ("draft", speculation))
     )
-    drafted = dataclasses.replace(
-        what, speculation=Speculation(method, str(stored.folder), request.k)
-    )
-    given: dict[str, dict[str, _Asked]] = {}
-    for how, serving in (("plain", what), ("draft", drafted)):
-        log = request.logs / f"{how}.log"
-        with request.engine.serve(environment, serving, log) as running:
-            given[how] = {
-                name: _ask(running, names.get(name, TARGET), prompts, base, request)
-                for name, prompts in asked.items()
-            }
     say("redraft's own loop on the same token ids")
     if torch.cuda.is_available():  # the servers are gone
         base.model.to("cuda")
     found = []
     with Progress("comparing", len(members), "members") as progress:
         for member in members:
+            given = plain[member.name], drafted[member.name]
             found.append(_compared(base, stored, member, asked[member.name], given, request))
             progress.advance(1)
     wrong = [row for row in found if row.problem]
     return FleetServed(
         base=base.name,
         draft=str(stored.folder),
-        adapters=len(names),
+        adapters=sum(member.adapter is not None for member in members),
         engine_version=environment.version,
         dtype=_dtype(base),
         k=request.k,
@@ -130,6 +119,30 @@ def verify_fleet(
         conclusion="; ".join(f"{row.name}: {row.problem}" for row in wrong)
         or "every member is served as redraft counts it",
     )
+
+
+def _serve(
+    environment: Environment,
+    base: Target,
+    members: Sequence[Member],
+    asked: Mapping[str, Sequence[Prompt]],
+    request: Request,
+    how: str,
+    speculation: Speculation | None,
+) -> dict[str, _Asked]:
+    """All members in one server, asked one after another."""
+    every = [prompt for some in asked.values() for prompt in some]
+    names = {member.name: f"adapter-{member.name}" for member in members if member.adapter}
+    what = dataclasses.replace(
+        serving_of(base, every, request),
+        fleet=tuple((names[m.name], m.adapter) for m in members if m.adapter),
+        speculation=speculation,
+    )
+    with request.engine.serve(environment, what, request.logs / f"{how}.log") as running:
+        return {
+            name: _ask(running, names.get(name, TARGET), prompts, base, request)
+            for name, prompts in asked.items()
+        }
 
 
 def _ask(
@@ -146,10 +159,10 @@ def _compared(
     stored: StoredDraft,
     member: Member,
     prompts: Sequence[Prompt],
-    given: dict[str, dict[str, _Asked]],
+    given: tuple[_Asked, _Asked],
     request: Request,
 ) -> MemberServed:
-    plain, drafted = (given[how][member.name] for how in ("plain", "draft"))
+    plain, drafted = given
     with member.on(base) as target:
         draft = stored.build(target)
         traces, answers = live(target, draft, prompts, request.k, request.max_new_tokens)

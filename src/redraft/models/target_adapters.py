@@ -122,11 +122,9 @@ def _check_row_by_row(name: str, folder: Path) -> None:
         if config.get(key)
     ]
     if kind != "LORA" or variants:
+        what = f"{kind} with {variants[0]}" if variants else kind
         raise UserError(
-            f"adapter {name} ({folder}) is {kind} with {variants[0]}"
-            if variants
-            else f"adapter {name} ({folder}) is {kind}"
-            ", and a fleet takes plain LoRA, which engines serve side by side; merge it into a model and adapt a draft "
+            f"adapter {name} ({folder}) is {what}, and a fleet takes plain LoRA, which engines serve side by side; merge it into a model and adapt a draft "
             "for that alone (redraft adapt)"
         )
     with safe_open(folder / ADAPTER, framework="pt") as stream:

@@ -17,7 +17,7 @@ from ..adapters.kind import stored_name
 from ..core.console import say
 from ..core.records import Answer
 from ..drafts.base import Draft
-from ..metrics.replay import taus
+from ..metrics.replay import check_lookahead, taus
 from ..models.target import Target
 from .adapter_run import AdapterRun
 
@@ -31,6 +31,23 @@ class Guard:
 
     answers: Mapping[str, Sequence[Answer]]
     tolerance: float
+
+
+def usable(guard: Guard, k: int) -> Guard | None:
+    """The guard without answers of one token, which nothing is drafted for; None with a line where no others are left.
+
+    Raises UserError for answers without the lookahead that K needs.
+    """
+    longer = {name: [a for a in some if a.length > 1] for name, some in guard.answers.items()}
+    found = {name: some for name, some in longer.items() if some}
+    for some in found.values():
+        check_lookahead(some, k)
+    if not found:
+        say(
+            "no guard: the answers that would guard are single tokens, which nothing is drafted for"
+        )
+        return None
+    return Guard(found, guard.tolerance)
 
 
 def go_back(

@@ -74,7 +74,7 @@ def predict_growth(
     for run in runs:
         most = max(most, _of_run(target, run, batch_tokens, longest, first))
         if len(runs) > 1:
-            held = max(held, min(batch_tokens * _columns(target, run.draft), HELD) * 4)
+            held = max(held, min(batch_tokens * columns(target, run.draft), HELD) * 4)
     activations = 2 * features + max(layer, most + held)
     return (optimizer + activations) / MB
 
@@ -121,17 +121,18 @@ def _of_run(target: Target, run: Training, batch_tokens: int, longest: int, firs
     chained = (longest - first) / max(longest, 1)
     rolled = batch_tokens * (saved[0] + chained * sum(saved[1:]))
     reads = LOSSES[config.loss].row.reads
-    columns = _columns(target, draft)
-    read = target.vocab_size if reads == WHOLE else columns
+    own = columns(target, draft)
+    read = target.vocab_size if reads == WHOLE else own
     labels = max(round(batch_tokens * chained), 1)
-    rows = min(labels, max(VALUES // max(read, columns), 1))
-    chunk = rows * 4 * (TEACHER_COPIES[reads] * read + DRAFT_COPIES * columns)
+    rows = min(labels, max(VALUES // max(read, own), 1))
+    chunk = rows * 4 * (TEACHER_COPIES[reads] * read + DRAFT_COPIES * own)
     states = 2 * steps * labels * draft.hidden_size * 4
     head = sum(p.numel() for n, p in draft.named_parameters() if "head" in n and p.requires_grad)
     return rolled + chunk + states + 2 * 4 * head
 
 
-def _columns(target: Target, draft: Draft) -> int:
+def columns(target: Target, draft: Draft) -> int:
+    """Tokens that a draft has logits for."""
     return target.vocab_size if draft.draft_vocab is None else len(draft.draft_vocab)
 
 

@@ -47,7 +47,7 @@ from .adapter_run import AdapterRun, DivergedError
 from .checkpoint import load_checkpoint, save_checkpoint
 from .closed_form import fit_closed_form
 from .flops import count_flops, counted
-from .guard import Guard, go_back
+from .guard import Guard, go_back, usable
 from .log import TrainingLog
 from .memory import Returned, check_memory, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizers
@@ -146,16 +146,7 @@ def _train(
             "two tokens or more (the first comes from the prefill); does the target answer at all?"
         )
     check_lookahead(heldout, k)
-    if guard:
-        guarding = {n: [a for a in some if a.length >= 2] for n, some in guard.answers.items()}
-        guard = dataclasses.replace(guard, answers={n: a for n, a in guarding.items() if a})
-        for some in guard.answers.values():
-            check_lookahead(some, k)
-        if not guard.answers:
-            say(
-                "no guard: the answers that would guard are single tokens, which nothing is drafted for"
-            )
-            guard = None
+    guard = guard and usable(guard, k)
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
