@@ -52,6 +52,8 @@ def test_every_adapter_is_served_as_redraft_counts_it(
     for row in found.members:
         assert row.outputs.identical + row.outputs.excused == PROMPTS
         if not row.outputs.excused and not row.against_redraft.excused:
+            assert row.compared == PROMPTS
+        if row.compared:
             assert (row.counted.drafts, row.counted.accepted) == (row.own.drafts, row.own.accepted)
     taus = {row.name: row.counted.tau for row in found.members}
     print(taus)

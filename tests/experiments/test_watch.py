@@ -49,6 +49,18 @@ def test_falls_are_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(a.after > b.after for a, b in zip(cells, cells[1:], strict=False) if b.fallen)
 
 
+def test_what_is_not_found_counts_as_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A median of the found falls alone would look the better, the more are missed."""
+    monkeypatch.setattr(watch, "MONTH", 50)
+    monkeypatch.setattr(watch, "MOST", 3)
+    cells = bench_watch(write_run(tmp_path), 1)
+    (rare,) = (cell for cell in cells if (cell.requests, cell.fallen) == (5, 0.25))
+    assert rare.missed is not None
+    assert rare.missed > 5
+    assert rare.median == 4
+    assert watch.shown(rare.median) == "> 3"
+
+
 def test_the_command_shows_each_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MONTH", 100)
     folder = write_run(tmp_path / "run")

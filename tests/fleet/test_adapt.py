@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
 from redraft.models.batching import collate
 from redraft.models.loading import load_target
-from redraft.models.target_adapters import BASE, fleet_on
+from redraft.models.target import Target
+from redraft.models.target_adapters import BASE, adapter_on, fleet_on
 from redraft.training.teacher_batch import read_teacher_batch
 from redraft.training.train import _Stream
-from tests.conftest import write_prompts
+from tests.conftest import tiny_model, write_prompts
 
 SMALL = ("regenerate.max_new_tokens=24", "measure.eval_new_tokens=24", "measure.heldout=4")
 QUICK = (
@@ -286,6 +288,80 @@ def test_too_few_prompts_name_the_member(
     assert isinstance(done.exception, UserError)
     assert "still, " in str(done.exception)
     assert "few.jsonl: 3 prompts" in str(done.exception)
+
+
+class StopError(Exception):
+    """Training is not reached."""
+
+
+def until_training(
+    monkeypatch: pytest.MonkeyPatch, wide: Path, target: Path, draft: Path, out: Path
+) -> Any:
+    """The job as training would get it."""
+    caught: list[Any] = []
+
+    def stop(job: Any, *args: Any, **more: Any) -> str:
+        caught.append(job)
+        raise StopError
+
+    monkeypatch.setattr(adapt_module, "train", stop)
+    assert isinstance(command(wide, target, draft, out).exception, StopError)
+    return caught[0]
+
+
+def test_need_is_measured_on_the_same_prompts(
+    wide: Path,
+    target_folder: Path,
+    draft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An adapter that changes nothing has none, though the base answers fewer of its prompts."""
+    monkeypatch.setattr(adapt_module, "REFERENCE", 1)
+    until_training(monkeypatch, wide, target_folder, draft_folder, tmp_path / "out")
+    needs = json.loads((tmp_path / "out" / "needs.json").read_text())
+    assert needs["still"] == 0.0
+    assert needs["loud"] != 0.0
+
+
+def test_the_draft_gets_as_many_rows_as_a_padded_base(
+    wide: Path,
+    fleet: Path,
+    target_folder: Path,
+    draft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    rows = model.config.vocab_size + 8
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(tmp_path / "padded")
+    load_target(str(target_folder)).tokenizer.save_pretrained(tmp_path / "padded")
+    job = until_training(monkeypatch, wide, tmp_path / "padded", draft_folder, tmp_path / "out")
+    assert job.draft.config.vocab_size == rows
+
+
+def test_a_family_that_flattens_rows_is_refused_before_anything_is_answered(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("opt", ffn_dim=96, word_embed_proj_dim=64)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["fc1"]))
+    tuned.save_pretrained(tmp_path)
+    base = Target(tiny_model("opt", ffn_dim=96, word_embed_proj_dim=64), None, ["opt"])
+    with (
+        pytest.raises(UserError, match="cannot be read with an adapter of its own in each row"),
+        fleet_on(base, {"a": str(tmp_path)}),
+    ):
+        pass
+
+
+def test_a_member_is_rendered_at_its_base_s_time(fleet: Path, target_folder: Path) -> None:
+    base = load_target(str(target_folder))
+    base.rendered_at = datetime(2020, 1, 1)
+    with adapter_on(base, str(fleet / "loud")) as target:
+        assert target.rendered_at == base.rendered_at
+    with fleet_on(base, {"loud": str(fleet / "loud")}) as many:
+        assert many.rendered_at == base.rendered_at
 
 
 def test_a_member_that_answers_in_single_tokens_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
+from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
 from redraft.fleet.check import MemberCheck, advice, check_fleet
 from redraft.fleet.member import Member, read_fleet
@@ -25,6 +27,7 @@ from redraft.prompts.prompts import read_prompts
 from tests.conftest import SHAPE, make_tokenizer, save_target, write_prompts
 
 TOKENS = 24
+SHORT = RegenerateConfig(max_new_tokens=8)
 
 
 def test_each_adapter_is_measured_as_alone(
@@ -94,6 +97,22 @@ def test_the_command_goes_on_where_it_stopped(
     table = command(fleet, target_folder, draft_folder, tmp_path / "out")
     assert "leaves out 1" in table.stdout
     assert table.stdout.index("loud") < table.stdout.index("still")
+
+
+def test_a_template_with_the_date_costs_no_answers_the_next_day(
+    fleet: Path, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    dated = "{% for m in messages %}{{ strftime_now('%d %b %Y') }} {{ m.content }}{% endfor %}"
+    (tmp_path / "dated.jinja").write_text(dated)
+    members, draft = read_fleet(fleet / "fleet.yaml"), read_draft(str(draft_folder))
+
+    def check(day: int) -> dict[Path, int]:
+        base = load_target(str(target_folder), chat_template=str(tmp_path / "dated.jinja"))
+        base.rendered_at = datetime(2020, 1, day)
+        check_fleet(base, draft, members, tmp_path / "out", k=3, most=4, answering=SHORT)
+        return {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
+
+    assert check(1) == check(2)
 
 
 def row(value: float, low: float, high: float, lost: float) -> MemberCheck:

@@ -36,7 +36,7 @@ from redraft.training import adapter_run as member_module
 from redraft.training import teacher_batch as teacher_batch_module
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
-from redraft.training.guard import SHARES, Guard, between
+from redraft.training.guard import SHARES, Guard, between, usable
 from redraft.training.optimizer import make_optimizers, peak_rate, schedule
 from redraft.training.precision import choose_precision
 from redraft.training.teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss
@@ -687,6 +687,15 @@ def test_of_several_guards_the_one_that_loses_most_decides(
     kept_of = [min(own[at][2] / own[0][2] for own in alone.values()) for at in range(len(SHARES))]
     best = max((way[at][1], SHARES[at]) for at in range(len(SHARES)) if kept_of[at] >= 1)
     assert kept(groups).best_tau() == best[0]
+
+
+def test_answers_of_one_token_do_not_guard(answers: list[Answer]) -> None:
+    single = [replace(answer, length=1) for answer in answers[:3]]
+    assert usable(Guard({"single": single}, 0.1), 3) is None
+    found = usable(Guard({"single": single, "mixed": [*single, *answers[3:5]]}, 0.1), 3)
+    assert found == Guard({"mixed": answers[3:5]}, 0.1)
+    with pytest.raises(UserError, match="tokens past its end"):
+        usable(Guard({"mixed": answers[3:5]}, 0.1), 40)
 
 
 def test_one_of_two_guards_holds_back_what_the_other_would_allow(

@@ -1,6 +1,7 @@
 """`redraft fleet verify`: a base, all its adapters and one draft in one running engine, each member against redraft's own counts.
 
-One request at a time, so that steps can be counted: the counters are read before and after each member's prompts.
+One request at a time, so that steps can be counted: the counters are read after each answer. In half precision an answer may part
+from redraft's at a near-tie, after which the steps are of other tokens; so steps are compared of equal answers only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..metrics.lossless import compare
 from ..models.kv_cache import is_recurrent
 from ..models.target import Target
 from ..prompts.prompts import read_prompts
-from ..serving.counters import Counters
+from ..serving.counters import Counters, added
 from ..serving.engine import TARGET, RunningEngine, Speculation
 from ..serving.environment import Environment
 from ..serving.judgement import STRICT_DTYPE, tolerance
@@ -31,12 +32,16 @@ from .member import Member
 
 @dataclass(frozen=True)
 class MemberServed:
-    """A member in the engine: outputs with the draft against those without, the latter against redraft's own decoding; the
-    engine's counters, and redraft's steps as the engine counts them. `problem` is empty where all is as it should be."""
+    """A member in the engine: outputs with the draft against those without, the latter against redraft's own decoding.
+
+    Of the `compared` answers that are redraft's too: the engine's counters, and redraft's steps as the engine counts them.
+    `problem` is empty where all is as it should be.
+    """
 
     name: str
     outputs: Lossless
     against_redraft: Lossless
+    compared: int
     counted: EngineAcceptance
     own: EngineAcceptance
     problem: str
@@ -61,10 +66,10 @@ class FleetServed:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Answers of a member, and what was counted while they were given."""
+    """Answers of a member, and what was counted while each was given."""
 
     answers: list[list[int]]
-    counted: Counters
+    counted: list[Counters]
 
 
 def verify_fleet(
@@ -149,9 +154,16 @@ def _ask(
     running: RunningEngine, model: str, prompts: Sequence[Prompt], base: Target, request: Request
 ) -> _Asked:
     engine = dataclasses.replace(running, model=model)
-    before = engine.counters()
-    answers = engine.complete_all(prompts, request.max_new_tokens, base.stop_ids, label=model)
-    return _Asked(answers, engine.counters().since(before))
+    found, before = _Asked([], []), engine.counters()
+    with Progress(model, len(prompts), "prompts") as progress:
+        for prompt in prompts:
+            answer = engine.complete(prompt.tokens, request.max_new_tokens, base.stop_ids)
+            found.answers.append(answer)
+            now = engine.counters()
+            found.counted.append(now.since(before))
+            before = now
+            progress.advance(1)
+    return found
 
 
 def _compared(
@@ -170,12 +182,16 @@ def _compared(
         own_answers = [answer.answer for answer in answers]
         against = compare(target, prompts, own_answers, plain.answers)
     limits = Limits(request.k, request.max_new_tokens, base.stop_ids)
-    own = count_own(traces, answers, limits, request.engine.cut).acceptance()
-    counted = drafted.counted.acceptance()
+    same = [i for i, own in enumerate(own_answers) if list(own) == list(drafted.answers[i])]
+    steps = count_own(
+        [traces[i] for i in same], [answers[i] for i in same], limits, request.engine.cut
+    )
+    own, counted = steps.acceptance(), added(drafted.counted[i] for i in same).acceptance()
     return MemberServed(
         member.name,
         outputs,
         against,
+        len(same),
         counted,
         own,
         _problem(outputs, against, counted, own, _dtype(base), request.engine_args),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from ..core.records import EngineAcceptance
 
@@ -43,6 +44,18 @@ class Counters:
         )
         tau = 1 + self.accepted / self.drafts if self.drafts else 1.0
         return EngineAcceptance(tau, self.drafts, self.drafted, self.accepted, tuple(rates))
+
+
+def added(some: Iterable[Counters]) -> Counters:
+    """The sum of what was counted at several times."""
+    found = list(some)
+    positions = zip_longest(*(each.per_position for each in found), fillvalue=0)
+    return Counters(
+        sum(each.drafts for each in found),
+        sum(each.drafted for each in found),
+        sum(each.accepted for each in found),
+        tuple(sum(row) for row in positions),
+    )
 
 
 def read_counters(page: str, prefix: str = "vllm") -> Counters:
