@@ -89,6 +89,25 @@ def test_an_adapter_is_served_under_a_name_with_room_for_its_rank(
     assert command[at + 1 : at + 4] == [f"adapted={tmp_path}", "--max-lora-rank", rank]
 
 
+def test_a_fleet_is_served_side_by_side(tmp_path: Path) -> None:
+    ranks = {"a": 4, "b.2": 20}
+    for name, rank in ranks.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"")
+    fleet = tuple((f"adapter-{name}", str(tmp_path / name)) for name in ranks)
+    what = Serving(str(tmp_path), "float32", 128, fleet=fleet)
+    command = command_line(CPU, what, 8000)
+    at = command.index("--lora-modules")
+    modules = [f"adapter-{name}={tmp_path / name}" for name in ranks]
+    assert command[at + 1 : at + 3] == modules
+    assert command[at + 3 : at + 9] == [
+        *("--max-lora-rank", "32"),
+        *("--max-loras", "2"),
+        *("--max-cpu-loras", "2"),
+    ]
+
+
 def test_an_adapter_of_too_great_a_rank(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 1024}')
     with pytest.raises(UserError, match="has rank 1024; vLLM serves adapters up to rank 512"):
