@@ -71,7 +71,8 @@ def fleet_table() -> str:
     split = ", ".join(f"{name} {count}" for name, count in counts.items())
     return "\n".join(rows) + (
         f"\n\ntau at K = {cells[0]['k']}, {cells[0]['prompts']} prompts of each kept aside, greedy; changes against the unadapted draft on the same answers. "
-        f"`fleet adapt` trained on {sum(counts.values())} answers ({split}). One seed, two CPU cores."
+        f"`fleet adapt` trained on {sum(counts.values())} answers ({split}). none: training found nothing better than the unadapted draft. One seed, "
+        "two CPU cores."
     )
 
 
@@ -103,4 +104,4 @@ def watch_table() -> str:
 def _found(cell: dict[str, Any]) -> str:
     if cell["false_alarms"] is not None:
         return f"{cell['false_alarms']} alarms in {cell['simulations']} months"
-    return f"{shown(cell['median'])} minutes, 95 % within {shown(cell['late'])}"
+    return f"{shown(cell['median'])} min (95 %: {shown(cell['late'])})"

@@ -15,6 +15,9 @@ from ..core.errors import UserError, nearest
 from ..training.memory import free_memory
 
 HERE = "this machine"
+SHARE_OF_TRIAL = 0.3
+"""Of a trial's products: what training reaches. Measured: 0.26 to 0.33 in three runs with SmolLM2 on two CPU cores
+(docs/log.md)."""
 TRIAL_SECONDS = 0.5
 SHARE_OF_PEAK, SHARE_OF_BANDWIDTH = 0.35, 0.5
 """Of a data sheet's rates: what training's products and reading weights while answering reach. Assumed, not measured."""
@@ -68,16 +71,16 @@ def device_named(name: str) -> Device:
 
 
 def this_machine(hidden: int, dtype: torch.dtype) -> Device:
-    """Rates of a product of a training batch's shape, and of one row by a matrix too large for a cache, here."""
+    """Rates here: a share of those of a product of a training batch's shape, and of one row by a matrix too large for a cache."""
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, wide = 1024, min(max(hidden, 512), 4096)
     a, b = (torch.randn(size, wide, device=place, dtype=dtype) for size in (rows, 4 * wide))
     large = torch.randn(16 * 1024, 4096, device=place, dtype=dtype)  # 128 MB in bf16
     row = torch.randn(1, 4096, device=place, dtype=dtype)
-    flops = 2 * rows * wide * 4 * wide * _rate(lambda: a @ b.T, place)
-    bandwidth = large.numel() * large.itemsize * _rate(lambda: row @ large.T, place)
+    flops = SHARE_OF_TRIAL * 2 * rows * wide * 4 * wide * _rate(lambda: a @ b.T, place)
+    read = large.numel() * large.itemsize * _rate(lambda: row @ large.T, place)
     memory = free_memory(place) * 1e6
-    return Device(HERE, memory, flops, bandwidth, measured=True)
+    return Device(HERE, memory, flops, read, measured=True)
 
 
 def _rate(work: Callable[[], object], place: torch.device) -> float:

@@ -205,7 +205,7 @@ def lines_of(found: Plan) -> list[str]:
             "vocabulary or a smaller adapter"
         )
     rates = "tried here just now" if found.measured else "assumed shares of the data sheet's"
-    lines.append(f"rates       {rates}; seconds are those of products alone, a lower bound")
+    lines.append(f"rates       {rates}; memory is a lower bound, seconds are estimates")
     return lines
 
 

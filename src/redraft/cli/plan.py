@@ -24,8 +24,7 @@ def plan(
 ) -> None:
     """What an adaptation will take: memory, tokens and time, from config.json alone. No weights are read.
 
-    Operations are counted and agree with runs to some per cent; memory is a lower bound; seconds are what the
-    products alone take.
+    Operations are counted; memory is a lower bound, of which runs took up to twice as much; seconds are estimates.
 
     Example: redraft plan --target org/my-70b --gpu H100 --gpus 8 --prompt-count 2000
     """
