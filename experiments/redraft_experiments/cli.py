@@ -16,12 +16,14 @@ from redraft.core.errors import UserError, nearest
 from .cli_parts import numbers, show_cells
 from .flag_table import FLAGS
 from .real_cli import (
+    bench_bank,
     bench_fleet,
     bench_plan,
     bench_real,
     bench_real_methods,
     bench_real_mtp,
     bench_real_serving,
+    bench_versions,
     bench_watch,
 )
 
@@ -438,6 +440,16 @@ for function, names, help in (
             "record": "also write the record to this JSON file",
         },
     ),
+    (
+        bench_versions,
+        ("versions",),
+        {
+            "suite": "folder of `redraft bench real`",
+            "out": "folder; run again to resume",
+            "record": "also write the cells to this JSONL file",
+        },
+    ),
+    (bench_bank, ("bank",), {"record": "also write the cell to this JSONL file"}),
     (bench_plan, ("plan",), {"record": "also write the cells to this JSONL file"}),
     (bench_watch, ("watch",), {"record": "also write the cells to this JSONL file"}),
     (bench_pipeline, ("pipeline",), {}),

@@ -23,6 +23,8 @@ FLAGS: dict[str, Flag] = {
     "race": Flag("folder of `redraft bench real-methods`"),
     "called": Flag("what to call it (default: the target's name)", name="--name"),
     "model": Flag("folder of `bench model` instead"),
+    "adapters": Flag("adapters in the bank", low=1),
+    "rank": Flag("their rank", low=1),
     "record": Flag("also write the result to this JSON file"),
     "assistant": Flag("a small LM for Transformers' assisted decoding"),
     "padded": Flag("also pad the target to so many parameters (1e8)"),

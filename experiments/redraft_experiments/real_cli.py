@@ -157,6 +157,39 @@ def bench_fleet(
     show_cells(output, cells, print_cells, record, cells)
 
 
+def bench_versions(
+    suite: str, out: str, output: OutputFlags, data: str | None = None, record: str | None = None
+) -> None:
+    """A draft kept up with new versions of a model (SFT, then DPO, then 4 bits): from the last version's draft, or from the
+    base's.
+
+    Example: redraft bench versions --suite real --data data --out versions
+    """
+    from .versions import bench_versions as run
+    from .versions import print_cells
+
+    cells = run(Path(suite), Path(out), data)
+    show_cells(output, cells, print_cells, record, cells)
+
+
+def bench_bank(
+    draft: str,
+    output: OutputFlags,
+    adapters: int = 100,
+    rank: int = 8,
+    record: str | None = None,
+) -> None:
+    """Disk, memory and time of a bank of many adapters of one draft.
+
+    Example: redraft bench bank --draft real/draft
+    """
+    from .bank import bench_bank as run
+    from .bank import print_cell
+
+    cell = run(draft, adapters, rank)
+    show_cells(output, [cell], lambda cells: print_cell(cells[0]), record, [cell])
+
+
 def bench_watch(
     run: str, output: OutputFlags, simulations: int = 20, record: str | None = None
 ) -> None:

@@ -57,7 +57,7 @@ def make_member(out: Path, data: Path, name: str) -> None:
     """Fine-tune the base of the suite in `out` into members/NAME."""
     row, folder = MEMBERS[name], out / "members" / name
     if row.beta is not None:
-        _prefer(out / BASE, data, folder, name, row, row.beta)
+        prefer_safe(out / BASE, data, folder, name, row)
         return
     tune(
         out / BASE,
@@ -71,7 +71,11 @@ def make_member(out: Path, data: Path, name: str) -> None:
     )
 
 
-def _prefer(base: Path, data: Path, out: Path, name: str, row: RealMember, beta: float) -> None:
+def prefer_safe(
+    base: Path, data: Path, out: Path, name: str, row: RealMember, longest: int = LONGEST
+) -> None:
+    """Tune a model by DPO on what is safe to say, into the folder `out` (of LoRA the adapter); pairs are cut to `longest`
+    tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,7 +88,7 @@ def _prefer(base: Path, data: Path, out: Path, name: str, row: RealMember, beta:
         model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
         if row.rank is not None:
             model = with_lora(model, row.rank)
-        how = Dpo(beta, row.lr, row.steps, LONGEST, likelihood=0.5, bf16=True)
+        how = Dpo(row.beta or 0.0, row.lr, row.steps, longest, likelihood=0.5, bf16=True)
         prefer(model, tokenizer, pairs, how, name)
     save_model(out, model, tokenizer)
 

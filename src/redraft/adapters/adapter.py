@@ -111,6 +111,15 @@ def put(draft: Draft, tensors: Mapping[str, Tensor]) -> None:
         kind.restore(draft, own)
 
 
+def attached(draft: Draft, tensors: Mapping[str, Tensor]) -> Draft:
+    """A copy of `draft` with adapter tensors; it shares every tensor that they do not replace."""
+    named = draft.named_parameters()
+    own = [name for name, p in named if p.requires_grad or stored_name(name) in tensors]
+    copy = draft.copy_sharing(own)
+    put(copy, tensors)
+    return copy
+
+
 def merged_parameters(draft: Draft) -> int:
     """Parameters of the stock checkpoint that draft and adapter become."""
     state = {stored_name(n): t.to("meta") for n, t in draft.stored_state().items()}

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,10 @@ class AdapterKind:
         return False
 
     # -- stored --
+
+    def peft_config(self, tensors: Tensors) -> dict[str, Any] | None:
+        """What PEFT's adapter_config.json says of these tensors; None where they are no low-rank update."""
+        return None
 
     def home(self, name: str) -> str:
         """The shared tensor that one of the adapter's goes with."""

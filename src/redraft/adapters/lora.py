@@ -7,6 +7,8 @@ that sum cannot be taken apart again. Tensors are stored under PEFT's names (`fc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,11 @@ class LowRank(AddedTensors):
 
     def starts_at_zero(self, name: str) -> bool:
         return name.endswith("lora_B.weight")
+
+    def peft_config(self, tensors: Tensors) -> dict[str, Any]:
+        ranks = {n.split(MARK)[0]: t.shape[0] for n, t in tensors.items() if f"{MARK}A" in n}
+        (rank,) = set(ranks.values())
+        return {"target_modules": sorted(ranks), "r": rank, "lora_alpha": rank}
 
     def home(self, name: str) -> str:
         return f"{name.split(MARK)[0]}.weight"

@@ -12,6 +12,7 @@ from .. import __version__
 from ..core.console import console
 from ..core.errors import UserError
 from . import (
+    bank,
     certify,
     check,
     drafts,
@@ -161,6 +162,7 @@ add_command(
     help={"k": "draft tokens per step; auto: chosen from costs measured here"},
 )
 add_command(app, env.env)
+app.add_typer(bank.app, name="bank")
 app.add_typer(certify.app, name="certify")
 app.add_typer(fleet.app, name="fleet")
 app.add_typer(prompts.app, name="prompts")

@@ -127,6 +127,9 @@ FLAGS: dict[str, Flag] = {
         "run folder of `redraft adapt`: its record is compared, and its target, draft, prompts and K are "
         "the defaults"
     ),
+    "bank": Flag("folder of the bank", argument=True),
+    "name": Flag("what an adapter is called in the bank", argument=True),
+    "replace": Flag("in place of another adapter of that name"),
     "folder": Flag("run folder of `redraft adapt`", argument=True),
     "mode": Flag("replay (exact, batched), expected (over sampled draft tokens), or live"),
     "batch": Flag("requests served at a time", low=1),
@@ -169,6 +172,7 @@ FLAGS: dict[str, Flag] = {
     "layout": Flag("layout to write: redraft, speculators or specforge", OUTPUT),
     "max_gb": Flag("refuse to write more than this", OUTPUT, low=0.0),
     "shard_mb": Flag("largest shard of a store; four times this is held", OUTPUT, low=1),
+    "form": Flag("draft (merged, stock) or peft (the adapter alone, of low rank)", OUTPUT, "--as"),
     "format": Flag("auto (the kind's own for vLLM) or one of docs/formats.md", OUTPUT),
     "tp": Flag("tensor-parallel sizes to pad the FFN for, e.g. 1,2,4,8", OUTPUT),
     "push_to_hub": Flag("also upload to this Hub id, privately", OUTPUT),

@@ -8,6 +8,7 @@ from rich.table import Table
 from ..check.evidence import Interval
 from ..core.visible import visible
 from .adapt import FleetAdapted
+from .bank import Bank, BankCheck
 from .check import FleetCheck, advice
 from .member import PER
 from .verify import FleetServed
@@ -100,10 +101,44 @@ def print_served(found: FleetServed, out: Console | None = None) -> None:
     out.print(found.conclusion, markup=False, soft_wrap=True)
 
 
+def print_bank(found: Bank, out: Console | None = None) -> None:
+    """A line for each adapter."""
+    out = out or Console(highlight=False)
+    table = _table(
+        f"{found.path}: adapters of draft {found.draft_hash}",
+        ("adapter", "method", "parameters", "MB", "held-out tau", "target"),
+    )
+    for row in found.adapters.values():
+        tau = "" if row.heldout_tau is None else "{:.2f} to {:.2f}".format(*row.heldout_tau)
+        size = f"{row.bytes / 1e6:.2f}"
+        table.add_row(
+            visible(row.name), row.method, f"{row.parameters:,}", size, tau, visible(row.target)
+        )
+    out.print(table)
+
+
+def print_bank_check(found: BankCheck, out: Console | None = None) -> None:
+    """What is wrong, or that nothing is."""
+    out = out or Console(highlight=False)
+    lines = [f"{name}: {problem}" for name, problem in found.problems.items()]
+    if found.unnamed:
+        lines.append(
+            f"{len(found.unnamed)} folders that no name stands for; the next change removes them"
+        )
+    if not found.problems:
+        lines.append(
+            f"{found.adapters} adapters, {found.bytes / 1e6:.1f} MB: all as they were added"
+        )
+    for line in lines:
+        out.print(visible(line), markup=False, soft_wrap=True)
+
+
 def _table(title: str, headings: tuple[str, ...]) -> Table:
     table = Table(title=visible(title))
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("adapter", "") else "right")
+        table.add_column(
+            heading, justify="left" if heading in ("adapter", "method", "target", "") else "right"
+        )
     return table
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..adapters.adapter import put
-from ..adapters.kind import stored_name
+from ..adapters.adapter import attached
 from ..core.console import say
 from ..core.records import Answer
 from ..drafts.base import Draft
-from ..metrics.replay import check_lookahead, taus
+from ..metrics.acceptance import pooled_tau
+from ..metrics.replay import check_lookahead, replay_each
 from ..models.target import Target
 from .adapter_run import AdapterRun
 
@@ -63,9 +63,9 @@ def go_back(
     if not state.best_step or run.method.fresh:
         return
     ends = [between(run.start, state.best, share) for share in SHARES]
-    drafts = [_copy(run, tensors) for tensors in ends]
-    own = taus(target, drafts, heldout, k)
-    guarding = {name: taus(target, drafts, some, k) for name, some in guard.answers.items()}
+    drafts = [attached(run.draft, tensors) for tensors in ends]
+    own, *others = _taus(target, drafts, [heldout, *guard.answers.values()], k)
+    guarding = dict(zip(guard.answers, others, strict=True))
     worst = [
         min(guarding, key=lambda name, at=at: guarding[name][at] / guarding[name][0])  # type: ignore[misc]
         for at in range(len(SHARES))
@@ -91,10 +91,15 @@ def between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> d
     }
 
 
-def _copy(run: AdapterRun, tensors: dict[str, Tensor]) -> Draft:
-    """The run's draft with other adapter tensors."""
-    named = run.draft.named_parameters()
-    own = [name for name, p in named if p.requires_grad or stored_name(name) in tensors]
-    draft = run.draft.copy_sharing(own)
-    put(draft, tensors)
-    return draft
+def _taus(
+    target: Target, drafts: Sequence[Draft], groups: Sequence[Sequence[Answer]], k: int
+) -> list[list[float]]:
+    """The tau of each draft on each group; an answer that several groups hold is read once."""
+    every = list(dict.fromkeys(answer for group in groups for answer in group))
+    found = [
+        dict(zip(every, traces, strict=True)) for traces in replay_each(target, drafts, every, k)
+    ]
+    return [
+        [pooled_tau([t for t in map(of.__getitem__, group) if t.accepted]) for of in found]
+        for group in groups
+    ]

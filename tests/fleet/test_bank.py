@@ -1,0 +1,234 @@
+"""A bank: what goes in comes out, shared tensors are held once, and what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from redraft.adapters.adapter import Adapter, declare, prepare, take
+from redraft.adapters.kind import Setup
+from redraft.adapters.table import read_method
+from redraft.checkpoints.adapter_folder import save_adapter
+from redraft.checkpoints.load import read_draft
+from redraft.cli.app import app
+from redraft.core.errors import UserError
+from redraft.core.files import write_tensors
+from redraft.core.folders import read_file, state_hash
+from redraft.core.lock import held
+from redraft.fleet.bank import add, check_bank, read_bank
+from redraft.models.target import Target
+
+METHODS = ("lora", "expert+norms", "body", "lora+head-lora")
+
+
+def make_adapter(target: Target, draft: Path, out: Path, method: str, seed: int = 9) -> Path:
+    """An adapter with lively tensors, as training would have left it."""
+    stored = read_draft(str(draft))
+    network, how = stored.build(target), read_method(method)
+    prepare(network, how, Setup(width=6, rank=3, seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in declare(network, how):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    tensors = take(network, how)
+    card = {
+        "shared": str(draft),
+        "shared_hash": stored.hash(),
+        "adapter_hash": state_hash(tensors),
+        "target": f"fine-tune-{seed}",
+        "target_fingerprint": str(seed),
+        "tokenizer_hash": target.tokenizer_hash(),
+    }
+    save_adapter(out, Adapter(method, tensors, card))
+    return out
+
+
+@pytest.fixture
+def bank(target: Target, draft_folder: Path, tmp_path: Path) -> Path:
+    """Four adapters, one of each method."""
+    for seed, method in enumerate(METHODS):
+        made = make_adapter(target, draft_folder, tmp_path / "made" / str(seed), method, seed)
+        add(tmp_path / "bank", f"m{seed}", made, str(draft_folder))
+    return tmp_path / "bank"
+
+
+def states(draft: Any) -> torch.Tensor:
+    """Logits of a chain on made-up features, the same for every draft of one shape."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(5, 60, (1, 12), generator=generator)
+    features = torch.randn(1, 12, draft.feature_size, generator=generator).to(
+        next(draft.parameters())
+    )
+    with torch.no_grad():
+        return torch.cat([draft.logits(s)[0] for s in draft.rollout(tokens, features, 0, 3)])
+
+
+def redraft(*words: object) -> Any:
+    return CliRunner().invoke(app, ["bank", *map(str, words)])
+
+
+@pytest.mark.parametrize("at", range(len(METHODS)))
+def test_a_name_is_the_frozen_draft_with_its_adapter(
+    bank: Path, target: Target, tmp_path: Path, at: int
+) -> None:
+    """Attached in memory, merged in memory and exported compute the same; another name computes something else."""
+    found, name = read_bank(bank), f"m{at}"
+    frozen = found.frozen.build(target)
+    before = {key: tensor.clone() for key, tensor in frozen.state_dict().items()}
+    attached = states(found.attached(frozen, name))
+    merged = states(found.merged(name).build(target))
+    assert redraft("export", bank, name, "--out", tmp_path / "out").exit_code == 0
+    exported = states(read_draft(str(tmp_path / "out")).build(target))
+    assert torch.allclose(attached, merged, atol=1e-4)
+    assert torch.equal(merged, exported)
+    other = states(found.merged(f"m{(at + 1) % len(METHODS)}").build(target))
+    assert (other - merged).abs().max() > 0.01
+    assert all(torch.equal(tensor, before[key]) for key, tensor in frozen.state_dict().items())
+
+
+@pytest.mark.parametrize("at", range(len(METHODS)))
+def test_shared_tensors_are_held_once(bank: Path, target: Target, at: int) -> None:
+    """What an adapter does not replace is the frozen draft's own memory, in networks and in merged tensors."""
+    found, name = read_bank(bank), f"m{at}"
+    own = found.adapter(name).tensors
+    frozen = found.frozen.build(target)
+    theirs = {tensor.data_ptr() for tensor in frozen.parameters()}
+    new = [p for p in found.attached(frozen, name).parameters() if p.data_ptr() not in theirs]
+    assert sum(p.numel() for p in new) == sum(t.numel() for t in own.values())
+    shared = {tensor.data_ptr() for tensor in found.frozen.tensors.values()}
+    merged = found.merged(name).tensors
+    assert any(tensor.data_ptr() in shared for tensor in merged.values())
+
+
+def test_a_low_rank_adapter_goes_to_peft(bank: Path, target: Target, tmp_path: Path) -> None:
+    found = read_bank(bank)
+    for name in ("m0", "m3"):
+        done = redraft("export", bank, name, "--as", "peft", "--out", tmp_path / name)
+        assert done.exit_code == 0, done.output
+        network = PeftModel.from_pretrained(found.frozen.build(target), tmp_path / name)
+        loaded = states(network.base_model.model)
+        assert torch.allclose(loaded, states(found.merged(name).build(target)), atol=1e-4)
+        assert (loaded - states(found.frozen.build(target))).abs().max() > 0.01
+    refused = redraft("export", bank, "m1", "--as", "peft", "--out", tmp_path / "no")
+    assert "expert+norms" in str(refused.exception)
+    assert "--method lora" in str(refused.exception)
+    assert not (tmp_path / "no").exists()
+
+
+def test_list_verify_remove(bank: Path) -> None:
+    listed = json.loads(redraft("list", bank, "--json").stdout)
+    assert [row["name"] for row in listed["adapters"]] == ["m0", "m1", "m2", "m3"]
+    assert [row["method"] for row in listed["adapters"]] == list(METHODS)
+    assert all(row["bytes"] == 4 * row["parameters"] for row in listed["adapters"])
+    assert "fine-tune-1" in redraft("list", bank).stdout
+    assert redraft("verify", bank).exit_code == 0
+    assert redraft("remove", bank, "m1").exit_code == 0
+    assert not (bank / "adapters" / listed["adapters"][1]["object"]).exists()
+    found = check_bank(bank)
+    assert (found.adapters, found.problems, found.unnamed) == (3, {}, ())
+    assert "known: m0, m2, m3" in str(redraft("remove", bank, "m11").exception)
+
+
+def test_the_same_again_changes_nothing_and_another_needs_replace(
+    bank: Path, target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    made, before = tmp_path / "made" / "0", (bank / "bank.json").read_text()
+    add(bank, "m0", made)
+    assert (bank / "bank.json").read_text() == before
+    with pytest.raises(UserError, match="holds as m0 already"):
+        add(bank, "twin", made)
+    other = make_adapter(target, draft_folder, tmp_path / "other", "lora", 77)
+    with pytest.raises(UserError, match="--replace"):
+        add(bank, "m0", other)
+    old = read_bank(bank).named("m0").object
+    new = add(bank, "m0", other, replace=True).object
+    assert read_bank(bank).named("m0").object == new != old
+    assert not (bank / "adapters" / old).exists()
+
+
+def test_equal_tensors_of_another_target_are_another_adapter(bank: Path, tmp_path: Path) -> None:
+    """Its card names its own target, so that an export says whose it is."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "made" / "0", copy)
+    card = json.loads((copy / "adapter.json").read_text()) | {
+        "target": "another",
+        "target_fingerprint": "another",
+    }
+    (copy / "adapter.json").write_text(json.dumps(card))
+    add(bank, "copy", copy)
+    found = read_bank(bank)
+    assert found.adapter("copy").card["target"] == "another"
+    assert found.adapter("m0").card["target"] == "fine-tune-0"
+
+
+def test_what_was_changed_is_named(bank: Path, tmp_path: Path) -> None:
+    row = read_bank(bank).named("m2")
+    file = bank / "adapters" / row.object / "model.safetensors"
+    tensors = read_file(file)
+    name = next(iter(tensors))
+    write_tensors(file, {**tensors, name: tensors[name] + 1})
+    done = redraft("verify", bank, "--json")
+    assert done.exit_code == 3
+    assert list(json.loads(done.stdout)["problems"]) == ["m2"]
+    # With a card that says so too: the folder's name still tells.
+    card_file = file.with_name("adapter.json")
+    card = json.loads(card_file.read_text()) | {"adapter_hash": state_hash(read_file(file))}
+    card_file.write_text(json.dumps(card))
+    with pytest.raises(UserError, match="not the adapter that was added as m2"):
+        read_bank(bank).adapter("m2")
+    draft = bank / "draft" / "model.safetensors"
+    tensors = read_file(draft)
+    write_tensors(draft, {n: t + 1 if t.is_floating_point() else t for n, t in tensors.items()})
+    (bank / "draft" / "redraft.json").unlink()
+    done = redraft("verify", bank)
+    assert done.exit_code == 3
+    assert "frozen draft was changed" in done.stdout
+    with pytest.raises(UserError, match="frozen draft was changed"):
+        add(bank, "m9", tmp_path / "made" / "0")
+
+
+def test_an_interrupted_change_leaves_a_whole_bank(bank: Path, tmp_path: Path) -> None:
+    """An adapter that was written and has no name yet harms nothing, and goes with the next change."""
+    shutil.copytree(
+        bank / "adapters" / read_bank(bank).named("m0").object, bank / "adapters" / ("0" * 16)
+    )
+    found = check_bank(bank)
+    assert (found.unnamed, found.problems) == (("0" * 16,), {})
+    redraft("remove", bank, "m3")
+    assert check_bank(bank).unnamed == ()
+
+
+def test_bad_input_is_a_sentence(
+    bank: Path, target: Target, draft_folder: Path, kind_folder: Any, tmp_path: Path
+) -> None:
+    made = tmp_path / "made" / "0"
+    with pytest.raises(UserError, match="is no bank"):
+        read_bank(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="name its frozen draft"):
+        add(tmp_path / "new", "m", made)
+    with pytest.raises(UserError, match="holds other files"):
+        add(tmp_path / "made", "m", made, str(draft_folder))
+    with pytest.raises(UserError, match="make a name"):
+        add(bank, "../m", made)
+    with pytest.raises(UserError, match="bank of their own"):
+        add(bank, "m", made, str(kind_folder("eagle")))
+    foreign = make_adapter(target, kind_folder("eagle"), tmp_path / "foreign", "lora")
+    with pytest.raises(UserError, match="was trained next to the shared draft"):
+        add(bank, "foreign", foreign)
+    with held(bank), pytest.raises(UserError, match="another redraft process"):
+        add(bank, "m", made)
+    (bank / "bank.json").write_text(json.dumps({"version": 2}))
+    with pytest.raises(UserError, match="version 2"):
+        read_bank(bank)
+    (bank / "bank.json").write_text(
+        json.dumps({"version": 1, "draft": "x", "adapters": {"a": {"object": "../../etc"}}})
+    )
+    with pytest.raises(UserError, match="no record of a bank"):
+        read_bank(bank)
