@@ -65,7 +65,7 @@ def bench_bank(draft: str, adapters: int, rank: int) -> BankCell:
         bank = read_bank(folder)
         frozen = bank.frozen.build()
         began, before = time.monotonic(), _resident()
-        drafts = [bank.attached(frozen, name) for name in bank.adapters]
+        drafts = [bank.adapter(name).attached_to(frozen) for name in bank.adapters]
         seconds, held = time.monotonic() - began, _resident() - before
         shared = {tensor.data_ptr() for tensor in frozen.parameters()}
         own = _bytes(p for each in drafts for p in each.parameters() if p.data_ptr() not in shared)

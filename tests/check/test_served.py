@@ -17,7 +17,7 @@ import httpx
 import pytest
 from rich.console import Console
 
-from redraft.check import served as module
+from redraft.check import counting_server as module
 from redraft.check.calibration_runs import CalibrationRun
 from redraft.check.screen import print_served
 from redraft.check.served import check_served

@@ -82,7 +82,7 @@ def test_a_name_is_the_frozen_draft_with_its_adapter(
     found, name = read_bank(bank), f"m{at}"
     frozen = found.frozen.build(target)
     before = {key: tensor.clone() for key, tensor in frozen.state_dict().items()}
-    attached = states(found.attached(frozen, name))
+    attached = states(found.adapter(name).attached_to(frozen))
     merged = states(found.merged(name).build(target))
     assert redraft("export", bank, name, "--out", tmp_path / "out").exit_code == 0
     exported = states(read_draft(str(tmp_path / "out")).build(target))
@@ -100,7 +100,11 @@ def test_shared_tensors_are_held_once(bank: Path, target: Target, at: int) -> No
     own = found.adapter(name).tensors
     frozen = found.frozen.build(target)
     theirs = {tensor.data_ptr() for tensor in frozen.parameters()}
-    new = [p for p in found.attached(frozen, name).parameters() if p.data_ptr() not in theirs]
+    new = [
+        p
+        for p in found.adapter(name).attached_to(frozen).parameters()
+        if p.data_ptr() not in theirs
+    ]
     assert sum(p.numel() for p in new) == sum(t.numel() for t in own.values())
     shared = {tensor.data_ptr() for tensor in found.frozen.tensors.values()}
     merged = found.merged(name).tensors

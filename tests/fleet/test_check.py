@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import httpx
 import pytest
 import torch
 import yaml
@@ -14,13 +16,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
+from redraft.check import counting_server
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
-from redraft.fleet.check import MemberCheck, advice, check_fleet
+from redraft.fleet.check import ANSWERS, BOTH, STATES, MemberCheck, check_fleet
+from redraft.fleet.check_served import check_served_fleet
 from redraft.fleet.member import Member, read_fleet
+from redraft.generation.answer_file import read_answers
+from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.measure import measure
+from redraft.metrics.replay import replay
 from redraft.models.loading import load_target
 from redraft.models.target_adapters import adapter_on
 from redraft.prompts.prompts import read_prompts
@@ -115,15 +122,144 @@ def test_a_template_with_the_date_costs_no_answers_the_next_day(
     assert check(1) == check(2)
 
 
-def row(value: float, low: float, high: float, lost: float) -> MemberCheck:
+def row(value: float, low: float, high: float, lost: float, **more: Any) -> MemberCheck:
     changed = not low <= 1 <= high
-    return MemberCheck("a", 8, (2, 1, 3), (2, 1, 3), (value, low, high), lost, lost, changed)
+    return MemberCheck(
+        "a", 8, (2, 1, 3), (2, 1, 3), (value, low, high), lost, lost, changed, **more
+    )
 
 
-def test_advice_follows_the_interval() -> None:
-    assert advice(row(0.8, 0.7, 0.9, 50.0)) == "adapt"
-    assert advice(row(0.9, 0.8, 1.1, 20.0)) == "keep"  # no loss that can be seen
-    assert advice(row(1.2, 1.1, 1.3, -20.0)) == "keep"  # better than on the base
+def test_what_is_needed_follows_the_interval() -> None:
+    assert row(0.8, 0.7, 0.9, 50.0).needs
+    assert not row(0.9, 0.8, 1.1, 20.0).needs  # no loss that can be seen
+    assert not row(1.2, 1.1, 1.3, -20.0).needs  # better than on the base
+
+
+@pytest.mark.parametrize(
+    ("base_states", "cause"), [(1.61, ANSWERS), (1.95, STATES), (1.75, BOTH), (None, "")]
+)
+def test_the_cause_is_where_most_of_the_loss_is(base_states: float | None, cause: str) -> None:
+    """From 500 passes at tau 2 to 625 at tau 1.6; with the base's states they are 621, 513, 571."""
+    found = row(0.8, 0.7, 0.9, 125.0, base_states=base_states)
+    assert found.cause == cause
+    assert row(0.95, 0.9, 1.1, 25.0, base_states=base_states).cause == ""
+
+
+def test_the_cause_is_measured_on_the_adapter_s_answers(
+    fleet: Path, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    base, draft = load_target(str(target_folder)), read_draft(str(draft_folder))
+    members = read_fleet(fleet / "fleet.yaml")
+    found = check_fleet(base, draft, members, tmp_path, k=3, most=8)
+    for one in found.members:
+        answers = read_answers(tmp_path / one.name / "answers.jsonl")
+        longer = [answer for answer in answers if answer.length > 1]
+        expected = pooled_tau(replay(base, draft.build(base), longer, 3))
+        assert one.base_states == pytest.approx(expected, abs=1e-12)
+    loud, still = found.members
+    assert loud.base_states != loud.tau[0]
+    assert still.base_states == still.tau[0] == still.on_base[0]
+
+
+def test_the_page_says_what_the_table_says(
+    fleet: Path, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    done = command(fleet, target_folder, draft_folder, tmp_path, "--json")
+    loud, still = json.loads(done.stdout)["members"]
+    page = (tmp_path / "fleet.html").read_text()
+    assert page.index("<td>loud</td>") < page.index("<td>still</td>")
+    for one in (loud, still):
+        assert "{:.2f} [{:.2f}, {:.2f}]".format(*one["tau"]) in page
+    cost = loud["of_fleet"] if loud["changed"] else 0
+    assert f"<b>{cost:.0f}</b>" in page
+    assert "src=" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+class LoraServer:
+    """A vLLM with two adapters, whose answers of 12 tokens take 5 steps of the base and of `good`, 8 of `bad`."""
+
+    STEPS: ClassVar = {"org/base": 5, "good": 5, "bad": 8}
+
+    def __init__(self) -> None:
+        self.drafts = self.accepted = 0
+        self.asked: list[str] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            rows = [
+                {"id": name, "parent": None if "/" in name else "org/base"} for name in self.STEPS
+            ]
+            return httpx.Response(200, json={"data": rows})
+        if request.url.path == "/metrics":
+            counted = {"drafts": self.drafts, "draft_tokens": 3 * self.drafts}
+            counted["accepted_tokens"] = self.accepted
+            lines = [f"vllm:spec_decode_num_{name}_total {n}.0" for name, n in counted.items()]
+            for at in range(3):
+                name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+                lines.append(f'{name}{{position="{at}"}} {self.accepted if at == 0 else 0}.0')
+            return httpx.Response(200, text="\n".join(lines) + "\n")
+        name = json.loads(request.content)["model"]
+        self.asked.append(name)
+        self.drafts += self.STEPS[name]
+        self.accepted += 11 - self.STEPS[name] if self.STEPS[name] else 0
+        return httpx.Response(200, json={"usage": {"completion_tokens": 12}})
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(counting_server, "STEADY_SECONDS", 0.0)
+    write_prompts(tmp_path / "p.jsonl", 16)
+    rows = {"good": {"prompts": "p.jsonl"}, "bad": {"prompts": "p.jsonl", "share": 3}}
+    (tmp_path / "fleet.yaml").write_text(
+        yaml.safe_dump({**rows, "base": {"prompts": "p.jsonl", "share": 4}})
+    )
+    return tmp_path / "fleet.yaml"
+
+
+def test_a_server_with_adapters_is_asked_by_name(served: Path) -> None:
+    server, members = LoraServer(), read_fleet(served, served=True)
+    transport = httpx.MockTransport(server)
+    found = check_served_fleet("http://box:8000", members, most=16, transport=transport)
+    bad = found.members[0]
+    assert (found.base, found.k, bad.name, bad.prompts) == ("org/base", 3, "bad", 16)
+    assert bad.tau[0] == pytest.approx(11 / 8)
+    assert bad.on_base[0] == pytest.approx(11 / 5)
+    assert bad.lost == pytest.approx(1000 * 8 / 11 - 1000 * 5 / 11)
+    assert bad.of_fleet == pytest.approx(3 / 8 * bad.lost)
+    assert [(m.name, m.lost, m.base_states) for m in found.members[1:]] == [
+        ("base", 0.0, None),
+        ("good", 0.0, None),
+    ]
+    asked = {name: server.asked.count(name) for name in server.STEPS}
+    assert asked == {"org/base": 48, "good": 16, "bad": 16}
+
+
+def test_a_server_that_does_not_serve_an_adapter_is_named(served: Path) -> None:
+    server, members = LoraServer(), read_fleet(served, served=True)
+    missing = [Member("godo", "x", members[0].prompts)]
+    ask = partial(check_served_fleet, "http://box:8000", transport=httpx.MockTransport(server))
+    with pytest.raises(UserError, match="unknown model of the server 'godo'; did you mean 'good'"):
+        ask(missing)
+    with pytest.raises(UserError, match="'org/bsae'"):
+        ask(members, base="org/bsae")
+    server.STEPS = {"good": 0, "bad": 0, "org/base": 0, "org/other": 1}  # type: ignore[misc]
+    with pytest.raises(UserError, match="name the base among them with --endpoint-model"):
+        ask(members)
+    with pytest.raises(UserError, match="drafted 0 tokens"):
+        ask(members, base="org/base")
+    assert server.asked == ["org/base"] * 16
+
+
+def test_what_a_server_cannot_use_is_refused(fleet: Path, target_folder: Path) -> None:
+    def run(*words: object) -> str:
+        where = ["--fleet", str(fleet / "fleet.yaml"), "--out", "nowhere"]
+        done = CliRunner().invoke(app, ["fleet", "check", *map(str, words), *where])
+        return str(done.exception)
+
+    assert "cannot use --target" in run("--endpoint", "http://x:1", "--target", target_folder)
+    assert "or --endpoint URL" in run("--target", target_folder)
+    assert "or --endpoint URL" in run()
 
 
 BAD: dict[str, tuple[Any, str]] = {

@@ -136,6 +136,24 @@ def test_ratios_cover(prompts: int) -> None:
     assert BAR <= covered(pooled(one) / pooled(other), found) <= WIDEST
 
 
+@pytest.mark.parametrize("prompts", [8, 16, 64])
+def test_paired_ratios_cover_and_are_narrower(prompts: int) -> None:
+    """A prompt that is hard for one is hard for the other, so half of the spread is common."""
+    adapted, unadapted, _ = drafts()
+    index_MP = samples(prompts, len(adapted))
+    pairs = [(adapted[at_P][None], unadapted[at_P][None]) for at_P in index_MP]
+    found = [intervals.paired_ratio(one, other) for one, other in pairs]
+    apart = [intervals.ratio(one, other, K) for one, other in pairs[:200]]
+    assert BAR <= covered(pooled(adapted) / pooled(unadapted), found) <= WIDEST
+    narrower = [a.high - a.low < b.high - b.low for a, b in zip(found, apart, strict=False)]
+    assert np.mean(narrower) > 0.9
+    (one, other), *_ = pairs
+    assert found[0].value == pytest.approx(pooled(one[0]) / pooled(other[0]))
+    assert intervals.paired_ratio(one, one).ends == (1.0, 1.0)
+    with pytest.raises(ValueError, match="same prompts"):
+        intervals.paired_ratio(one, other[:, 1:])
+
+
 def test_few_seeds_widen_the_interval() -> None:
     """Three seeds that move tau as much as the prompts do; a bootstrap over three seeds is too narrow."""
     rng = np.random.default_rng(3)

@@ -39,6 +39,10 @@ class Adapter:
     def parameter_count(self) -> int:
         return sum(t.numel() for t in self.tensors.values() if t.is_floating_point())
 
+    def attached_to(self, draft: Draft) -> Draft:
+        """A copy of `draft` with this adapter; it shares every tensor that the adapter does not replace."""
+        return attached(draft, self.tensors)
+
 
 def prepare(draft: Draft, method: Method, setup: Setup) -> list[tuple[str, nn.Parameter]]:
     """Attach a method's adapters to `draft` in place and return its trainable tensors.

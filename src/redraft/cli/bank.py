@@ -66,8 +66,9 @@ def export(
 
     Example: redraft bank export bank medical --out draft-medical
     """
+    from ..checkpoints.peft_folder import save_peft
     from ..core.errors import check_known
-    from ..fleet.bank import read_bank, size_of, write_peft
+    from ..fleet.bank import read_bank, size_of
 
     check_known("form", [form], FORMS)
     folder = Path(out)
@@ -75,7 +76,7 @@ def export(
         raise UserError(f"--out {out} is not an empty folder; name a new one")
     found = read_bank(Path(bank))
     if form == "peft":
-        write_peft(found, name, folder)
+        save_peft(folder, found.adapter(name))
     else:
         found.merged(name).save(folder, format)
     size = size_of(folder)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..config import MeasureConfig, RegenerateConfig, Resolved
 from ..core.errors import UserError
-from .bundles import OutputFlags, TargetFlags
+from .bundles import MaybeTargetFlags, OutputFlags, TargetFlags
 from .command import Group, add_command
 from .engine import NOT_GOOD, engine_flags
+
+if TYPE_CHECKING:
+    from ..checkpoints.load import StoredDraft
 
 STAGES_OF_ADAPT = ("regenerate", "general", "select", "train", "measure", "export")
 FLAGS_OF_ADAPT = ("train.method", "train.width", "train.vocab", "select.budget")
@@ -26,45 +30,71 @@ def root() -> None:
 
 
 def check(
-    models: TargetFlags,
-    draft: str,
+    models: MaybeTargetFlags,
     fleet: str,
     out: str,
     output: OutputFlags,
+    draft: str | None = None,
+    endpoint: str | None = None,
+    endpoint_model: str | None = None,
+    batch: int = 1,
     k: int = MeasureConfig.k,
     most: int = 16,
     max_new_tokens: int = 128,
 ) -> None:
-    """Which adapters lost acceptance, how much of the fleet's time that costs, and which to adapt to first.
+    """Which adapters lost acceptance, how much of the fleet's time that costs, and which to adapt to first; OUT/fleet.html.
 
-    Each adapter's prompts are answered by the base and by the adapter; nothing is trained.
+    Each adapter's prompts are answered by the base and by the adapter; nothing is trained. With --endpoint a vLLM that serves the
+    base, all adapters and the draft (--enable-lora) is asked, and its counters are read.
 
     Example: redraft fleet check --target org/base --draft org/EAGLE3-base --fleet fleet.yaml --out fleet
     """
-    from ..checkpoints.load import read_draft
     from ..core.files import writing
     from ..core.lock import held
     from ..core.records import to_json
     from ..fleet.check import check_fleet
+    from ..fleet.check_served import check_served_fleet
     from ..fleet.member import read_fleet
+    from ..fleet.page import PAGE, write_check_page
     from ..fleet.table import print_fleet
 
-    _check_bare(models)
-    members, stored = read_fleet(Path(fleet)), read_draft(draft)
+    how = RegenerateConfig(max_new_tokens=max_new_tokens)
     folder = Path(out)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
-        found = check_fleet(
-            models.load(),
-            stored,
-            members,
-            folder,
-            k=k,
-            most=most,
-            answering=RegenerateConfig(max_new_tokens=max_new_tokens),
+    if endpoint:
+        given = {"--target": models.target, "--draft": draft}
+        wrong = [flag for flag, value in given.items() if value]
+        if wrong:
+            raise UserError(
+                f"--endpoint asks a server, which cannot use {', '.join(wrong)}: leave these out, or leave out --endpoint"
+            )
+        members = read_fleet(Path(fleet), served=True)
+        found = check_served_fleet(
+            endpoint, members, base=endpoint_model, rows=batch, most=most, answering=how
         )
+        write_check_page(folder / PAGE, found)
+    else:
+        target, stored = _loaded(models, draft)
+        members = read_fleet(Path(fleet))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with held(folder):
+            found = check_fleet(
+                target.load(), stored, members, folder, k=k, most=most, answering=how
+            )
+            write_check_page(folder / PAGE, found)
     output.show(to_json(found), lambda: print_fleet(found))
+
+
+def _loaded(models: MaybeTargetFlags, draft: str | None) -> tuple[TargetFlags, StoredDraft]:
+    from ..checkpoints.load import read_draft
+
+    named = models.named()
+    if named is None or draft is None:
+        raise UserError(
+            "name what is checked: --target and --draft (folders or Hub ids), or --endpoint URL of the vLLM that serves them"
+        )
+    _check_bare(named)
+    return named, read_draft(draft)
 
 
 def adapt(
@@ -85,11 +115,13 @@ def adapt(
     from ..core.records import to_json
     from ..fleet.adapt import adapt_fleet
     from ..fleet.member import read_fleet
+    from ..fleet.page import PAGE, write_adapted_page
     from ..fleet.table import print_adapted
 
     _check_bare(models)
     members = read_fleet(Path(fleet))
     found = adapt_fleet(models.load(), draft, members, out, config, fleet)
+    write_adapted_page(Path(out) / PAGE, found)
     output.show(to_json(found), lambda: print_adapted(found))
 
 
@@ -154,6 +186,8 @@ add_command(
         "target": "the base: folder or Hub id",
         "out": "folder that keeps the answers; run again to resume",
         "most": "most prompts of each adapter",
+        "endpoint": "a vLLM that serves the base, the adapters under the fleet's names, and a draft (key: $REDRAFT_API_KEY)",
+        "endpoint_model": "what the server calls the base [default: its one model without a parent]",
     },
 )
 add_command(

@@ -18,24 +18,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter, attached
-from ..adapters.kind import by_adapter
+from ..adapters.adapter import Adapter
 from ..checkpoints.adapter_folder import CARD, check_belongs, load_adapter, save_adapter
 from ..checkpoints.load import StoredDraft, read_draft
 from ..core.config_values import ConfigValues
 from ..core.errors import UserError, nearest
-from ..core.files import remove, write_tensors, write_text, writing
+from ..core.files import remove, write_text, writing
 from ..core.folders import read_json, state_hash
 from ..core.lock import held
+from ..core.published import without_paths
 from ..core.records import TrainRecord, to_json
-from ..drafts.base import Draft
 from ..pipeline.stages import merge_draft
 from .member import NAME
 
 MANIFEST, DRAFT, ADAPTERS = "bank.json", "draft", "adapters"
 VERSION = 1
 OBJECT = re.compile(r"[0-9a-f]{16}")
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,10 @@ class Bank:
         return self.adapters[name]
 
     def adapter(self, name: str) -> Adapter:
-        """Raises UserError for an unknown name, and for files that are not what was put in."""
+        """The adapter of a name, whose `attached_to` takes a draft built from `frozen`.
+
+        Raises UserError for an unknown name, and for files that are not what was put in.
+        """
         row = self.named(name)
         found = load_adapter(self.path / ADAPTERS / row.object)
         if _object(found) != row.object:
@@ -104,11 +105,6 @@ class Bank:
     def merged(self, name: str) -> StoredDraft:
         """The draft of a name, for serving. It shares every tensor with the frozen draft that the adapter leaves unchanged."""
         return merge_draft(self.frozen, self.adapter(name))
-
-    def attached(self, draft: Draft, name: str) -> Draft:
-        """The draft of a name as a network: a copy of `draft`, built from `frozen`, that shares all that the adapter does not
-        replace."""
-        return attached(draft, self.adapter(name).tensors)
 
 
 def read_bank(path: Path) -> Bank:
@@ -199,32 +195,6 @@ def check_bank(path: Path) -> BankCheck:
     return BankCheck(str(path), len(bank.adapters), size_of(path), problems, unnamed)
 
 
-def write_peft(bank: Bank, name: str, out: Path) -> None:
-    """An adapter of the draft as PEFT reads it, for engines that keep one draft and many adapters of it.
-
-    Raises UserError for an adapter that is no low-rank update.
-    """
-    adapter = bank.adapter(name)
-    parts = by_adapter(adapter.tensors)
-    configs = [found for kind, own in parts if (found := kind.peft_config(own)) is not None]
-    if not parts or len(configs) < len(parts):
-        raise UserError(
-            f"{name} (method {adapter.method}) is no low-rank update, which is what a PEFT adapter of a draft holds; export "
-            "the merged draft, or train with --method lora"
-        )
-    config: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "inference_mode": True}
-    config |= {"base_model_name_or_path": str(adapter.card.get("shared", ""))}
-    config["target_modules"] = sorted(m for one in configs for m in one.pop("target_modules"))
-    for one in configs:
-        if any(config.setdefault(key, value) != value for key, value in one.items()):
-            raise UserError(
-                f"{name}: its low-rank parts differ in {', '.join(one)}, which one PEFT adapter cannot"
-            )
-    tensors = {f"base_model.model.{n}": tensor for n, tensor in adapter.tensors.items()}
-    write_tensors(out / PEFT_WEIGHTS, tensors)
-    write_text(out / PEFT_CONFIG, json.dumps(config, indent=2) + "\n")
-
-
 def size_of(path: Path) -> int:
     """Bytes of the files in a folder."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -259,7 +229,7 @@ def _row(name: str, adapter: Adapter) -> Banked:
         name,
         _object(adapter),
         adapter.method,
-        str(card.get("target", "not recorded")),
+        str(without_paths(card.get("target", "not recorded"))),
         str(card.get("target_fingerprint", "")),
         adapter.parameter_count(),
         sum(tensor.nbytes for tensor in tensors.values()),

@@ -2,6 +2,7 @@
 
     OUT/NAME/base.jsonl      the base's answers to an adapter's prompts
     OUT/NAME/answers.jsonl   the adapter's own
+    OUT/fleet.html           the page
 
 The base is loaded once and the adapters are put on it one after another. Answers are kept, so that a check goes on where
 it stopped.
@@ -18,12 +19,11 @@ from ..checkpoints.load import StoredDraft
 from ..config import RegenerateConfig
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.records import Prompt, versions
-from ..drafts.base import Draft
+from ..core.records import Answer, Prompt, versions
 from ..generation.answer_file import about
 from ..generation.regenerate import regenerate
 from ..metrics import intervals
-from ..metrics.acceptance import prompt_counts
+from ..metrics.acceptance import pooled_tau
 from ..metrics.replay import replay
 from ..models.target import Target
 from ..prompts.clock import continue_time
@@ -32,6 +32,9 @@ from .member import PER, Member
 
 LEAST = 4
 """The fewest prompts of an adapter that is measured."""
+ANSWERS, STATES, BOTH = "answers", "states", "both"
+MOST = 2 / 3
+"""The share of a loss that counts as most of it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class MemberCheck:
 
     `lost` are the passes of the target that 1,000 tokens of the adapter cost more than with the base's tau; `of_fleet` is the
     same for 1,000 tokens of the whole fleet's traffic. `changed` is whether the interval of the ratio leaves out 1.
+    `base_states` is tau on the adapter's answers as the base reads them; None where that was not measured.
     """
 
     name: str
@@ -50,6 +54,23 @@ class MemberCheck:
     lost: float
     of_fleet: float
     changed: bool
+    base_states: float | None = None
+
+    @property
+    def needs(self) -> bool:
+        """Whether it lost acceptance, beyond its interval."""
+        return self.changed and self.lost > 0
+
+    @property
+    def cause(self) -> str:
+        """Where most of the loss comes from: what the adapter says, the states that the draft reads, or both.
+
+        Empty where nothing was lost, and where it is not known.
+        """
+        if not self.needs or self.base_states is None:
+            return ""
+        by_answers = (PER / self.base_states - PER / self.on_base[0]) / self.lost
+        return ANSWERS if by_answers > MOST else STATES if by_answers < 1 - MOST else BOTH
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,7 @@ def check_fleet(
     """
     files = [about(out / member.name / "base.jsonl") for member in members]
     continue_time(base, files)
-    draft = stored.build(base)  # refuses a draft that does not fit, before anything is answered
+    stored.build(base)  # refuses a draft that does not fit, before anything is answered
     asked = {member.name: _prompts(base, member, most) for member in members}
     total = sum(member.share for member in members)
     found = []
@@ -87,14 +108,22 @@ def check_fleet(
         say(f"{member.name}: {len(asked[member.name])} prompts")
         folder, prompts = out / member.name, asked[member.name]
         folder.mkdir(parents=True, exist_ok=True)
-        counts = on_base = _counts(base, draft, prompts, folder / "base.jsonl", k, answering)
+        own, _ = _counts(base, stored, prompts, folder / "base.jsonl", k, answering)
+        on_base, states = own, None
         if member.adapter is not None:
             with member.on(base) as target:
-                tuned = stored.build(target)
-                counts = _counts(target, tuned, prompts, folder / "answers.jsonl", k, answering)
-        found.append(_checked(member, counts, on_base, k, member.share / total))
-    ordered = sorted(found, key=lambda one: -one.of_fleet)
-    return FleetCheck(base.name, str(stored.folder), k, tuple(ordered))
+                file = folder / "answers.jsonl"
+                own, answers = _counts(target, stored, prompts, file, k, answering)
+            read = replay(base, stored.build(base), answers, k)
+            states = pooled_tau([trace for trace in read if trace.accepted])
+        share = member.share / total
+        found.append(checked(member.name, own, on_base, k, share, len(own), states))
+    return FleetCheck(base.name, str(stored.folder), k, ordered(found))
+
+
+def ordered(found: Sequence[MemberCheck]) -> tuple[MemberCheck, ...]:
+    """Those that lost most of the fleet's passes first."""
+    return tuple(sorted(found, key=lambda one: -one.of_fleet))
 
 
 def _prompts(base: Target, member: Member, most: int) -> list[Prompt]:
@@ -106,48 +135,60 @@ def _prompts(base: Target, member: Member, most: int) -> list[Prompt]:
     return prompts
 
 
-Counts = list[list[tuple[float, float]]]
+Counts = dict[str, tuple[float, float]]
+"""(accepted, steps) by prompt, or by group of prompts."""
 
 
 def _counts(
     target: Target,
-    draft: Draft,
+    stored: StoredDraft,
     prompts: Sequence[Prompt],
     file: Path,
     k: int,
     answering: RegenerateConfig,
-) -> Counts:
-    """Accepted tokens and steps of each prompt."""
+) -> tuple[Counts, list[Answer]]:
+    """What was counted of each prompt whose answer has a step, and the answers."""
     answers = [a for a in regenerate(target, prompts, file, answering, lookahead=k) if a.length > 1]
-    traces = [trace for trace in replay(target, draft, answers, k) if trace.accepted]
-    if len(traces) < LEAST:
+    traces = replay(target, stored.build(target), answers, k)
+    counted = {
+        a.id: (float(t.gained), float(t.steps))
+        for a, t in zip(answers, traces, strict=True)
+        if t.accepted
+    }
+    if len(counted) < LEAST:
         raise UserError(
-            f"{target.name} answers {len(traces)} of {len(prompts)} prompts with more than a token, so there is next to nothing to "
+            f"{target.name} answers {len(counted)} of {len(prompts)} prompts with more than a token, so there is next to nothing to "
             "draft; leave it out of the fleet"
         )
-    return prompt_counts(traces)
+    return counted, answers
 
 
-def _checked(member: Member, counts: Counts, on_base: Counts, k: int, share: float) -> MemberCheck:
-    tau, theirs = intervals.tau(counts, k), intervals.tau(on_base, k)
-    kept = intervals.ratio(counts, on_base, k)
+def checked(
+    name: str,
+    own: Counts,
+    on_base: Counts,
+    k: int,
+    share: float,
+    prompts: int,
+    base_states: float | None = None,
+) -> MemberCheck:
+    """What was counted of an adapter says, and of the base on the same prompts; `share` is that of the fleet's traffic."""
+    tau, theirs = (intervals.tau([list(each.values())], k) for each in (own, on_base))
+    both = [name for name in own if name in on_base]
+    kept = intervals.paired_ratio([[own[n] for n in both]], [[on_base[n] for n in both]])
     lost = PER / tau.value - PER / theirs.value
     return MemberCheck(
-        name=member.name,
-        prompts=len(counts[0]),
+        name=name,
+        prompts=prompts,
         tau=_ends(tau),
         on_base=_ends(theirs),
         retention=_ends(kept),
         lost=lost,
         of_fleet=lost * share,
         changed=not kept.low <= 1.0 <= kept.high,
+        base_states=base_states,
     )
 
 
 def _ends(found: intervals.Interval) -> Interval:
     return found.value, found.low, found.high
-
-
-def advice(found: MemberCheck) -> str:
-    """In a word: what to do about it."""
-    return "adapt" if found.changed and found.lost > 0 else "keep"

@@ -38,11 +38,11 @@ class Member:
         )
 
 
-def read_fleet(path: Path) -> list[Member]:
+def read_fleet(path: Path, *, served: bool = False) -> list[Member]:
     """The members that a YAML file names: NAME: {adapter: FOLDER, prompts: FILE, share: 2}; paths are relative to the file.
 
-    The row `base` has no adapter: it is the traffic of the base itself. Raises UserError for anything else, and for two
-    members with the same weights.
+    The row `base` has no adapter: it is the traffic of the base itself. Of adapters that a server has loaded (`served`) no folder
+    is wanted, their names are those that it knows. Raises UserError for anything else, and for two members with the same weights.
     """
     members: list[Member] = []
     rows = list(read_yaml(path).values())
@@ -56,7 +56,7 @@ def read_fleet(path: Path) -> list[Member]:
             raise UserError(f"{where}: expected adapter, prompts and perhaps share, got {row}")
         values = ConfigValues(row, where)
         share = values.number("share", 1.0)
-        needed = ("prompts",) if name == BASE else ("adapter", "prompts")
+        needed = ("prompts",) if name == BASE or served else ("adapter", "prompts")
         missing = [key for key in needed if not values.given(key)]
         if missing:
             raise UserError(f"{where}: {missing[0]} is missing, a path")
@@ -64,7 +64,7 @@ def read_fleet(path: Path) -> list[Member]:
             raise UserError(
                 f"{where}: this row is the traffic of the base without an adapter; give the adapter another name"
             )
-        if not NAME.fullmatch(name):
+        if not served and not NAME.fullmatch(name):
             raise UserError(
                 f"{where}: a name of letters, digits, dots, dashes and underscores is expected"
             )
@@ -73,7 +73,8 @@ def read_fleet(path: Path) -> list[Member]:
         members.append(Member(name, adapter, prompts, share))
     if all(member.adapter is None for member in members):
         raise UserError(f"{path} names no adapters")
-    _check_different(members)
+    if not served:
+        _check_different(members)
     return members
 
 

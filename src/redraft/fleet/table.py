@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -9,7 +12,7 @@ from ..check.evidence import Interval
 from ..core.visible import visible
 from .adapt import FleetAdapted
 from .bank import Bank, BankCheck
-from .check import FleetCheck, advice
+from .check import ANSWERS, BOTH, STATES, FleetCheck
 from .member import PER
 from .verify import FleetServed
 
@@ -18,25 +21,45 @@ def print_fleet(found: FleetCheck, out: Console | None = None) -> None:
     """A line for each adapter, those that lost most of the fleet's passes first."""
     out = out or Console(highlight=False)
     table = _table(
-        f"{found.draft} on {found.base}: tau at K={found.k} [95 %]",
-        ("adapter", "n", "tau", "on the base", "kept", "lost", "of all", ""),
+        f"{found.draft} on {found.base}: tau at K={found.k}",
+        ("adapter", "n", "tau", "on the base", "kept [95 %]", "lost", "of all", ""),
     )
     for row in found.members:
         table.add_row(
             visible(row.name),
             str(row.prompts),
-            *(_shown(figure) for figure in (row.tau, row.on_base, row.retention)),
+            f"{row.tau[0]:.2f}",
+            f"{row.on_base[0]:.2f}",
+            shown(row.retention),
             f"{row.lost:.0f}",
             f"{row.of_fleet:.0f}",
-            advice(row),
+            "adapt" if row.needs else "keep",
         )
     out.print(table)
-    out.print(
+    for line in in_words(found):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+CAUSES = {
+    ANSWERS: "the loss comes from the answers, which cost as much where the base reads them: train on such answers",
+    STATES: "the loss comes from the states that the draft reads: redraft check --base says what a fit in closed form would bring",
+    BOTH: "the loss comes from the answers and from the states that the draft reads",
+}
+
+
+def in_words(found: FleetCheck) -> list[str]:
+    """What the table's columns are, and which adapters need something, by what their loss comes from."""
+    needing = [row for row in found.members if row.needs]
+    lines = [
         f"lost: further passes of the target per {PER:,} tokens of the adapter, of all: of the fleet. adapt: the interval of what is "
         "kept leaves out 1",
-        markup=False,
-        soft_wrap=True,
-    )
+        f"{len(needing)} of {len(found.members)} members lost acceptance",
+    ]
+    for cause, text in CAUSES.items():
+        names = [visible(row.name) for row in needing if row.cause == cause]
+        if names:
+            lines.append(f"{', '.join(names)}: {text}")
+    return lines
 
 
 def print_adapted(found: FleetAdapted, out: Console | None = None) -> None:
@@ -50,8 +73,8 @@ def print_adapted(found: FleetAdapted, out: Console | None = None) -> None:
         table.add_row(
             visible(row.name),
             str(row.prompts),
-            *(_shown(figure) for figure in (row.before, row.after)),
-            _shown(row.change, sign="+"),
+            *(shown(figure) for figure in (row.before, row.after)),
+            shown(row.change, sign="+"),
             f"{row.lost:.0f}",
             str(row.trained_on),
             "worse" if row.lost_by_it else "",
@@ -134,13 +157,14 @@ def print_bank_check(found: BankCheck, out: Console | None = None) -> None:
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:
-    table = Table(title=visible(title))
+    table = Table(title=visible(title), box=box.SIMPLE_HEAD)
     for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading in ("adapter", "method", "target", "") else "right"
-        )
+        left = heading in ("adapter", "method", "target", "")
+        side: Literal["left", "right"] = "left" if left else "right"
+        table.add_column(heading, justify=side, overflow="fold")
     return table
 
 
-def _shown(figure: Interval, sign: str = "") -> str:
+def shown(figure: Interval, sign: str = "") -> str:
+    """A figure with its interval."""
     return "{} [{}, {}]".format(*(f"{number:{sign}.2f}" for number in figure))

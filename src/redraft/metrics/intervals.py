@@ -96,6 +96,13 @@ def ratio(one: Counts, other: Counts, k: int, level: float = LEVEL) -> Interval:
     return Interval(value, value * math.exp(-below), value * math.exp(above))
 
 
+def paired_ratio(one: Counts, other: Counts, level: float = LEVEL) -> Interval:
+    """tau(one) / tau(other) on the same prompts, to first order."""
+    a, b = _tau(one), _tau(other)
+    value = a.value / b.value
+    return _plain(_combined(value, (1 / b.value, a), (-value / b.value, b)), level)
+
+
 def recovery(
     adapted: Counts, unadapted: Counts, scratch: Counts, k: int, level: float = LEVEL
 ) -> Interval | None:

@@ -25,8 +25,8 @@ from .terminal import change, compared, decoded, headline, losses, refusal_cells
 CURVE_WIDTH, CURVE_HEIGHT = 360, 150
 
 
-def write_page(path: Path, report: AdaptReport) -> None:
-    """Render the report of one adaptation to `path`, with the speed-up that the folder has a record of."""
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates in this package, with what its charts are drawn by."""
     environment = Environment(
         loader=PackageLoader("redraft.report"),
         autoescape=True,
@@ -35,7 +35,14 @@ def write_page(path: Path, report: AdaptReport) -> None:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    page = environment.get_template("page.html.j2").render(
+    sizes = {"width": WIDTH, "bar": BAR, "gap": GAP, "label": LABEL}
+    return environment.get_template(template).render(sizes=sizes, **values)
+
+
+def write_page(path: Path, report: AdaptReport) -> None:
+    """Render the report of one adaptation to `path`, with the speed-up that the folder has a record of."""
+    page = render(
+        "page.html.j2",
         r=report,
         headline=headline,
         tau=tau,
@@ -54,7 +61,6 @@ def write_page(path: Path, report: AdaptReport) -> None:
         position_charts=position_charts(report),
         cost_charts=cost_charts(report),
         seconds=sum(report.cost["seconds"].values()),
-        sizes={"width": WIDTH, "bar": BAR, "gap": GAP, "label": LABEL},
         width=CURVE_WIDTH,
         height=CURVE_HEIGHT,
         settings=[
