@@ -64,7 +64,15 @@ FLAGS: dict[str, Flag] = {
     ),
     "path": Flag("draft: folder or Hub id", argument=True),
     "file": Flag("prompts file, or a data set on the Hub", argument=True),
+    "log": Flag("log of a service (JSONL, JSON, Parquet; .gz is fine)", argument=True),
     # data
+    "consent": Flag(
+        "field that says whose rows may be used, FIELD=VALUE, as metadata.training=true", DATA
+    ),
+    "everyone_agreed": Flag("every row of the log may be used", DATA),
+    "logged_model": Flag(
+        "only rows that this model was asked, as the log names it", DATA, "--model"
+    ),
     "prompts": Flag(
         "prompts file (JSONL, JSON, Parquet; .gz is fine), or a data set on the Hub", DATA
     ),

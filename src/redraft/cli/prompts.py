@@ -1,8 +1,9 @@
-"""Looking at prompts before anything is generated."""
+"""Prompts: looking at a file before anything is generated, and collecting one from logs."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,12 +15,14 @@ from .command import Group, add_command
 if TYPE_CHECKING:
     from ..prompts.inspection import Inspection, Span
 
-app = typer.Typer(help="Look at a prompts file before anything is generated.", cls=Group)
+app = typer.Typer(
+    help="Look at a prompts file before anything is generated; collect one from logs.", cls=Group
+)
 
 
 @app.callback()
 def root() -> None:
-    """Look at a prompts file before anything is generated."""
+    """Look at a prompts file before anything is generated; collect one from logs."""
 
 
 def inspect(
@@ -48,7 +51,46 @@ def inspect(
     output.show(asdict(found), lambda: _print(found))
 
 
+def collect(
+    log: str,
+    out: str,
+    output: OutputFlags,
+    consent: str | None = None,
+    everyone_agreed: bool = False,
+    logged_model: str | None = None,
+    most: int | None = None,
+) -> None:
+    """Prompts for the next adaptation from a service's logs: rows of people who agreed, without secrets; more are added each time.
+
+    A row is a chat, or a request with its response as OpenAI-style gateways log them. Rows with credentials, e-mail addresses, telephone
+    or card numbers are left out whole.
+
+    Example: redraft prompts collect log.jsonl --consent metadata.training=true --out prompts.jsonl
+    """
+    from ..prompts.collect import collect as run
+
+    found = run(
+        log,
+        Path(out),
+        consent=consent,
+        everyone_agreed=everyone_agreed,
+        model=logged_model,
+        most=most,
+    )
+    lines = [f"{found.added} added, {found.held} rows in {out}"]
+    lines += [f"left out: {count} ({visible(why)})" for why, count in found.left_out.items()]
+    output.finish("\n".join(lines), asdict(found))
+
+
 add_command(app, inspect)
+add_command(
+    app,
+    collect,
+    help={
+        "out": "JSONL file of prompts to add to",
+        "most": "rows in the file at most [default: all]",
+    },
+)
 
 
 def _print(found: Inspection) -> None:
