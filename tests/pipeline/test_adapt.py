@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from redraft.adapters.merge import extract
 from redraft.adapters.table import read_method
 from redraft.checkpoints.adapter_folder import load_adapter
-from redraft.checkpoints.load import load_draft, read_draft
+from redraft.checkpoints.load import load_draft, read_draft, stored
 from redraft.config import Resolved, resolve
 from redraft.core.console import set_quiet
 from redraft.core.errors import UserError
 from redraft.core.folders import read_file, tensor_hash
-from redraft.core.records import Prompt, to_json
+from redraft.core.records import Answer, Prompt, to_json
 from redraft.core.report_record import AdaptReport
 from redraft.decoding.sampling import Sampling
+from redraft.generation.answer_file import read_answers
+from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.measure import answer_all
 from redraft.metrics.replay import accepted_runs, replay
 from redraft.models.target import Target
@@ -374,3 +379,65 @@ def test_a_job_of_enough_prompts_writes_a_certificate(
     off = resolve([("test", {**SETTINGS, "measure.eval_limit": 12, "export.certificate": "off"})])
     pipeline.adapt(target, str(draft_folder), str(prompts), out=tmp_path / "off", config=off)
     assert not (tmp_path / "off" / stages.CERTIFICATE).exists()
+
+
+def test_the_better_of_two_drafts_is_what_training_begins_with(
+    done: tuple[pipeline.AdaptResult, Path],
+    target: Target,
+    draft_folder: Path,
+    kind_folder: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """The draft of a run before, named by its folder, against one that is accepted less; and the other way round."""
+    before, folder = done
+    (tmp_path / "adapted").symlink_to(folder / "run")
+    own = str(folder / "run" / "draft")
+    untrained = load_draft(str(draft_folder), target)
+    untrained.reinitialise(7)
+    stored(untrained, target).save(tmp_path / "poor")
+    how = settings(
+        general__guard="on", general__prompts=str(write_prompts(tmp_path / "g.jsonl", 40, 300))
+    )
+    prompts = str(write_prompts(tmp_path / "p.jsonl", 24))
+
+    def run(draft: object, previous: object, out: str) -> pipeline.AdaptResult:
+        return pipeline.adapt(
+            target, str(draft), prompts, out=tmp_path / out, config=how, previous=str(previous)
+        )
+
+    first = run(tmp_path / "poor", tmp_path / "adapted", "run")
+    start = first.report.start
+    assert start is not None
+    answers = [a for a in read_answers(tmp_path / "run/answers/heldout.jsonl") if a.length > 1]
+    general = [
+        a for a in read_answers(tmp_path / "run/answers/general-heldout.jsonl") if a.length > 1
+    ]
+
+    def tau(draft: object, some: list[Answer]) -> float:
+        traces = replay(target, load_draft(str(draft), target), some, 3)
+        return pooled_tau([trace for trace in traces if trace.accepted])
+
+    taus = [tau(tmp_path / "poor", answers), tau(tmp_path / "adapted/draft", answers)]
+    assert [start.draft_tau, start.previous_tau] == pytest.approx(taus)
+    assert taus[0] < taus[1]
+    assert start.chosen == first.report.shared == str(tmp_path / "adapted/draft")
+    assert first.before.tau == pytest.approx(before.after.tau, abs=0.5)
+    reference = json.loads((tmp_path / "run/start.json").read_text())["reference"]
+    assert reference == {"general prompts": pytest.approx(tau(tmp_path / "poor", general))}
+    assert load_adapter(tmp_path / "run/adapter").card["shared_hash"] == read_draft(own).hash()
+    out = io.StringIO()
+    print_report(first.report, Console(file=out, width=200))
+    assert f"training began with {start.chosen}" in out.getvalue()
+    assert "training began with" in (tmp_path / "run/report.html").read_text()
+    assert (
+        AdaptReport.from_json(json.loads((tmp_path / "run/report.json").read_text()))
+        == first.report
+    )
+    again = run(tmp_path / "poor", tmp_path / "adapted", "run")
+    assert not again.worked
+
+    other = run(own, tmp_path / "poor", "other")
+    assert other.report.start is not None
+    assert other.report.start.chosen == other.report.shared == own
+    plain = pipeline.adapt(target, own, prompts, out=tmp_path / "other", config=how)
+    assert plain.report.start is None

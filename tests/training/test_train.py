@@ -716,6 +716,34 @@ def test_one_of_two_guards_holds_back_what_the_other_would_allow(
     assert share({"same": same, "other": other}) == held == share({"other": other, "same": same})
 
 
+@pytest.mark.parametrize(
+    ("reference", "floor"), [({}, 1.8), ({"a": 1.9}, 1.71), ({"a": 3.0}, 2.0), ({"b": 1.0}, 1.8)]
+)
+def test_a_guard_holds_against_its_reference(reference: dict[str, float], floor: float) -> None:
+    """But asks nothing back that was lost before it."""
+    assert Guard({}, 0.1, reference).floor("a", 2.0) == pytest.approx(floor)
+
+
+def test_a_reference_decides_how_far_training_may_go(
+    target: Target, draft_folder: Path, answers: list[Answer]
+) -> None:
+    """Of the same way, all that stays above a low reference is allowed, and nothing below the start with a high one."""
+    config = replace(CONFIG, method="expert+fc+norms", lr=3e-3, epochs=40, evaluations=2)
+
+    def trained(reference: float) -> Any:
+        draft = load_draft(str(draft_folder), target, torch.float32)
+        guard = Guard({"others": answers[4:8]}, 0.0, {"others": reference})
+        found = train(target, draft, answers[:4], answers[:4], config, k=3, guard=guard)
+        return found.record
+
+    low, high = trained(1.0), trained(9.0)
+    assert low.way == high.way
+    assert low.share > high.share
+    start = high.way[0][2]
+    allowed = [(own, share) for share, own, tau in high.way if tau >= start]
+    assert high.share == max(allowed)[1]
+
+
 def test_operations_are_counted_and_grow_with_the_tokens(
     target: Target, draft_folder: Path, answers: list[Answer]
 ) -> None:

@@ -39,6 +39,11 @@ FLAGS: dict[str, Flag] = {
     "from_layer": Flag(
         "begin with the target's last layer, where neither it nor its base has a head", MODELS
     ),
+    "previous": Flag(
+        "draft of the model's version before, or its run folder: training begins with it if the target accepts it more often than "
+        "--draft",
+        MODELS,
+    ),
     "draft": Flag("draft model: folder or Hub id", MODELS),
     "adapter": Flag(
         "adapter to merge in; without one only the layout changes", MODELS, old=("--private",)

@@ -34,6 +34,7 @@ def adapt(
     off_domain: list[str] | None = None,
     safety_prompts: str | None = None,
     base: str | None = None,
+    previous: str | None = None,
     limit: int | None = None,
 ) -> None:
     """The whole job: regenerate, select, train, export, measure before and after, report.
@@ -57,6 +58,7 @@ def adapt(
         off_domain=elsewhere,
         safety_prompts=safety_prompts,
         base=models.load_plain(base),
+        previous=previous,
     )
     if output.as_json:
         from ..core.records import to_json

@@ -40,6 +40,31 @@ class ShownAnswer:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Which of two drafts training began with: the named one, or that of the model's version before, `previous`.
+
+    `draft_tau` and `previous_tau` are theirs on held-out answers to `prompts` prompts.
+    """
+
+    draft: str
+    previous: str
+    draft_tau: float
+    previous_tau: float
+    prompts: int
+
+    @property
+    def chosen(self) -> str:
+        """The one that is accepted more often; of equals the named one."""
+        return self.previous if self.previous_tau > self.draft_tau else self.draft
+
+    def in_words(self) -> str:
+        return (
+            f"training began with {self.chosen}: held-out tau {self.draft_tau:.2f} with {self.draft}, {self.previous_tau:.2f} with "
+            f"{self.previous}, {self.prompts} prompts"
+        )
+
+
+@dataclass(frozen=True)
 class AdaptReport:
     """One adaptation, as report.json holds it and the terminal and HTML report show it.
 
@@ -64,6 +89,7 @@ class AdaptReport:
     safety: Safety | None = None  # where safety prompts were named
     changes: dict[str, Change] = field(default_factory=dict)
     shown: tuple[ShownAnswer, ...] = ()
+    start: Start | None = None  # where a draft of the version before was named
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> AdaptReport:
@@ -74,4 +100,5 @@ class AdaptReport:
         row["train"] = TrainRecord(**with_today_keys(row["train"]))
         row["changes"] = {name: Change(**ends) for name, ends in row.get("changes", {}).items()}
         row["shown"] = tuple(ShownAnswer.from_json(each) for each in row.get("shown", ()))
+        row["start"] = Start(**row["start"]) if row.get("start") else None
         return AdaptReport(**row)

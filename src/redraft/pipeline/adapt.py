@@ -40,6 +40,7 @@ from .job_prompts import JobPrompts, Sources, read_job_prompts
 from .run_folder import RunFolder
 from .safety import OFF, measure_safety
 from .stages import SELECTION, answer, certify, export, measure, select, train
+from .start import begin_with
 from .summary import report_of
 
 WHOLE = 1 << 30
@@ -78,6 +79,7 @@ def adapt(
     off_domain: dict[str, str] | None = None,
     safety_prompts: str | None = None,
     base: Target | None = None,
+    previous: str | None = None,
 ) -> AdaptResult:
     """Re-align a draft with `target` on `prompts`, in the run folder `out`.
 
@@ -87,7 +89,9 @@ def adapt(
     prompts kept aside from `prompts`. `off_domain` names further files (label -> path) that are measured
     but never trained on. `safety_prompts` is one more: on it the target's answers with the exported
     draft are compared with those without any. `base` is the model that the target was fine-tuned from,
-    for the methods that compare the two (feature-map, weight-sync). Running again in the same folder does
+    for the methods that compare the two (feature-map, weight-sync). `previous` is the draft of the model's version before (or the
+    run folder that it came from), which training begins with if the target accepts it more often than `draft` (see `start.py`).
+    Running again in the same folder does
     only what is missing. Raises UserError for bad input, for a folder that another process works in,
     and when the disk refuses a write.
     """
@@ -99,25 +103,29 @@ def adapt(
     file, resolved = _source(prompts, answers, resolved)
     sources = Sources(file, limit, eval_prompts, off_domain, safety_prompts)
     unadapted = read_draft(_folder_of(draft)).fitted(target)
-    check_job(target, unadapted, base, resolved.config)  # before anything is generated
+    last = None if previous is None else read_draft(_of_run(previous)).fitted(target)
+    for stored in [unadapted] if last is None else [unadapted, last]:
+        check_job(target, stored, base, resolved.config)  # before anything is generated
     continue_time(target, [Path(out) / "run.json"])
     asked = read_job_prompts(target, sources, resolved.config)
     with RunFolder.open(out) as run:
-        job = Job(run, target, unadapted, base, resolved.config)
+        job = Job(run, target, unadapted, base, resolved.config, last)
         record_job(job, asked.whole, resolved)
-        safety = _run_stages(job, asked)
-        report = report_of(run, target, unadapted, asked.whole, resolved, safety)
+        begun, safety = _run_stages(job, asked)
+        report = report_of(run, target, begun, asked.whole, resolved, safety)
         return AdaptResult(report, read_draft(str(run.path / "draft")), run.path, run.worked)
 
 
-def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
-    """Every stage that is not done yet; returns what was found on safety prompts, if there are any."""
+def _run_stages(job: Job, asked: JobPrompts) -> tuple[StoredDraft, Safety | None]:
+    """Every stage that is not done yet; returns the draft that training began with, and what was found on safety prompts, if there
+    are any."""
     general = general_prompts(job, asked)
     stopping, measured = {"heldout": asked.heldout}, dict(asked.measured)
     if general:
         stopping[GENERAL_HELDOUT], measured[OFF_GENERAL] = general.heldout, general.measured
     aside = _answer_aside(job, stopping | measured, asked.safety is not None)
     until = [aside[name] for name in stopping]
+    job = begin_with(job, aside)
     if job.config.select.budget_value.auto:
         trained = train_in_rounds(job, asked.adapt, until, general)
     else:
@@ -138,8 +146,8 @@ def _run_stages(job: Job, asked: JobPrompts) -> Safety | None:
     measure(job, exported, {name: aside[name] for name in measured})
     certify(job, exported, [*asked.measured["eval"], *asked.heldout])
     if asked.safety is None:
-        return None
-    return measure_safety(job, asked.safety, asked.whole.prompts, exported, aside[OFF])
+        return job.draft, None
+    return job.draft, measure_safety(job, asked.safety, asked.whole.prompts, exported, aside[OFF])
 
 
 def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tuple[str, Resolved]:
@@ -159,6 +167,12 @@ def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tup
     )
     origins = {f"regenerate.{name}": "--answers" for name in changed}
     return answers, Resolved(config, {**resolved.origins, **origins})
+
+
+def _of_run(folder: str) -> str:
+    """A draft's folder, which may be named by the run that wrote it."""
+    inner = Path(folder) / "draft"
+    return str(inner) if (inner / "config.json").is_file() else folder
 
 
 def _folder_of(draft: Draft | str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,19 @@ from .run_folder import RunFolder
 @dataclass(frozen=True)
 class Job:
     """The run folder, the models and the settings. `draft` is the unadapted one; `base` is None where no
-    model is named that the target was tuned from."""
+    model is named that the target was tuned from.
+
+    `previous` is the draft of the version before, where one is named. `reference` are taus by a guard's names that it holds against,
+    in place of the unadapted draft's.
+    """
 
     run: RunFolder
     target: Target
     draft: StoredDraft
     base: Target | None
     config: AdaptConfig
+    previous: StoredDraft | None = None
+    reference: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def k(self) -> int:
@@ -92,6 +99,7 @@ def record_job(job: Job, prompts: PromptSet, resolved: Resolved) -> None:
         "config": asdict(resolved.config),
         "origins": resolved.origins,
         "template_args": job.target.template_args,
+        **({"previous": str(job.previous.folder)} if job.previous else {}),
         **kept_time(job.target),
     }
     ranks.check_same("this job", described)

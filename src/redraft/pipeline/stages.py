@@ -137,7 +137,7 @@ def train(
         guard = None
         if guarded_by:
             guarding = {n: read_answers(job.answers(file)) for n, file in guarded_by.items()}
-            guard = Guard(guarding, job.config.general.tolerance)
+            guard = Guard(guarding, job.config.general.tolerance, job.reference)
         adapter = train_adapter(
             job.target,
             job.draft,
@@ -157,6 +157,7 @@ def train(
         "k": job.k,
         "base": job.fingerprint("base") if job.config.train.method_value.closed_form else None,
         **({"general tolerance": job.config.general.tolerance} if guarded_by else {}),
+        **({"reference": dict(job.reference)} if guarded_by and job.reference else {}),
         **key_of(job.config.train),
     }
     # Not training.json, which holds seconds: the same tensors trained again are the same adapter.

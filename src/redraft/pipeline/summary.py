@@ -23,6 +23,8 @@ from .auto_budget import ANSWERS, AUTO, trained_in_all
 from .general import GENERAL
 from .run_folder import RunFolder
 from .stages import STEPS
+from .start import FILE as START
+from .start import read_start
 
 
 def report_of(
@@ -88,6 +90,7 @@ def report_of(
         )
         if steps
         else (),
+        start=read_start(run.path / START)[0] if (run.path / START).is_file() else None,
     )
     run.write_json("report.json", to_json(report))
     write_page(run.path / "report.html", report)

@@ -53,6 +53,8 @@ def print_report(report: AdaptReport, out: Console | None = None) -> None:
     out.print(table)
     for loss in losses(report):
         _show(out, loss, style="red")
+    if report.start:
+        _show(out, report.start.in_words())
     if report.safety:
         print_safety(report.safety, out)
     t = report.train

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -27,10 +27,23 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Guard:
-    """Held-out answers to other prompts, by name, of each of whose taus no more than the share `tolerance` may be lost."""
+    """Held-out answers to other prompts, by name, of each of whose taus no more than the share `tolerance` may be lost.
+
+    `reference` are taus, by name, of which it may not be lost, in place of those that training started with. So a draft that is
+    adapted again and again does not lose the tolerance each time. Nothing is asked that was lost before.
+    """
 
     answers: Mapping[str, Sequence[Answer]]
     tolerance: float
+    reference: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, name: str, start: float) -> float:
+        """The tau that is held against."""
+        return self.reference.get(name, start)
+
+    def floor(self, name: str, start: float) -> float:
+        """The least tau that is allowed."""
+        return min(self.of(name, start) * (1 - self.tolerance), start)
 
 
 def usable(guard: Guard, k: int) -> Guard | None:
@@ -47,7 +60,7 @@ def usable(guard: Guard, k: int) -> Guard | None:
             "no guard: the answers that would guard are single tokens, which nothing is drafted for"
         )
         return None
-    return Guard(found, guard.tolerance)
+    return Guard(found, guard.tolerance, guard.reference)
 
 
 def go_back(
@@ -66,12 +79,16 @@ def go_back(
     drafts = [attached(run.draft, tensors) for tensors in ends]
     own, *others = _taus(target, drafts, [heldout, *guard.answers.values()], k)
     guarding = dict(zip(guard.answers, others, strict=True))
-    worst = [
-        min(guarding, key=lambda name, at=at: guarding[name][at] / guarding[name][0])  # type: ignore[misc]
+    kept_of = [
+        {name: taus[at] / guard.of(name, taus[0]) for name, taus in guarding.items()}
         for at in range(len(SHARES))
     ]
-    kept_of = [guarding[name][at] / guarding[name][0] for at, name in enumerate(worst)]
-    allowed = [at for at, share in enumerate(kept_of) if share >= 1 - guard.tolerance]
+    worst = [min(each, key=each.__getitem__) for each in kept_of]
+    allowed = [
+        at
+        for at in range(len(SHARES))
+        if all(taus[at] >= guard.floor(name, taus[0]) for name, taus in guarding.items())
+    ]
     kept = max(allowed, key=lambda at: own[at])
     state.way = [(share, own[at], guarding[worst[at]][at]) for at, share in enumerate(SHARES)]
     state.best, state.share = ends[kept], SHARES[kept]
