@@ -105,3 +105,46 @@ def _found(cell: dict[str, Any]) -> str:
     if cell["false_alarms"] is not None:
         return f"{cell['false_alarms']} alarms in {cell['simulations']} months"
     return f"{shown(cell['median'])} min (95 %: {shown(cell['late'])})"
+
+
+STARTS = {"base": "from the base's draft", "last": "from the last version's"}
+
+
+def versions_table() -> str:
+    """From `redraft bench versions --record docs/results/versions-smollm2.jsonl`."""
+    lines = (RESULTS / "versions-smollm2.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = [json.loads(line) for line in lines]
+    versions = list(dict.fromkeys(cell["version"] for cell in cells))
+    rows = [
+        "| the draft | "
+        + " | ".join(f"on {name}" for name in versions)
+        + " | seconds of training |",
+        "|---" * (len(versions) + 2) + "|",
+    ]
+    for draft in dict.fromkeys(cell["draft"] for cell in cells):
+        found = {cell["version"]: cell for cell in cells if cell["draft"] == draft}
+        title = "the base's, unadapted"
+        if draft != "unadapted":
+            version, start = draft.split("-")
+            title = f"adapted to {version}, {STARTS[start]}"
+        shown = [_of_member(found[name]) for name in versions]
+        seconds = f"{found[versions[0]]['seconds']:.0f}" if draft != "unadapted" else ""
+        rows.append(f"| {title} | " + " | ".join([*shown, seconds]) + " |")
+    trained = next(cell for cell in cells if cell["trained_on"])
+    return "\n".join(rows) + (
+        f"\n\ntau at K = {cells[0]['k']}, {cells[0]['prompts']} prompts kept aside, greedy; changes against the base's draft on the same answers. {trained['trained_on']} answers "
+        "of each version are trained on, the same from both starts. One seed, two CPU cores."
+    )
+
+
+def bank_table() -> str:
+    """From `redraft bench bank --record docs/results/bank-smollm2.jsonl`."""
+    cell = json.loads((RESULTS / "bank-smollm2.jsonl").read_text(encoding="utf-8"))
+    mega = 1e6
+    return (
+        f"| {cell['adapters']} adapters of rank {cell['rank']} | |\n|---|---|\n"
+        f"| on disk | {cell['bank_bytes'] / mega:.0f} MB: the draft {cell['draft_bytes'] / mega:.1f}, each adapter {cell['adapter_bytes'] / mega:.2f} |\n"
+        f"| in memory, all attached to one draft | {cell['held'] / mega:.0f} MB (as drafts of their own {cell['apart'] / mega:,.0f}) |\n"
+        f"| to add one, to load one | {cell['add_seconds']:.2f} s, {cell['load_seconds']:.3f} s |\n\n"
+        "Of the EAGLE-3 draft of SmolLM2-135M-Instruct, in bf16 (`redraft bench bank --draft real/draft`)."
+    )

@@ -24,6 +24,7 @@ from redraft.core.folders import read_file, state_hash
 from redraft.core.lock import held
 from redraft.fleet.bank import add, check_bank, read_bank
 from redraft.models.target import Target
+from redraft_experiments.bank import bench_bank
 
 METHODS = ("lora", "expert+norms", "body", "lora+head-lora")
 
@@ -236,3 +237,13 @@ def test_bad_input_is_a_sentence(
     )
     with pytest.raises(UserError, match="no record of a bank"):
         read_bank(bank)
+
+
+def test_the_bench_counts_what_is_there(draft_folder: Path) -> None:
+    found = bench_bank(str(draft_folder), 3, 2)
+    numbers = sum(t.numel() for t in read_draft(str(draft_folder)).tensors.values())
+    assert found.adapters == 3
+    assert found.apart >= 3 * numbers
+    assert 0 < found.tensors < found.apart / 10
+    assert found.tensors / 3 < found.adapter_bytes
+    assert found.bank_bytes == pytest.approx(found.draft_bytes + 3 * found.adapter_bytes)
