@@ -18,12 +18,15 @@ from redraft.adapters.table import read_method
 from redraft.checkpoints.adapter_folder import save_adapter
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
+from redraft.config import TrainConfig
 from redraft.core.errors import UserError
 from redraft.core.files import write_tensors
 from redraft.core.folders import read_file, state_hash
 from redraft.core.lock import held
+from redraft.core.records import Answer
 from redraft.fleet.bank import add, check_bank, read_bank
 from redraft.models.target import Target
+from redraft.pipeline.stages import train_adapter
 from redraft_experiments.bank import bench_bank
 
 METHODS = ("lora", "expert+norms", "body", "lora+head-lora")
@@ -199,6 +202,21 @@ def test_what_was_changed_is_named(bank: Path, tmp_path: Path) -> None:
         add(bank, "m9", tmp_path / "made" / "0")
 
 
+def test_a_run_says_what_training_brought(
+    target: Target, draft_folder: Path, answers: list[Answer], tmp_path: Path
+) -> None:
+    config = TrainConfig(method="lora", rank=2, lr=0.01, epochs=20, rollout=2, precision="fp32")
+    stored, some = read_draft(str(draft_folder)), answers[:4]
+    adapter = train_adapter(target, stored, some, some, config, 3)
+    save_adapter(tmp_path / "run" / "adapter", adapter)
+    row = add(tmp_path / "bank", "m", tmp_path / "run", str(draft_folder))
+    curve = adapter.card["train"]["heldout_tau"]
+    assert row.heldout_tau == (curve[0][1], max(tau for _, tau in curve))
+    assert row.heldout_tau[0] < row.heldout_tau[1]
+    assert read_bank(tmp_path / "bank").named("m") == row
+    assert "{:.2f} to {:.2f}".format(*row.heldout_tau) in redraft("list", tmp_path / "bank").stdout
+
+
 def test_an_interrupted_change_leaves_a_whole_bank(bank: Path, tmp_path: Path) -> None:
     """An adapter that was written and has no name yet harms nothing, and goes with the next change."""
     shutil.copytree(
@@ -229,6 +247,11 @@ def test_bad_input_is_a_sentence(
         add(bank, "foreign", foreign)
     with held(bank), pytest.raises(UserError, match="another redraft process"):
         add(bank, "m", made)
+    record = json.loads((bank / "bank.json").read_text())
+    record["adapters"]["m0"]["object"] = "../../elsewhere"
+    (bank / "bank.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="no record of a bank"):
+        read_bank(bank)
     (bank / "bank.json").write_text(json.dumps({"version": 2}))
     with pytest.raises(UserError, match="version 2"):
         read_bank(bank)

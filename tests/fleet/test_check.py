@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
-from redraft.fleet.check import ANSWERS, BOTH, STATES, MemberCheck, check_fleet
+from redraft.fleet.check import ANSWERS, BOTH, STATES, MemberCheck, check_fleet, ordered
 from redraft.fleet.check_served import check_served_fleet
 from redraft.fleet.member import Member, read_fleet
 from redraft.generation.answer_file import read_answers
@@ -133,6 +134,12 @@ def test_what_is_needed_follows_the_interval() -> None:
     assert row(0.8, 0.7, 0.9, 50.0).needs
     assert not row(0.9, 0.8, 1.1, 20.0).needs  # no loss that can be seen
     assert not row(1.2, 1.1, 1.3, -20.0).needs  # better than on the base
+
+
+def test_what_costs_the_fleet_most_comes_first() -> None:
+    rare, common = row(0.7, 0.6, 0.8, 50.0), row(0.9, 0.8, 0.95, 20.0)
+    rare, common = replace(rare, of_fleet=5.0), replace(common, of_fleet=15.0)
+    assert ordered([rare, common]) == (common, rare)
 
 
 @pytest.mark.parametrize(
