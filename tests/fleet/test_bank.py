@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from redraft.adapters.adapter import Adapter, declare, prepare, take
 from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
-from redraft.checkpoints.adapter_folder import save_adapter
+from redraft.checkpoints.adapter_folder import load_adapter, save_adapter
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.config import TrainConfig
@@ -24,10 +26,13 @@ from redraft.core.files import write_tensors
 from redraft.core.folders import read_file, state_hash
 from redraft.core.lock import held
 from redraft.core.records import Answer
+from redraft.fleet import bank as bank_module
 from redraft.fleet.bank import add, check_bank, read_bank
+from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.pipeline.stages import train_adapter
 from redraft_experiments.bank import bench_bank
+from tests.conftest import make_tokenizer
 
 METHODS = ("lora", "expert+norms", "body", "lora+head-lora")
 
@@ -270,3 +275,95 @@ def test_the_bench_counts_what_is_there(draft_folder: Path) -> None:
     assert 0 < found.tensors < found.apart / 10
     assert found.tensors / 3 < found.adapter_bytes
     assert found.bank_bytes == pytest.approx(found.draft_bytes + 3 * found.adapter_bytes)
+
+
+def test_an_interrupted_beginning_can_be_repeated(
+    target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the adapter was written, and before its name was."""
+    made, bank = make_adapter(target, draft_folder, tmp_path / "made", "lora"), tmp_path / "bank"
+    writes = []
+
+    def stopped(found: Any) -> None:
+        writes.append(found)
+        if len(writes) > 1:
+            raise KeyboardInterrupt
+        write(found)
+
+    write = bank_module._write
+    monkeypatch.setattr(bank_module, "_write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        add(bank, "m", made, str(draft_folder))
+    monkeypatch.undo()
+    add(bank, "m", made, str(draft_folder))
+    assert check_bank(bank) == replace(check_bank(bank), adapters=1, problems={}, unnamed=())
+
+
+def test_a_draft_folder_of_somebody_is_not_written_over(
+    target: Target, draft_folder: Path, kind_folder: Any, tmp_path: Path
+) -> None:
+    made = make_adapter(target, draft_folder, tmp_path / "made", "lora")
+    shutil.copytree(kind_folder("eagle"), tmp_path / "mine" / "draft")
+    before = read_draft(str(tmp_path / "mine" / "draft")).hash()
+    with pytest.raises(UserError, match=r"holds other files \(draft\)"):
+        add(tmp_path / "mine", "m", made, str(draft_folder))
+    assert read_draft(str(tmp_path / "mine" / "draft")).hash() == before
+
+
+def test_adapters_of_targets_with_more_tokens_have_a_bank(
+    draft_folder: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    """Their draft has as many rows as they, and the bank keeps that one."""
+    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    model.save_pretrained(tmp_path / "grown")
+    make_tokenizer().save_pretrained(tmp_path / "grown")
+    grown = load_target(str(tmp_path / "grown"))
+    fitted = read_draft(str(draft_folder)).fitted(grown)
+    fitted.save(tmp_path / "fitted")
+    made = make_adapter(grown, tmp_path / "fitted", tmp_path / "made", "lora")
+    with pytest.raises(UserError, match="vocabulary grew"):
+        add(tmp_path / "wrong", "m", made, str(draft_folder))
+    add(tmp_path / "bank", "m", made, str(draft_folder), target=grown)
+    assert read_bank(tmp_path / "bank").frozen.hash() == fitted.hash()
+    assert check_bank(tmp_path / "bank").problems == {}
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["x", {"object": "0" * 16}, {"heldout_tau": [1]}, {"bytes": "y"}, {"parameters": None}],
+)
+def test_a_damaged_record_is_a_sentence(bank: Path, row: Any) -> None:
+    record = json.loads((bank / "bank.json").read_text())
+    whole = record["adapters"]["m0"]
+    alone = isinstance(row, str) or "object" in row
+    record["adapters"]["m0"] = row if alone else {**whole, **row}
+    (bank / "bank.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="no record of a bank"):
+        read_bank(bank)
+
+
+def test_what_cannot_be_merged_is_a_sentence(
+    bank: Path, target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    adapter = load_adapter(make_adapter(target, draft_folder, tmp_path / "whole", "lora", 5))
+    first = next(name for name in adapter.tensors if name.endswith("lora_A.weight"))
+    broken = {
+        "no pair": {n: t for n, t in adapter.tensors.items() if n != first},
+        "shape": {**adapter.tensors, first: adapter.tensors[first][:, :-1]},
+        "no home": {"elsewhere.lora_A.weight": torch.ones(1, 1), **adapter.tensors},
+    }
+    for at, tensors in enumerate(broken.values()):
+        card = {**adapter.card, "adapter_hash": state_hash(tensors)}
+        save_adapter(tmp_path / str(at), Adapter("lora", tensors, card))
+        with pytest.raises(UserError, match="cannot be merged"):
+            add(bank, "broken", tmp_path / str(at))
+    card = {key: value for key, value in adapter.card.items() if key != "shared_hash"}
+    save_adapter(tmp_path / "whose", Adapter("lora", adapter.tensors, card))
+    with pytest.raises(UserError, match="does not record the draft"):
+        add(bank, "whose", tmp_path / "whose")
+    assert check_bank(bank).adapters == len(METHODS)
+    done = redraft("remove", tmp_path / "typo", "m")
+    assert "is no bank" in str(done.exception)
+    assert not list(tmp_path.glob(".typo*"))
+    assert not (tmp_path / "typo").exists()

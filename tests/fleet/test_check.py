@@ -22,7 +22,7 @@ from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
-from redraft.fleet.check import ANSWERS, BOTH, STATES, MemberCheck, check_fleet, ordered
+from redraft.fleet.check import ANSWERS, BOTH, STATES, MemberCheck, check_fleet, checked, ordered
 from redraft.fleet.check_served import check_served_fleet
 from redraft.fleet.member import Member, read_fleet
 from redraft.generation.answer_file import read_answers
@@ -191,6 +191,7 @@ class LoraServer:
     def __init__(self) -> None:
         self.drafts = self.accepted = 0
         self.asked: list[str] = []
+        self.bodies: list[Any] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
@@ -206,7 +207,8 @@ class LoraServer:
                 name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
                 lines.append(f'{name}{{position="{at}"}} {self.accepted if at == 0 else 0}.0')
             return httpx.Response(200, text="\n".join(lines) + "\n")
-        name = json.loads(request.content)["model"]
+        self.bodies.append(json.loads(request.content))
+        name = self.bodies[-1]["model"]
         self.asked.append(name)
         self.drafts += self.STEPS[name]
         self.accepted += 11 - self.STEPS[name] if self.STEPS[name] else 0
@@ -240,6 +242,31 @@ def test_a_server_with_adapters_is_asked_by_name(served: Path) -> None:
     ]
     asked = {name: server.asked.count(name) for name in server.STEPS}
     assert asked == {"org/base": 48, "good": 16, "bad": 16}
+
+
+def test_more_requests_at_a_time_are_asked_more_prompts(served: Path) -> None:
+    server, members = LoraServer(), read_fleet(served, served=True)
+    found = check_served_fleet(
+        "http://box:8000",
+        members[:1],
+        rows=8,
+        most=4,
+        template_args={"thinking": False},
+        transport=httpx.MockTransport(server),
+    )
+    assert found.members[0].prompts == 16
+    assert server.bodies[0]["chat_template_kwargs"] == {"thinking": False}
+
+
+def test_prompts_that_only_one_side_answers_are_not_compared() -> None:
+    own = {str(at): (20.0, 10.0) for at in range(8)}
+    on_base = {str(at): (10.0, 10.0) for at in range(4, 12)}
+    on_base |= {str(at): (90.0, 10.0) for at in range(8, 12)}
+    found = checked("a", own, on_base, 4, 1.0)
+    assert (found.prompts, found.tau[0], found.on_base[0]) == (4, 3.0, 2.0)
+    assert found.retention[0] == 1.5
+    with pytest.raises(UserError, match="a: 3 prompts are answered .* by both"):
+        checked("a", {**dict(list(own.items())[:7])}, on_base, 4, 1.0)
 
 
 def test_a_server_that_does_not_serve_an_adapter_is_named(served: Path) -> None:

@@ -142,16 +142,23 @@ def test_paired_ratios_cover_and_are_narrower(prompts: int) -> None:
     adapted, unadapted, _ = drafts()
     index_MP = samples(prompts, len(adapted))
     pairs = [(adapted[at_P][None], unadapted[at_P][None]) for at_P in index_MP]
-    found = [intervals.paired_ratio(one, other) for one, other in pairs]
+    found = [intervals.paired_ratio(one, other, K) for one, other in pairs]
     apart = [intervals.ratio(one, other, K) for one, other in pairs[:200]]
     assert BAR <= covered(pooled(adapted) / pooled(unadapted), found) <= WIDEST
     narrower = [a.high - a.low < b.high - b.low for a, b in zip(found, apart, strict=False)]
     assert np.mean(narrower) > 0.9
     (one, other), *_ = pairs
     assert found[0].value == pytest.approx(pooled(one[0]) / pooled(other[0]))
-    assert intervals.paired_ratio(one, one).ends == (1.0, 1.0)
+    assert intervals.paired_ratio(one, one, K).ends == (1.0, 1.0)
     with pytest.raises(ValueError, match="same prompts"):
-        intervals.paired_ratio(one, other[:, 1:])
+        intervals.paired_ratio(one, other[:, 1:], K)
+
+
+def test_a_ratio_that_all_prompts_share_is_not_certain() -> None:
+    one, other = np.full((1, 4, 2), 3.0), np.tile([4.0, 3.0], (1, 4, 1))
+    found = intervals.paired_ratio(one, other, K)
+    assert found == intervals.ratio(one, other, K)
+    assert found.low < found.value < found.high
 
 
 def test_few_seeds_widen_the_interval() -> None:

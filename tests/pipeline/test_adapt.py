@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,13 @@ from redraft.metrics.replay import accepted_runs, replay
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.pipeline import stages
+from redraft.pipeline.job import Job
+from redraft.pipeline.run_folder import RunFolder
+from redraft.pipeline.start import begin_with
 from redraft.report.page import write_page
 from redraft.report.terminal import print_report
 from redraft.serving.certificate_check import read_certificate
+from redraft.training.guard import Guard
 from tests.conftest import write_prompts
 
 SETTINGS = {
@@ -385,18 +390,20 @@ def test_the_better_of_two_drafts_is_what_training_begins_with(
     done: tuple[pipeline.AdaptResult, Path],
     target: Target,
     draft_folder: Path,
-    kind_folder: Callable[[str], Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The draft of a run before, named by its folder, against one that is accepted less; and the other way round."""
-    before, folder = done
+    _, folder = done
     (tmp_path / "adapted").symlink_to(folder / "run")
     own = str(folder / "run" / "draft")
     untrained = load_draft(str(draft_folder), target)
     untrained.reinitialise(7)
     stored(untrained, target).save(tmp_path / "poor")
     how = settings(
-        general__guard="on", general__prompts=str(write_prompts(tmp_path / "g.jsonl", 40, 300))
+        train__method="body",
+        general__guard="on",
+        general__prompts=str(write_prompts(tmp_path / "g.jsonl", 40, 300)),
     )
     prompts = str(write_prompts(tmp_path / "p.jsonl", 24))
 
@@ -405,6 +412,13 @@ def test_the_better_of_two_drafts_is_what_training_begins_with(
             target, str(draft), prompts, out=tmp_path / out, config=how, previous=str(previous)
         )
 
+    guards: list[Guard] = []
+
+    def guard(*given: Any) -> Guard:
+        guards.append(Guard(*given))
+        return guards[-1]
+
+    monkeypatch.setattr(stages, "Guard", guard)
     first = run(tmp_path / "poor", tmp_path / "adapted", "run")
     start = first.report.start
     assert start is not None
@@ -421,9 +435,11 @@ def test_the_better_of_two_drafts_is_what_training_begins_with(
     assert [start.draft_tau, start.previous_tau] == pytest.approx(taus)
     assert taus[0] < taus[1]
     assert start.chosen == first.report.shared == str(tmp_path / "adapted/draft")
-    assert first.before.tau == pytest.approx(before.after.tau, abs=0.5)
+    measured = read_answers(tmp_path / "run/answers/eval.jsonl")
+    assert first.before.tau == pytest.approx(tau(tmp_path / "adapted/draft", measured))
     reference = json.loads((tmp_path / "run/start.json").read_text())["reference"]
     assert reference == {"general prompts": pytest.approx(tau(tmp_path / "poor", general))}
+    assert [each.reference for each in guards] == [reference]
     assert load_adapter(tmp_path / "run/adapter").card["shared_hash"] == read_draft(own).hash()
     out = io.StringIO()
     print_report(first.report, Console(file=out, width=200))
@@ -441,3 +457,45 @@ def test_the_better_of_two_drafts_is_what_training_begins_with(
     assert other.report.start.chosen == other.report.shared == own
     plain = pipeline.adapt(target, own, prompts, out=tmp_path / "other", config=how)
     assert plain.report.start is None
+
+
+def test_a_draft_of_before_that_cannot_be_gone_on_with_is_refused(
+    done: tuple[pipeline.AdaptResult, Path], target: Target, draft_folder: Path, tmp_path: Path
+) -> None:
+    """Before anything is generated: what would be written over, widened again, or moved twice."""
+    _, folder = done
+    prompts = str(write_prompts(tmp_path / "p.jsonl", 24))
+
+    def run(out: Path, **changes: object) -> None:
+        how = settings(**changes)
+        pipeline.adapt(
+            target, str(draft_folder), prompts, out=out, config=how, previous=str(folder / "run")
+        )
+
+    state = (folder / "run" / "state.json").read_text()
+    with pytest.raises(UserError, match="which is written anew"):
+        run(folder / "run")
+    assert (folder / "run" / "state.json").read_text() == state
+    with pytest.raises(UserError, match="was widened for its own version already"):
+        run(tmp_path / "wide")
+    with pytest.raises(UserError, match="a part of that way already"):
+        run(tmp_path / "moved", train__method="feature-map")
+    assert not (tmp_path / "wide").exists()
+    assert not (tmp_path / "moved").exists()
+
+
+def test_answers_of_one_token_choose_no_draft(
+    done: tuple[pipeline.AdaptResult, Path], target: Target, tmp_path: Path
+) -> None:
+    """Of general prompts that are answered so there is no reference; of held-out ones the named draft is kept."""
+    result, folder = done
+    (tmp_path / "answers").mkdir()
+    for name in ("heldout", "general-heldout"):
+        single = replace(read_answers(folder / "run/answers/heldout.jsonl")[0], length=1)
+        (tmp_path / "answers" / f"{name}.jsonl").write_text(single.to_line() + "\n")
+    with RunFolder.open(tmp_path / "run") as run:
+        (tmp_path / "answers").rename(run.path / "answers")
+        job = Job(run, target, result.merged, None, settings().config, result.merged)
+        begun = begin_with(job, {"heldout": "a", "general-heldout": "b"})
+    assert begun.draft is result.merged
+    assert begun.reference == {}

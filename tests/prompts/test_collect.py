@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,47 @@ HARMLESS = (
     "https://example.com/a/long/path/to/some/page.html",
     "donaudampfschifffahrtsgesellschaftskapitaen",
     "Order 66 of 2005-05-19, version 1.2.3.4",
+    "token: str = tokens[0]; password: string",
+    "2026-11-29 12:30:00 2026-11-30 12:30:00",
 )
+
+
+OTHER_WAYS = {
+    "card number": (
+        "pay with 4111 1111 1111 1111.",
+        "4111 1111 1111 1111 12/27",
+        "4111111111111111 12/27 cvc 123",
+        "order 12 4111-1111-1111-1111",
+        "4111.1111.1111.1111",
+    ),
+    "IBAN": (
+        "AT61 1904 3002 3457 3201 BIC OPSKATWW",
+        "de89 3704 0044 0532 0130 00",
+        "(DE89370400440532013000)",
+    ),
+    "Secret Keyword": (
+        "DB_PASSWORD=hunter2abc",
+        "password: hunter2abc",
+        "my password is hunter2abc",
+        "Authorization: Bearer abcdefghijklmnop1234567890qrst",
+        "password = 'hunter2abc'  # pragma: allowlist secret",
+    ),
+    "AWS Access Key": ("AKIAIOSFODNN7EXAMPLE  # pragma: allowlist secret",),
+    "long token": ("api abcdef1234567890abcdef12",),
+    "telephone number": ("call\n+44 20 7946 0958",),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_WAYS)
+def test_a_secret_is_found_however_it_is_written(kind: str) -> None:
+    for text in OTHER_WAYS[kind]:
+        assert kind in set(secrets_in(text)), text
+
+
+def test_a_long_text_takes_no_longer_than_its_length() -> None:
+    began = time.monotonic()
+    assert set(secrets_in("ACGT" * 50_000)) == set()
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("kind", SECRETS)
@@ -109,10 +150,11 @@ def test_more_is_added_each_time_and_nothing_twice(tmp_path: Path) -> None:
     assert len(out.read_bytes().splitlines()) == 301
 
 
-@pytest.mark.parametrize("place", ["answer", "tool call", "tool", "system"])
+@pytest.mark.parametrize("place", ["answer", "tool call", "arguments", "tool", "system"])
 def test_every_text_of_a_row_is_looked_at(tmp_path: Path, place: str) -> None:
     mail = "john.doe@example.com"
     call = {"function": {"name": "f", "arguments": {"to": mail}}, "type": "function"}
+    said = {"name": "f", "arguments": json.dumps({"body": f"to\n{mail}\n"})}
     rows = {
         "answer": {"prompt": "who?", "response": f"{mail}."},
         "system": {
@@ -124,6 +166,12 @@ def test_every_text_of_a_row_is_looked_at(tmp_path: Path, place: str) -> None:
                 {"role": "assistant", "content": "", "tool_calls": [call]},
             ]
         },
+        "arguments": {
+            "messages": [
+                {"role": "user", "content": "send it"},
+                {"role": "assistant", "content": "", "tool_calls": [{"function": said}]},
+            ]
+        },
         "tool": {
             "messages": [{"role": "user", "content": "hi"}],
             "tools": [{"type": "function", "function": {"name": "f", "description": mail}}],
@@ -133,6 +181,85 @@ def test_every_text_of_a_row_is_looked_at(tmp_path: Path, place: str) -> None:
     found = collect(log, tmp_path / "out.jsonl", consent=None, everyone_agreed=True)
     assert found.left_out == {"secret: e-mail address": 1}
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_password_among_a_call_s_arguments_is_seen(tmp_path: Path) -> None:
+    for arguments in ({"password": "hunter2abc"}, json.dumps({"password": "hunter2abc"})):
+        call = {"function": {"name": "login", "arguments": arguments}, "type": "function"}
+        asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+        log = write(
+            tmp_path / "l.jsonl", [{"messages": [{"role": "user", "content": "go"}, asked]}]
+        )
+        found = collect(log, tmp_path / "out.jsonl", consent=None, everyone_agreed=True)
+        assert found.left_out == {"secret: Secret Keyword": 1}
+
+
+def test_nothing_else_of_a_row_is_written(tmp_path: Path) -> None:
+    """Neither columns next to the chat, nor who wrote a message, nor what a log keeps with a call."""
+    call = {
+        "id": "c1",
+        "type": "function",
+        "user": "Jane Roe",
+        "function": {"name": "f", "arguments": {}},
+    }
+    chat = [
+        {"role": "user", "content": "hello", "name": "John_Smith"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "user_ip": "10.0.0.1"},
+        {"role": "tool", "content": "4", "name": "f", "tool_call_id": "c1"},
+    ]
+    rows = [
+        {
+            "prompt": "hello",
+            "response": "hi",
+            "context": "Jane Roe, Elm St",
+            "system": "for Jane Roe",
+        },
+        {"messages": chat, "history": [["Jane", "Roe"]], "user": "Jane Roe"},
+    ]
+    out = tmp_path / "out.jsonl"
+    collect(write(tmp_path / "l.jsonl", rows), out, consent=None, everyone_agreed=True)
+    text = out.read_text()
+    assert not any(name in text for name in ("Jane", "Roe", "Elm", "John", "10.0.0.1"))
+    kept = [row["messages"] for _, row in read_rows(str(out))]
+    assert [[m["role"] for m in one] for one in kept] == [
+        ["user", "assistant"],
+        ["user", "assistant", "tool"],
+    ]
+    assert kept[1][1]["tool_calls"] == [{k: v for k, v in call.items() if k != "user"}]
+    assert kept[1][2]["name"] == "f"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "agreed"),
+    [
+        ('{"training": true}', True),
+        ('{"training": false, "training": true}', False),
+        ({"training": "true"}, True),
+        ({"training": 1}, False),
+        ({}, False),
+        (None, False),
+        ([True], False),
+    ],
+)
+def test_consent_is_what_the_field_says(metadata: Any, agreed: bool, tmp_path: Path) -> None:
+    log = write(tmp_path / "l.jsonl", [{"prompt": "hello", "metadata": metadata}])
+    found = collect(log, tmp_path / "out.jsonl", consent="metadata.training=true")
+    assert found.added == agreed
+    missing = collect(log, tmp_path / "other.jsonl", consent="metadata.opted_out=null")
+    assert missing.added == 0
+
+
+@pytest.mark.parametrize(
+    "mine", ['[{"messages": [{"role": "user"}]}]', '{"text": "a"}\n{"text": "precious"}', "notes"]
+)
+def test_a_file_of_another_kind_stays_as_it_is(mine: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(mine)
+    with pytest.raises(UserError, match="no row of redraft prompts collect"):
+        collect(
+            write(tmp_path / "l.jsonl", [logged("one")]), out, consent=None, everyone_agreed=True
+        )
+    assert out.read_text() == mine
 
 
 def test_bad_input_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

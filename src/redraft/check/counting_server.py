@@ -56,6 +56,13 @@ class Counted:
         return sum(length for length in self.lengths if length)
 
     @property
+    def others(self) -> float:
+        """The share of the counted tokens that were not asked for here."""
+        # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
+        emitted = self.whole.accepted + self.whole.drafts
+        return max(1 - self.tokens / max(emitted, 1), 0.0)
+
+    @property
     def k(self) -> int:
         """Tokens drafted at a time."""
         # Without counts by position, K is what a draft proposes.

@@ -96,8 +96,6 @@ def check_served(
     prediction = predict(draft, {KEEP: intervals.tau_draws(groups, found.k)}, known)
     rate, mean = found.tokens / max(found.seconds, 1e-9), found.tokens / found.answered
     costs = {action: Cost(round(plan.prompts * mean), None) for action, plan in PLANS.items()}
-    # A step gives its accepted tokens and one more; a prefill gives one that belongs to no step.
-    emitted = found.whole.accepted + found.whole.drafts
     return ServedCheck(
         endpoint=server.url,
         model=name,
@@ -110,7 +108,7 @@ def check_served(
         per_position=accepted.per_position,
         rate=rate,
         rows=rows,
-        others=max(1 - found.tokens / max(emitted, 1), 0.0),
+        others=found.others,
         recommendation=recommend(
             prediction, Pace(rate / accepted.tau, None), {KEEP: Cost(0, 0.0), **costs}, worth
         ),

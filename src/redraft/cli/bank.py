@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from ..core.errors import UserError
-from .bundles import OutputFlags
+from .bundles import OutputFlags, TargetFlags
 from .command import Group, add_command
 from .engine import NOT_GOOD
 
@@ -27,6 +27,7 @@ def add(
     adapter: str,
     output: OutputFlags,
     draft: str | None = None,
+    target: str | None = None,
     replace: bool = False,
 ) -> None:
     """Put an adapter into a bank; the first one needs --draft, the frozen draft, of which the bank keeps a copy.
@@ -36,7 +37,8 @@ def add(
     from ..core.records import to_json
     from ..fleet.bank import add as put
 
-    row = put(Path(bank), name, Path(adapter), draft, replace=replace)
+    tuned = TargetFlags(target).load() if target else None
+    row = put(Path(bank), name, Path(adapter), draft, target=tuned, replace=replace)
     output.finish(f"{bank}: {name}, {row.bytes / 1e6:.2f} MB", to_json(row))
 
 
@@ -117,6 +119,7 @@ add_command(
     help={
         "adapter": "run folder of `redraft adapt`, or an adapter's own folder",
         "draft": "the frozen draft, for a new bank: folder or Hub id",
+        "target": "for a new bank: one of the fine-tunes, where they have more tokens than the draft",
     },
 )
 add_command(app, list_, name="list")

@@ -10,7 +10,7 @@ import typer
 
 from ..config import MeasureConfig, RegenerateConfig, Resolved
 from ..core.errors import UserError
-from .bundles import MaybeTargetFlags, OutputFlags, TargetFlags
+from .bundles import MaybeTargetFlags, OutputFlags, TargetFlags, template_args_from
 from .command import Group, add_command
 from .engine import NOT_GOOD, engine_flags
 
@@ -61,7 +61,12 @@ def check(
     how = RegenerateConfig(max_new_tokens=max_new_tokens)
     folder = Path(out)
     if endpoint:
-        given = {"--target": models.target, "--draft": draft}
+        given = {
+            "--target": models.target,
+            "--draft": draft,
+            "--target-adapter": models.target_adapter,
+            "--chat-template": models.chat_template,
+        }
         wrong = [flag for flag, value in given.items() if value]
         if wrong:
             raise UserError(
@@ -69,7 +74,13 @@ def check(
             )
         members = read_fleet(Path(fleet), served=True)
         found = check_served_fleet(
-            endpoint, members, base=endpoint_model, rows=batch, most=most, answering=how
+            endpoint,
+            members,
+            base=endpoint_model,
+            rows=batch,
+            most=most,
+            answering=how,
+            template_args=template_args_from(models.template_arg),
         )
         write_check_page(folder / PAGE, found)
     else:
@@ -184,8 +195,9 @@ add_command(
     check,
     help={
         "target": "the base: folder or Hub id",
-        "out": "folder that keeps the answers; run again to resume",
+        "out": "folder of the page and of the answers (run again to resume; of a server none are kept)",
         "most": "most prompts of each adapter",
+        "k": "draft tokens per step (of a server its own)",
         "endpoint": "a vLLM that serves the base, the adapters under the fleet's names, and a draft (key: $REDRAFT_API_KEY)",
         "endpoint_model": "what the server calls the base [default: its one model without a parent]",
     },

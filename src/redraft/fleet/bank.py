@@ -28,6 +28,7 @@ from ..core.folders import read_json, state_hash
 from ..core.lock import held
 from ..core.published import without_paths
 from ..core.records import TrainRecord, to_json
+from ..models.target import Target
 from ..pipeline.stages import merge_draft
 from .member import NAME
 
@@ -120,25 +121,35 @@ def read_bank(path: Path) -> Bank:
     rows = values.inside("adapters").raw
     try:
         adapters = {name: _banked(name, row) for name, row in rows.items()}
-    except (TypeError, ValueError, KeyError) as problem:
+    except (TypeError, ValueError, LookupError, AttributeError) as problem:
         raise UserError(f"{path / MANIFEST}: no record of a bank ({problem!r})") from None
     return Bank(path, values.text("draft", ""), adapters)
 
 
 def _banked(name: str, row: dict[str, Any]) -> Banked:
+    """A row of bank.json. Raises TypeError, ValueError, LookupError or AttributeError for what is none."""
     tau = row.pop("heldout_tau", None)
     found = Banked(name, heldout_tau=None if tau is None else (float(tau[0]), float(tau[1])), **row)
+    sizes, texts = (found.parameters, found.bytes), (found.method, found.target, found.object)
     if not NAME.fullmatch(name) or not OBJECT.fullmatch(found.object):
         raise ValueError(f"{name}: {found.object}")
+    if not all(type(size) is int for size in sizes) or not all(type(t) is str for t in texts):
+        raise TypeError(name)
     return found
 
 
 def add(
-    path: Path, name: str, source: Path, draft: str | None = None, *, replace: bool = False
+    path: Path,
+    name: str,
+    source: Path,
+    draft: str | None = None,
+    *,
+    target: Target | None = None,
+    replace: bool = False,
 ) -> Banked:
     """Put the adapter in the folder `source` (or in a run of `redraft adapt`) into a bank, which `draft` begins.
 
-    Adding the same adapter under the same name again changes nothing. Raises UserError for an adapter of another draft, for
+    For fine-tunes with more tokens than the draft, whose adapters go with a draft of as many rows, a new bank needs a `target`. Adding the same adapter under the same name again changes nothing. Raises UserError for an adapter of another draft, for
     a name that stands for another adapter (unless `replace`), for an adapter that has another name already, and while
     another process changes the bank.
     """
@@ -150,7 +161,7 @@ def add(
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     with held(path):
-        bank = _begun(path, draft)
+        bank = _begun(path, draft, target)
         check_belongs(adapter, bank.frozen)
         row = _row(name, adapter)
         for other in bank.adapters.values():
@@ -163,7 +174,7 @@ def add(
             raise UserError(
                 f"{path} holds another adapter as {name}; add it under another name, or with --replace in its place"
             )
-        merge_draft(bank.frozen, adapter)  # refuses what does not fit, before anything is written
+        _check_merges(bank.frozen, adapter, source)
         save_adapter(path / ADAPTERS / row.object, adapter)
         _write(Bank(path, bank.draft_hash, {**bank.adapters, name: row}))
     return row
@@ -171,6 +182,7 @@ def add(
 
 def drop(path: Path, name: str) -> None:
     """Take a name out of a bank, and its adapter from the disk."""
+    read_bank(path)  # before a lock is laid into what is no bank
     with held(path):
         bank = read_bank(path)
         bank.named(name)
@@ -187,8 +199,9 @@ def check_bank(path: Path) -> BankCheck:
         problems[DRAFT] = str(problem)
     for name in bank.adapters if not problems else ():
         try:
-            bank.merged(name)
-        except (UserError, ValueError) as problem:
+            adapter = bank.adapter(name)
+            _check_merges(bank.frozen, adapter, path / ADAPTERS / bank.named(name).object)
+        except UserError as problem:
             problems[name] = str(problem)
     named = {row.object for row in bank.adapters.values()}
     unnamed = tuple(sorted(folder for folder in _objects(path) if folder not in named))
@@ -200,23 +213,39 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _begun(path: Path, draft: str | None) -> Bank:
+def _check_merges(frozen: StoredDraft, adapter: Adapter, source: Path) -> None:
+    """Raise UserError for an adapter that does not say whose it is, or cannot be folded into the frozen draft."""
+    if "shared_hash" not in adapter.card:
+        raise UserError(
+            f"{source} does not record the draft that it was trained next to; train it again"
+        )
+    try:
+        merge_draft(frozen, adapter)
+    except (ValueError, LookupError, RuntimeError) as problem:
+        raise UserError(f"{source} cannot be merged into the frozen draft: {problem}") from None
+
+
+def _begun(path: Path, draft: str | None, target: Target | None) -> Bank:
     """The bank, or a new one of a draft. Raises UserError for another draft than the bank's."""
+    stored = None if draft is None else read_draft(draft)
+    if stored is not None and target is not None:
+        stored = stored.fitted(target)
     if (path / MANIFEST).is_file():
         bank = read_bank(path)
-        if draft is not None and read_draft(draft).hash() != bank.draft_hash:
+        if stored is not None and stored.hash() != bank.draft_hash:
             raise UserError(
                 f"{draft} is not the frozen draft of {path} ({bank.draft_hash}); its adapters need a bank of their own"
             )
         return bank
-    others = [p.name for p in path.iterdir() if not p.name.startswith(".") and p.name != DRAFT]
-    if others:
+    others = [p.name for p in path.iterdir() if not p.name.startswith(".")]
+    if (path / DRAFT / "config.json").is_file() or set(others) - {DRAFT}:
         raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}) and no bank")
-    if draft is None:
+    if stored is None:
         raise UserError(f"{path} is a new bank: name its frozen draft with --draft")
-    stored = read_draft(draft)
     stored.save(path / DRAFT)
-    return Bank(path, stored.hash(), {})
+    bank = Bank(path, stored.hash(), {})
+    _write(bank)
+    return bank
 
 
 def _row(name: str, adapter: Adapter) -> Banked:

@@ -114,10 +114,10 @@ def check_fleet(
             with member.on(base) as target:
                 file = folder / "answers.jsonl"
                 own, answers = _counts(target, stored, prompts, file, k, answering)
-            read = replay(base, stored.build(base), answers, k)
+            read = replay(base, stored.build(base), [a for a in answers if a.id in on_base], k)
             states = pooled_tau([trace for trace in read if trace.accepted])
         share = member.share / total
-        found.append(checked(member.name, own, on_base, k, share, len(own), states))
+        found.append(checked(member.name, own, on_base, k, share, states))
     return FleetCheck(base.name, str(stored.folder), k, ordered(found))
 
 
@@ -169,17 +169,26 @@ def checked(
     on_base: Counts,
     k: int,
     share: float,
-    prompts: int,
     base_states: float | None = None,
+    prompts: int | None = None,
 ) -> MemberCheck:
-    """What was counted of an adapter says, and of the base on the same prompts; `share` is that of the fleet's traffic."""
-    tau, theirs = (intervals.tau([list(each.values())], k) for each in (own, on_base))
-    both = [name for name in own if name in on_base]
-    kept = intervals.paired_ratio([[own[n] for n in both]], [[on_base[n] for n in both]])
+    """What was counted of an adapter says, and of the base on the same prompts; `share` is that of the fleet's traffic.
+
+    Only prompts, or groups of `prompts`, that both have a step of are compared. Raises UserError where these are too few.
+    """
+    both = [prompt for prompt in own if prompt in on_base]
+    if len(both) < LEAST:
+        raise UserError(
+            f"{name}: {len(both)} prompts are answered with more than a token by both the base and the adapter; {LEAST} are needed: "
+            "give it more prompts"
+        )
+    pair = [[own[prompt] for prompt in both]], [[on_base[prompt] for prompt in both]]
+    tau, theirs = (intervals.tau(each, k) for each in pair)
+    kept = intervals.paired_ratio(*pair, k)
     lost = PER / tau.value - PER / theirs.value
     return MemberCheck(
         name=name,
-        prompts=prompts,
+        prompts=len(both) if prompts is None else prompts,
         tau=_ends(tau),
         on_base=_ends(theirs),
         retention=_ends(kept),

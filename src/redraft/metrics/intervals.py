@@ -96,11 +96,14 @@ def ratio(one: Counts, other: Counts, k: int, level: float = LEVEL) -> Interval:
     return Interval(value, value * math.exp(-below), value * math.exp(above))
 
 
-def paired_ratio(one: Counts, other: Counts, level: float = LEVEL) -> Interval:
-    """tau(one) / tau(other) on the same prompts, to first order."""
+def paired_ratio(one: Counts, other: Counts, k: int, level: float = LEVEL) -> Interval:
+    """tau(one) / tau(other) on the same prompts, to first order; as of other prompts where all of these show the same."""
     a, b = _tau(one), _tau(other)
     value = a.value / b.value
-    return _plain(_combined(value, (1 / b.value, a), (-value / b.value, b)), level)
+    found = _combined(value, (1 / b.value, a), (-value / b.value, b))
+    if found.error()[0] == 0 and value != 1:
+        return ratio(one, other, k, level)
+    return _plain(found, level)
 
 
 def recovery(

@@ -40,7 +40,7 @@ from .job_prompts import JobPrompts, Sources, read_job_prompts
 from .run_folder import RunFolder
 from .safety import OFF, measure_safety
 from .stages import SELECTION, answer, certify, export, measure, select, train
-from .start import begin_with
+from .start import begin_with, check_previous, folder_of_run
 from .summary import report_of
 
 WHOLE = 1 << 30
@@ -103,7 +103,10 @@ def adapt(
     file, resolved = _source(prompts, answers, resolved)
     sources = Sources(file, limit, eval_prompts, off_domain, safety_prompts)
     unadapted = read_draft(_folder_of(draft)).fitted(target)
-    last = None if previous is None else read_draft(_of_run(previous)).fitted(target)
+    last = None
+    if previous is not None:
+        last = read_draft(folder_of_run(previous)).fitted(target)
+        check_previous(last, unadapted, Path(out), resolved.config.train)
     for stored in [unadapted] if last is None else [unadapted, last]:
         check_job(target, stored, base, resolved.config)  # before anything is generated
     continue_time(target, [Path(out) / "run.json"])
@@ -167,12 +170,6 @@ def _source(prompts: str | None, answers: str | None, resolved: Resolved) -> tup
     )
     origins = {f"regenerate.{name}": "--answers" for name in changed}
     return answers, Resolved(config, {**resolved.origins, **origins})
-
-
-def _of_run(folder: str) -> str:
-    """A draft's folder, which may be named by the run that wrote it."""
-    inner = Path(folder) / "draft"
-    return str(inner) if (inner / "config.json").is_file() else folder
 
 
 def _folder_of(draft: Draft | str) -> str:

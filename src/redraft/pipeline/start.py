@@ -14,9 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoints.load import StoredDraft
+from ..config import TrainConfig
 from ..core.console import say
+from ..core.errors import UserError
 from ..core.files import remove
 from ..core.folders import read_json
+from ..core.records import Answer
 from ..core.report_record import Start
 from ..generation.answer_file import read_answers
 from ..metrics.acceptance import pooled_tau
@@ -26,6 +29,33 @@ from .job import Job
 
 FILE = "start.json"
 REFERENCE = "reference"
+
+
+def folder_of_run(folder: str) -> str:
+    """A draft's folder, which may be named by the run that wrote it."""
+    inner = Path(folder) / "draft"
+    return str(inner) if (inner / "config.json").is_file() else folder
+
+
+def check_previous(
+    previous: StoredDraft, draft: StoredDraft, out: Path, config: TrainConfig
+) -> None:
+    """Raise UserError for a draft that this job would write over, and for methods that would do again what was done to it."""
+    if previous.folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(
+            f"--previous {previous.folder} lies in --out {out}, which is written anew; name another folder with --out"
+        )
+    if config.method_value.closed_form:
+        raise UserError(
+            f"--method {config.method} with --previous: its closed form goes from the base to the target, and {previous.folder} has gone "
+            "a part of that way already; leave --previous out, or train (--method body)"
+        )
+    wide, narrow = (getattr(each.config, "intermediate_size", 0) for each in (previous, draft))
+    if wide > narrow and config.method_value.reads("width"):
+        raise UserError(
+            f"--method {config.method} with --previous: {previous.folder} was widened for its own version already ({wide} FFN neurons, "
+            f"{draft.folder} has {narrow}) and would be again; train what is there (--method body), or leave --previous out"
+        )
 
 
 def begin_with(job: Job, answered: Mapping[str, str]) -> Job:
@@ -43,7 +73,11 @@ def begin_with(job: Job, answered: Mapping[str, str]) -> Job:
         before, now = _tau(job, job.draft, "heldout"), _tau(job, previous, "heldout")
         prompts = len(read_answers(job.answers("heldout")))
         found = Start(str(job.draft.folder), str(previous.folder), before, now, prompts)
-        reference = {name: _tau(job, job.draft, file) for name, file in guarding.items()}
+        reference = {
+            name: _tau(job, job.draft, file)
+            for name, file in guarding.items()
+            if _drafted(job, file)
+        }
         job.run.write_json(FILE, {**asdict(found), REFERENCE: reference})
 
     inputs = {
@@ -66,8 +100,15 @@ def read_start(path: Path) -> tuple[Start, dict[str, float]]:
     return Start(**row), reference
 
 
+def _drafted(job: Job, file: str) -> list[Answer]:
+    """The answers of a file that anything is drafted for."""
+    return [answer for answer in read_answers(job.answers(file)) if answer.length > 1]
+
+
 def _tau(job: Job, stored: StoredDraft, file: str) -> float:
-    answers = [answer for answer in read_answers(job.answers(file)) if answer.length > 1]
+    answers = _drafted(job, file)
+    if not answers:
+        return 1.0
     traces = replay(job.target, stored.build(job.target), answers, job.k)
     steps = [trace for trace in traces if trace.accepted]
     return pooled_tau(steps) if steps else 1.0

@@ -20,11 +20,17 @@ from ..core.errors import UserError
 from ..core.files import append_lines, finish_lines
 from ..core.lock import held
 from .chat import Understood, understand
-from .rows import read_rows
+from .rows import DECODER, read_rows
 from .secrets import secrets_in
 
 BATCH = 256
 """Rows that are written at a time."""
+BEGINNING = b'{"id": "'
+"""Of every row that is written."""
+CHAT = ("messages", "conversations", "prompt", "tools")
+"""The columns that are read of a row; others may be of the person who asked."""
+SPOKEN = ("content", "role")
+"""Names of texts that say nothing of what the text is."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ def collect(
 ) -> Collected:
     """Add the rows of `log` that may be used to `out`, up to `most` in all.
 
-    `consent` is FIELD=VALUE: a field by its dotted name, and what it holds in rows that may be used. A row is a chat as
-    prompts files hold it, or a request of an OpenAI-style API with its response ({"request": ..., "response": ...}). Raises
+    `consent` is FIELD=VALUE: a field by its dotted name, and what it holds in rows that may be used. A row is a chat (`messages`,
+    `conversations`, or `prompt` and `response`), or a request of an OpenAI-style API with its response ({"request": ..., "response": ...}). Raises
     UserError where neither `consent` nor `everyone_agreed` is given, and for a file that is not of this function.
     """
     agreed = _consent(consent, everyone_agreed)
@@ -92,10 +98,12 @@ def _usable(row: Any, agreed: tuple[str, str] | None, model: str | None) -> dict
         return "not understood"
     if not found.messages:
         return "no chat"
-    for text in _texts(found):
+    written = _written(found)
+    chat = {key: value for key, value in written.items() if key != "id"}
+    for text in _texts(chat):
         for kind in secrets_in(text):
             return f"secret: {kind}"
-    return _written(found)
+    return written
 
 
 def _consent(given: str | None, everyone: bool) -> tuple[str, str] | None:
@@ -113,26 +121,23 @@ def _consent(given: str | None, everyone: bool) -> tuple[str, str] | None:
 
 
 def _agrees(row: Mapping[str, Any], field: str, value: str) -> bool:
-    found = _field(row, field)
+    """Whether a field holds a value; one that is not there holds none."""
+    found: Any = row
+    for name in field.split("."):
+        found = _opened(found)
+        if not isinstance(found, Mapping) or name not in found:
+            return False
+        found = found[name]
     if isinstance(found, bool) or found is None:
         found = json.dumps(found)
     return isinstance(found, str | int | float) and str(found) == value
 
 
-def _field(row: Any, dotted: str) -> Any:
-    """A field by its dotted name; None where there is none. JSON in text is looked into."""
-    for name in dotted.split("."):
-        row = _opened(row)
-        if not isinstance(row, Mapping):
-            return None
-        row = row.get(name)
-    return row
-
-
 def _opened(value: Any) -> Any:
-    if isinstance(value, str) and value.lstrip().startswith("{"):
+    """A value, or what its text is as JSON; of an object that has a key twice, the text."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:
-            return json.loads(value)
+            return DECODER.decode(value.strip())
         except (ValueError, RecursionError):
             return value
     return value
@@ -140,55 +145,81 @@ def _opened(value: Any) -> Any:
 
 def _model_of(row: Mapping[str, Any]) -> Any:
     """The model that was asked."""
-    asked = _field(row, "request.model")
-    return row.get("model") if asked is None else asked
+    request = _opened(row.get("request"))
+    return (request if isinstance(request, Mapping) else row).get("model")
 
 
-def _chat_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as prompts files hold it."""
+def _chat_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat of a row, as prompts files hold it, without all else that the row holds."""
     request = _opened(row.get("request"))
     if not isinstance(request, Mapping):
-        return row
+        return {key: row[key] for key in (*CHAT, "response", "completion") if key in row}
     reply = _opened(row.get("response"))
     if isinstance(reply, Mapping):
         choices = reply.get("choices")
         first = choices[0] if isinstance(choices, list) and choices else {}
         reply = first.get("message", first.get("text")) if isinstance(first, Mapping) else None
-    chat = {key: request[key] for key in ("messages", "prompt", "tools") if key in request}
+    chat = {key: request[key] for key in CHAT if key in request}
     return {**chat, **({"response": reply} if reply else {})}
 
 
-def _texts(found: Understood) -> Iterator[str]:
-    """All texts of it: what was said, and what tools are, were asked and replied."""
-    for message in found.messages:
-        yield str(message.get("content") or "")
-        rest = {key: value for key, value in message.items() if key not in ("role", "content")}
-        if rest:
-            yield json.dumps(rest, ensure_ascii=False, default=str)
-    if found.tools:
-        yield json.dumps(found.tools, ensure_ascii=False, default=str)
+def _texts(value: Any, name: str = "") -> Iterator[str]:
+    """All texts in what is written, with the names that they stand under; also those in texts of JSON."""
+    value = _opened(value)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(inner, str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, name)
+    elif isinstance(value, str):
+        yield value if name in SPOKEN else f"{name} = '{value}'"
+        if name not in SPOKEN:
+            yield value
 
 
 def _written(found: Understood) -> dict[str, Any]:
-    chat: dict[str, Any] = {"messages": [dict(message) for message in found.messages]}
+    chat: dict[str, Any] = {"messages": [_message(dict(message)) for message in found.messages]}
     if found.tools:
         chat["tools"] = list(found.tools)
     text = json.dumps(chat, sort_keys=True, ensure_ascii=False, default=str)
     return {"id": hashlib.sha256(text.encode()).hexdigest()[:16], **chat}
 
 
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """What a model is given of a message: not who wrote it, nor what else a log keeps with a call."""
+    if message["role"] != "tool":
+        message.pop("name", None)
+    calls = message.pop("tool_calls", None)
+    if calls:
+        message["tool_calls"] = [_call(dict(call)) for call in calls]
+    return message
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return {key: call[key] for key in ("id", "type") if key in call}
+    kept = {key: function[key] for key in ("name", "arguments") if key in function}
+    return {**{key: call[key] for key in ("id", "type") if key in call}, "function": kept}
+
+
 def _known(out: Path) -> set[str]:
     """The ids of the rows in a file, whose last line is cut off where it is not whole."""
     if not out.is_file():
         return set()
-    finish_lines(out, _is_row)
     found = set()
-    for number, line in enumerate(out.read_bytes().splitlines(), 1):
+    *lines, rest = out.read_bytes().split(b"\n")
+    ours = not rest or _is_row(rest) or rest.startswith(BEGINNING[: len(rest)])
+    for number, line in enumerate([*lines, *([] if ours else [rest])], 1):
         if not _is_row(line):
             raise UserError(
                 f"{out}, line {number}: no row of redraft prompts collect; name another file with --out"
             )
         found.add(json.loads(line)["id"])
+    finish_lines(out, _is_row)
+    if _is_row(rest):
+        found.add(json.loads(rest)["id"])
     return found
 
 
