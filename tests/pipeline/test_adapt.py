@@ -473,7 +473,7 @@ def test_a_draft_of_before_that_cannot_be_gone_on_with_is_refused(
         )
 
     state = (folder / "run" / "state.json").read_text()
-    with pytest.raises(UserError, match="which is written anew"):
+    with pytest.raises(UserError, match="which this job writes"):
         run(folder / "run")
     assert (folder / "run" / "state.json").read_text() == state
     with pytest.raises(UserError, match="was widened for its own version already"):

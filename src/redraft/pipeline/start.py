@@ -43,7 +43,7 @@ def check_previous(
     """Raise UserError for a draft that this job would write over, and for methods that would do again what was done to it."""
     if previous.folder.resolve().is_relative_to(out.resolve()):
         raise UserError(
-            f"--previous {previous.folder} lies in --out {out}, which is written anew; name another folder with --out"
+            f"--previous {previous.folder} lies in --out {out}, which this job writes; name another folder with --out"
         )
     if config.method_value.closed_form:
         raise UserError(

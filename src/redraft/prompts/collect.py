@@ -29,7 +29,7 @@ BEGINNING = b'{"id": "'
 """Of every row that is written."""
 CHAT = ("messages", "conversations", "prompt", "tools")
 """The columns that are read of a row; others may be of the person who asked."""
-SPOKEN = ("content", "role")
+WORDLESS = ("content", "role")
 """Names of texts that say nothing of what the text is."""
 
 
@@ -173,8 +173,8 @@ def _texts(value: Any, name: str = "") -> Iterator[str]:
         for inner in value:
             yield from _texts(inner, name)
     elif isinstance(value, str):
-        yield value if name in SPOKEN else f"{name} = '{value}'"
-        if name not in SPOKEN:
+        yield value if name in WORDLESS else f"{name} = '{value}'"
+        if name not in WORDLESS:
             yield value
 
 
