@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -121,6 +122,21 @@ def test_a_template_with_the_date_costs_no_answers_the_next_day(
         return {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.jsonl")}
 
     assert check(1) == check(2)
+
+
+def test_what_an_adapter_brings_and_is_not_used_is_said(
+    fleet: Path, target_folder: Path, draft_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fleet, tmp_path / "fleet")
+    (tmp_path / "fleet" / "loud" / "chat_template.jinja").write_text("{{ messages }}")
+    tokens = {"added_tokens": [{"content": "<|mine|>"}]}
+    (tmp_path / "fleet" / "loud" / "tokenizer.json").write_text(json.dumps(tokens))
+    done = command(tmp_path / "fleet", target_folder, draft_folder, tmp_path / "out")
+    assert done.exit_code == 0
+    said = " ".join(done.stderr.split())
+    assert said.count("differs from the target's chat template") == 1
+    assert said.count("has 1 tokens that the target's tokenizer lacks (first <|mine|>)") == 1
+    assert "still/" not in said
 
 
 def row(value: float, low: float, high: float, lost: float, **more: Any) -> MemberCheck:

@@ -42,7 +42,7 @@ from ..prompts.clock import continue_time
 from ..prompts.prompts import PromptSet, read_prompts, split_prompts
 from ..selection.select import most_kept
 from .check import LEAST
-from .member import PER, Member
+from .member import PER, Member, note_unused_files
 from .split import split_budget
 
 NEEDS, REPORT = "needs.json", "fleet.json"
@@ -112,6 +112,7 @@ def adapt_fleet(
     c, stored = config.config, read_draft(draft).fitted(base)
     _check_settings(c)
     check_job(base, stored, None, c)
+    note_unused_files(base, members)
     continue_time(base, [Path(out) / "run.json"])
     parts = fleet_prompts(base, members, c)
     asked = [m for m in members if m.adapter is not None]

@@ -28,7 +28,7 @@ from ..metrics.replay import replay
 from ..models.target import Target
 from ..prompts.clock import continue_time
 from ..prompts.prompts import read_prompts
-from .member import PER, Member
+from .member import PER, Member, note_unused_files
 
 LEAST = 4
 """The fewest prompts of an adapter that is measured."""
@@ -100,6 +100,7 @@ def check_fleet(
     """
     files = [about(out / member.name / "base.jsonl") for member in members]
     continue_time(base, files)
+    note_unused_files(base, members)
     stored.build(base)  # refuses a draft that does not fit, before anything is answered
     asked = {member.name: _prompts(base, member, most) for member in members}
     total = sum(member.share for member in members)

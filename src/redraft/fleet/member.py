@@ -14,7 +14,7 @@ from ..config import read_yaml
 from ..core.config_values import ConfigValues
 from ..core.errors import UserError
 from ..models.target import Target, weights_hash
-from ..models.target_adapters import BASE, adapter_on
+from ..models.target_adapters import BASE, adapter_on, note_unused
 
 NAME = re.compile(r"\w[\w.-]*")
 PER = 1000
@@ -36,6 +36,13 @@ class Member:
         return (
             contextlib.nullcontext(base) if self.adapter is None else adapter_on(base, self.adapter)
         )
+
+
+def note_unused_files(base: Target, members: Sequence[Member]) -> None:
+    """Say which adapters' folders hold a chat template or tokens of their own: a fleet is asked and read with the base's."""
+    for member in members:
+        if member.adapter is not None:
+            note_unused(Path(member.adapter), base.tokenizer, None)
 
 
 def read_fleet(path: Path, *, served: bool = False) -> list[Member]:

@@ -27,7 +27,7 @@ from ..serving.environment import Environment
 from ..serving.judgement import STRICT_DTYPE, tolerance
 from ..serving.own_count import Limits, count_own
 from ..serving.verify import Request, fitting, method_of, serving_of
-from .member import Member
+from .member import Member, note_unused_files
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def verify_fleet(
             "(redraft verify)"
         )
     stored.build(base)  # refuses a draft that does not fit, before anything is started
+    note_unused_files(base, members)
     asked = {
         member.name: fitting(read_prompts(member.prompts, base, most).prompts, base, request)
         for member in members
