@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from redraft.config import resolve
 from redraft.core.errors import UserError
 from redraft.core.records import Answer
 from redraft.fleet import adapt as adapt_module
-from redraft.fleet.adapt import MemberAdapted, fleet_prompts
+from redraft.fleet.adapt import FleetAdapted, MemberAdapted, fleet_prompts
 from redraft.fleet.member import Member
+from redraft.fleet.page import write_adapted_page
 from redraft.generation.answer_file import read_answers
 from redraft.metrics.acceptance import pooled_tau
 from redraft.metrics.replay import replay
@@ -384,3 +386,19 @@ def test_a_member_that_answers_in_single_tokens_is_named(
     assert isinstance(done.exception, UserError)
     assert "loud answers 0 of 4 prompts with more than a token" in str(done.exception)
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_the_page_draws_before_above_after(tmp_path: Path) -> None:
+    member = MemberAdapted(
+        "<loud>", 9, 30, 12.0, 1.0, (1.25, 1.2, 1.3), (1.75, 1.7, 1.8), (0.5, 0.4, 0.6)
+    )
+    worse = dataclasses.replace(member, name="quiet", change=(-0.5, -0.6, -0.4))
+    found = FleetAdapted("base", "draft", "adapted", 4, (member, worse), (800.0, 571.4))
+    write_adapted_page(tmp_path / "fleet.html", found)
+    page = (tmp_path / "fleet.html").read_text()
+    drawn = re.findall(r'rect class="(\w+)".*?>(\d\.\d\d)</text>', page, re.DOTALL)
+    assert drawn[:2] == [("before", "1.25"), ("after", "1.75")]
+    assert "800 → 571" in page
+    assert "&lt;loud&gt;, 9 prompts" in page
+    assert "quiet lost: -0.50 [-0.60, -0.40] of tau." in page
+    assert "<loud>" not in page

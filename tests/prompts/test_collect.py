@@ -51,6 +51,7 @@ OTHER_WAYS = {
         "4111111111111111 12/27 cvc 123",
         "order 12 4111-1111-1111-1111",
         "4111.1111.1111.1111",
+        "5555 5555 5555 4444",
     ),
     "IBAN": (
         "AT61 1904 3002 3457 3201 BIC OPSKATWW",
@@ -147,7 +148,8 @@ def test_more_is_added_each_time_and_nothing_twice(tmp_path: Path) -> None:
     found = collect(second, out, consent=None, everyone_agreed=True, most=301)
     assert (found.added, found.held, found.left_out) == (1, 301, {"there already": 1})
     assert out.read_bytes().startswith(before)
-    assert len(out.read_bytes().splitlines()) == 301
+    contents = [row["messages"][0]["content"] for _, row in read_rows(str(out))]
+    assert contents == [*(f"a{i}" for i in range(300)), "b"]
 
 
 @pytest.mark.parametrize("place", ["answer", "tool call", "arguments", "tool", "system"])
@@ -192,6 +194,15 @@ def test_a_password_among_a_call_s_arguments_is_seen(tmp_path: Path) -> None:
         )
         found = collect(log, tmp_path / "out.jsonl", consent=None, everyone_agreed=True)
         assert found.left_out == {"secret: Secret Keyword": 1}
+
+
+def test_texts_in_the_text_of_arguments_are_looked_at_as_they_read(tmp_path: Path) -> None:
+    """After a line end, which stands escaped in the text of arguments."""
+    call = {"function": {"name": "f", "arguments": json.dumps({"body": "call\n+44 20 7946 0958"})}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    log = write(tmp_path / "l.jsonl", [{"messages": [{"role": "user", "content": "go"}, asked]}])
+    found = collect(log, tmp_path / "out.jsonl", consent=None, everyone_agreed=True)
+    assert found.left_out == {"secret: telephone number": 1}
 
 
 def test_nothing_else_of_a_row_is_written(tmp_path: Path) -> None:
