@@ -43,7 +43,6 @@ TOKEN = re.compile(r"[A-Za-z0-9_+/=-]{24,}")
 """A word as long as a key; one with capitals, small letters and digits counts as such."""
 PLAIN = re.compile(r"[A-Za-z0-9]{24,}")
 """The same without signs; one with letters and digits counts as a key."""
-HEX = re.compile(r"[0-9a-fA-F]{32,}")
 ASSIGNED = re.compile(
     r"(?i)(?:password|passwd|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key)[\w-]*[\"']?\s*(?:[:=]|\bis\b)\s*[\"']?"
     r"([^\s\"',;(){}\[\]<>]{6,})"
@@ -76,11 +75,7 @@ def secrets_in(text: str) -> Iterator[str]:
     assigned = any(re.search(r"\d", value) for value in ASSIGNED.findall(text))
     if assigned or BEARER.search(text):
         yield "Secret Keyword"
-    if (
-        any(map(_is_key, TOKEN.findall(text)))
-        or any(map(_is_mixed, PLAIN.findall(text)))
-        or HEX.search(text)
-    ):
+    if any(map(_is_key, TOKEN.findall(text))) or any(map(_is_mixed, PLAIN.findall(text))):
         yield "long token"
     if EMAIL.search(text):
         yield "e-mail address"
