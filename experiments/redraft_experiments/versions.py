@@ -68,7 +68,7 @@ class VersionCell:
     """A draft on a version's answers: tau with its interval, and the change against the base's draft on the same answers.
 
     `draft` is `unadapted` or `VERSION-base`, `VERSION-last`; `trained_on` are answers, `tokens` those trained on with
-    repetition, `seconds` those of answers and training.
+    repetition, `seconds` those of training; `heldout_start` is the held-out tau that it began with.
     """
 
     version: str

@@ -277,16 +277,21 @@ def test_the_bench_counts_what_is_there(draft_folder: Path) -> None:
     assert found.bank_bytes == pytest.approx(found.draft_bytes + 3 * found.adapter_bytes)
 
 
+@pytest.mark.parametrize("done", [0, 1])
 def test_an_interrupted_beginning_can_be_repeated(
-    target: Target, draft_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Target,
+    draft_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    done: int,
 ) -> None:
-    """Stopped after the adapter was written, and before its name was."""
+    """Stopped after the frozen draft was written, or after the adapter was, each time before bank.json says so."""
     made, bank = make_adapter(target, draft_folder, tmp_path / "made", "lora"), tmp_path / "bank"
     writes = []
 
     def stopped(found: Any) -> None:
         writes.append(found)
-        if len(writes) > 1:
+        if len(writes) > done:
             raise KeyboardInterrupt
         write(found)
 
@@ -295,6 +300,7 @@ def test_an_interrupted_beginning_can_be_repeated(
     with pytest.raises(KeyboardInterrupt):
         add(bank, "m", made, str(draft_folder))
     monkeypatch.undo()
+    assert (bank / "bank.json").is_file() == bool(done)
     add(bank, "m", made, str(draft_folder))
     assert check_bank(bank) == replace(check_bank(bank), adapters=1, problems={}, unnamed=())
 

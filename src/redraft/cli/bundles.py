@@ -6,7 +6,7 @@ Each field is a name in `flag_table.FLAGS`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,16 @@ class OutputFlags:
             print_json(content)
         else:
             printed()
+
+
+def refuse_with_endpoint(flags: Mapping[str, object]) -> None:
+    """Raise UserError for flags, by name, that need the weights: a server cannot use them."""
+    named = [f"--{flag}" for flag, value in flags.items() if value is not None]
+    if named:
+        raise UserError(
+            f"--endpoint asks a server, which cannot use {', '.join(named)}: leave these "
+            "out, or leave out --endpoint"
+        )
 
 
 def load_stored(

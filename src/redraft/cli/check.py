@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import MeasureConfig, RegenerateConfig, resolve
 from ..core.errors import UserError
-from .bundles import MaybeTargetFlags, OutputFlags, SamplingFlags, template_args_from
+from .bundles import (
+    MaybeTargetFlags,
+    OutputFlags,
+    SamplingFlags,
+    refuse_with_endpoint,
+    template_args_from,
+)
 
 if TYPE_CHECKING:
     from ..check.calibration_runs import CalibrationRun
@@ -128,9 +134,4 @@ def _refuse(models: MaybeTargetFlags, drawn: SamplingFlags, **given: object) -> 
         "chat-template": models.chat_template,
         "min-p": drawn.min_p or None,  # vLLM refuses it where it speculates
     }
-    named = [f"--{flag}" for flag, value in flags.items() if value is not None]
-    if named:
-        raise UserError(
-            f"--endpoint asks a server, which cannot use {', '.join(named)}: leave these "
-            "out, or leave out --endpoint"
-        )
+    refuse_with_endpoint(flags)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..config import MeasureConfig, RegenerateConfig, Resolved
 from ..core.errors import UserError
-from .bundles import MaybeTargetFlags, OutputFlags, TargetFlags, template_args_from
+from .bundles import (
+    MaybeTargetFlags,
+    OutputFlags,
+    TargetFlags,
+    refuse_with_endpoint,
+    template_args_from,
+)
 from .command import Group, add_command
 from .engine import NOT_GOOD, engine_flags
 
 if TYPE_CHECKING:
-    from ..checkpoints.load import StoredDraft
+    from ..fleet.check import FleetCheck
 
 STAGES_OF_ADAPT = ("regenerate", "general", "select", "train", "measure", "export")
 FLAGS_OF_ADAPT = ("train.method", "train.width", "train.vocab", "select.budget")
@@ -49,55 +55,53 @@ def check(
 
     Example: redraft fleet check --target org/base --draft org/EAGLE3-base --fleet fleet.yaml --out fleet
     """
-    from ..core.files import writing
-    from ..core.lock import held
     from ..core.records import to_json
-    from ..fleet.check import check_fleet
-    from ..fleet.check_served import check_served_fleet
-    from ..fleet.member import read_fleet
     from ..fleet.page import PAGE, write_check_page
     from ..fleet.table import print_fleet
 
-    how = RegenerateConfig(max_new_tokens=max_new_tokens)
-    folder = Path(out)
+    asked: dict[str, Any] = {
+        "most": most,
+        "answering": RegenerateConfig(max_new_tokens=max_new_tokens),
+    }
     if endpoint:
-        given = {
-            "--target": models.target,
-            "--draft": draft,
-            "--target-adapter": models.target_adapter,
-            "--chat-template": models.chat_template,
-        }
-        wrong = [flag for flag, value in given.items() if value]
-        if wrong:
-            raise UserError(
-                f"--endpoint asks a server, which cannot use {', '.join(wrong)}: leave these out, or leave out --endpoint"
-            )
-        members = read_fleet(Path(fleet), served=True)
-        found = check_served_fleet(
-            endpoint,
-            members,
-            base=endpoint_model,
-            rows=batch,
-            most=most,
-            answering=how,
-            template_args=template_args_from(models.template_arg),
+        found = _check_served(
+            models, draft, endpoint, fleet, base=endpoint_model, rows=batch, **asked
         )
-        write_check_page(folder / PAGE, found)
     else:
-        target, stored = _loaded(models, draft)
-        members = read_fleet(Path(fleet))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with held(folder):
-            found = check_fleet(
-                target.load(), stored, members, folder, k=k, most=most, answering=how
-            )
-            write_check_page(folder / PAGE, found)
+        found = _check_weights(models, draft, fleet, Path(out), k=k, **asked)
+    write_check_page(Path(out) / PAGE, found)
     output.show(to_json(found), lambda: print_fleet(found))
 
 
-def _loaded(models: MaybeTargetFlags, draft: str | None) -> tuple[TargetFlags, StoredDraft]:
+def _check_served(
+    models: MaybeTargetFlags, draft: str | None, endpoint: str, fleet: str, **asked: Any
+) -> FleetCheck:
+    from ..fleet.check_served import check_served_fleet
+    from ..fleet.member import read_fleet
+
+    refuse_with_endpoint(
+        {
+            "target": models.target,
+            "draft": draft,
+            "target-adapter": models.target_adapter,
+            "chat-template": models.chat_template,
+        }
+    )
+    members, variables = (
+        read_fleet(Path(fleet), served=True),
+        template_args_from(models.template_arg),
+    )
+    return check_served_fleet(endpoint, members, template_args=variables, **asked)
+
+
+def _check_weights(
+    models: MaybeTargetFlags, draft: str | None, fleet: str, out: Path, **asked: Any
+) -> FleetCheck:
     from ..checkpoints.load import read_draft
+    from ..core.files import writing
+    from ..core.lock import held
+    from ..fleet.check import check_fleet
+    from ..fleet.member import read_fleet
 
     named = models.named()
     if named is None or draft is None:
@@ -105,7 +109,11 @@ def _loaded(models: MaybeTargetFlags, draft: str | None) -> tuple[TargetFlags, S
             "name what is checked: --target and --draft (folders or Hub ids), or --endpoint URL of the vLLM that serves them"
         )
     _check_bare(named)
-    return named, read_draft(draft)
+    members, stored = read_fleet(Path(fleet)), read_draft(draft)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with held(out):
+        return check_fleet(named.load(), stored, members, out, **asked)
 
 
 def adapt(

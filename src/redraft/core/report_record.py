@@ -54,7 +54,7 @@ class Start:
 
     @property
     def chosen(self) -> str:
-        """The one that is accepted more often; of equals the named one."""
+        """The one that is accepted more often; the named one where both are accepted alike."""
         return self.previous if self.previous_tau > self.draft_tau else self.draft
 
     def in_words(self) -> str:

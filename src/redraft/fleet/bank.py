@@ -149,9 +149,10 @@ def add(
 ) -> Banked:
     """Put the adapter in the folder `source` (or in a run of `redraft adapt`) into a bank, which `draft` begins.
 
-    For fine-tunes with more tokens than the draft, whose adapters go with a draft of as many rows, a new bank needs a `target`. Adding the same adapter under the same name again changes nothing. Raises UserError for an adapter of another draft, for
-    a name that stands for another adapter (unless `replace`), for an adapter that has another name already, and while
-    another process changes the bank.
+    For fine-tunes with more tokens than the draft, whose adapters go with a draft of as many rows, a new bank needs one of
+    them as `target`. Adding the same adapter under the same name again changes nothing. Raises UserError for an adapter of
+    another draft, for a name that stands for another adapter (unless `replace`), for an adapter that has another name
+    already, and while another process changes the bank.
     """
     if not NAME.fullmatch(name):
         raise UserError(f"'{name}': letters, digits, dots, dashes and underscores make a name")
@@ -237,8 +238,10 @@ def _begun(path: Path, draft: str | None, target: Target | None) -> Bank:
                 f"{draft} is not the frozen draft of {path} ({bank.draft_hash}); its adapters need a bank of their own"
             )
         return bank
-    others = [p.name for p in path.iterdir() if not p.name.startswith(".")]
-    if (path / DRAFT / "config.json").is_file() or set(others) - {DRAFT}:
+    others = {p.name for p in path.iterdir() if not p.name.startswith(".")}
+    if stored is not None and _is_copy(path / DRAFT, stored):
+        others -= {DRAFT}  # of a beginning that was interrupted
+    if others:
         raise UserError(f"{path} holds other files ({', '.join(sorted(others)[:3])}) and no bank")
     if stored is None:
         raise UserError(f"{path} is a new bank: name its frozen draft with --draft")
@@ -246,6 +249,12 @@ def _begun(path: Path, draft: str | None, target: Target | None) -> Bank:
     bank = Bank(path, stored.hash(), {})
     _write(bank)
     return bank
+
+
+def _is_copy(folder: Path, stored: StoredDraft) -> bool:
+    """Whether a folder holds this draft, or a part of it: its config.json is written last."""
+    whole = (folder / "config.json").is_file()
+    return not whole or read_draft(str(folder)).hash() == stored.hash()
 
 
 def _row(name: str, adapter: Adapter) -> Banked:

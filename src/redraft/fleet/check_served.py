@@ -21,7 +21,7 @@ from .check import LEAST, Counts, FleetCheck, checked, ordered
 from .member import Member
 
 STRANGERS = 0.1
-"""The share of counted tokens above which it is said that others may have asked."""
+"""Above this share of the counted tokens a line warns that others may have asked."""
 
 
 def check_served_fleet(
