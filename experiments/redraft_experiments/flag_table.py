@@ -20,6 +20,7 @@ FLAGS: dict[str, Flag] = {
     "adapt_to": Flag("also adapt the draft to this fine-tune"),
     "steps": Flag("steps of --tune", low=1),
     "suite": Flag("folder of `redraft bench suite`", old=("--family",)),
+    "base_draft": Flag("another draft of the base than the suite's", name="--draft"),
     "race": Flag("folder of `redraft bench real-methods`"),
     "called": Flag("what to call it (default: the target's name)", name="--name"),
     "model": Flag("folder of `bench model` instead"),

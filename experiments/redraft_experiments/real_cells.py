@@ -17,6 +17,8 @@ from .recovery import Interval
 MEASURED = ("greedy", "sampled", "chat", "chat-sampled")
 """What is measured: the fine-tune's own traffic and chat, each greedily and at temperature 0.7."""
 WHOLE = 1.0
+EAGLE3 = "eagle3"
+"""The kind of the draft that the suite comes with."""
 Counts = tuple[tuple[int, int], ...]
 
 
@@ -38,6 +40,8 @@ class RealCell:
     train: Mapping[str, Any] = field(default_factory=dict)
     """The record of the training (see `TrainRecord`)."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    draft: str = EAGLE3
+    """The kind of draft."""
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> RealCell:
@@ -48,11 +52,23 @@ class RealCell:
         return RealCell(**{**row, "counts": counts})
 
 
-def read_real_cells(folder: Path) -> list[RealCell]:
+def named_for(folder: Path, kind: str) -> Path:
+    """The folder that stands for `folder` where drafts are of another kind than the suite's."""
+    return folder if kind == EAGLE3 else folder.with_name(f"{folder.name}-{kind}")
+
+
+def cells_folder(member: Path, kind: str) -> Path:
+    """The cells of a fine-tune, whose folder is `member`, with drafts of this kind."""
+    return named_for(member / "cells", kind)
+
+
+def read_real_cells(folder: Path, kind: str = EAGLE3) -> list[RealCell]:
     """All cells below a folder, in the order of their names."""
+    paths = [
+        path for member in folder.iterdir() for path in cells_folder(member, kind).glob("*.json")
+    ]
     return [
-        RealCell.from_json(json.loads(path.read_text(encoding="utf-8")))
-        for path in sorted(folder.glob("*/cells/*.json"))
+        RealCell.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(paths)
     ]
 
 

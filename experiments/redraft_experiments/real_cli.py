@@ -65,24 +65,27 @@ def bench_real_methods(
     seeds: str = "1",
     python: str | None = None,
     record: str | None = None,
+    base_draft: str | None = None,
 ) -> None:
     """The race on real models: ways to get a draft for a fine-tune, on the same answers of a real vLLM.
+
+    With --draft an MTP head is adapted instead (the folder `head` of `bench real-mtp`): which loss, and how many steps deep.
 
     Example: redraft bench real-methods --suite real --python .venv-vllm/bin/python --out race
     """
     from .real_cells import print_real_cells, read_real_cells
     from .real_methods import bench_real_methods as run
-    from .real_rows import ROWS
 
     cells = run(
         Path(suite),
         Path(out),
         members=members.split(","),
-        rows=list(ROWS) if rows == "all" else rows.split(","),
+        rows=[] if rows == "all" else rows.split(","),
         seeds=numbers("--seeds", seeds),
         python=python,
+        draft=Path(base_draft) if base_draft else None,
     )
-    show_cells(output, cells, print_real_cells, record, read_real_cells(Path(out)))
+    show_cells(output, cells, print_real_cells, record, read_real_cells(Path(out), cells[0].draft))
 
 
 def bench_real_serving(

@@ -6,6 +6,7 @@
     OUT/MEMBER/cells/          one JSON file per row and seed
     OUT/MEMBER/drafts/         the trained drafts as engines read them
 
+With `--draft` another draft of the base is adapted, an MTP head: its cells and drafts lie in cells-mtp/ and drafts-mtp/.
 Only what is missing is done. Every row trains as many tokens a step and as many passes; the step with the best
 held-out tau is kept. It is measured as exported, in the draft's own dtype, and on the way from the unadapted
 draft's tensors to the trained ones.
@@ -42,10 +43,10 @@ from redraft.prompts.prompts import read_prompts
 from redraft.training.guard import SHARES, between
 from redraft.training.train import train
 
-from .real_cells import MEASURED, WHOLE, Counts, RealCell
+from .real_cells import EAGLE3, MEASURED, WHOLE, Counts, RealCell, cells_folder, named_for
 from .real_drafts import K
 from .real_members import MEMBERS, write_questions
-from .real_rows import GREEDY, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
+from .real_rows import GREEDY, LOSS_ROWS, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
 from .real_suite import Ask, answer_with_engine, folders_of, load_real, prompts_of
 from .rivals.speculators_run import Finetune, finetune
 from .synthetic import Sample
@@ -72,37 +73,49 @@ def bench_real_methods(
     rows: Sequence[str],
     seeds: Sequence[int],
     python: str | None = None,
+    draft: Path | None = None,
 ) -> list[RealCell]:
-    """Run the cells that are missing in `out`, and return all that were asked for.
+    """Run the cells that are missing in `out`, and return all that were asked for; `rows` empty: all of the draft's kind.
 
     Raises UserError for unknown rows and members, and for a suite that lacks a member or its draft.
     """
-    check_known("row", rows, ROWS)
     check_known("fine-tune", members, MEMBERS)
-    for part in ("draft", *(f"members/{member}" for member in members)):
+    parts = [] if draft else ["draft"]
+    for part in (*parts, *(f"members/{member}" for member in members)):
         if not (suite / part).is_dir():
             raise UserError(
                 f"{suite} has no {part}; build it with redraft bench real --out {suite}"
             )
+    shared = read_draft(str(draft or suite / "draft"))
+    table = ROWS if shared.kind == EAGLE3 else LOSS_ROWS
+    check_known("row", rows, table)
     cells = []
     for member in members:
         with RunFolder.open(out / member) as run:
-            race = _Race(suite, run, member, python)
-            cells += [race.cell(row, seed) for seed in seeds for row in rows]
+            race = _Race(suite, run, member, python, shared, table)
+            cells += [race.cell(row, seed) for seed in seeds for row in rows or table]
     return cells
 
 
 class _Race:
     """One fine-tune's cells. Answers and features are made when a cell is missing, and kept on disk."""
 
-    def __init__(self, suite: Path, run: RunFolder, member: str, python: str | None):
+    def __init__(
+        self,
+        suite: Path,
+        run: RunFolder,
+        member: str,
+        python: str | None,
+        shared: StoredDraft,
+        rows: Mapping[str, RealRow],
+    ):
         self.suite, self.run, self.member, self.python = suite, run, member, python
-        self.shared = read_draft(str(suite / "draft"))
+        self.shared, self.rows = shared, rows
         self.target: StoredTarget | None = None
         self.answer_seconds = 0.0
 
     def cell(self, name: str, seed: int) -> RealCell:
-        path = self.run.path / "cells" / f"{name}.s{seed}.json"
+        path = cells_folder(self.run.path, self.shared.kind) / f"{name}.s{seed}.json"
         if not path.is_file():
             self._prepare()
             say(f"{self.member}: {name}, seed {seed}")
@@ -212,7 +225,7 @@ class _Race:
     # -- training and measuring ------------------------------------------------------------------
 
     def _made(self, name: str, seed: int) -> RealCell:
-        row, target = ROWS[name], self._loaded()
+        row, target = self.rows[name], self._loaded()
         if row.settings is None:
             return self._cell(name, seed, {WHOLE: self.shared})
         own, general = self._trained_on(row)
@@ -226,8 +239,10 @@ class _Race:
             made, record = finetune(self.shared, target, answers, heldout, out, how)
             drafts = {WHOLE: made}
         else:
-            drafts, record = self._trained(target, answers, heldout, config)
-        drafts[WHOLE].save(self.run.path / "drafts" / f"{name}.s{seed}")
+            drafts, record = self._trained(target, answers, heldout, config, row.on_the_way)
+        drafts[WHOLE].save(
+            named_for(self.run.path / "drafts", self.shared.kind) / f"{name}.s{seed}"
+        )
         lengths = [sum(answer.length for answer in some) for some in (own, general)]
         every = sum(a.length for ask in self._all() for a in ask)
         return dataclasses.replace(
@@ -244,6 +259,7 @@ class _Race:
         answers: Sequence[Answer],
         heldout: Sequence[Answer],
         config: TrainConfig,
+        on_the_way: bool,
     ) -> tuple[dict[float, StoredDraft], dict[str, Any]]:
         """The merged drafts by their share of the way, and the record of the training."""
         draft = self.shared.build(target, torch.float32)
@@ -253,7 +269,7 @@ class _Race:
             for one in (dataclasses.replace(trained, tensors=trained.start), trained)
         )
         drafts = {WHOLE: end}
-        if not config.method_value.fresh:  # else it started elsewhere
+        if on_the_way and not config.method_value.fresh:  # else it started elsewhere
             drafts |= {share: _between(start, end, share) for share in SHARES[1:-1]}
         return drafts, to_json(trained.record)
 
@@ -265,7 +281,9 @@ class _Race:
             answers = self._answers(f"eval-{measured}")
             for share, traces in zip(counts, replay_each(target, built, answers, K), strict=True):
                 counts[share][measured] = _counts(traces)
-        return RealCell(self.member, name, seed, counts, versions=versions())
+        return RealCell(
+            self.member, name, seed, counts, versions=versions(), draft=self.shared.kind
+        )
 
     def _loaded(self) -> StoredTarget:
         if self.target is None:

@@ -22,7 +22,7 @@ class RealRow:
     """A way to get a draft for a fine-tune. `settings` are training settings, None for no training at all.
 
     `general` prompts, a `share` of those adapted on, are trained on as well. A `rival` trains instead of redraft,
-    with its own settings.
+    with its own settings. With `on_the_way` drafts between the unadapted and the trained one are measured too.
     """
 
     says: str
@@ -31,6 +31,7 @@ class RealRow:
     general: str = ""
     share: float = 0.0
     rival: str = ""
+    on_the_way: bool = True
 
 
 def _trained(method: str, says: str, **settings: Any) -> RealRow:
@@ -102,3 +103,28 @@ ROWS: dict[str, RealRow] = {
         1.0,
     ),
 }
+
+
+def _two_passes(says: str, **settings: Any) -> RealRow:
+    train = {"method": BODY, "lr": WHOLE_RATE, "epochs": 2.0, **settings}
+    return RealRow(says, train, on_the_way=False)
+
+
+LOSS_ROWS: dict[str, RealRow] = {
+    "unadapted": ROWS["unadapted"],
+    "kl": _two_passes("KL, four steps deep: the default"),
+    "hard labels": _two_passes("cross-entropy with the answer, four steps deep", loss="ce"),
+    "lk": _two_passes("LK blend, four steps deep", loss="lk"),
+    "kl one step": _two_passes("KL, one step deep", rollout=1),
+    "kl three steps": _two_passes("KL, three steps deep", rollout=3),
+    "hard labels one step": _two_passes(
+        "cross-entropy with the answer, one step deep (as SpecForge)", loss="ce", rollout=1
+    ),
+    "hard labels decay": _two_passes(
+        "cross-entropy with the answer, three steps weighted 1, 0.6, 0.36 (as FastMTP)",
+        loss="ce",
+        rollout=3,
+        step_decay=0.6,
+    ),
+}
+"""The rows of MTP heads: which loss, and how deep."""
