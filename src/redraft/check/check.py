@@ -9,11 +9,9 @@ from pathlib import Path
 from ..checkpoints.load import StoredDraft
 from ..config import RegenerateConfig
 from ..core.console import say
-from ..core.errors import UserError
 from ..core.records import StepCost, versions
 from ..decoding.sampling import Sampling
 from ..metrics.cost import measure_cost
-from ..models.kv_cache import is_recurrent
 from ..models.target import Target
 from ..training.preconditions import check_fits
 from .calibration_runs import SCRATCH, CalibrationRun, Checked, read_runs
@@ -76,11 +74,6 @@ def check(
     method of the calibration `runs`. Raises UserError for what does not fit, and for too few prompts.
     """
     stored.check_servable()
-    if is_recurrent(target.model):
-        raise UserError(
-            f"{target.name} keeps a recurrent state, with which redraft times no steps of decoding; redraft measure counts "
-            "acceptance on it"
-        )
     known = list(runs) if runs is not None else read_runs()
     check_enough(known)  # before anything is generated
     trial = trial_of(method)

@@ -14,11 +14,9 @@ import torch
 
 from ..checkpoints.load import StoredDraft
 from ..core.console import Progress, say
-from ..core.errors import UserError
 from ..core.records import EngineAcceptance, Lossless, Prompt, versions
-from ..metrics.live import live
 from ..metrics.lossless import compare
-from ..models.kv_cache import is_recurrent
+from ..metrics.measure import own_steps
 from ..models.target import Target
 from ..prompts.prompts import read_prompts
 from ..serving.counters import Counters, added
@@ -86,11 +84,6 @@ def verify_fleet(
     Raises UserError where draft and base do not fit, and where the engine cannot be run.
     """
     method = method_of(stored, request.engine)
-    if is_recurrent(base.model):
-        raise UserError(
-            f"{base.name} keeps a recurrent state, which redraft's own loop cannot take back; verify its members one by one "
-            "(redraft verify)"
-        )
     stored.build(base)  # refuses a draft that does not fit, before anything is started
     note_unused_files(base, members)
     asked = {
@@ -178,7 +171,7 @@ def _compared(
     plain, drafted = given
     with member.on(base) as target:
         draft = stored.build(target)
-        traces, answers = live(target, draft, prompts, request.k, request.max_new_tokens)
+        traces, answers = own_steps(target, draft, prompts, request.k, request.max_new_tokens)
         outputs = compare(target, prompts, plain.answers, drafted.answers)
         own_answers = [answer.answer for answer in answers]
         against = compare(target, prompts, own_answers, plain.answers)

@@ -15,10 +15,10 @@ import torch
 from ..core.records import KChoice, Prompt, StepCost
 from ..decoding.acceptance_modes import Decoding
 from ..drafts.base import Draft
-from ..models.kv_cache import RowCache
+from ..models.kv_cache import PromptCache
 from ..models.target import Target
 from .acceptance import per_position
-from .live import live
+from .measure import own_steps
 
 MOST = 8
 """The largest K that is tried."""
@@ -38,15 +38,17 @@ def measure_cost(
 ) -> StepCost:
     """Time the parts of a step after `prompt` (token ids), in turn, `rows` copies at a time."""
     tokens = torch.tensor([list(prompt)] * rows, device=target.device)
-    cache, draft_cache = RowCache(target, rows), draft.new_cache(tokens[:, 0])
-    reading = cache.read(tokens, draft.aux_layers, keep=1)
+    cache, draft_cache = (
+        PromptCache(target, tokens, draft.aux_layers),
+        draft.new_cache(tokens[:, 0]),
+    )
+    reading = cache.reading
     last = reading.logits_BTV[:, -1].argmax(-1, keepdim=True)
     following = torch.cat([tokens[:, 1:], last], 1)
     state = draft.extend(draft_cache, following, reading.features_BTF)
 
     def read(count: int, aux_layers: Sequence[int]) -> None:
         cache.read(last.expand(-1, count), aux_layers).logits_BTV.argmax(-1).tolist()
-        cache.roll_back([count] * rows)
 
     def draft_step() -> None:
         draft.logits(draft.step(draft_cache, last, state)).argmax(-1)
@@ -62,6 +64,7 @@ def measure_cost(
                 torch.cuda.synchronize(target.device)
             if repeat >= 2:  # two rounds of warm-up
                 seconds.append(time.perf_counter() - began)
+            cache.back()
         draft.extend(draft_cache, last, reading.features_BTF[:, -1:])  # drops the drafted steps
     plain, drafting, *verify = map(median, taken)
     return StepCost(plain, drafting, tuple(verify), rows, len(prompt), repeats)
@@ -90,7 +93,7 @@ def auto_k(
     rows: int = 1,
 ) -> KChoice:
     """Choose K from a short run on prompts and the costs after the first of them."""
-    traces, _ = live(target, draft, prompts, MOST, PROBE_TOKENS, decoding=decoding)
+    traces, _ = own_steps(target, draft, prompts, MOST, PROBE_TOKENS, decoding)
     cost = measure_cost(target, draft, prompts[0].tokens, rows=rows)
     steps = [trace for trace in traces if trace.steps]
     rates = per_position(steps, MOST) if steps else (0.0,) * MOST

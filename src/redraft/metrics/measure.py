@@ -11,11 +11,12 @@ from ..config import MeasureConfig, RegenerateConfig
 from ..core import ranks
 from ..core.console import Progress
 from ..core.errors import UserError
-from ..core.records import Acceptance, Answer, Prompt, versions
+from ..core.records import Acceptance, Answer, Prompt, StepTrace, versions
 from ..decoding.acceptance_modes import Decoding
 from ..decoding.batched import generate_answers, plan_generation
 from ..decoding.sampling import Sampling
 from ..drafts.base import Draft
+from ..models.kv_cache import is_recurrent
 from ..models.target import Target
 from .acceptance import Steps, summarise
 from .live import live
@@ -113,6 +114,22 @@ def _measured(
         provenance=provenance(target, draft, decoding),
     )
     return Measured(acceptance, list(traces), answers)
+
+
+def own_steps(
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[Prompt],
+    k: int,
+    max_new_tokens: int,
+    decoding: Decoding | None = None,
+) -> tuple[list[StepTrace], list[Answer]]:
+    """The steps of redraft's own loop and its answers; by replay where no token can be taken back from the target."""
+    decoding = decoding or Decoding()
+    if not is_recurrent(target.model):
+        return live(target, draft, prompts, k, max_new_tokens, decoding=decoding)
+    answers = answer_all(target, prompts, max_new_tokens, k, decoding.sampling)
+    return replay(target, draft, answers, k, decoding=decoding), answers
 
 
 def answer_all(

@@ -13,6 +13,7 @@ Shapes: B rows, G key/value heads, T tokens, C head_dim.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,6 +124,31 @@ class RowCache(Rows):
         reading = self.target.read(tokens_BT, aux_layers, self.layers, keep=keep, **placed)
         self.grow(counts or [T] * len(self.lengths))
         return reading
+
+
+class PromptCache:
+    """The cache of a prompt that any tokens are read after, and taken back.
+
+    Where the model keeps a recurrent state, the prompt's is copied each time.
+    """
+
+    def __init__(self, target: Target, tokens_BT: Tensor, aux_layers: Sequence[int]):
+        self.target, self._length = target, tokens_BT.shape[1]
+        self._cache = new_cache(target)
+        self.reading = target.read(tokens_BT, aux_layers, self._cache, keep=1)
+        self._kept = copy.deepcopy(self._cache) if is_recurrent(target.model) else None
+
+    def read(self, tokens_BT: Tensor, aux_layers: Sequence[int]) -> Reading:
+        """Read tokens after those that are there."""
+        return self.target.read(tokens_BT, aux_layers, self._cache)
+
+    def back(self) -> None:
+        """Take back all but the prompt."""
+        if self._kept is not None:
+            self._cache = copy.deepcopy(self._kept)
+            return
+        for layer in self._cache.layers:
+            layer.show(self._length)
 
 
 def new_cache(target: Target) -> Any:

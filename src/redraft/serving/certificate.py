@@ -66,7 +66,8 @@ def certify(
             f"certificate needs {FEWEST}: name a file with more prompts, or lower --max-new-tokens"
         )
     kept = [answered[at][1] for at in chosen]
-    (runs,) = accepted_runs(target, [draft], kept, LARGEST_K)
+    served = {engine: stored.as_served(engine).build(target) for engine in stored.row.as_served}
+    runs, *elsewhere = accepted_runs(target, [draft, *served.values()], kept, LARGEST_K)
     say(f"{len(kept)} prompts, {sum(len(ties[at]) for at in chosen)} near-ties")
     faults, unseen = _faults(target, stored, kept, runs, others)
     found = Certificate(
@@ -96,6 +97,11 @@ def certify(
         probe=_probe(target),
         versions=versions(),
         date=date.today().isoformat(),
+        engines={
+            engine: tuple(theirs)
+            for engine, theirs in zip(served, elsewhere, strict=True)
+            if theirs != runs
+        },
     )
     return _small_enough(found)
 
@@ -158,6 +164,7 @@ def _small_enough(found: Certificate) -> Certificate:
             found,
             prompts=_without(found.prompts, longest),
             faults=tuple(replace(f, runs=_without(f.runs, longest)) for f in found.faults),
+            engines={name: _without(runs, longest) for name, runs in found.engines.items()},
         )
     return found
 

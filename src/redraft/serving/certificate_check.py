@@ -97,7 +97,8 @@ class Probe:
 @dataclass(frozen=True)
 class Certificate:
     """A certificate file. `target` and `draft` name and hash what was certified; `unseen` are faults that
-    change no count on these prompts."""
+    change no count on these prompts. `engines` are the runs (see `FaultSignature`) in engines that compute the draft
+    otherwise than the prompts' counts have it."""
 
     target: Mapping[str, Any]
     draft: Mapping[str, Any]
@@ -111,6 +112,17 @@ class Certificate:
     probe: Probe | None
     versions: Mapping[str, str]
     date: str = ""
+    engines: Mapping[str, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
+
+    def served_by(self, engine: str) -> Certificate:
+        """With the counts of an engine."""
+        if engine not in self.engines:
+            return self
+        prompts = tuple(
+            dataclasses.replace(one, accepted={k: steps_of(runs, k) for k in one.accepted})
+            for one, runs in zip(self.prompts, self.engines[engine], strict=True)
+        )
+        return dataclasses.replace(self, prompts=prompts)
 
     def to_text(self) -> str:
         """The file. Everything but the date is decided by the inputs."""
@@ -121,6 +133,7 @@ class Certificate:
         ]
         for fault in row["faults"]:
             fault["runs"] = [_digits(runs) for runs in fault["runs"]]
+        row["engines"] = {name: list(map(_digits, runs)) for name, runs in self.engines.items()}
         row["checksum"] = _checksum(row)
         lines = []
         for key, value in row.items():
@@ -184,6 +197,10 @@ def _certificate(row: Mapping[str, Any]) -> Certificate:
     probe = row["probe"] and Probe(
         tuple(row["probe"]["messages"]), row["probe"]["variables"], tuple(row["probe"]["tokens"])
     )
+    engines = {
+        name: tuple(tuple(map(int, runs)) for runs in some)
+        for name, some in row.get("engines", {}).items()
+    }
     plain = ("target", "draft", "dtype", "largest_k", "max_new_tokens", "versions", "date")
     return Certificate(
         **{key: row[key] for key in plain},
@@ -192,6 +209,7 @@ def _certificate(row: Mapping[str, Any]) -> Certificate:
         prompts=prompts,
         faults=faults,
         probe=probe,
+        engines=engines,
     )
 
 
@@ -708,6 +726,7 @@ def check(
     with httpx.Client(timeout=limits, transport=transport, trust_env=not _near(url)) as http:
         server = _Server(url, http, key)
         row, model = _dialect_of(server, engine)
+        certificate = certificate.served_by(row.name)
         template = _template(server, row, model, certificate.probe)
         served = []
         for at, one in enumerate(certificate.prompts):
