@@ -1,6 +1,7 @@
-"""MTP heads in running engines: a tiny MiMo's in vLLM, a tiny Qwen3.5's in llama.cpp.
+"""MTP heads in running engines: a tiny MiMo's and a tiny Qwen3.5's in vLLM, the latter in llama.cpp too.
 
-llama.cpp runs Qwen3.5's layers with a recurrent state, which a vLLM for CPUs does not; it has no graph for MiMo.
+llama.cpp runs Qwen3.5's layers with a recurrent state, which a vLLM for CPUs does not in float32, and needs one; it has no graph
+for MiMo.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from redraft.metrics.measure import answer_all, measure
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.serving.counters import Counters
-from redraft.serving.engine import Speculation
+from redraft.serving.engine import Engine, Serving, Speculation
+from redraft.serving.environment import Environment
 from redraft.serving.llamacpp import LLAMACPP
 from redraft.serving.own_count import Limits, count_own
 from redraft.serving.verify import Request, verify
@@ -86,6 +88,56 @@ def test_a_stitched_checkpoint(mimo: Parts, served: Table) -> None:
     answers, counted = served.ask("stitched", stitched, Speculation("mtp", str(whole), K))
     assert answers == served.plain(target)
     assert (counted.drafts, counted.accepted) == (cell.drafts, cell.accepted)
+
+
+STAND_IN = {
+    "__init__.py": '__version__ = "0"\n',
+    "io.py": "ImageReadMode = decode_image = None\n",
+    "transforms/__init__.py": "import enum\nInterpolationMode = enum.Enum('InterpolationMode', 'NEAREST NEAREST_EXACT "
+    "BILINEAR BICUBIC BOX HAMMING LANCZOS')\n",
+    "transforms/functional.py": "pil_to_tensor = None\n",
+    "transforms/v2/__init__.py": "from . import functional\n",
+    "transforms/v2/functional.py": "",
+}
+"""Stands for torchvision, which vLLM imports for Qwen3.5 though no picture is read; PyPI's is made for another torch."""
+
+
+@pytest.fixture(scope="module")
+def vllm_of_qwen(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("imports")
+    for name, text in STAND_IN.items():
+        path = folder / "torchvision" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def variables(environment: Environment, what: Serving) -> dict[str, str]:
+        return {**VLLM.variables(environment, what), "PYTHONPATH": str(folder)}
+
+    return dataclasses.replace(VLLM, variables=variables)
+
+
+def test_a_head_of_qwen_in_vllm(
+    vllm_of_qwen: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target, head, _ = trained(save_qwen3_5(tmp_path_factory.mktemp("q") / "target"), epochs=14)
+    table = Table(
+        vllm_of_qwen, environment_of(VLLM), tmp_path_factory.mktemp("logs"), asked(target)[:12]
+    )
+    cell = table.cell("mtp head", target, str(head.folder))
+    assert (cell.identical, cell.different) == (cell.prompts, 0)
+    assert cell.tau > 1.3
+    assert (cell.drafts, cell.accepted) == (cell.own_drafts, cell.own_accepted)
+    for change in (
+        {"before_norm": True},
+        {"state_first": True},
+        {"raw_feedback": True},
+        {"zero_first": True},
+        {"output_gate": False},
+        {"norm_offset": 0.0},
+    ):
+        other = dataclasses.replace(head, config=dataclasses.replace(head.config, **change))
+        own = table._own_count(target, other.build(target), K)
+        assert (own.drafts, own.accepted) != (cell.drafts, cell.accepted), change
 
 
 # -- llama.cpp -----------------------------------------------------------------------------------

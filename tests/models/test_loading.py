@@ -23,7 +23,7 @@ from redraft.core.records import Prompt
 from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all
 from redraft.models.cache_checks import check_rolls_back
-from redraft.models.kv_cache import RowCache
+from redraft.models.kv_cache import PromptCache, RowCache, is_recurrent
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.conftest import FAMILIES, SHAPE, make_tokenizer, save_target
@@ -248,6 +248,32 @@ def test_a_target_with_a_recurrent_state_answers_but_is_not_rolled_back(
             tokens.append(token)
     with pytest.raises(UserError, match=r"keeps a recurrent state \(layers of kind.*not decode"):
         RowCache(found, 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", *RECURRENT])
+@torch.no_grad()
+def test_tokens_after_a_prompt_are_taken_back(kind: str, tmp_path: Path) -> None:
+    """A second reading after the same prompt is that of the whole; without taking back, it is of other tokens."""
+    torch.manual_seed(0)
+    made = {"llama": lambda: LlamaConfig(**RECURRENT_SHAPE), **RECURRENT}[kind]()
+    found = load_target(str(save(made, tmp_path)), dtype="float64")
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11]] * 2)
+    whole = found.read(tokens, ()).logits_BTV[:, 4:]
+    cache = PromptCache(found, tokens[:, :4], ())
+    assert torch.allclose(cache.reading.logits_BTV[:, -1], found.read(tokens, ()).logits_BTV[:, 3])
+    cache.read(tokens[:, 1:3], ())
+    other = cache.read(tokens[:, 4:], ()).logits_BTV
+    cache.back()
+    assert torch.allclose(cache.read(tokens[:, 4:], ()).logits_BTV, whole)
+    assert not torch.allclose(other, whole, atol=1e-4)
+
+
+def test_a_hybrid_family_with_full_attention_alone_is_rolled_back(tmp_path: Path) -> None:
+    config = RECURRENT["qwen3_5"]()
+    config.layer_types = ["full_attention"] * 2
+    found = load_target(str(save(config, tmp_path)), dtype="float32")
+    assert not is_recurrent(found.model)
+    RowCache(found, 1)
 
 
 def test_a_recurrent_state_that_transformers_does_not_cache_is_refused(tmp_path: Path) -> None:

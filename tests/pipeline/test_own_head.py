@@ -84,6 +84,15 @@ def test_the_bases_head_is_grafted_adapted_and_stitched_in(lost: Path, tmp_path:
     assert again["checkpoint"]["head"] == found.hash
 
 
+def test_a_check_recommends_and_trains_nothing(lost: Path, tmp_path: Path) -> None:
+    said = mtp(lost, tmp_path / "run", "--base", str(lost / "base"), "--check")
+    assert said["draft"] == str(tmp_path / "run" / "head")
+    assert said["evidence"]["on_base"]["steps"] > 0
+    assert said["step_cost"]["target"] > 0
+    assert {o["action"] for o in said["recommendation"]["options"]} >= {"keep", "adapt"}
+    assert not (tmp_path / "run" / "run").exists()
+
+
 def test_a_head_begins_with_the_targets_last_layer(lost: Path, tmp_path: Path) -> None:
     said = mtp(lost, tmp_path / "run", "--from-layer")
     head, layer = read_draft(str(tmp_path / "run" / "head")), load_target(str(lost / "tuned"))

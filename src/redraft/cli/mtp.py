@@ -7,7 +7,8 @@ from pathlib import Path
 from ..config import Resolved
 from ..core.errors import UserError
 from ..core.report_record import AdaptReport
-from .bundles import OutputFlags, TargetFlags, print_json
+from .bundles import MaybeTargetFlags, OutputFlags, SamplingFlags, TargetFlags, print_json
+from .check import check
 from .drafts import STITCHED
 from .job import pairs
 
@@ -23,17 +24,18 @@ def mtp(
     off_domain: list[str] | None = None,
     base: str | None = None,
     from_layer: bool = False,
+    only_check: bool = False,
     limit: int | None = None,
 ) -> None:
     """Give a fine-tune its MTP head back: the base's is grafted, measured, adapted, and stitched into the checkpoint.
 
     Without --base the target's own head is adapted; with --from-layer a new one is trained. OUT/run is the run of `redraft adapt`, OUT/checkpoint the target with the
-    adapted head.
+    adapted head. --check only grafts, and recommends from a few prompts whether to keep that head, adapt it, or serve without one.
 
     Example: redraft mtp --target ./my-model --base org/base --prompts prompts.jsonl --out run
     """
     from ..pipeline import adapt as pipeline
-    from ..pipeline.own_head import give_head
+    from ..pipeline.own_head import CHECK, give_head, graft
 
     if models.target_adapter:
         raise UserError(
@@ -57,6 +59,22 @@ def mtp(
         ).report
 
     begin = models.load if from_layer else None
+    if only_check:
+        if prompts is None:
+            raise UserError("--check asks a few prompts: name their file with --prompts")
+        head, measure = graft(models.target, base, Path(out), begin), config.config.measure
+        check(
+            MaybeTargetFlags(**vars(models)),
+            prompts,
+            SamplingFlags(),
+            output,
+            draft=str(head),
+            base=base,
+            k=measure.k,
+            max_new_tokens=measure.eval_new_tokens,
+            out=str(Path(out) / CHECK),
+        )
+        return
     report, written = give_head(models.target, base, Path(out), run, begin)
     if output.as_json:
         from ..core.records import to_json

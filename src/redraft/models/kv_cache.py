@@ -160,12 +160,17 @@ def new_cache(target: Target) -> Any:
 
 def is_recurrent(model: Any) -> bool:
     """Whether a model keeps more than keys and values, so that no token can be taken back."""
-    return bool(_recurrent_kinds(model)) or bool(getattr(model, "_is_stateful", False))
+    if _layer_types(model):
+        return bool(_recurrent_kinds(model))
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def _layer_types(model: Any) -> set[str]:
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or ())
 
 
 def _recurrent_kinds(model: Any) -> list[str]:
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return sorted(set(kinds) - ATTENTION)
+    return sorted(_layer_types(model) - ATTENTION)
 
 
 def _cache_of(model: Any, name: str) -> Any:

@@ -1,6 +1,7 @@
 """The job on a target's own head: taken from the base or the target, adapted, and stitched into the target's checkpoint.
 
 OUT/head/         the head that was grafted, a draft
+OUT/check/        answers of `--check`
 OUT/run/          the run of `adapt` on it
 OUT/checkpoint/   the target with the adapted head
 """
@@ -20,20 +21,16 @@ from ..core.files import remove
 from ..models.target import Target
 
 R = TypeVar("R")
-HEAD, RUN, CHECKPOINT = "head", "run", "checkpoint"
+HEAD, CHECK, RUN, CHECKPOINT = "head", "check", "run", "checkpoint"
 
 
-def give_head(
-    target: str,
-    base: str | None,
-    out: Path,
-    adapt: Callable[[str, Path], R],
-    layer_of: Callable[[], Target] | None = None,
-) -> tuple[R, dict[str, Any]]:
-    """Take a head, `adapt` it (by its folder, into a run folder), and stitch it in; the report, and what was written.
+def graft(
+    target: str, base: str | None, out: Path, layer_of: Callable[[], Target] | None = None
+) -> Path:
+    """The folder of the head to begin with, written if it is not there.
 
-    Without a `base` the head is the target's own; with `layer_of`, which loads the target, one is made of its last layer. Raises UserError where neither has one, and for a `base` whose head
-    is of another shape.
+    Without a `base` the head is the target's own; with `layer_of`, which loads the target, one is made of its last layer. Raises
+    UserError where neither has one, and for a `base` whose head is of another shape.
     """
     head = out / HEAD
 
@@ -55,6 +52,18 @@ def give_head(
             found.save(head)
 
     ranks.first(taken)
+    return head
+
+
+def give_head(
+    target: str,
+    base: str | None,
+    out: Path,
+    adapt: Callable[[str, Path], R],
+    layer_of: Callable[[], Target] | None = None,
+) -> tuple[R, dict[str, Any]]:
+    """`graft` a head, `adapt` it (by its folder, into a run folder), and stitch it in; the report, and what was written."""
+    head = graft(target, base, out, layer_of)
     report = adapt(str(head), out / RUN)
 
     def stitched() -> dict[str, Any]:
