@@ -8,16 +8,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from ..config import MeasureConfig
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.records import Acceptance, Prompt, to_json
+from ..core.records import Acceptance, Prompt, Verification, to_json
 from ..core.report_record import AdaptReport
 from .bundles import MaybeTargetFlags, OutputFlags, TargetFlags, print_json
+
+if TYPE_CHECKING:
+    from ..serving.verify import Request
 
 NOT_GOOD = 3
 """Exit code of a verification that went through and found the draft not fit to serve."""
@@ -53,23 +56,51 @@ class Run:
         return [Prompt(a.id, a.prompt) for a in answers[:limit]]
 
 
+@dataclass(frozen=True)
+class EngineFlags:
+    """The engine, and what it is asked."""
+
+    engine: str = "vllm"
+    python: str | None = None
+    k: int | None = None
+    limit: int = 32
+    max_new_tokens: int | None = None
+    concurrency: str = "1,4,16"
+    repeats: int = 3
+    port: int | None = None
+    start_timeout: float = 900.0
+    engine_args: str = ""
+    converted: str | None = None
+
+    def request(self, run: Run | None) -> Request:
+        """What to try, of the run's settings where it is not named. Raises UserError for flags that make no sense."""
+        from ..serving.engines import engine_named
+        from ..serving.verify import Request
+
+        row = engine_named(self.engine)
+        levels, flags = _levels(self.concurrency), engine_flags(self.engine_args)
+        row.check_flags(flags)
+        return Request(
+            engine=row,
+            logs=run.folder / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
+            k=self.k or (run.k if run else MeasureConfig.k),
+            max_new_tokens=self.max_new_tokens or (run.max_new_tokens if run else 128),
+            concurrencies=levels,
+            repeats=self.repeats,
+            port=self.port,
+            patience=self.start_timeout,
+            converted=Path(self.converted) if self.converted else None,
+            engine_args=flags,
+        )
+
+
 def verify(
     models: MaybeTargetFlags,
+    how: EngineFlags,
     output: OutputFlags,
     draft: str | None = None,
     prompts: str | None = None,
-    engine: str = "vllm",
-    python: str | None = None,
     run: str | None = None,
-    k: int | None = None,
-    limit: int = 32,
-    max_new_tokens: int | None = None,
-    concurrency: str = "1,4,16",
-    repeats: int = 3,
-    port: int | None = None,
-    start_timeout: float = 900.0,
-    engine_args: str = "",
-    converted: str | None = None,
 ) -> None:
     """Try a draft in a real engine: same outputs, same tau as redraft counts, how fast.
 
@@ -77,13 +108,23 @@ def verify(
 
     Example: redraft verify --run run --python .venv-vllm/bin/python
     """
-    from ..serving.engines import engine_named
+    finished = read_run(run) if run else None
+    found = tried(models, how, output, finished, draft, prompts)
+    output.show(to_json(found), lambda: print_tried(found))
+    if not found.good:
+        raise typer.Exit(NOT_GOOD)
 
-    row = engine_named(engine)
-    levels = _levels(concurrency)
-    flags = engine_flags(engine_args)
-    row.check_flags(flags)
-    finished = _read_run(run) if run else None
+
+def tried(
+    models: MaybeTargetFlags,
+    how: EngineFlags,
+    output: OutputFlags,
+    finished: Run | None,
+    draft: str | None = None,
+    prompts: str | None = None,
+) -> Verification:
+    """The draft in the engine; kept with the run where it is that run's. Ends the command for files that an engine refuses."""
+    request = how.request(finished)
     named = models.named()
     if finished:
         named, draft = named or finished.target_of(models), draft or finished.draft
@@ -92,42 +133,31 @@ def verify(
     from ..checkpoints.inspect import REFUSED, inspect_draft
     from ..checkpoints.load import read_draft
     from ..report.page import keep_verification
-    from ..report.terminal import print_verification
-    from ..serving.verify import Request
     from ..serving.verify import verify as work
 
-    environment = row.find(python)
+    environment = request.engine.find(how.python)
     loaded = named.load(device="cpu")
     files = inspect_draft(draft, loaded)
-    findings = [f.says for f in files.engines if f.engine == engine and f.level != "note"]
-    if files.unreadable is not None or files.serves(engine) == REFUSED:
-        _refuse(files.unreadable or f"{engine} {REFUSED}", findings, output.as_json)
-    request = Request(
-        engine=row,
-        logs=Path(run) / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
-        k=k or (finished.k if finished else MeasureConfig.k),
-        max_new_tokens=max_new_tokens or (finished.max_new_tokens if finished else 128),
-        concurrencies=levels,
-        repeats=repeats,
-        port=port,
-        patience=start_timeout,
-        converted=Path(converted) if converted else None,
-        engine_args=flags,
-    )
+    findings = [f.says for f in files.engines if f.engine == how.engine and f.level != "note"]
+    if files.unreadable is not None or files.serves(how.engine) == REFUSED:
+        _refuse(files.unreadable or f"{how.engine} {REFUSED}", findings, output.as_json)
+    asked = _prompts(prompts, finished, loaded, how.limit)
+    recorded = finished.after if finished else None
     found = work(
-        environment,
-        loaded,
-        read_draft(draft),
-        _prompts(prompts, finished, loaded, limit),
-        request,
-        recorded=finished.after if finished else None,
+        *(environment, loaded, read_draft(draft), asked, request),
+        recorded=recorded,
         findings=findings,
     )
     if finished and draft == finished.draft:
         keep_verification(finished.folder, found)
-    output.show(to_json(found), lambda: print_verification(found))
-    if not found.good:
-        raise typer.Exit(NOT_GOOD)
+    return found
+
+
+def print_tried(found: Verification) -> None:
+    """On the terminal."""
+    from ..report.terminal import print_verification
+
+    print_verification(found)
 
 
 def _prompts(file: str | None, run: Run | None, target: Any, limit: int) -> Sequence[Prompt]:
@@ -175,7 +205,8 @@ def engine_flags(text: str) -> tuple[str, ...]:
         ) from None
 
 
-def _read_run(run: str) -> Run:
+def read_run(run: str) -> Run:
+    """A finished run, by its folder."""
     from ..core.folders import read_json
 
     report = AdaptReport.from_json(read_json(Path(run) / "report.json"))

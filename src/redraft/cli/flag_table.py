@@ -39,6 +39,7 @@ FLAGS: dict[str, Flag] = {
     "from_layer": Flag(
         "begin with the target's last layer, where neither it nor its base has a head", MODELS
     ),
+    "verify_in": Flag("try the result in this engine, vllm or llama.cpp, at the end"),
     "only_check": Flag("recommend, and train nothing", name="--check"),
     "previous": Flag(
         "draft of the model's version before, or its run folder: training begins with it if the target accepts it more often than "

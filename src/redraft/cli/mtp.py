@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import typer
+
 from ..config import Resolved
 from ..core.errors import UserError
 from ..core.report_record import AdaptReport
 from .bundles import MaybeTargetFlags, OutputFlags, SamplingFlags, TargetFlags, print_json
 from .check import check
 from .drafts import STITCHED
+from .engine import NOT_GOOD, EngineFlags, print_tried, read_run, tried
 from .job import pairs
 
 
@@ -25,17 +28,21 @@ def mtp(
     base: str | None = None,
     from_layer: bool = False,
     only_check: bool = False,
+    verify_in: str | None = None,
+    python: str | None = None,
     limit: int | None = None,
 ) -> None:
     """Give a fine-tune its MTP head back: the base's is grafted, measured, adapted, and stitched into the checkpoint.
 
     Without --base the target's own head is adapted; with --from-layer a new one is trained. OUT/run is the run of `redraft adapt`, OUT/checkpoint the target with the
     adapted head. --check only grafts, and recommends from a few prompts whether to keep that head, adapt it, or serve without one.
+    --verify-in tries the adapted head in an engine at the end, as `redraft verify` does, and ends with its exit code.
 
     Example: redraft mtp --target ./my-model --base org/base --prompts prompts.jsonl --out run
     """
     from ..pipeline import adapt as pipeline
-    from ..pipeline.own_head import CHECK, give_head, graft
+    from ..pipeline.own_head import CHECK, RUN, give_head, graft
+    from ..serving.engines import engine_named
 
     if models.target_adapter:
         raise UserError(
@@ -43,6 +50,8 @@ def mtp(
         )
     if from_layer and base:
         raise UserError("name --base, whose head is grafted, or --from-layer, not both")
+    if verify_in is not None:
+        engine_named(verify_in).find(python)  # before anything is trained
     elsewhere = pairs(off_domain or [], "--off-domain")
 
     def run(head: str, folder: Path) -> AdaptReport:
@@ -76,12 +85,23 @@ def mtp(
         )
         return
     report, written = give_head(models.target, base, Path(out), run, begin)
+    served = None
+    if verify_in is not None:
+        how = EngineFlags(engine=verify_in, python=python)
+        served = tried(
+            MaybeTargetFlags(**vars(models)), how, output, read_run(str(Path(out) / RUN))
+        )
     if output.as_json:
         from ..core.records import to_json
 
-        print_json({**to_json(report), "checkpoint": written})
+        served_too = {} if served is None else {"verification": to_json(served)}
+        print_json({**to_json(report), "checkpoint": written, **served_too})
     else:
         from ..report.terminal import print_report
 
         print_report(report)
+        if served is not None:
+            print_tried(served)
         output.finish(STITCHED.format(**written), written)
+    if served is not None and not served.good:
+        raise typer.Exit(NOT_GOOD)
