@@ -69,13 +69,6 @@ def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
     assert adapted.tau > 1.5 * unadapted.tau
 
 
-def test_eagle_adapted(repaired: AdaptedDraft, eagle: Callable[[str], str], table: Table) -> None:
-    cell = table.cell("eagle adapted", repaired.target, eagle("adapted"))
-    assert cell.method == "eagle"
-    check_words(cell)
-    check_same_steps(cell)
-
-
 @pytest.mark.parametrize(
     ("planted", "named"),
     [
@@ -125,11 +118,12 @@ def test_a_lora_target(repaired: AdaptedDraft, drafts: dict[str, str], table: Ta
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("draft", ["unadapted", "from-scratch"])
+@pytest.mark.parametrize("draft", ["unadapted", "adapted", "from-scratch"])
 def test_eagle(
     repaired: AdaptedDraft, eagle: Callable[[str], str], table: Table, draft: str
 ) -> None:
     cell = table.cell(f"eagle {draft}", repaired.target, eagle(draft))
+    assert cell.method == "eagle"
     check_words(cell)
     check_same_steps(cell)
 
@@ -151,6 +145,15 @@ def test_the_speculators_layout_serves_the_same_draft(
     cell = table.cell("speculators adapted", repaired.target, str(tmp_path / "draft"))
     check_words(cell)
     assert (cell.drafts, cell.accepted) == (stock.drafts, stock.accepted)
+
+
+@pytest.mark.full
+def test_a_small_lm(repaired: AdaptedDraft, table: Table) -> None:
+    """The target's own base drafts for it."""
+    cell = table.cell("token_lm base", repaired.target, repaired.suite["base"])
+    assert cell.method == "draft_model"
+    check_words(cell)
+    check_same_steps(cell)
 
 
 @pytest.mark.full
