@@ -119,7 +119,7 @@ def vllm_of_qwen(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def test_a_head_of_qwen_in_vllm(
     vllm_of_qwen: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    target, head, _ = trained(save_qwen3_5(tmp_path_factory.mktemp("q") / "target"), epochs=14)
+    target, head, _ = trained(save_qwen3_5(tmp_path_factory.mktemp("q") / "target"), epochs=30)
     table = Table(
         vllm_of_qwen, environment_of(VLLM), tmp_path_factory.mktemp("logs"), asked(target)[:12]
     )
