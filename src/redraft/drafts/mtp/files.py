@@ -238,10 +238,12 @@ def find_inside(raw: Config, names: Collection[str]) -> tuple[str, list[str]] | 
 
 
 def declared_inside(raw: Config) -> tuple[str, str, int | None] | None:
-    """The family that a target's config.json declares, the key, and the count."""
+    """The family that a target's config.json declares, by which key or else by its architecture, and the count."""
     family, key = declared_by(raw), unknown_key(raw)
     if family is not None:
-        return family.name, family.declared, count_declared(raw, family)
+        count = count_declared(raw, family)
+        counted = count is None or any(family.declared in c for c in (raw, text_config(raw)))
+        return family.name, family.declared if counted else architectures_of(raw)[0], count
     return None if key is None else ("", key, text_config(raw).get(key, raw.get(key)))
 
 
