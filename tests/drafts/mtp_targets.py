@@ -81,10 +81,17 @@ LINEAR: dict[str, Any] = {
 }
 
 
-def save_qwen3_5(folder: Path, seed: int = 0, *, linear: bool = False) -> Path:
+def save_qwen3_5(
+    folder: Path,
+    seed: int = 0,
+    *,
+    linear: bool = False,
+    make: Any = Qwen3_5TextConfig,
+    **sizes: Any,
+) -> Path:
     """With `linear` layers that keep a recurrent state, and a tokenizer with a merge, which llama.cpp wants."""
     more = {**LINEAR, "vocab_size": len(make_tokenizer()) + 1} if linear else {}
-    save_target(folder, qwen3_5_config(**more), seed)
+    save_target(folder, qwen3_5_config(make, **{**more, **sizes}), seed)
     if linear:
         path = folder / "tokenizer.json"
         raw = json.loads(path.read_text())
@@ -95,9 +102,9 @@ def save_qwen3_5(folder: Path, seed: int = 0, *, linear: bool = False) -> Path:
 
 
 def save_qwen3_5_moe(folder: Path, seed: int = 0, *, linear: bool = False) -> Path:
-    more = LINEAR if linear else {}
-    save_target(folder, qwen3_5_config(Qwen3_5MoeTextConfig, **EXPERTS, **more), seed)
-    return _changed(folder, mtp_num_hidden_layers=1)
+    """With `linear` a row more: Transformers gives the tokenizer of this model_type a token."""
+    more = {"vocab_size": len(make_tokenizer()) + 2} if linear else {}
+    return save_qwen3_5(folder, seed, linear=linear, make=Qwen3_5MoeTextConfig, **EXPERTS, **more)
 
 
 def save_qwen3_next(folder: Path, seed: int = 0) -> Path:

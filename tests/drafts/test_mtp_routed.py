@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 from redraft.adapters.adapter import Adapter, check_carries, declare, prepare
 from redraft.adapters.kind import Setup
 from redraft.adapters.table import read_method
+from redraft.checkpoints.inspect import inspect_draft
 from redraft.checkpoints.load import StoredDraft, read_draft, stored
 from redraft.checkpoints.reload_check import check_export
 from redraft.config import TrainConfig
@@ -33,7 +36,7 @@ from redraft.metrics.measure import answer_all, measure
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.pipeline.stages import merge_draft, train_adapter
-from tests.conftest import asked, in_double
+from tests.conftest import asked, fresh_draft, in_double
 from tests.drafts.mtp_targets import ROUTED, routed_head, routed_in_double
 
 NEAR = 1e-5
@@ -324,6 +327,50 @@ def written(
     (folder / "redraft.json").unlink()
     path = next(folder.glob("*.safetensors"))
     save_file(change(load_file(path)), path)
+
+
+UNGROUPED = {"n_group": 1, "topk_group": 1}
+RULES: dict[str, tuple[str, bool, dict[str, Any], str, str]] = {
+    "one by one": ("glm", False, UNGROUPED, "vllm", ""),
+    "packed in vLLM": ("glm", True, {}, "vllm", "refused: its loader .* one by one"),
+    "packed in llama.cpp": ("glm", True, UNGROUPED, "llama.cpp", "refused: its converter .* one by one"),
+    "packed, Qwen's": ("qwen", True, {}, "vllm", ""),
+    "packed, Qwen's, in llama.cpp": ("qwen", True, {}, "llama.cpp", ""),
+    "groups": ("glm", False, {}, "llama.cpp", r"wrong: .* writes no groups of experts"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_engines_are_judged_by_the_form_and_the_routing(
+    glm: Target, qwen: Target, tmp_path: Path, name: str
+) -> None:
+    family, packed, keys, engine, says = RULES[name]
+    target = glm if family == "glm" else qwen
+    written(in_form(stored(routed_head(target), target), packed), tmp_path, dict, keys)
+    found = inspect_draft(str(tmp_path))
+    assert found.unreadable is None
+    said = [
+        f"{finding.level}: {finding.says}" for finding in found.engines if finding.engine == engine
+    ]
+    hard = [sentence for sentence in said if not sentence.startswith("note")]
+    assert len(hard) == bool(says), hard
+    assert not says or re.match(says, hard[0])
+
+
+def test_a_dense_head_where_engines_build_experts(qwen: Target, tmp_path: Path) -> None:
+    """And the other way round."""
+    stored(fresh_draft(qwen, kind="mtp", width=24), qwen).save(tmp_path / "dense")
+    written(stored(routed_head(qwen), qwen), tmp_path / "routed", dict, {})
+    path = tmp_path / "routed" / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in raw.items() if k != "num_experts"}))
+    for folder, says in (
+        ("dense", "builds 8 routed experts by config.json, and this head is dense"),
+        ("routed", "builds a dense FFN by config.json, and this head has routed experts"),
+    ):
+        found = inspect_draft(str(tmp_path / folder)).engines
+        levels = {(f.engine, f.level) for f in found if f.says == says}
+        assert levels == {("vllm", "refused"), ("sglang", "wrong"), ("llama.cpp", "refused")}
 
 
 def test_frozen_experts_are_not_held_twice_and_a_bias_stays_exact(

@@ -33,6 +33,11 @@ def has_experts(names: Collection[str]) -> bool:
     return any(ROUTED.search(name) for name in names)
 
 
+def is_packed(names: Collection[str]) -> bool:
+    """Whether tensors of all experts at once are among these."""
+    return any(name.endswith((GATE_UP, DOWN)) for name in names)
+
+
 def declared_experts(text: Mapping[str, Any], router: str) -> int:
     """How many routed experts config.json gives the target's layers; 0 where they are dense."""
     count = text.get(COUNTS.get(router, ""))
@@ -80,7 +85,7 @@ def read_routed(
         groups=groups,
         groups_per_token=kept,
         scale=config.number("routed_scaling_factor", 1.0) if sigmoid else 1.0,
-        packed=any(name.endswith((GATE_UP, DOWN)) for name in names),
+        packed=is_packed(names),
     )
 
 

@@ -76,7 +76,7 @@ class MtpReference(Reference):
         gate, up, down = (self.w[f"{at}{name}_proj.weight"] for name in ("gate", "up", "down"))
         return down @ (gate @ y / (1 + torch.exp(-(gate @ y))) * (up @ y))
 
-    def expert(self, y: Tensor, index: int) -> Tensor:
+    def one_expert(self, y: Tensor, index: int) -> Tensor:
         """One of the routed experts, from a tensor of its own or from one for all."""
         if "mlp.experts.gate_up_proj" not in self.w:
             return self.ffn(y, f"mlp.experts.{index}.")
@@ -97,7 +97,7 @@ class MtpReference(Reference):
             ranks = [s + b for s, b in zip(scores, bias, strict=True)]
             chosen = self.within_groups(ranks, wanted)
         total = sum(scores[e] for e in chosen) if self.c.get("norm_topk_prob", True) else 1.0
-        parts = [scores[e] / total * self.expert(y, e) for e in chosen]
+        parts = [scores[e] / total * self.one_expert(y, e) for e in chosen]
         out = torch.stack(parts).sum(0)
         if self.kind == NEXTN:
             out = out * float(self.c.get("routed_scaling_factor", 1.0))
