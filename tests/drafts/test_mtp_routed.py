@@ -333,7 +333,13 @@ UNGROUPED = {"n_group": 1, "topk_group": 1}
 RULES: dict[str, tuple[str, bool, dict[str, Any], str, str]] = {
     "one by one": ("glm", False, UNGROUPED, "vllm", ""),
     "packed in vLLM": ("glm", True, {}, "vllm", "refused: its loader .* one by one"),
-    "packed in llama.cpp": ("glm", True, UNGROUPED, "llama.cpp", "refused: its converter .* one by one"),
+    "packed in llama.cpp": (
+        "glm",
+        True,
+        UNGROUPED,
+        "llama.cpp",
+        "refused: its converter .* one by one",
+    ),
     "packed, Qwen's": ("qwen", True, {}, "vllm", ""),
     "packed, Qwen's, in llama.cpp": ("qwen", True, {}, "llama.cpp", ""),
     "groups": ("glm", False, {}, "llama.cpp", r"wrong: .* writes no groups of experts"),
