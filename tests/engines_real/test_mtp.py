@@ -173,7 +173,7 @@ def test_a_head_of_a_recurrent_target_in_llamacpp(
 def test_routed_experts_in_llamacpp(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Qwen3.5 MoE's, one by one and packed. Counts are compared where both have the same words."""
     folder = tmp_path_factory.mktemp("moe")
-    parts = trained(save_qwen3_5_moe(folder / "target", linear=True), 30, routed=True)
+    parts = trained(save_qwen3_5_moe(folder / "target", linear=True), 5, routed=True)
     target, head, whole = parts
     routed = dataclasses.replace(head.config.routed, packed=True)  # type: ignore[attr-defined]
     packed = dataclasses.replace(head, config=dataclasses.replace(head.config, routed=routed))
