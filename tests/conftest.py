@@ -237,7 +237,7 @@ def fresh_draft(
     *,
     kind: str = "eagle3",
     vocab: int | None = None,
-    width: int = 24,
+    width: int | None = 24,
     **variant: Any,
 ) -> Any:
     """An untrained draft with lively weights, in the target's dtype; `variant` are config fields."""

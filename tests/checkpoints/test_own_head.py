@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,21 +19,24 @@ from redraft.core.errors import UserError
 from redraft.core.folders import read_tensors, tensor_files
 from redraft.models.loading import load_target
 from tests.conftest import fresh_draft
-from tests.drafts.mtp_targets import SAVED, SIZES
+from tests.drafts.mtp_targets import ROUTED, SAVED, SIZES, routed_head
 
 WIDTH = SIZES["intermediate_size"]
 HEAD, TRUNK = "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"
 
 
-@pytest.fixture(scope="module", params=SAVED)
+@pytest.fixture(scope="module", params=[*SAVED, *ROUTED])
 def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A target without the head that it declares, a head for it, and the target with it."""
     return made(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def made(family: str, folder: Path) -> tuple[Path, StoredDraft, Path]:
-    target = load_target(str(SAVED[family](folder / "target")))
-    head = stored(fresh_draft(target, kind="mtp", width=WIDTH), target)
+    target = load_target(str((SAVED | ROUTED)[family](folder / "target")))
+    draft = (
+        routed_head(target) if family in ROUTED else fresh_draft(target, kind="mtp", width=WIDTH)
+    )
+    head = stored(draft, target)
     stitch(str(folder / "target"), head, folder / "whole")
     return folder / "target", head, folder / "whole"
 
@@ -63,7 +67,9 @@ def test_a_stitched_checkpoint_is_the_target_with_a_head(parts: Any) -> None:
     assert (whole / TRUNK).stat().st_ino == (folder / "model.safetensors").stat().st_ino
     index = json.loads((whole / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(read_tensors(whole))
-    assert len(load_file(whole / HEAD)) == len(head.tensors)
+    expected = set(lay_out(head)) | set(read_tensors(folder))
+    assert set(index["weight_map"]) == expected
+    assert set(load_file(whole / HEAD)) == set(lay_out(head))
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
         for where in (whole, folder)
@@ -72,6 +78,78 @@ def test_a_stitched_checkpoint_is_the_target_with_a_head(parts: Any) -> None:
         torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
     assert (whole / "tokenizer.json").is_file()
+
+
+def lay_out(head: StoredDraft) -> dict[str, Any]:
+    """The head's tensors as a folder of its own has them."""
+    layout = head.row.layouts[0].lay_out
+    assert layout is not None
+    return layout(head.config, head.tensors, "")[1]
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_packed_experts_replace_single_ones_without_a_rest(family: str, tmp_path: Path) -> None:
+    """The tensors of the form before are gone, and the function is the same."""
+    _, head, whole = made(family, tmp_path)
+    config: Any = head.config
+    routed = dataclasses.replace(config.routed, packed=True)
+    packed = dataclasses.replace(head, config=dataclasses.replace(config, routed=routed))
+    said = stitch(str(whole), packed, tmp_path / "packed")
+    before, after = set(read_tensors(whole)), set(read_tensors(tmp_path / "packed"))
+    gone, new = before - after, after - before
+    assert said["replaced"] == len(lay_out(head))
+    assert {name.rpartition("experts.")[2] for name in new} == {"gate_up_proj", "down_proj"}
+    parts = {f"{e}.{part}_proj.weight" for e in range(8) for part in ("gate", "up", "down")}
+    assert {name.rpartition("experts.")[2] for name in gone} == parts
+    found = inspect_head(str(tmp_path / "packed"), str(whole))
+    assert found is not None
+    assert (found.state, found.hash, found.same_as_base) == ("whole", head.hash(), True)
+    assert take_head(str(tmp_path / "packed")).config.routed.packed  # type: ignore[attr-defined]
+
+
+def test_a_head_that_the_target_counts_otherwise_is_refused(qwen: Any, tmp_path: Path) -> None:
+    """Dense in a model with experts, routed in a dense one, and of another number of experts."""
+    folder, dense, _ = qwen
+    other, routed, _ = made("qwen3_5_moe", tmp_path / "moe")
+    with pytest.raises(UserError, match="FFN is dense, the target's config.json counts 8 routed"):
+        stitch(str(other), dense, tmp_path / "new")
+    with pytest.raises(UserError, match="FFN is 8 experts of 24 neurons .* counts 0 routed"):
+        stitch(str(folder), routed, tmp_path / "new")
+    _set(other / "config.json", num_experts=9)
+    with pytest.raises(UserError, match=r"mtp.layers.0.mlp.experts.8.down_proj.weight"):
+        stitch(str(other), routed, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_routed_experts_of_a_family_that_has_none(tmp_path: Path) -> None:
+    _, _, whole = made("mimo", tmp_path)
+    name = "model.mtp_layers.0.mlp.experts.0.up_proj.weight"
+    save_file({**load_file(whole / HEAD), name: torch.zeros(1)}, whole / HEAD)
+    _index(whole)
+    found = inspect_head(str(whole))
+    assert found is not None
+    assert (found.state, found.hash) == ("there, not read", None)
+    assert "of family mimo with routed experts is seen" in str(found.problem)
+
+
+def test_an_expert_that_a_checkpoint_lost_is_named(tmp_path: Path) -> None:
+    _, _, whole = made("glm4_moe", tmp_path)
+    name = "model.layers.3.mlp.experts.6.up_proj.weight"
+    save_file({n: t for n, t in load_file(whole / HEAD).items() if n != name}, whole / HEAD)
+    _index(whole)
+    found = inspect_head(str(whole))
+    assert found is not None
+    assert found.state == "broken"
+    assert f"missing {name}" in str(found.problem)
+
+
+def test_an_architecture_that_never_counts_its_head_needs_no_count(tmp_path: Path) -> None:
+    _, head, whole = made("qwen3_next", tmp_path)
+    _set(whole / "config.json", mtp_num_hidden_layers=None)
+    found = inspect_head(str(whole))
+    assert found is not None
+    assert (found.state, found.hash) == ("whole", head.hash())
+    assert (found.declared_by, found.declared) == ("Qwen3NextForCausalLM", 1)
 
 
 def test_a_head_is_replaced(qwen: Any, tmp_path: Path) -> None:
@@ -167,7 +245,6 @@ def test_what_is_wrong_with_a_head_is_named(qwen: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("mtp.layers.0.mlp.experts.0.up_proj.weight", "routed experts"),
         ("mtp.layers.0.self_attn.kv_a_proj_with_mqa.weight", "multi-head latent attention"),
         ("mtp.layers.0.mlp.up_proj.weight_scale_inv", "quantised weights"),
     ],

@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding as Qwen2Rotary
-from transformers.models.qwen3_5.modeling_qwen3_5 import (
-    Qwen3_5DecoderLayer,
-    Qwen3_5RMSNorm,
-    Qwen3_5TextRotaryEmbedding,
-)
+from transformers.models.glm4_moe import modeling_glm4_moe as glm
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as qwen_moe
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen_next
 
 from redraft.checkpoints.load import read_draft, stored
 from redraft.checkpoints.reload_check import check_export
@@ -29,7 +26,7 @@ from redraft.metrics.measure import measure
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from tests.conftest import fresh_draft, in_double
-from tests.drafts.mtp_targets import SAVED, SIZES, qwen3_5_config
+from tests.drafts.mtp_targets import ROUTED, SAVED, routed_head, routed_in_double
 
 NEAR = 1e-5
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,45 +36,65 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=SAVED)
+CLASSES: dict[str, tuple[Any, Any, Any]] = {
+    "qwen3_5_text": (
+        qwen.Qwen3_5DecoderLayer,
+        qwen.Qwen3_5RMSNorm,
+        qwen.Qwen3_5TextRotaryEmbedding,
+    ),
+    "qwen2": (qwen2.Qwen2DecoderLayer, qwen2.Qwen2RMSNorm, qwen2.Qwen2RotaryEmbedding),
+    "qwen3_5_moe_text": (
+        qwen_moe.Qwen3_5MoeDecoderLayer,
+        qwen_moe.Qwen3_5MoeRMSNorm,
+        qwen_moe.Qwen3_5MoeTextRotaryEmbedding,
+    ),
+    "qwen3_next": (
+        qwen_next.Qwen3NextDecoderLayer,
+        qwen_next.Qwen3NextRMSNorm,
+        qwen_next.Qwen3NextRotaryEmbedding,
+    ),
+    "glm4_moe": (glm.Glm4MoeDecoderLayer, glm.Glm4MoeRMSNorm, glm.Glm4MoeRotaryEmbedding),
+}
+"""Transformers' layer, norm and rotary embedding by the target's model_type."""
+
+
+@pytest.fixture(scope="module", params=[*SAVED, *ROUTED])
 def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
-    """A target of each family, in float64."""
-    folder = SAVED[request.param](tmp_path_factory.mktemp(request.param))
-    return in_double(folder)
+    """A target of each family, in float64; also of those whose layers have routed experts."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param in ROUTED:
+        return routed_in_double(ROUTED[request.param](folder))
+    return in_double(SAVED[request.param](folder))
+
+
+def head_of(target: Target) -> MtpDraft:
+    if target.model.config.model_type.removesuffix("_text") in ROUTED:
+        return routed_head(target)
+    dense: MtpDraft = fresh_draft(target, kind="mtp", width=96)
+    return dense
 
 
 def of_transformers(target: Target, draft: MtpDraft) -> tuple[Any, Any, Any]:
     """The layer, the norms and the rotary embedding of the target's family, with the draft's weights."""
-    layer: nn.Module
-    if draft.config.family == "qwen3_5":
-        config: Any = qwen3_5_config()
-        config._attn_implementation = "eager"
-        layer, rotary, norm = (
-            Qwen3_5DecoderLayer(config, 0),
-            Qwen3_5TextRotaryEmbedding(config),
-            Qwen3_5RMSNorm,
-        )
-    else:
-        config = Qwen2Config(vocab_size=draft.vocab_size, **SIZES)
-        config._attn_implementation = "eager"
-        layer, rotary, norm = Qwen2DecoderLayer(config, 0), Qwen2Rotary(config), Qwen2RMSNorm
-    state = {
-        n.removeprefix("layers.0."): t for n, t in draft.state_dict().items() if "layers.0." in n
-    }
-    layer.double().load_state_dict(state)
+    config = target.model.config
+    layer_class, norm, rotary = CLASSES[config.model_type]
+    layer = layer_class(config, 1).double()
+    layer.load_state_dict(
+        {n.removeprefix("layers.0."): t for n, t in draft.state_dict().items() if "layers.0." in n}
+    )
 
     def normed(x: Tensor, name: str) -> Tensor:
         made = norm(x.shape[-1], eps=1e-6).double()
         made.load_state_dict({"weight": draft.state_dict()[f"{name}.weight"]})
         return made(x)
 
-    return layer, normed, rotary
+    return layer, normed, rotary(config)
 
 
 @torch.no_grad()
 def test_the_first_step_is_that_of_transformers_layers(own: Target) -> None:
     """The conventions around the layer are written out here once more."""
-    draft: MtpDraft = fresh_draft(own, kind="mtp", width=96)
+    draft = head_of(own)
     layer, normed, rotary = of_transformers(own, draft)
     tokens = torch.randint(3, own.vocab_size, (2, 12), generator=seeded(0, "tokens"))
     states: list[Tensor] = []
@@ -87,7 +104,7 @@ def test_the_first_step_is_that_of_transformers_layers(own: Target) -> None:
     mimo = draft.config.family == "mimo"
     state = states[0][:, :-2] if mimo else reading.features_BTF[:, :-2]
     embedded = own.embedding_VH[tokens[:, 1:-1]].clone()
-    if mimo:
+    if draft.config.family != "qwen3_5":
         embedded[:, 0] = 0.0
     parts = [normed(embedded, "embedding_norm"), normed(state, "hidden_norm")]
     x = draft.fc(torch.cat(parts[::-1] if mimo else parts, dim=-1))
@@ -116,7 +133,7 @@ def far(one: Tensor, other: Tensor) -> float:
 def test_a_head_of_each_family_is_written_and_read_by_a_second_reader(
     own: Target, tmp_path: Path
 ) -> None:
-    draft = stored(fresh_draft(own, kind="mtp", width=96), own)
+    draft = stored(head_of(own), own)
     draft.save(tmp_path / "d")
     back = read_draft(str(tmp_path / "d"))
     assert back.hash() == draft.hash()

@@ -1,4 +1,5 @@
-"""MTP heads in running engines: a tiny MiMo's and a tiny Qwen3.5's in vLLM, the latter in llama.cpp too.
+"""MTP heads in running engines: a tiny MiMo's and a tiny Qwen3.5's in vLLM, the latter in llama.cpp too; with routed experts a
+tiny GLM-4.5's and a tiny Qwen3.5 MoE's.
 
 llama.cpp runs Qwen3.5's layers with a recurrent state, which a vLLM for CPUs does not in float32, and needs one; it has no graph
 for MiMo.
@@ -29,7 +30,13 @@ from redraft.serving.verify import Request, verify
 from redraft.serving.vllm import VLLM
 from redraft.training.train import train
 from tests.conftest import asked
-from tests.drafts.mtp_targets import save_mimo, save_qwen3_5
+from tests.drafts.mtp_targets import (
+    routed_head,
+    save_glm4_moe,
+    save_mimo,
+    save_qwen3_5,
+    save_qwen3_5_moe,
+)
 from tests.engines_real.cells import TOKENS, K, Table, own_plain
 from tests.engines_real.conftest import environment_of
 from tests.engines_real.test_llamacpp import ONE_THREAD
@@ -46,13 +53,18 @@ def mimo(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     return trained(save_mimo(folder / "target"))
 
 
-def trained(source: Path, epochs: float = 40) -> Parts:
-    """A target, a head that is right some of the time, and the folder of both."""
+def trained(source: Path, epochs: float = 40, *, routed: bool = False) -> Parts:
+    """A target, a head that is right some of the time, and the folder of both. Routed experts stay random."""
     folder, target = source.parent, load_target(str(source))
     answers = answer_all(target, asked(target), 32, 8, Sampling())
-    draft = new_draft(target, answers, kind="mtp")
+    draft = routed_head(target) if routed else new_draft(target, answers, kind="mtp")
     how = TrainConfig(
-        method="scratch", lr=1e-2, epochs=epochs, batch_tokens=512, rollout=4, evaluations=1
+        method="body" if routed else "scratch",
+        lr=1e-2,
+        epochs=epochs,
+        batch_tokens=512,
+        rollout=4,
+        evaluations=1,
     )
     train(target, draft, answers, answers[:4], how, k=4)
     head = stored(draft, target)
@@ -140,6 +152,26 @@ def test_a_head_of_qwen_in_vllm(
         assert (own.drafts, own.accepted) != (cell.drafts, cell.accepted), change
 
 
+@pytest.mark.full
+def test_routed_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """GLM-4.5's: words as without the head, and equal counts; another routing would be seen."""
+    folder = tmp_path_factory.mktemp("glm")
+    target, head, _ = trained(save_glm4_moe(folder / "target"), 30, routed=True)
+    table = Table(VLLM, environment_of(VLLM), tmp_path_factory.mktemp("logs"), asked(target)[:8])
+    cell = table.cell("routed mtp head", target, str(head.folder))
+    assert (cell.identical, cell.different) == (cell.prompts, 0)
+    assert cell.tau > 1.2
+    assert (cell.drafts, cell.accepted) == (cell.own_drafts, cell.own_accepted)
+    config, seen = head.config, 0
+    changes = {"normalised": False}, {"scale": 1.0}, {"groups_per_token": 4}, {"per_token": 2}
+    for change in changes:
+        routed = dataclasses.replace(config.routed, **change)  # type: ignore[attr-defined]
+        other = dataclasses.replace(head, config=dataclasses.replace(config, routed=routed))
+        own = table._own_count(target, other.build(target), K)
+        seen += (own.drafts, own.accepted) != (cell.drafts, cell.accepted)
+    assert seen >= 3
+
+
 # -- llama.cpp -----------------------------------------------------------------------------------
 
 
@@ -189,6 +221,31 @@ def test_a_head_of_a_recurrent_target_in_llamacpp(
             if (other.drafts, other.accepted) != (own.drafts, own.accepted):
                 seen.add(*change)
     assert seen == {"leading_pair", "before_norm", "state_first"}
+
+
+@pytest.mark.full
+def test_routed_experts_in_llamacpp(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Qwen3.5 MoE's, one by one and packed. Counts are compared where both have the same words."""
+    folder = tmp_path_factory.mktemp("moe")
+    parts = trained(save_qwen3_5_moe(folder / "target", linear=True), 5, routed=True)
+    target, head, whole = parts
+    routed = dataclasses.replace(head.config.routed, packed=True)  # type: ignore[attr-defined]
+    packed = dataclasses.replace(head, config=dataclasses.replace(head.config, routed=routed))
+    stitch(str(whole), packed, folder / "packed")
+    logs, environment, compared = tmp_path_factory.mktemp("logs"), environment_of(LLAMACPP), 0
+    for prompt in asked(target)[:2]:
+        table = Table(LLAMACPP, environment, logs, [prompt], ONE_THREAD)
+        plain = table.plain(load_target(str(whole)))
+        own = own_count(parts, [prompt])
+        for form in (whole, folder / "packed"):
+            speculation = Speculation("draft-mtp", str(form), K)
+            name = f"{form.name} {prompt.id}"
+            words, counted = table.ask(name, load_target(str(form)), speculation)
+            assert words == plain
+            if words == own_plain(target, [prompt]):
+                assert (counted.drafts, counted.accepted) == (own.drafts, own.accepted)
+                compared += 1
+    assert compared >= 2
 
 
 def test_verify_stitches_for_llamacpp(

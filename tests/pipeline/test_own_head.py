@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,16 @@ from redraft.checkpoints.load import read_draft, stored
 from redraft.checkpoints.own_head import inspect_head, stitch
 from redraft.cli.app import app
 from redraft.core.errors import UserError
+from redraft.core.folders import read_tensors
 from redraft.models.loading import load_target
 from tests.conftest import fresh_draft, make_tokenizer, write_prompts
-from tests.drafts.mtp_targets import SIZES, save_qwen3_5
+from tests.drafts.mtp_targets import (
+    SIZES,
+    routed_head,
+    save_glm4_moe,
+    save_qwen3_5,
+    save_qwen3_5_moe,
+)
 
 SETTINGS = {
     "regenerate.max_new_tokens": 24,
@@ -36,18 +46,33 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def lost(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("lost"))
+
+
+@pytest.fixture(scope="module", params=[save_qwen3_5_moe, save_glm4_moe])
+def routed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads with routed experts; of the first in a target with a recurrent state, packed."""
+    return made(tmp_path_factory.mktemp("routed"), request.param)
+
+
+def made(folder: Path, save: Callable[..., Path] | None = None) -> Path:
     """base: a target with its head. tuned: a fine-tune, saved by Transformers."""
-    folder = tmp_path_factory.mktemp("lost")
-    target = load_target(str(save_qwen3_5(folder / "trunk", linear=True)))
-    head = stored(fresh_draft(target, kind="mtp", width=SIZES["intermediate_size"]), target)
+    linear = {} if save is save_glm4_moe else {"linear": True}
+    target = load_target(str((save or save_qwen3_5)(folder / "trunk", **linear)))
+    width = SIZES["intermediate_size"]
+    draft = fresh_draft(target, kind="mtp", width=width) if save is None else routed_head(target)
+    head = stored(draft, target)
+    if save is save_qwen3_5_moe:
+        experts = dataclasses.replace(draft.config.routed, packed=True)
+        head = dataclasses.replace(head, config=dataclasses.replace(draft.config, routed=experts))
     stitch(str(folder / "trunk"), head, folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+        model.model.layers[1].self_attn.q_proj.weight.mul_(1.1)
     model.save_pretrained(folder / "tuned")
     make_tokenizer().save_pretrained(folder / "tuned")
-    raw = json.loads((folder / "tuned" / "config.json").read_text())
-    (folder / "tuned" / "config.json").write_text(json.dumps({**raw, "mtp_num_hidden_layers": 1}))
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(folder / "trunk" / name, folder / "tuned" / name)
     write_prompts(folder / "p.jsonl", 24)
     return folder
 
@@ -91,6 +116,26 @@ def test_a_check_recommends_and_trains_nothing(lost: Path, tmp_path: Path) -> No
     assert said["step_cost"]["target"] > 0
     assert {o["action"] for o in said["recommendation"]["options"]} >= {"keep", "adapt"}
     assert not (tmp_path / "run" / "run").exists()
+
+
+def test_a_head_with_routed_experts_is_given_back(routed: Path, tmp_path: Path) -> None:
+    """Everything is trained but the experts and their router, which keep their bits and their form."""
+    said = mtp(routed, tmp_path / "run", "--base", str(routed / "base"))
+    found = inspect_head(str(tmp_path / "run" / "checkpoint"), str(routed / "base"))
+    assert found is not None
+    assert (found.state, found.same_as_base, found.trunk_changed) == ("whole", False, True)
+    assert said["checkpoint"]["head"] == found.hash
+    before = {**read_tensors(routed / "base")}
+    after = {**read_tensors(tmp_path / "run" / "checkpoint")}
+    assert before.keys() == after.keys()
+    head = {n for n in before if n.startswith(("mtp.", "model.layers.3."))} - read_tensors(
+        routed / "tuned"
+    ).keys()
+    assert len(head) == found.tensors
+    frozen = {n for n in head if ".mlp.experts." in n or ".mlp.gate." in n}
+    assert {n for n in head if torch.equal(before[n], after[n])} == frozen
+    trained = sum(before[n].numel() for n in head - frozen)
+    assert said["train"]["trained_parameters"] == trained < found.parameters
 
 
 def test_a_head_begins_with_the_targets_last_layer(lost: Path, tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def check_carries(draft: Draft, method: Method, setup: Setup) -> None:
             f"this {draft.kind} draft has no {', '.join(missing)} to train (method {method.name}); "
             f"it can carry {', '.join(fitting)}"
         )
+    if method.fresh:
+        draft.check_fresh()
     for kind in kinds:
         kind.check(draft, method, setup)
 

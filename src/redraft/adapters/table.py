@@ -83,14 +83,14 @@ TABLE = (
     AdapterRow(
         "ffn",
         "the shared FFN itself",
-        in_place=("*mlp.*_proj.*",),
+        in_place=("*mlp.*_proj.*", "*mlp.shared_expert_gate.*"),
         excludes=("expert",),
         because="an expert leaves the shared FFN frozen, ffn trains it",
     ),
     AdapterRow("head", "the draft's own output head", in_place=("lm_head.*",)),
     AdapterRow(
         "body",
-        "every tensor but the output head and the embedding",
+        "every tensor but the output head, the embedding and routed experts",
         in_place=(
             "fc.*",
             "input_norm.*",
@@ -98,6 +98,7 @@ TABLE = (
             "*norm.weight",
             "*self_attn.*",
             "*mlp.*_proj.*",
+            "*mlp.shared_expert_gate.*",
         ),
         only_with=("head-lora", "weight-sync", "feature-map"),
         because="body trains fc, norms, attention and ffn already; with it only head-lora, weight-sync and feature-map "

@@ -106,6 +106,9 @@ class Draft(nn.Module, ABC):
         """Every tensor that a from-scratch draft of this kind trains, by state-dict name."""
         return [name for name, _ in self.named_parameters()]
 
+    def check_fresh(self) -> None:
+        """Raise UserError for a draft that is not trained from nothing."""
+
     def reinitialise(self, seed: int) -> None:
         """Fresh weights for training from nothing, in place."""
         parameters = dict(self.named_parameters())

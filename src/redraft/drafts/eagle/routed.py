@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from ..layers import ACTIVATIONS
+from ..routing import Expert, sum_of_chosen, wide
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,6 @@ class RoutedShape:
         )
 
 
-class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)). Not a `GatedFFN`: widening one would change it for some tokens only."""
-
-    def __init__(self, hidden: int, width: int, activation: str):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(
-            ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
-        )
-        return y
-
-
 class RoutedExperts(nn.Module):
     """Shared and private experts behind their routers."""
 
@@ -86,12 +68,8 @@ class RoutedExperts(nn.Module):
 
 def _mix(x_MH: Tensor, gate: nn.Module, experts: nn.ModuleList, k: int) -> Tensor:
     """One group's share of the output [M, H]. Routers decide in float32; float64 stays."""
-    wide = torch.float64 if x_MH.dtype == torch.float64 else torch.float32
-    p_Mk, chosen_Mk = gate(x_MH).softmax(-1, dtype=wide).topk(k, dim=-1)
-    share_Mk = (p_Mk / p_Mk.sum(-1, keepdim=True)).to(x_MH.dtype)
-    y_MH = torch.zeros_like(x_MH)
-    for index, expert in enumerate(experts):
-        rows, slots = (chosen_Mk == index).nonzero(as_tuple=True)
-        own = share_Mk[rows, slots, None] * expert(x_MH[rows])
-        y_MH = y_MH.index_add(0, rows, own.to(y_MH.dtype))
-    return y_MH
+    p_Mk, chosen_Mk = gate(x_MH).softmax(-1, dtype=wide(x_MH)).topk(k, dim=-1)
+    share_Mk = p_Mk / p_Mk.sum(-1, keepdim=True)
+    return sum_of_chosen(
+        x_MH, chosen_Mk, share_Mk, len(experts), lambda index, x: experts[index](x), idle=True
+    )

@@ -12,7 +12,7 @@ MTP = DraftKind(
     name="mtp",
     network=MtpDraft,
     new=MtpDraft.for_target,
-    stored_as="MTP heads (of Qwen3.5, MiMo, GLM and DeepSeek-V3 layout, dense)",
+    stored_as="MTP heads (of Qwen3.5, MiMo, GLM and DeepSeek-V3 layout)",
     layouts=(
         Layout(
             name="mtp",
@@ -35,6 +35,7 @@ llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --s
         "before_norm": "a chain starts in the state before the target's final norm",
         "raw_feedback": "a chain goes on in the state before the head's own norm",
         "zero_first": "the first pair's embedding is zeros",
+        "routed": "the FFN is routed experts, and a shared one",
         "leading_pair": "zeros with the first token are a pair before the others",
         **VARIANTS,
     },

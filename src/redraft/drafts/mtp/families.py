@@ -54,8 +54,12 @@ class Family:
     """The embedding of the first pair is zeros."""
     copies: tuple[str, ...] = ()
     """Copies of the target's embedding and head that the file may hold; engines use the target's."""
+    router: str = ""
+    """How layers with routed experts choose them, as `routed.py` names it; "": redraft computes none in this family."""
     assumed: bool = False
     """Whether engines assume a head where config.json does not count its layers."""
+    uncounted: tuple[str, ...] = ()
+    """How names of architectures begin whose config.json has no such count and needs none: there is one layer."""
 
 
 QWEN = Family(
@@ -76,7 +80,9 @@ QWEN = Family(
     norm_offset=1.0,
     gated=True,
     rotary_share=0.25,
+    router="softmax",
     assumed=True,
+    uncounted=("Qwen3Next",),
 )
 MIMO = Family(
     name="mimo",
@@ -117,6 +123,7 @@ NEXTN = Family(
     ),  # in vLLM; llama.cpp, SGLang and Transformers feed back the normed state
     zero_first=True,  # in vLLM
     copies=(EMBEDDING, HEAD),
+    router="sigmoid",
 )
 FAMILIES = (QWEN, MIMO, NEXTN)
 
@@ -175,17 +182,22 @@ def unknown_key(raw: Config) -> str | None:
 
 
 def count_declared(raw: Config, family: Family) -> int | None:
-    """How many layers config.json counts; None where it does not say."""
+    """How many layers config.json declares; None where it does not say."""
     for place in (text_config(raw), raw):
         count = place.get(family.declared)
         if isinstance(count, int):
             return count
-    return None
+    return 1 if _begins(raw, family.uncounted) else None
 
 
 def feeds_raw(raw: Config, family: Family) -> bool:
     """Whether a chain of a target of this config.json goes on in the state before the head's norm."""
-    return (*architectures_of(raw), "")[0].startswith(family.raw_feedback or ("\0",))
+    return _begins(raw, family.raw_feedback)
+
+
+def _begins(raw: Config, names: tuple[str, ...]) -> bool:
+    """Whether the name of the architecture begins with one of these."""
+    return (*architectures_of(raw), "")[0].startswith(names)
 
 
 def has_trunk(raw: Config, names: Collection[str]) -> bool:

@@ -20,6 +20,7 @@ from ...core.errors import UserError
 from ...models.target import Target
 from ..base import Draft
 from ..kind import Config, Files, Named, Shapes, Tensors
+from ..routing import wide
 from ..stored.layer import check_rotary, check_tensors, layer_shapes, read_layer, write_layer
 from .families import (
     TRUNK,
@@ -34,7 +35,16 @@ from .families import (
     text_config,
     unknown_key,
 )
-from .network import MtpConfig, MtpDraft
+from .network import BIAS, MtpConfig, MtpDraft
+from .routed_files import (
+    declared_experts,
+    has_experts,
+    one_by_one,
+    packed,
+    read_routed,
+    routed_shapes,
+    stored_shapes,
+)
 
 LAYER = "layers.0."
 WIDTH = "intermediate_size"
@@ -42,9 +52,6 @@ SHARE = "partial_rotary_factor"
 MORE = re.compile(r"(?:^|\.)mtp(?:_layers|\.layers)\.[1-9]\d*\.")
 """In the names of a second MTP layer."""
 NOT_COMPUTED = {
-    re.compile(
-        r"\.experts\.|\.gate\.weight$|e_score_correction_bias|shared_expert"
-    ): "routed experts",
     re.compile(r"\.kv_[ab]_(?:proj|layernorm)"): "multi-head latent attention",
     re.compile(
         r"_scale(?:_inv)?$|\.qweight$|\.scales$|\.qzeros$|\.weight_packed$"
@@ -75,13 +82,13 @@ def parse(raw: Config, stored: Tensors, where: Path) -> tuple[MtpConfig, dict[st
     tensors = {_named(family, name): t for name, t in mine.items() if name not in family.copies}
     layer = {n.removeprefix(LAYER): t for n, t in tensors.items() if n.startswith(LAYER)}
     config = _shape(raw, family, layer, where)
-    required, _ = expected_shapes(config)
+    required = stored_shapes(expected_shapes(config)[0], config.routed)
     native = {_stored(family, prefix, name): shape for name, shape in required.items()}
     check_tensors(
         {_stored(family, prefix, n): t for n, t in tensors.items()}, native, {}, str(where)
     )
     check_rotary(config, where)
-    return config, tensors
+    return config, tensors if config.routed is None else packed(tensors, config.routed)
 
 
 def _beyond(raw: Config, names: Collection[str]) -> list[str]:
@@ -93,6 +100,9 @@ def _beyond(raw: Config, names: Collection[str]) -> list[str]:
 
 def not_computed(raw: Config, names: Collection[str]) -> str | None:
     """Why redraft does not compute a head with these tensors; None where it does."""
+    found = found_in(raw, names)
+    if found is not None and not found[0].router and has_experts(names):
+        return f"an MTP head of family {found[0].name} with routed experts is seen, but neither checked, run nor adapted by redraft"
     for pattern, what in NOT_COMPUTED.items():
         name = next((name for name in sorted(names) if pattern.search(name)), None)
         if name is not None:
@@ -107,6 +117,9 @@ def _shape(raw: Config, family: Family, layer: Tensors, where: Path) -> MtpConfi
     for key in ("layer_types", "rope_scaling", "sliding_window", "use_sliding_window"):
         text.pop(key, None)  # of the target's layers; the head's attends to everything
     text |= {"rope_parameters": rope, "attention_bias": "self_attn.o_proj.bias" in layer}
+    routed = read_routed(text, layer, family.router, where) if has_experts(layer) else None
+    if routed is not None:
+        text[WIDTH] = routed.width
     fields = read_layer(text, layer, where)
     return MtpConfig(
         **{
@@ -122,6 +135,7 @@ def _shape(raw: Config, family: Family, layer: Tensors, where: Path) -> MtpConfi
         before_norm=family.before_norm,
         raw_feedback=feeds_raw(raw, family),
         zero_first=family.zero_first,
+        routed=routed,
         checkpoint=dict(raw),
     )
 
@@ -148,13 +162,24 @@ def as_stored(c: MtpConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names that the family's checkpoints have."""
     family = family_named(c.family)
     prefix = family.write.replace("{n}", str(layers_of(c.checkpoint)))
+    if c.routed is not None and not c.routed.packed:
+        tensors = one_by_one(tensors)
     return {_stored(family, prefix, name): tensor for name, tensor in tensors.items()}
 
 
 def build(config: MtpConfig, tensors: Tensors, dtype: torch.dtype) -> MtpDraft:
-    """A head computing in `dtype` from tensors as stored."""
-    draft = MtpDraft(config).to(dtype)
-    draft.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()})
+    """A head computing in `dtype` from tensors as stored; it shares those that are never trained.
+
+    A router's bias stays in float32, as engines have it: it decides, and is no share.
+    """
+    with torch.device("meta"):
+        draft = MtpDraft(config)
+    trained = set(draft.trainable_names())
+    own = {
+        name: t.to(wide(t) if name.endswith(BIAS) else dtype, copy=name in trained)
+        for name, t in tensors.items()
+    }
+    draft.load_state_dict(own, assign=True)
     return draft.eval().requires_grad_(False)
 
 
@@ -163,6 +188,9 @@ def expected_shapes(c: MtpConfig) -> tuple[Shapes, Shapes]:
     H = c.hidden_size
     norms = {f"{name}.weight": (H,) for name in ("embedding_norm", "hidden_norm", "norm")}
     layer = {**layer_shapes(c, H), "input_layernorm.weight": (H,)}
+    if c.routed is not None:
+        layer = {n: s for n, s in layer.items() if not n.startswith("mlp.")}
+        layer |= routed_shapes(c.routed, H)
     return {"fc.weight": (H, 2 * H), **norms, **{LAYER + n: s for n, s in layer.items()}}, {}
 
 
@@ -175,7 +203,9 @@ def config_json(c: MtpConfig) -> dict[str, Any]:
     """config.json of the checkpoint, declaring one layer; made of the head's own shape where there is none."""
     family = family_named(c.family)
     if c.checkpoint:
-        return declaring(c.checkpoint, family, {WIDTH: c.intermediate_size})
+        return declaring(
+            c.checkpoint, family, {} if c.routed is not None else {WIDTH: c.intermediate_size}
+        )
     rope = {**c.rope_parameters, SHARE: c.rotary_share}
     return {
         **write_layer(c),
@@ -208,10 +238,12 @@ def find_inside(raw: Config, names: Collection[str]) -> tuple[str, list[str]] | 
 
 
 def declared_inside(raw: Config) -> tuple[str, str, int | None] | None:
-    """The family that a target's config.json declares, the key, and the count."""
+    """The family that a target's config.json declares, by which key or else by its architecture, and the count."""
     family, key = declared_by(raw), unknown_key(raw)
     if family is not None:
-        return family.name, family.declared, count_declared(raw, family)
+        count = count_declared(raw, family)
+        counted = count is None or any(family.declared in c for c in (raw, text_config(raw)))
+        return family.name, family.declared if counted else architectures_of(raw)[0], count
     return None if key is None else ("", key, text_config(raw).get(key, raw.get(key)))
 
 
@@ -231,7 +263,13 @@ def declare_inside(raw: Config, c: MtpConfig) -> dict[str, Any]:
             "the target is quantised (quantization_config), and engines would take the head for quantised too, and pass over its "
             "weights; stitch it into the unquantised model, and quantise that with the head left out"
         )
-    if width != c.intermediate_size:
+    experts = declared_experts(text_config(raw), family.router)
+    if bool(experts) != (c.routed is not None):
+        raise UserError(
+            f"this head's FFN is {c.routed or 'dense'}, the target's config.json counts {experts} routed experts a layer, which "
+            "engines take for the head as well; serve the head as a folder of its own"
+        )
+    if width != c.intermediate_size and c.routed is None:
         raise UserError(
             f"this head's FFN has {c.intermediate_size} neurons, the target's config.json says {width}, which engines take for "
             "the head as well; adapt without an expert (--method body), or serve the head as a folder of its own"

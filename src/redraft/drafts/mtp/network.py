@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,11 @@ from ...core.errors import UserError
 from ...models.target import Target
 from ..layers import GatedFFN, RMSNorm
 from ..one_layer import Attend, Attention, Cache, LayerShape, OneLayerDraft, shape_of
-from .families import QWEN, declared_by, feeds_raw
+from .families import QWEN, declared_by, feeds_raw, text_config
+from .routed import FROZEN, RoutedFFN, RoutedShape
+from .routed_files import declared_experts, read_routed
+
+MLP, BIAS = "layers.0.mlp.", "e_score_correction_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,8 @@ class MtpConfig(LayerShape):
     zero_first: bool = False
     leading_pair: bool = False
     """The first pair is zeros with the first token, before the usual ones, as llama.cpp has it."""
+    routed: RoutedShape | None = None
+    """Routed experts for the FFN. They are not trained, and nor is their router."""
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     """config.json of the checkpoint that it belongs to."""
 
@@ -49,7 +56,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(*norm)
         self.self_attn = Attention(config, config.hidden_size)
         self.post_attention_layernorm = RMSNorm(*norm)
-        self.mlp = GatedFFN(config.hidden_size, config.intermediate_size, config.hidden_act)
+        sizes = config.hidden_size, config.intermediate_size
+        self.mlp = (
+            GatedFFN(*sizes, config.hidden_act)
+            if config.routed is None
+            else RoutedFFN(config.hidden_size, config.routed, config.hidden_act)
+        )
 
     def forward(self, x: Tensor, cos_TC: Tensor, sin_TC: Tensor, attend: Attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos_TC, sin_TC, attend)
@@ -76,10 +88,15 @@ class MtpDraft(OneLayerDraft):
 
     @classmethod
     def for_target(cls, target: Target, *, width: int | None = None) -> MtpDraft:
-        """A head of the usual shape, not yet bound: of the target's family, else as Qwen3.5 has it."""
+        """A head of the usual shape, not yet bound: of the target's family, else as Qwen3.5 has it.
+
+        With routed experts where the target's layers have them, unless a dense `width` is named.
+        """
         raw, layer = target.model.config.to_dict(), target.model.config.get_text_config()
         family = declared_by(raw) or QWEN
-        shape = shape_of(target, width or getattr(layer, "intermediate_size", None))
+        routed = None if width else _routed_of(target)
+        width = width or (routed.width if routed else getattr(layer, "intermediate_size", None))
+        shape = shape_of(target, width)
         rope = getattr(layer, "rope_parameters", None) or {}
         biased = bool(getattr(layer, "attention_bias", family.model_type == "qwen2"))
         return cls(
@@ -87,7 +104,7 @@ class MtpDraft(OneLayerDraft):
                 **shape,
                 hidden_act=getattr(layer, "hidden_act", "silu"),
                 qkv_bias=biased,
-                head_norms=family is QWEN,
+                head_norms=family is QWEN or bool(getattr(layer, "use_qk_norm", False)),
                 output_gate=family.gated and bool(getattr(layer, "attn_output_gate", True)),
                 rotary_share=float(rope.get("partial_rotary_factor", family.rotary_share)),
                 norm_offset=family.norm_offset,
@@ -96,6 +113,7 @@ class MtpDraft(OneLayerDraft):
                 before_norm=family.before_norm,
                 raw_feedback=feeds_raw(raw, family),
                 zero_first=family.zero_first,
+                routed=routed,
                 checkpoint=raw if declared_by(raw) else {},
             )
         )
@@ -172,6 +190,19 @@ class MtpDraft(OneLayerDraft):
         out: Tensor = self.head(normed.to(next(self.head.parameters()).dtype))
         return out
 
+    def trainable_names(self) -> list[str]:
+        """All but routed experts and their router."""
+        frozen = tuple(MLP + part for part in FROZEN)
+        return [name for name in super().trainable_names() if not name.startswith(frozen)]
+
+    def check_fresh(self) -> None:
+        if self.config.routed is not None:
+            raise UserError(
+                f"an MTP head with {self.config.routed} is not trained from nothing: redraft never trains routed experts. Adapt the "
+                "base's head, or one made of the target's last layer (redraft mtp); or name a --draft-width, for a dense head, "
+                "which engines do not read under this config.json"
+            )
+
     def reinitialise(self, seed: int) -> None:
         super().reinitialise(seed)
         with torch.no_grad():
@@ -191,6 +222,15 @@ class MtpDraft(OneLayerDraft):
         object.__setattr__(self, "head", target.head)
         scale = target.norm_scale if self.config.before_norm else None
         object.__setattr__(self, "target_norm", scale)
+
+
+def _routed_of(target: Target) -> RoutedShape | None:
+    """The routed experts of a target's layers, where heads of its family have them too."""
+    raw = target.model.config.to_dict()
+    family, text = declared_by(raw), text_config(raw)
+    if family is None or not declared_experts(text, family.router):
+        return None
+    return read_routed(text, (), family.router, Path(target.name))
 
 
 def _led(first: Tensor, rest: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class MtpReference(Reference):
         self.scale = scale if self.kind == MIMO else torch.ones_like(scale)
         rope = self.c["rope_parameters"]
         share = float(rope.get("partial_rotary_factor", self.c.get("partial_rotary_factor", 1.0)))
-        self.turned = int(self.size * (share if self.kind == QWEN else 1.0))
+        self.turned = int(self.size * (1.0 if self.kind == MIMO else share))
         theta = float(rope["rope_theta"])
         self.angles = [theta ** (-2 * i / self.turned) for i in range(self.turned // 2)]
 
@@ -69,9 +69,53 @@ class MtpReference(Reference):
         x = self.linear(torch.cat(halves[::-1] if self.kind == MIMO else halves), fc)
         x = x + self.attention(self.rms(x, "input_layernorm"), position)
         y = self.rms(x, "post_attention_layernorm")
-        gate, up = self.linear(y, "mlp.gate_proj"), self.linear(y, "mlp.up_proj")
-        x = x + self.linear(gate / (1 + torch.exp(-gate)) * up, "mlp.down_proj")
+        x = x + (self.routed(y) if "mlp.gate.weight" in self.w else self.ffn(y, "mlp."))
         return x if self.kind == NEXTN else self.rms(x, last)
+
+    def ffn(self, y: Tensor, at: str) -> Tensor:
+        gate, up, down = (self.w[f"{at}{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return down @ (gate @ y / (1 + torch.exp(-(gate @ y))) * (up @ y))
+
+    def one_expert(self, y: Tensor, index: int) -> Tensor:
+        """One of the routed experts, from a tensor of its own or from one for all."""
+        if "mlp.experts.gate_up_proj" not in self.w:
+            return self.ffn(y, f"mlp.experts.{index}.")
+        both = self.w["mlp.experts.gate_up_proj"][index] @ y
+        half = len(both) // 2
+        neurons = both[:half] / (1 + torch.exp(-both[:half])) * both[half:]
+        return self.w["mlp.experts.down_proj"][index] @ neurons
+
+    def routed(self, y: Tensor) -> Tensor:
+        wanted, logits = int(self.c["num_experts_per_tok"]), self.w["mlp.gate.weight"] @ y
+        if self.kind == QWEN:
+            exact = torch.exp(logits - logits.max())
+            scores = (exact / exact.sum()).tolist()
+            chosen = sorted(range(len(scores)), key=lambda e: -scores[e])[:wanted]
+        else:
+            scores = (1 / (1 + torch.exp(-logits))).tolist()
+            bias = self.w["mlp.gate.e_score_correction_bias"].tolist()
+            ranks = [s + b for s, b in zip(scores, bias, strict=True)]
+            chosen = self.within_groups(ranks, wanted)
+        total = sum(scores[e] for e in chosen) if self.c.get("norm_topk_prob", True) else 1.0
+        parts = [scores[e] / total * self.one_expert(y, e) for e in chosen]
+        out = torch.stack(parts).sum(0)
+        if self.kind == NEXTN:
+            out = out * float(self.c.get("routed_scaling_factor", 1.0))
+        if "mlp.shared_experts.up_proj.weight" in self.w:
+            out = out + self.ffn(y, "mlp.shared_experts.")
+        if "mlp.shared_expert.up_proj.weight" in self.w:
+            gate = self.w["mlp.shared_expert_gate.weight"][0] @ y
+            out = out + self.ffn(y, "mlp.shared_expert.") / (1 + torch.exp(-gate))
+        return out
+
+    def within_groups(self, ranks: list[float], wanted: int) -> list[int]:
+        """The experts of the highest rank in the groups whose two highest add up to most."""
+        count = int(self.c.get("n_group") or 1)
+        size = len(ranks) // count
+        groups = [range(g * size, (g + 1) * size) for g in range(count)]
+        groups.sort(key=lambda group: -sum(sorted(ranks[e] for e in group)[-2:]))
+        allowed = [e for group in groups[: int(self.c.get("topk_group") or 1)] for e in group]
+        return sorted(allowed, key=lambda e: -ranks[e])[:wanted]
 
     def attention(self, x: Tensor, position: int) -> Tensor:
         q = self.linear(x, "self_attn.q_proj").view(self.heads, -1)

@@ -28,6 +28,8 @@ NEUTRAL = ("partial_rotary_factor", "logit_scale")
 ROUTED = "block_sparse_moe."
 """Prefix of an FFN of routed experts, within the layer."""
 SLIDING = "sliding_attention"
+MOST_NAMED = 8
+"""As many tensors are named where one is missing or unknown. A layer of routed experts can have a thousand."""
 LAYER_TYPES = ("full_attention", SLIDING)
 
 
@@ -198,13 +200,18 @@ def check_tensors(
     """
     missing = sorted(set(required) - set(tensors))
     extra = sorted(set(tensors) - set(required) - set(optional))
-    problems = [f"missing {', '.join(missing)}"] if missing else []
-    problems += [f"unknown {', '.join(extra)}"] if extra else []
+    problems = [f"missing {_listed(missing)}"] if missing else []
+    problems += [f"unknown {_listed(extra)}"] if extra else []
     for name, shape in {**optional, **required}.items():
         if name in tensors:
             problems += _wrong(name, tensors[name], shape)
     if problems:
         raise UserError(f"{where}: tensors do not match the layout: {'; '.join(problems)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _wrong(name: str, tensor: Tensor, shape: tuple[int, ...]) -> list[str]:
