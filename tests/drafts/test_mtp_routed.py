@@ -31,6 +31,7 @@ from redraft.core.rng import seeded
 from redraft.decoding.sampling import Sampling
 from redraft.drafts.mtp.network import MLP, MtpDraft
 from redraft.drafts.mtp.routed import RoutedFFN, RoutedShape
+from redraft.drafts.routing import sum_of_chosen
 from redraft.metrics.live import live
 from redraft.metrics.measure import answer_all, measure
 from redraft.models.loading import load_target
@@ -184,6 +185,20 @@ def test_memory_follows_the_tokens_and_not_the_experts() -> None:
     assert largest() <= max(M * k * 2 * width, E * H)  # the router's own gradient is E * H
     ffn.experts.requires_grad_(True)
     assert largest() >= E * 2 * width * H
+
+
+def test_shapes_alone_are_enough_to_plan() -> None:
+    """Without numbers as many tokens go to every expert: the work of M * k rows."""
+    ran: list[int] = []
+
+    def run(index: int, x: Tensor) -> Tensor:
+        ran.append(len(x))
+        return x
+
+    chosen = torch.zeros(10, 3, dtype=torch.long, device="meta")
+    x, share = torch.zeros(10, 4, device="meta"), torch.zeros(10, 3, device="meta")
+    assert sum_of_chosen(x, chosen, share, 8, run).shape == (10, 4)
+    assert (sum(ran), max(ran) - min(ran)) == (30, 1)
 
 
 # -- stored --------------------------------------------------------------------------------------
