@@ -69,6 +69,7 @@ def verify(
     port: int | None = None,
     start_timeout: float = 900.0,
     engine_args: str = "",
+    outtype: str | None = None,
     converted: str | None = None,
 ) -> None:
     """Try a draft in a real engine: same outputs, same tau as redraft counts, how fast.
@@ -83,6 +84,7 @@ def verify(
     levels = _levels(concurrency)
     flags = engine_flags(engine_args)
     row.check_flags(flags)
+    row.check_outtype(outtype)
     finished = _read_run(run) if run else None
     named = models.named()
     if finished:
@@ -113,6 +115,7 @@ def verify(
         patience=start_timeout,
         converted=Path(converted) if converted else None,
         engine_args=flags,
+        outtype=outtype,
     )
     found = work(
         environment,

@@ -30,6 +30,7 @@ COMPARED = (
     "tie_word_embeddings",
 )
 """What a config.json and the metadata of its model's file have to agree in."""
+TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 ENDS = ("eos", "eot", "eom")
 """Tokens of a GGUF file at which llama.cpp ends an answer."""
 ROTARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -92,6 +93,11 @@ def stored_type(file: Path) -> str:
     return known.get(int(number or 0), "mixed").removeprefix("all_").removeprefix("mostly_")
 
 
+def rounds(file: Path, dtype: torch.dtype) -> bool:
+    """Whether a file's type cannot hold every number of a dtype."""
+    return stored_type(file) not in (TYPES[torch.float32], TYPES.get(dtype))
+
+
 def read_config(file: Path) -> Any:
     """The model's configuration: its config.json, where that lies next to the file, else the file's metadata.
 
@@ -145,10 +151,25 @@ def read_tokenizer(file: Path) -> Any:
     """The tokenizer: of its files, where they lie next to the GGUF file, else as that describes it."""
     from transformers import AutoTokenizer
 
-    stored = any((file.parent / name).is_file() for name in TOKENIZER)
-    of_file = {} if stored else {"gguf_file": file.name}
+    of_file = {} if _has_tokenizer(file) else {"gguf_file": file.name}
     with as_sentence(f"target {file}: its tokenizer could not be loaded"), _no_bars():
         return AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False, **of_file)
+
+
+def _has_tokenizer(file: Path) -> bool:
+    return any((file.parent / name).is_file() for name in TOKENIZER)
+
+
+def surroundings(file: Path, scratch: Path) -> Path:
+    """A folder with the model's config.json and its tokenizer's files: the file's own where it has them, else one in
+    `scratch`, written of what the file describes.
+    """
+    if (file.parent / "config.json").is_file() and _has_tokenizer(file):
+        return file.parent
+    folder = scratch / f"{file.stem}-model"
+    read_config(file).save_pretrained(folder)
+    read_tokenizer(file).save_pretrained(folder)
+    return folder
 
 
 def read_model(

@@ -6,6 +6,7 @@ know, with a warning. Both make another model, whose figures look like any other
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,21 @@ def load_target(
     _check_finite(found)
     check_reads_on(found)
     return found
+
+
+def stored_in(target: Target, file: Path) -> Target:
+    """`target` with the weights of a GGUF file that was made of it, in its dtype and on the CPU.
+
+    Raises UserError for a file that Transformers does not read, or whose weights are not those of the target's model.
+    """
+    config = copy.deepcopy(target.model.config)
+    model, info = gguf_file.read_model(file, config, target.dtype)
+    _check_weights(str(file), model, info, lambda name: False)
+    gguf_file.check_whole(file, model)
+    model.generation_config = target.model.generation_config
+    return Target(
+        model, target.tokenizer, [str(file)], target.template, template_args=target.template_args
+    )
 
 
 def checked_source(source: str, dtype: str) -> torch.dtype | str:
