@@ -49,7 +49,7 @@ def write(
     tensors: dict[str, Any] | None = None,
     left_out: str = "",
 ) -> dict[str, Any]:
-    """Write the Llama model of a folder as `file`, its matrices in Q8_0; returns what the weights mean there, by their
+    """Write the Llama model of a folder as `file`, its matrices in Q8_0 where rows are whole blocks; returns what the weights mean there, by their
     names in the folder.
 
     `interleaved` is whether rows of queries and keys are stored in the order of llama.cpp's rotary embedding. `fields` and
@@ -77,14 +77,15 @@ def write(
         layer = name.split(".")[2] if ".layers." in name else None
         inner = name.removesuffix(".weight").removeprefix(f"model.layers.{layer}.")
         short = NAMES[inner]
-        raw, meaning[name] = q8_0(weight) if weight.ndim == 2 else (weight, weight)
+        blocks = weight.ndim == 2 and weight.shape[1] % BLOCK == 0
+        raw, meaning[name] = q8_0(weight) if blocks else (weight, weight)
         if interleaved and short in heads:
             count, rows = heads[short], len(raw)
             halves = raw.reshape(count, 2, rows // count // 2, -1)
             raw = halves.swapaxes(1, 2).reshape(rows, -1)
         if short != left_out:
             place = short if layer is None else f"blk.{layer}.{short}"
-            kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else None
+            kind = gguf.GGMLQuantizationType.Q8_0 if blocks else None
             writer.add_tensor(f"{place}.weight", np.ascontiguousarray(raw), raw_dtype=kind)
     for name, tensor in (tensors or {}).items():
         writer.add_tensor(name, tensor)

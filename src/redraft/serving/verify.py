@@ -48,6 +48,8 @@ from .trial import Trial, try_server
 from .vllm import VLLM
 
 DTYPES = ("float32", "bfloat16", "float16")
+STATES = torch.bfloat16
+"""A dtype as coarse as the 8 bits to which an engine rounds the states that it multiplies by rounded weights."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def verify(
     say("redraft's own loop on the same token ids")
     answers = answer_all(target, prompts, request.max_new_tokens, request.k, Sampling())
     if tried.outtype and not tried.unread:
-        given = with_lookahead(target, prompts, tried.plain.answers[1], request.k)
+        given = with_lookahead(target, prompts, tried.drafted.answers[1], request.k)
         own, texts = measure_answers(target, draft, given, k=request.k), answers
     else:
         own = measure(
@@ -318,8 +320,11 @@ def _compared(
     traces = [trace for trace in own.traces if isinstance(trace, StepTrace)]
     counted = count_own(traces, own.answers, limits, request.engine.cut)
     dtype = str(target.dtype).removeprefix("torch.")
+    rounding = STATES if tried.outtype else None
     outputs = {
-        level: compare(target, prompts, plain.answers[level], drafted.answers[level])
+        level: compare(
+            target, prompts, plain.answers[level], drafted.answers[level], rounding=rounding
+        )
         for level in plain.answers
     }
     speed = tuple(
@@ -343,7 +348,7 @@ def _compared(
         max_new_tokens=request.max_new_tokens,
         prompts=len(prompts),
         outputs=outputs[1],
-        against_redraft=compare(target, prompts, own_answers, plain.answers[1]),
+        against_redraft=compare(target, prompts, own_answers, plain.answers[1], rounding=rounding),
         tau=drafted.counted.acceptance(),
         own=own.acceptance,
         tolerance=tolerance(
