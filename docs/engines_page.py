@@ -110,8 +110,9 @@ def engines_page() -> str:
             "",
             "SGLang was not run.\n",
             "## Run in llama.cpp\n",
-            "The same, with target and drafts as f32 GGUF files. redraft's steps are cut as llama.cpp cuts "
-            "the last step of an answer (see below); whole steps are those of vLLM.\n",
+            "The same, with target and drafts as f32 GGUF files but for targets that are named otherwise, whose steps "
+            "redraft counts on the engine's own answers. redraft's steps are cut as llama.cpp cuts the last step of an "
+            "answer (see below); whole steps are those of vLLM.\n",
             HEADER,
             *(_cell(cell) for cell in _of("llama.cpp", cells)),
             "",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from redraft.core.errors import UserError
 from redraft.models import gguf_file
@@ -89,6 +89,8 @@ def test_it_computes_what_its_blocks_mean(
 
 def test_its_own_tokenizer_and_stop_token(alone: Path, rounded: Target) -> None:
     target = load_target(str(alone))
+    assert target.tokenizer_hash() == rounded.tokenizer_hash()
+    assert target.tokenizer.all_special_ids == rounded.tokenizer.all_special_ids
     assert target.render(CHAT) == rounded.render(CHAT)
     assert target.tokenizer.decode(target.render(CHAT)) == rounded.tokenizer.decode(
         rounded.render(CHAT)
@@ -129,7 +131,8 @@ def test_what_lies_around_it(alone: Path, dressed: Path, tmp_path: Path) -> None
     written = gguf_file.surroundings(alone, tmp_path)
     assert written.parent == tmp_path
     assert json.loads((written / "config.json").read_text())["hidden_size"] == SHAPE["hidden_size"]
-    assert (written / "tokenizer.json").is_file()
+    again = load_target(str(alone)).tokenizer
+    assert AutoTokenizer.from_pretrained(written).get_vocab() == again.get_vocab()
 
 
 def test_hashes_follow_the_file(alone: Path, dressed: Path, folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.serving.certificate_check import cut_steps, whole_steps
 from redraft.serving.engine import Serving, Speculation
+from redraft.serving.judgement import judge
 from redraft.serving.llamacpp import LLAMACPP, prepare
 from redraft.serving.own_count import Limits, count_own
 from redraft.serving.verify import Request, serving_of, verify, with_lookahead
@@ -253,7 +254,7 @@ def test_a_file_is_served_unchanged_and_counted_on_the_engines_answers(
     assert fake_llamacpp.started["params"]["model"]["path"] == quantised.sources[0]
     assert (found.outtype, found.unread, found.tolerance) == ("q8_0", "", 0.03)
     assert found.expected == found.tau
-    assert found.good, found.conclusion
+    assert judge(found) == []
     (draft,) = (written(str(path)) for path in (tmp_path / "kept").glob("*.gguf"))
     around = Path(draft["given"]["--target-model-dir"])
     assert {"config.json", "tokenizer.json"} <= {path.name for path in around.iterdir()}
@@ -302,7 +303,7 @@ def test_a_converted_target_that_redraft_cannot_read(
     )
     assert found.outtype == "q8_0"
     assert "is no whole GGUF file" in found.unread
-    assert found.good, found.conclusion
+    assert judge(found) == []
     assert (
         "only the engine with the draft was compared with the engine without it" in found.notes[0]
     )

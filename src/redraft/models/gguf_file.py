@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def gguf_file(source: str) -> Path | None:
 
 @lru_cache(maxsize=2)
 def header(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The metadata of a file that are single values, and how many numbers each of its tensors holds.
+    """The metadata of a file, of lists their lengths, and how many numbers each of its tensors holds.
 
     Raises UserError without the package `gguf`, and for a file that is damaged or one part of several.
     """
@@ -69,19 +70,18 @@ def header(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     with as_sentence(f"target {file} is no whole GGUF file"):
         reader = GGUFReader(file)
         tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
-        values = {name: _single(field) for name, field in reader.fields.items()}
+        values = {name: _value(field) for name, field in reader.fields.items()}
     if int(values.get("split.count") or 1) > 1:
         raise UserError(
             f"target {file}: one of {values['split.count']} parts; put them together (llama-gguf-split --merge) "
             "and name that file"
         )
-    return {name: value for name, value in values.items() if value is not None}, tensors
+    return values, tensors
 
 
-def _single(field: Any) -> Any:
-    """The value of a field of the metadata; None for a list."""
+def _value(field: Any) -> Any:
     value = field.contents() if len(field.data) == 1 else None
-    return None if isinstance(value, list) else value
+    return len(field.data) if value is None or isinstance(value, list) else value
 
 
 def stored_type(file: Path) -> str:
@@ -89,7 +89,7 @@ def stored_type(file: Path) -> str:
     from gguf import LlamaFileType
 
     number = header(file)[0].get("general.file_type")
-    known = {kind.value: kind.name.lower() for kind in LlamaFileType}
+    known: dict[int, str] = {kind.value: kind.name.lower() for kind in LlamaFileType}
     return known.get(int(number or 0), "mixed").removeprefix("all_").removeprefix("mostly_")
 
 
@@ -151,9 +151,33 @@ def read_tokenizer(file: Path) -> Any:
     """The tokenizer: of its files, where they lie next to the GGUF file, else as that describes it."""
     from transformers import AutoTokenizer
 
-    of_file = {} if _has_tokenizer(file) else {"gguf_file": file.name}
+    stored = _has_tokenizer(file)
+    of_file = {} if stored else {"gguf_file": file.name}
     with as_sentence(f"target {file}: its tokenizer could not be loaded"), _no_bars():
-        return AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False, **of_file)
+        found = AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False, **of_file)
+        return found if stored else _without_others(file, found)
+
+
+def _without_others(file: Path, tokenizer: Any) -> Any:
+    """Without special tokens of the class that Transformers makes it of, which are none of the file's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    count = header(file)[0]["tokenizer.ggml.tokens"]
+    if len(tokenizer) <= count:
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [each for each in state["added_tokens"] if each["id"] < count]
+    names = {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and tokenizer.convert_tokens_to_ids(token) < count
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        chat_template=tokenizer.chat_template,
+        **names,
+    )
 
 
 def _has_tokenizer(file: Path) -> bool:
