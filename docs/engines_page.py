@@ -58,6 +58,16 @@ no flash attention for a target in float32 (on a CPU it is less exact: one step 
 default drafting loses acceptance, half of it at four slots on the CPU. Texts stay equal. `--engine-args` adds flags of
 your own: those of `llama-server` for threads, batches, cache types, flash attention, layers on a GPU and the draft's limits.
 
+**Quantised targets.** `--outtype q8_0` converts the target to that type; `q4_k_m` and the other types below 8 bits take llama.cpp's
+`llama-quantize`, which xllamacpp does not have (`redraft verify` prints how to build it). A GGUF file of your own is a target too:
+`--target model.gguf`, in every command, with the package `gguf` (`pip install 'redraft[gguf]'`). redraft reads it in float32 as the numbers
+that its blocks mean. Put the model's config.json and tokenizer next to the file where you have them: the file's metadata does not say all.
+
+A draft is adapted to the answers and states of the model that it is given as `--target`. Name the file there to adapt to the quantised model.
+`redraft verify` counts redraft's steps on the engine's own answers, with the weights as the engine has them. With rounded weights
+llama.cpp rounds the states that it multiplies by them to 8 bits, and passes of several tokens add up otherwise than passes of one. So answers with
+the draft and without it differ more often than in float32. Differences are audited as in bf16 ([what is proven](lossless.md)).
+
 **What it counts.** Two rules cut the last step of an answer. A step drafts no more tokens than the longest answer leaves space for.
 A drafted stop token that the target chooses too is the step's own token, unless it is the chain's last. So its tau is a little lower
 than vLLM's where answers are short; redraft cuts its own steps alike before it compares.
@@ -100,8 +110,9 @@ def engines_page() -> str:
             "",
             "SGLang was not run.\n",
             "## Run in llama.cpp\n",
-            "The same, with target and drafts as f32 GGUF files. redraft's steps are cut as llama.cpp cuts "
-            "the last step of an answer (see below); whole steps are those of vLLM.\n",
+            "The same, with target and drafts as f32 GGUF files but for targets that are named otherwise, whose steps "
+            "redraft counts on the engine's own answers. redraft's steps are cut as llama.cpp cuts the last step of an "
+            "answer (see below); whole steps are those of vLLM.\n",
             HEADER,
             *(_cell(cell) for cell in _of("llama.cpp", cells)),
             "",

@@ -15,12 +15,14 @@ from redraft.decoding.plain import decode_plain
 from redraft.drafts.base import Draft
 from redraft.metrics.live import live
 from redraft.metrics.lossless import compare
+from redraft.metrics.replay import replay
+from redraft.models.gguf_file import gguf_file
 from redraft.models.target import Target
 from redraft.serving.counters import Counters
 from redraft.serving.engine import Engine, Speculation
 from redraft.serving.environment import Environment
 from redraft.serving.own_count import Limits, count_own
-from redraft.serving.verify import Request, method_of, serving_of
+from redraft.serving.verify import STATES, Request, method_of, serving_of, with_lookahead
 
 K, TOKENS = 4, 96
 
@@ -28,7 +30,8 @@ K, TOKENS = 4, 96
 @dataclass(frozen=True)
 class Cell:
     """What one engine load gave. `drafts` and `accepted` are the engine's counters, `own_drafts`
-    and `own_accepted` those of redraft's live loop on the same token ids, cut as the engine cuts."""
+    and `own_accepted` those of redraft's live loop on the same token ids, cut as the engine cuts. Of a target with
+    rounded weights they are those of the engine's answers."""
 
     name: str
     engine: str
@@ -120,8 +123,10 @@ class Table:
         speculation = Speculation(method_of(stored, self.engine), folder, k)
         answers, counted = self.ask(name.replace(" ", "-"), target, speculation, concurrency)
         seconds = time.monotonic() - began
-        own = self._own_count(target, draft, k)
-        outputs = compare(target, self.prompts, plain, answers)
+        rounded = gguf_file(target.sources[0]) is not None
+        own = self._own_count(target, draft, k, answers if rounded else None)
+        rounding = STATES if rounded else None
+        outputs = compare(target, self.prompts, plain, answers, rounding=rounding)
         self.cells[name] = Cell(
             name=name,
             engine=f"{self.environment.package} {self.environment.version}",
@@ -146,8 +151,14 @@ class Table:
         )
         return self.cells[name]
 
-    def _own_count(self, target: Target, draft: Draft, k: int) -> Counters:
-        traces, answers = live(target, draft, self.prompts, k, TOKENS)
+    def _own_count(
+        self, target: Target, draft: Draft, k: int, given: list[list[int]] | None
+    ) -> Counters:
+        if given is None:
+            traces, answers = live(target, draft, self.prompts, k, TOKENS)
+        else:
+            answers = with_lookahead(target, self.prompts, given, k)
+            traces = replay(target, draft, answers, k)
         return count_own(traces, answers, Limits(k, TOKENS, target.stop_ids), self.engine.cut)
 
 

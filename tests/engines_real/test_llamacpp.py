@@ -26,10 +26,12 @@ from redraft.core.errors import UserError
 from redraft.core.records import Verification
 from redraft.generation.answer_file import read_answers
 from redraft.metrics.lossless import compare
+from redraft.models.loading import stored_in
 from redraft.prompts.prompts import read_prompts
 from redraft.serving.engine import Speculation
 from redraft.serving.environment import Environment
-from redraft.serving.llamacpp import LLAMACPP, converter_of
+from redraft.serving.judgement import HALF_TOLERANCE
+from redraft.serving.llamacpp import LLAMACPP, convert, converter_of
 from redraft.serving.programs import llamacpp_server as server
 from redraft.serving.verify import Request, serving_of
 from redraft_experiments.demo import AdaptedDraft
@@ -151,6 +153,21 @@ def test_four_requests_at_a_time(
     check(llamacpp.cell("eagle3 adapted x4", repaired.target, drafts["adapted"], concurrency=4))
 
 
+def test_a_quantised_target(
+    repaired: AdaptedDraft, drafts: dict[str, str], llamacpp: Table, tmp_path: Path
+) -> None:
+    """Its steps on its own answers are those that redraft counts with the same numbers as weights."""
+    model = Path(repaired.target.sources[0])
+    file = tmp_path / f"{model.name}.gguf"
+    shutil.copy(convert(llamacpp.environment, model, "q8_0", BUILD / "logs" / "converted"), file)
+    target = stored_in(repaired.target, file)
+    cell = llamacpp.cell("eagle3 adapted, q8_0", target, drafts["adapted"])
+    print(cell)
+    assert cell.different == 0
+    assert cell.drafts > cell.prompts
+    assert abs(cell.tau - cell.own_tau) <= HALF_TOLERANCE * cell.own_tau
+
+
 def test_its_own_sampling_loses_acceptance_with_several_slots(
     repaired: AdaptedDraft, drafts: dict[str, str], llamacpp: Table
 ) -> None:
@@ -218,6 +235,19 @@ def test_verify(repaired: AdaptedDraft, drafts: dict[str, str], llamacpp: Table)
     assert found.against_redraft.holds
     assert found.expected == found.tau
     assert found.engine_args == ONE_THREAD
+    assert code == (0 if found.good else 3)
+
+
+def test_verify_with_a_quantised_target(
+    repaired: AdaptedDraft, drafts: dict[str, str], llamacpp: Table
+) -> None:
+    flags = ["--concurrency", "1", "--outtype", "q8_0", "--engine-args", " ".join(ONE_THREAD)]
+    code, row = verify(repaired, drafts["adapted"], llamacpp, *flags)
+    found = Verification.from_json(row)
+    print(found.conclusion, found.notes, found.tau, found.expected, found.against_redraft)
+    assert (found.outtype, found.unread) == ("q8_0", "")
+    assert found.outputs.holds
+    assert found.good or found.conclusion.startswith("do not serve it on this machine: slower")
     assert code == (0 if found.good else 3)
 
 

@@ -165,6 +165,17 @@ def test_batched(repaired: AdaptedDraft, drafts: dict[str, str], table: Table) -
 
 
 @pytest.mark.full
+def test_flags_of_a_service(repaired: AdaptedDraft, drafts: dict[str, str], table: Table) -> None:
+    """Prompts read in parts and kept for the next request: the same numbers, so the same steps."""
+    flags = ("--enable-prefix-caching", "--max-num-batched-tokens", "64")
+    served = dataclasses.replace(table, flags=flags, logs=BUILD / "logs" / "flags")
+    plain = table.plain(repaired.target)
+    cell = served.cell("eagle3 adapted", repaired.target, drafts["adapted"], reference=plain)
+    check_words(cell)
+    check_same_steps(cell)
+
+
+@pytest.mark.full
 def test_bfloat16(repaired: AdaptedDraft, drafts: dict[str, str], table: Table) -> None:
     """Another rounding in every product: tau keeps to 3 %, and differences are near-ties."""
     target = load_target(repaired.target.sources[0], dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -30,8 +31,11 @@ class Bench:
     prompts: list[Prompt]
     plain: list[list[int]]
 
-    def compared(self, other: list[list[int]]) -> Lossless:
-        found = compare(self.target, self.prompts, self.plain, other)
+    def compared(self, other: list[list[int]], target: Target | None = None) -> Lossless:
+        """Also by another target, as one that rounds as this one does."""
+        rounding = None if target is None else self.target.dtype
+        target = target or self.target
+        found = compare(target, self.prompts, self.plain, other, rounding=rounding)
         print(found)
         return found
 
@@ -86,6 +90,21 @@ def test_planted_noise_is_found(bench: Bench, size: float) -> None:
         for p in bench.prompts
     ]
     assert not bench.compared(other).holds
+
+
+def test_passes_that_round_more_than_the_target_that_judges_them(bench: Bench) -> None:
+    """As those of an engine with quantised weights do, which redraft reads in float32."""
+    exact = Target(copy.deepcopy(bench.target.model).float(), None, ["exact"])
+    other = bench.speculated(8)
+    unaware = compare(exact, bench.prompts, bench.plain, other)
+    assert unaware.different or other == bench.plain
+    assert bench.compared(other, exact).holds
+    logits_pipeline = LogitsPipeline(Sampling(), [Noisy(0.3)])
+    noisy = [
+        decode_plain(bench.target, p.tokens, LONGEST, logits_pipeline=logits_pipeline)
+        for p in bench.prompts
+    ]
+    assert not bench.compared(noisy, exact).holds
 
 
 def test_a_stale_cache_row_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

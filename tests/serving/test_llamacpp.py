@@ -18,13 +18,18 @@ from redraft.checkpoints.load import read_draft
 from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt
 from redraft.drafts.eagle3.network import Eagle3Draft
+from redraft.metrics.measure import measure
 from redraft.metrics.replay import replay
+from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.serving.certificate_check import cut_steps, whole_steps
 from redraft.serving.engine import Serving, Speculation
+from redraft.serving.judgement import judge
 from redraft.serving.llamacpp import LLAMACPP, prepare
 from redraft.serving.own_count import Limits, count_own
-from redraft.serving.verify import Request, verify
+from redraft.serving.verify import Request, serving_of, verify, with_lookahead
+from redraft.serving.vllm import VLLM
+from tests.models.gguf_writer import write
 from tests.serving.conftest import FakeEngine, K, install_llamacpp, key
 
 SLOWER, TOKENS = 0.05, 12
@@ -155,6 +160,162 @@ def test_an_environment_without_the_converter(
 def test_an_adapter_is_refused(fake_llamacpp: FakeEngine, what: Serving, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter a: .* save the target with its adapter"):
         prepare(fake_llamacpp.environment, dataclasses.replace(what, adapter="a"), tmp_path)
+
+
+# -- quantised targets -------------------------------------------------------------------------
+
+
+def install_quantiser(fake: FakeEngine) -> None:
+    """A stand-in that writes what it was asked and given."""
+    tool = fake.folder / "bin" / "llama-quantize"
+    tool.write_text('#!/bin/sh\n(echo "$3"; cat "$1") > "$2"\n')
+    tool.chmod(0o755)
+
+
+def test_a_type_is_the_targets_alone(
+    fake_llamacpp: FakeEngine, what: Serving, tmp_path: Path
+) -> None:
+    q8_0 = dataclasses.replace(what, outtype="q8_0")
+    found = prepare(fake_llamacpp.environment, q8_0, tmp_path / "gguf")
+    assert found.speculation is not None
+    assert written(found.target)["given"]["--outtype"] == "q8_0"
+    assert written(found.speculation.draft)["given"]["--outtype"] == "f32"
+
+
+def test_types_of_the_quantiser(
+    fake_llamacpp: FakeEngine, what: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    q4 = dataclasses.replace(what, outtype="q4_k_m", speculation=None)
+    with pytest.raises(
+        UserError, match=r"llama-quantize, .*xllamacpp does not have it(.|\n)*cmake"
+    ):
+        prepare(fake_llamacpp.environment, q4, tmp_path / "gguf")
+    install_quantiser(fake_llamacpp)
+    found = prepare(fake_llamacpp.environment, q4, tmp_path / "gguf")
+    kind, exact = Path(found.target).read_text().split("\n", 1)
+    assert kind == "Q4_K_M"
+    assert json.loads(exact)["given"]["--outtype"] == "f32"
+    assert found.outtype is None
+    (fake_llamacpp.folder / "bin" / "llama-quantize").write_text(
+        "#!/bin/sh\necho bad row; exit 1\n"
+    )
+    (Path(q4.target) / "model.safetensors").write_text("of another model")
+    with pytest.raises(UserError, match=r"llama-quantize does not take .*exit code 1.: bad row"):
+        prepare(fake_llamacpp.environment, q4, tmp_path / "gguf")
+
+
+def test_a_type_that_an_engine_does_not_have() -> None:
+    with pytest.raises(UserError, match=r"unknown --outtype 'q8'; did you mean 'q8_0'"):
+        LLAMACPP.check_outtype("q8")
+    with pytest.raises(UserError, match=r"--outtype q8_0: vLLM serves the target's own files"):
+        VLLM.check_outtype("q8_0")
+    LLAMACPP.check_outtype("q4_k_m")
+    VLLM.check_outtype(None)
+
+
+@pytest.fixture(scope="session")
+def quantised(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    """The session's target as a file of Q8_0, with nothing next to it."""
+    file = tmp_path_factory.mktemp("quantised") / "target.gguf"
+    write(file, target_folder)
+    return load_target(str(file))
+
+
+@pytest.fixture(scope="session")
+def quantised_plan(
+    quantised: Target, draft_folder: Path, few_prompts: list[Prompt], short_answers: list[Answer]
+) -> dict[str, Any]:
+    """The plan of a llama.cpp that serves that file, with other answers than redraft's: the unrounded target's."""
+    draft = read_draft(str(draft_folder)).build(quantised)
+    given = with_lookahead(quantised, few_prompts, [a.answer for a in short_answers], K)
+    steps = {
+        key(a.prompt): cut_steps(t.accepted, a.tokens, quantised.stop_ids, K, TOKENS)
+        for a, t in zip(given, replay(quantised, draft, given, K), strict=True)
+    }
+    answers = {key(a.prompt): list(a.answer) for a in short_answers}
+    return {"k": K, "answers": answers, "steps": steps, "plain_delay": SLOWER}
+
+
+def test_a_file_is_served_unchanged_and_counted_on_the_engines_answers(
+    fake_llamacpp: FakeEngine,
+    quantised: Target,
+    target: Target,
+    draft_folder: Path,
+    few_prompts: list[Prompt],
+    quantised_plan: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    fake_llamacpp.plan(**quantised_plan)
+    request = Request(tmp_path / "logs", K, TOKENS, (1,), repeats=1, engine=LLAMACPP)
+    request = dataclasses.replace(request, converted=tmp_path / "kept")
+    stored = read_draft(str(draft_folder))
+    found = verify(fake_llamacpp.environment, quantised, stored, few_prompts, request)
+    assert fake_llamacpp.started["params"]["model"]["path"] == quantised.sources[0]
+    assert (found.outtype, found.unread, found.tolerance) == ("q8_0", "", 0.03)
+    assert found.expected == found.tau
+    assert judge(found) == []
+    (draft,) = (written(str(path)) for path in (tmp_path / "kept").glob("*.gguf"))
+    around = Path(draft["given"]["--target-model-dir"])
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in around.iterdir()}
+    live = measure(quantised, stored.build(quantised), few_prompts, k=K, max_new_tokens=TOKENS)
+    assert found.own.accepted != live.acceptance.accepted  # redraft's answers have other steps
+    assert not any("only the engine" in note for note in found.notes)
+
+
+def test_a_converted_target_is_read_back(
+    fake_llamacpp: FakeEngine,
+    target: Target,
+    target_folder: Path,
+    draft_folder: Path,
+    few_prompts: list[Prompt],
+    quantised: Target,
+    quantised_plan: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    fake_llamacpp.plan(**quantised_plan)
+    tool = fake_llamacpp.folder / "bin" / "llama-quantize"
+    tool.write_text(f'#!/bin/sh\ncp {quantised.sources[0]} "$2"\n')
+    tool.chmod(0o755)
+    request = Request(tmp_path / "logs", K, TOKENS, (1,), repeats=1, engine=LLAMACPP)
+    request = dataclasses.replace(request, outtype="q4_k_m")
+    stored = read_draft(str(draft_folder))
+    found = verify(fake_llamacpp.environment, target, stored, few_prompts, request)
+    assert (found.outtype, found.unread) == ("q8_0", "")  # what the file says
+    assert found.expected == found.tau
+    assert found.target == str(target_folder)
+
+
+def test_a_converted_target_that_redraft_cannot_read(
+    fake_llamacpp: FakeEngine,
+    target: Target,
+    draft_folder: Path,
+    few_prompts: list[Prompt],
+    plan: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    steps = {prompt: [[K, 0]] * 3 for prompt in plan["steps"]}
+    fake_llamacpp.plan(**{**plan, "steps": steps})  # another tau than redraft counts
+    request = Request(tmp_path / "logs", K, TOKENS, (1,), repeats=1, engine=LLAMACPP)
+    request = dataclasses.replace(request, outtype="q8_0")
+    found = verify(
+        fake_llamacpp.environment, target, read_draft(str(draft_folder)), few_prompts, request
+    )
+    assert found.outtype == "q8_0"
+    assert "is no whole GGUF file" in found.unread
+    assert judge(found) == []
+    assert (
+        "only the engine with the draft was compared with the engine without it" in found.notes[0]
+    )
+
+
+def test_engines_of_folders_refuse_a_file(
+    quantised: Target, few_prompts: list[Prompt], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"vLLM is run on model folders here; use --engine llama"):
+        serving_of(quantised, few_prompts, Request(tmp_path, engine=VLLM))
+    with pytest.raises(UserError, match=r"--outtype q8_0: target .* is served unchanged"):
+        serving_of(quantised, few_prompts, Request(tmp_path, engine=LLAMACPP, outtype="q8_0"))
 
 
 # -- the server --------------------------------------------------------------------------------

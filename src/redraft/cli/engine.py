@@ -70,6 +70,7 @@ class EngineFlags:
     port: int | None = None
     start_timeout: float = 900.0
     engine_args: str = ""
+    outtype: str | None = None
     converted: str | None = None
 
     def request(self, run: Run | None) -> Request:
@@ -80,6 +81,7 @@ class EngineFlags:
         row = engine_named(self.engine)
         levels, flags = _levels(self.concurrency), engine_flags(self.engine_args)
         row.check_flags(flags)
+        row.check_outtype(self.outtype)
         return Request(
             engine=row,
             logs=run.folder / "verify" if run else Path(tempfile.mkdtemp(prefix="redraft-verify-")),
@@ -91,6 +93,7 @@ class EngineFlags:
             patience=self.start_timeout,
             converted=Path(self.converted) if self.converted else None,
             engine_args=flags,
+            outtype=self.outtype,
         )
 
 

@@ -33,7 +33,7 @@ class Flag:
 
 FLAGS: dict[str, Flag] = {
     # models
-    "target": Flag("target model: folder or Hub id", MODELS),
+    "target": Flag("target model: folder, GGUF file or Hub id", MODELS),
     "target_adapter": Flag("PEFT adapter on top of the target", MODELS),
     "base": Flag("the model that the target was fine-tuned from: folder or Hub id", MODELS),
     "from_layer": Flag(
@@ -176,6 +176,9 @@ FLAGS: dict[str, Flag] = {
     "repeats": Flag("timed passes at each concurrency", low=1),
     "port": Flag("port [default: a free one]", low=1, high=65535),
     "engine_args": Flag("flags of your own for the engine's server, without and with the draft"),
+    "outtype": Flag(
+        "type that the target is converted to, as llama.cpp names it: q8_0, q4_k_m [default: that of --dtype]"
+    ),
     "converted": Flag("folder that keeps models converted for the engine [default: none is kept]"),
     "start_timeout": Flag("seconds the engine may take to start", low=1),
     "check": Flag("check stored features: every checksum, some rows' states"),

@@ -403,8 +403,9 @@ class Verification:
     engine's count, `own` that of redraft's live loop on the same token ids, and `expected` the same steps
     as the engine counts them (None: the steps of `own`). `tau` and `expected` may differ by
     `tolerance`, a share of the latter. `engine_args` are the user's own flags, without and with the
-    draft. `recorded` is the run's measurement after adapting, where a run
-    was named. `findings` are fatal findings in the draft's files, `causes` what explains a bad
+    draft. `outtype` is how the engine stores the target's weights, where it rounds them: then `own` are redraft's steps
+    on the engine's answers, with the weights so rounded. `unread` is why redraft could not load those, and counted
+    with the target's own. `recorded` is the run's measurement after adapting, where a run was named. `findings` are fatal findings in the draft's files, `causes` what explains a bad
     result, `notes` what is worth knowing about a good one.
     """
 
@@ -425,6 +426,8 @@ class Verification:
     speed: tuple[EngineSpeed, ...]
     expected: EngineAcceptance | None = None
     engine_args: tuple[str, ...] = ()
+    outtype: str = ""
+    unread: str = ""
     recorded: Acceptance | None = None
     findings: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()

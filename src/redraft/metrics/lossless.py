@@ -70,17 +70,24 @@ def compare(
     other: Sequence[Sequence[int]],
     decoding: Decoding | None = None,
     seeds: Sequence[int] | None = None,
+    rounding: torch.dtype | None = None,
 ) -> Lossless:
-    """Compare answers (greedy, or seeded) with those of plain decoding, prompt by prompt."""
+    """Compare answers (greedy, or seeded) with those of plain decoding, prompt by prompt.
+
+    `rounding` is the dtype whose roundings their passes may differ by (the target's).
+    """
+    unit = rounding or target.dtype
     decoding, seeds = decoding or Decoding(), seeds or [0] * len(prompts)
     rows = list(zip(prompts, plain, other, seeds, strict=True))
     differing = [row for row in rows if list(row[1]) != list(row[2])]
     if not differing:
         return Lossless(len(rows), len(rows), 0)
-    own = [audit(target, prompt, reference, decoding, seed) for prompt, reference, _, seed in rows]
-    slack = slack_of(own, target.dtype)
+    own = [audit(target, prompt, text, decoding, seed, unit) for prompt, text, _, seed in rows]
+    slack = slack_of(own, unit)
     own = [found for found, row in zip(own, rows, strict=True) if list(row[1]) != list(row[2])]
-    drafted = [audit(target, prompt, found, decoding, seed) for prompt, _, found, seed in differing]
+    drafted = [
+        audit(target, prompt, text, decoding, seed, unit) for prompt, _, text, seed in differing
+    ]
     excused = sum(
         not found.wrong(slack) and not _ends_early(row[1], row[2])
         for found, row in zip(drafted, differing, strict=True)
@@ -93,7 +100,7 @@ def compare(
         tokens=sum(found.tokens for found in drafted),
         own_ties=sum(len(found.margins) for found in own),
         own_tokens=sum(found.tokens for found in own),
-        slack=slack * torch.finfo(target.dtype).eps,
+        slack=slack * torch.finfo(unit).eps,
     )
 
 
@@ -117,6 +124,7 @@ def audit(
     answer: Sequence[int],
     decoding: Decoding | None = None,
     seed: int = 0,
+    rounding: torch.dtype | None = None,
 ) -> Audit:
     """Hold every token of an answer against one uncached pass over it."""
     decoding = decoding or Decoding()
@@ -127,7 +135,7 @@ def audit(
         decoding.scores(LogitsPipeline(decoding.sampling), logits_1TV), at_1T, seeds_1
     )[0].tolist()
     margins = tuple(
-        _margin(logits_1TV[0, at], token, chosen, at, decoding, seed)
+        _margin(logits_1TV[0, at], token, chosen, at, decoding, seed, rounding or target.dtype)
         for at, (token, chosen) in enumerate(zip(answer, chosen_T, strict=True))
         if token != chosen
     )
@@ -156,15 +164,22 @@ def _uncached(target: Target, prompt: Prompt, answer: Sequence[int]) -> Tensor:
 
 
 def _margin(
-    logits_V: Tensor, token: int, chosen: int, at: int, decoding: Decoding, seed: int
+    logits_V: Tensor,
+    token: int,
+    chosen: int,
+    at: int,
+    decoding: Decoding,
+    seed: int,
+    rounding: torch.dtype,
 ) -> float:
     """The slack that makes `token` the choice in place of `chosen` at answer position `at`."""
+    least, most = ROUNDINGS[rounding]
     wide_V = logits_V.double()
     largest = float(wide_V[[token, chosen]].abs().max().clamp(min=1.0))
-    unit = torch.finfo(logits_V.dtype).eps * largest
+    unit = torch.finfo(rounding).eps * largest
     if decoding.mode == "greedy":
         margin = float(wide_V[chosen] - wide_V[token]) / unit
-        return margin if margin <= ROUNDINGS[logits_V.dtype][1] else math.inf
+        return margin if margin <= most else math.inf
     unit /= decoding.sampling.temperature
     ranked_V = wide_V / decoding.sampling.temperature
     if decoding.mode == "seeded":
@@ -172,10 +187,10 @@ def _margin(
         seeds_1 = seeds_tensor([seed], logits_V.device)
         ranked_V = ranked_V + gumbel(seeds_1, place, len(logits_V))[0, 0].to(ranked_V)
     for share in GRID:
-        slack = share * ROUNDINGS[logits_V.dtype][0] * unit
+        slack = share * least * unit
         certain, possible = (_kept(wide_V, decoding, by) for by in (-slack, slack))
         if possible[token] & (ranked_V[token] >= ranked_V[certain].max() - slack):
-            return share * ROUNDINGS[logits_V.dtype][0]
+            return share * least
     return math.inf
 
 

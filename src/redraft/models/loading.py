@@ -6,6 +6,7 @@ know, with a warning. Both make another model, whose figures look like any other
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from ..core import ranks
 from ..core.errors import UserError, as_sentence, reason
+from . import gguf_file
 from . import placement as placement_of
 from .cache_checks import check_reads_on
 from .target import Target
@@ -41,9 +43,9 @@ def load_target(
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> Target:
-    """Load a causal LM from a folder or a Hub id, with an optional PEFT adapter on top.
+    """Load a causal LM from a folder, a GGUF file or a Hub id, with an optional PEFT adapter on top.
 
-    `dtype` is 'auto' (as stored) or a torch dtype name. With `device_map` 'auto' its layers are spread over GPUs,
+    `dtype` is 'auto' (as stored; float32 of a GGUF file) or a torch dtype name. With `device_map` 'auto' its layers are spread over GPUs,
     memory and disk, of which `max_memory` ("0=20GiB,cpu=60GiB") gives the sizes. `chat_template` is a Jinja file,
     `template_args` are variables that it is given. Nothing is downloaded for a local path, no code of the
     folder is run, and no pickle is opened. Raises UserError when the folder or the adapter is not there, is
@@ -72,16 +74,32 @@ def load_target(
     return found
 
 
+def stored_in(target: Target, file: Path) -> Target:
+    """`target` with the weights of a GGUF file that was made of it, in its dtype and on the CPU.
+
+    Raises UserError for a file that Transformers does not read, or whose weights are not those of the target's model.
+    """
+    config = copy.deepcopy(target.model.config)
+    model, info = gguf_file.read_model(file, config, target.dtype)
+    _check_weights(str(file), model, info, lambda name: False)
+    gguf_file.check_whole(file, model)
+    model.generation_config = target.model.generation_config
+    return Target(
+        model, target.tokenizer, [str(file)], target.template, template_args=target.template_args
+    )
+
+
 def checked_source(source: str, dtype: str) -> torch.dtype | str:
     """The dtype to load in ('auto' stays). Raises UserError for no model folder, and no dtype."""
-    where = Path(source)
-    if (where.exists() or source.startswith((".", "/"))) and not (where / "config.json").is_file():
+    where, file = Path(source), gguf_file.gguf_file(source)
+    local = where.exists() or source.startswith((".", "/"))
+    if local and file is None and not (where / "config.json").is_file():
         raise UserError(
-            f"target {source}: expected a model folder with config.json; "
+            f"target {source}: expected a model folder with config.json, or a GGUF file; "
             f"{'found none in it' if where.exists() else 'no such folder'}"
         )
     if dtype == "auto":
-        return dtype
+        return dtype if file is None else torch.float32
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: unknown; known: auto, {', '.join(DTYPES)}")
     found: torch.dtype = getattr(torch, dtype)
@@ -92,8 +110,11 @@ def read_config(source: str) -> Any:
     """The configuration of a causal LM. Raises UserError for other models, by name."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with as_sentence(f"target {source}: its config.json could not be read"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if file := gguf_file.gguf_file(source):
+        config = gguf_file.read_config(file)
+    else:
+        with as_sentence(f"target {source}: its config.json could not be read"):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         name = ", ".join(config.architectures or [type(config).__name__])
         sees = any(hasattr(config, part) for part in ("vision_config", "audio_config"))
@@ -120,6 +141,13 @@ def read_model(
     """
     from transformers import AutoModelForCausalLM
 
+    if file := gguf_file.gguf_file(source):
+        assert isinstance(dtype, torch.dtype)
+        model, info = gguf_file.read_model(file, config, dtype, placement)
+        _check_weights(source, model, info, absent or (lambda name: False))
+        if absent is None:
+            gguf_file.check_whole(file, model)
+        return model
     with as_sentence(f"target {source} could not be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -136,9 +164,11 @@ def read_model(
 
 
 def read_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder or Hub id. Raises UserError where it cannot be made from its files."""
+    """The tokenizer of a folder, a GGUF file or a Hub id. Raises UserError where it cannot be made from its files."""
     from transformers import AutoTokenizer
 
+    if file := gguf_file.gguf_file(source):
+        return gguf_file.read_tokenizer(file)
     with as_sentence(f"target {source}: its tokenizer could not be loaded"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 

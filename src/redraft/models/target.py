@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.records import Answer
+from .gguf_file import SUFFIX as GGUF
+from .gguf_file import WEIGHTS, gguf_file
 from .head import logits_from
 from .templates import DIRECTIVES, FIXED_TIME, check_variables, unreadable
 from .tool_calls import forms, written_as_python, written_as_text
@@ -374,13 +376,11 @@ def fingerprint(source: str) -> str:
     From each safetensors file's header, size and modification time, other weight files' size and
     time, and the JSON files' bytes; a Hub id stands for itself (see `Target.revision`).
     """
-    folder = Path(source)
     digest = hashlib.sha256()
-    if not folder.is_dir():
+    if not (files := _files(source)):
         digest.update(source.encode())
-        return digest.hexdigest()[:16]
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".bin", ".model", ".pt"):
+    for path in files:
+        if path.suffix in (".bin", ".model", ".pt", GGUF):
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
         elif path.suffix == ".safetensors":
             with path.open("rb") as stream:
@@ -397,13 +397,11 @@ def weights_hash(source: str) -> str:
 
     From each weight file's name, size and SAMPLES blocks spread over it; a Hub id stands for itself.
     """
-    folder = Path(source)
     digest = hashlib.sha256()
-    if not folder.is_dir():
+    if not (files := _files(source)):
         digest.update(source.encode())
-        return digest.hexdigest()[:16]
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".pt"):
+    for path in files:
+        if path.suffix in (".safetensors", ".bin", ".pt", GGUF):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as stream:
@@ -411,6 +409,15 @@ def weights_hash(source: str) -> str:
                     stream.seek(max(size - BLOCK, 0) * i // (SAMPLES - 1))
                     digest.update(stream.read(BLOCK))
     return digest.hexdigest()[:16]
+
+
+def _files(source: str) -> list[Path]:
+    """The files of a local model, none of a Hub id. Of a GGUF file what lies next to it, but for other weights."""
+    weights = gguf_file(source)
+    folder = Path(source) if weights is None else weights.parent
+    others = (GGUF,) if weights is None else (GGUF, *WEIGHTS)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if path == weights or path.suffix not in others]
 
 
 def _contiguous(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

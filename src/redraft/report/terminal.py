@@ -263,6 +263,7 @@ def print_verification(found: Verification, out: Console | None = None) -> None:
         title=_cell(
             f"{found.engine} {found.engine_version}, {found.method}, {found.dtype}: "
             f"{found.prompts} prompts, K={found.k}"
+            + (f", target in {found.outtype}" if found.outtype else "")
             + (f", {' '.join(found.engine_args)}" if found.engine_args else "")
         )
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..core.console import Progress
-from ..core.errors import UserError
+from ..core.errors import UserError, check_known
 from ..core.records import Prompt
 from .certificate_check import Cut, whole_steps
 from .client import Client, connect
@@ -46,7 +46,8 @@ class Serving:
     `patience` is the longest start, in seconds. `step_tokens` are the most tokens of a step (None: the engine's own
     choice): a prompt that does not fit in one is read in parts. `at_a_time` is the most requests that
     will be sent at a time. `flags` are the user's own, added to the server's command line. `fleet` are adapters that are
-    served side by side, by the names that requests ask for.
+    served side by side, by the names that requests ask for. `outtype` is the type to convert the target to (None: that of
+    `dtype`).
     """
 
     target: str
@@ -61,6 +62,7 @@ class Serving:
     at_a_time: int = 1
     flags: tuple[str, ...] = ()
     fleet: tuple[tuple[str, str], ...] = ()
+    outtype: str | None = None
 
     @property
     def model(self) -> str:
@@ -79,7 +81,7 @@ class Engine:
 
     `name` is the value of --engine, `title` what messages call the engine, `dtypes` what it serves,
     `package` how it is installed. `prepare` makes what it serves out of Hugging Face folders, and keeps
-    it in a folder. `command` and `variables` start its server on a port; the path `health` replies with
+    it in a folder, a target in one of `outtypes`, the engine's names of types; one without any reads no GGUF. `command` and `variables` start its server on a port; the path `health` replies with
     HTTP 200 once it is ready. `own_flags` are flags that redraft gives it and the user cannot.
     `greedy` is the body of a completion: prompt, longest answer, stop tokens. `answer` is the token ids
     in its reply, None where there are none. `inside` is whether it takes a draft that belongs into the
@@ -103,6 +105,7 @@ class Engine:
     prepare: Callable[[Environment, Serving, Path], Serving] = unchanged
     cut: Cut = whole_steps
     inside: bool = False
+    outtypes: tuple[str, ...] = ()
     own_flags: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
 
@@ -118,6 +121,15 @@ class Engine:
                     f"--engine-args {flag}: redraft gives {self.title} this flag itself; leave it out "
                     "(--port, --k and --dtype are flags of redraft verify)"
                 )
+
+    def check_outtype(self, outtype: str | None) -> None:
+        """Raise UserError for a type to which this engine's targets are not converted."""
+        if outtype is not None and not self.outtypes:
+            raise UserError(
+                f"--outtype {outtype}: {self.title} serves the target's own files; leave it out"
+            )
+        if outtype is not None:
+            check_known("--outtype", [outtype], self.outtypes)
 
     @contextlib.contextmanager
     def serve(self, environment: Environment, what: Serving, log: Path) -> Iterator[RunningEngine]:

@@ -13,13 +13,15 @@ HALF_TOLERANCE = 0.03
 token is the draft's most likely; in fp32 the two count the same steps."""
 
 
-def tolerance(dtype: str, *, inside: bool = False) -> float:
+def tolerance(dtype: str, *, inside: bool = False, rounded: bool = False) -> float:
     """How far the engine's tau may lie from redraft's own, as a share of it.
 
     `inside` is whether a draft is served from its target's checkpoint by an engine with `Engine.inside`: llama.cpp begins
-    a request with the state that the one before left in its slot.
+    a request with the state that the one before left in its slot. `rounded` is whether the engine stores the target's
+    weights rounded: then it rounds the states that it multiplies by them too.
     """
-    return TOLERANCE if dtype == STRICT_DTYPE and not inside else HALF_TOLERANCE
+    exact = dtype == STRICT_DTYPE and not inside and not rounded
+    return TOLERANCE if exact else HALF_TOLERANCE
 
 
 def judge(found: Verification) -> list[str]:
@@ -83,16 +85,22 @@ def _ratios(speeds: Sequence[EngineSpeed]) -> str:
 
 def strict(found: Verification) -> bool:
     """Whether the engine's target has to answer as redraft's does, token for token."""
-    return found.dtype == STRICT_DTYPE and not found.engine_args
+    return found.dtype == STRICT_DTYPE and not found.engine_args and not found.outtype
 
 
 def notes_on(found: Verification) -> list[str]:
     """What is worth knowing whatever the judgement."""
     notes = []
-    if not found.against_redraft.holds and not strict(found):
-        why = f"in {found.dtype} rounding" if not found.engine_args else "these --engine-args"
+    if found.unread:
+        notes.append(
+            f"only the engine with the draft was compared with the engine without it: redraft could not load the target in "
+            f"{found.outtype}, and counted on the target unrounded ({found.unread})"
+        )
+    elif not found.against_redraft.holds and not strict(found):
+        rounding = f"in {found.outtype or found.dtype} rounding"
+        why = rounding if not found.engine_args else "these --engine-args"
         notes.append(other_target(found) + f"; {why} can do that")
-    if other_answers(found):
+    if other_answers(found) and not found.unread:
         notes.append("so its tau is not compared with redraft's, which is of other answers")
     if found.recorded is not None and not _comparable(found.recorded, found.k):
         notes.append(
@@ -109,7 +117,10 @@ def engine_disagrees(found: Verification) -> bool:
 
 
 def other_answers(found: Verification) -> bool:
-    """Whether the user's own flags change the engine's answers, so that its steps are of other tokens."""
+    """Whether the engine's steps are of other answers than redraft's: its target is another, or answers otherwise under the
+    user's own flags."""
+    if found.outtype:
+        return bool(found.unread)
     return bool(found.engine_args) and not found.against_redraft.holds
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,14 @@ SOURCE = "llama.cpp"
 """The folder of llama.cpp's source inside the environment."""
 OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """The converter's and the server's names of dtypes."""
+STORED = (*OUTTYPES.values(), "q8_0")
+"""The types in which the converter stores a model."""
+QUANTISED = (
+    *("q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "iq4_nl"),
+    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
+"""Those that llama.cpp's other program makes of a file in f32."""
+QUANTISER = "llama-quantize"
 EXACT = "float32"
 """In this dtype counts have to be equal, and flash attention on a CPU is less exact than the rest: it chose
 another token at a draft's margin of 6e-4 between two logits."""
@@ -55,24 +64,28 @@ CONTEXT_STEP = 256
 def prepare(environment: Environment, what: Serving, folder: Path) -> Serving:
     """`what` with GGUF files for target and draft, converted unless `folder` holds them already.
 
-    Raises UserError for an adapter, for an environment without the converter, and for a folder that the
-    converter refuses.
+    A target that is a GGUF file is served unchanged. Raises UserError for an adapter, for an environment without what
+    converts to the type, and for a folder that the converter refuses.
     """
-    from ..core.folders import find_folder  # torch, which `redraft env` does without
+    # Both import torch, which `redraft env` does without.
+    from ..core.folders import find_folder
+    from ..models.gguf_file import gguf_file, surroundings
 
     if what.adapter is not None or what.fleet:
         raise UserError(
             f"adapter {what.adapter or what.fleet[0][1]}: redraft does not convert adapters for llama.cpp; save the "
             "target with its adapter merged (PEFT's merge_and_unload) and name that folder"
         )
-    source, outtype = converter_of(environment), OUTTYPES[what.dtype]
-    target = find_folder(what.target)
-    served = dataclasses.replace(what, target=str(convert(source, target, outtype, folder)))
+    outtype, own = OUTTYPES[what.dtype], gguf_file(what.target)
+    target = find_folder(what.target) if own is None else own
+    stored = own or convert(environment, target, what.outtype or outtype, folder)
+    served = dataclasses.replace(what, target=str(stored), outtype=None)
     if what.speculation is None:
         return served
     draft = find_folder(what.speculation.draft)
     inside = draft == target  # its own head, in the same file
-    converted = served.target if inside else str(convert(source, draft, outtype, folder, target))
+    around = target if own is None else surroundings(own, folder)
+    converted = str(stored if inside else convert(environment, draft, outtype, folder, around))
     speculation = dataclasses.replace(what.speculation, draft=converted)
     return dataclasses.replace(served, speculation=speculation)
 
@@ -89,8 +102,24 @@ def converter_of(environment: Environment) -> Path:
     return source
 
 
+def quantiser_of(environment: Environment) -> Path:
+    """llama.cpp's quantiser, in an environment or on the path. Raises UserError where there is none."""
+    bin_folder = Path(environment.python).absolute().parent
+    found = shutil.which(QUANTISER, path=f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        source = converter_of(environment)
+        raise UserError(
+            f"{QUANTISER}, which makes {', '.join(QUANTISED)}, is neither in {bin_folder} nor on the path (xllamacpp does "
+            "not have it). Name a file that is quantised already as --target, or build the program:\n"
+            f"  cmake -S {source} -B build -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_OPENSSL=OFF "
+            "-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_UI=OFF\n"
+            f"  cmake --build build --target {QUANTISER} && cp build/bin/{QUANTISER} {bin_folder}"
+        )
+    return Path(found)
+
+
 def convert(
-    source: Path, model: Path, outtype: str, folder: Path, target: Path | None = None
+    environment: Environment, model: Path, outtype: str, folder: Path, target: Path | None = None
 ) -> Path:
     """The GGUF file of a model in `folder`, named by the content that it is made of.
 
@@ -98,6 +127,7 @@ def convert(
     """
     from ..core.files import move
 
+    source = converter_of(environment)
     made_of = [*converter_files(source), *model_files(model)]
     made_of += [path for path in model_files(target) if path.suffix != ".safetensors"]
     name = f"{model.resolve().name}-{outtype}-{content_hash(made_of)}"
@@ -106,14 +136,20 @@ def convert(
         return found
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{name}.{os.getpid()}.part"
-    command = [sys.executable, str(llamacpp_convert.__file__), str(source), str(model)]
-    command += ["--outtype", outtype, "--outfile", str(scratch)]
-    command += [] if target is None else ["--target-model-dir", str(target)]
-    code = run(command, log, f"converting {model} to GGUF")
+    if outtype in QUANTISED:
+        tool = quantiser_of(environment)
+        exact = convert(environment, model, OUTTYPES[EXACT], folder)
+        command = [str(tool), str(exact), str(scratch), outtype.upper()]
+    else:
+        tool = Path("converter")
+        command = [sys.executable, str(llamacpp_convert.__file__), str(source), str(model)]
+        command += ["--outtype", outtype, "--outfile", str(scratch)]
+        command += [] if target is None else ["--target-model-dir", str(target)]
+    code = run(command, log, f"converting {model} to GGUF ({outtype})")
     if code != 0 or not scratch.is_file():
         scratch.unlink(missing_ok=True)
         raise UserError(
-            f"llama.cpp's converter does not take {model} (exit code {code}): {last_words(log)}; its log: "
+            f"llama.cpp's {tool.name} does not take {model} (exit code {code}): {last_words(log)}; its log: "
             f"{log}"
         )
     if llamacpp_convert.OTHER_SPLITTING in log.read_text(encoding="utf-8", errors="replace"):
@@ -217,6 +253,7 @@ LLAMACPP = Engine(
     name="llama.cpp",
     title="llama.cpp",
     dtypes=tuple(OUTTYPES),
+    outtypes=(*STORED, *QUANTISED),
     package=PACKAGE,
     command=command_line,
     variables=variables_for,

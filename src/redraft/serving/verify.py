@@ -22,12 +22,22 @@ from ..checkpoints.own_head import stitch
 from ..config import MeasureConfig
 from ..core.console import say
 from ..core.errors import UserError
-from ..core.records import Acceptance, EngineSpeed, Prompt, StepTrace, Verification, versions
+from ..core.records import (
+    Acceptance,
+    Answer,
+    EngineSpeed,
+    Prompt,
+    StepTrace,
+    Verification,
+    versions,
+)
 from ..decoding.sampling import Sampling
 from ..metrics.config_diagnosis import better_variants
 from ..metrics.lossless import compare
-from ..metrics.measure import Measured, answer_all, measure
+from ..metrics.measure import Measured, answer_all, measure, measure_answers
+from ..models.gguf_file import gguf_file, rounds, stored_type
 from ..models.kv_cache import is_recurrent
+from ..models.loading import stored_in
 from ..models.target import Target, weights_hash
 from .diagnosis import diagnose
 from .engine import Engine, Serving, Speculation
@@ -38,6 +48,8 @@ from .trial import Trial, try_server
 from .vllm import VLLM
 
 DTYPES = ("float32", "bfloat16", "float16")
+STATES = torch.bfloat16
+"""A dtype as coarse as the 8 bits to which an engine rounds the states that it multiplies by rounded weights."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,8 @@ class Request:
     """What to try. Logs of the two servers go to the folder `logs`.
 
     `converted` is the folder that keeps what the engine reads instead of Hugging Face folders; None: it is
-    removed at the end. `engine_args` are the user's own flags of the engine's server. See `Serving` for
-    the rest.
+    removed at the end. `engine_args` are the user's own flags of the engine's server, `outtype` the type to convert the
+    target to. See `Serving` for the rest.
     """
 
     logs: Path
@@ -60,6 +72,21 @@ class Request:
     engine: Engine = VLLM
     converted: Path | None = None
     engine_args: tuple[str, ...] = ()
+    outtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The engine without the draft and with it, and the target with the weights that it served.
+
+    `outtype` and `unread` are those of `Verification`.
+    """
+
+    plain: Trial
+    drafted: Trial
+    target: Target
+    outtype: str = ""
+    unread: str = ""
 
 
 def verify(
@@ -79,27 +106,36 @@ def verify(
     them that accept clearly more are added. Raises UserError
     when draft and target do not fit or the engine cannot be run.
     """
-    began = time.monotonic()
+    began, name = time.monotonic(), target.name
     method_of(stored, request.engine)
     served = stored.as_served(request.engine.name)
     draft = served.build(target)  # refuses a draft that does not fit, before anything is started
     prompts = fitting(prompts, target, request)
-    plain, drafted = _try_both(environment, target, stored, prompts, request)
+    tried = _try_both(environment, target, stored, prompts, request)
+    if tried.target is not target:
+        target = tried.target
+        draft = served.build(target)
     if torch.cuda.is_available():
         target.model.to("cuda")
         draft.to("cuda")
     say("redraft's own loop on the same token ids")
-    own = measure(
-        target,
-        draft,
-        prompts,
-        k=request.k,
-        max_new_tokens=request.max_new_tokens,
-        mode="replay" if is_recurrent(target.model) else "live",
-    )
     answers = answer_all(target, prompts, request.max_new_tokens, request.k, Sampling())
+    if tried.outtype and not tried.unread:
+        given = with_lookahead(target, prompts, tried.drafted.answers[1], request.k)
+        own, texts = measure_answers(target, draft, given, k=request.k), answers
+    else:
+        own = measure(
+            target,
+            draft,
+            prompts,
+            k=request.k,
+            max_new_tokens=request.max_new_tokens,
+            mode="replay" if is_recurrent(target.model) else "live",
+        )
+        texts = own.answers
     found = dataclasses.replace(
-        _compared(environment, target, stored, prompts, plain, drafted, own, request),
+        _compared(environment, tried, stored, prompts, texts, own, request),
+        target=name,
         recorded=recorded,
         findings=(*findings, *better_variants(target, served, answers, request.k)),
         seconds=time.monotonic() - began,
@@ -139,6 +175,24 @@ def fitting(prompts: Sequence[Prompt], target: Target, request: Request) -> list
     return kept
 
 
+def with_lookahead(
+    target: Target, prompts: Sequence[Prompt], given: Sequence[Sequence[int]], k: int
+) -> list[Answer]:
+    """Answers of an engine as the target might have given them, each continued by the target for a step of K."""
+    wholes = [Prompt(p.id, [*p.tokens, *tokens]) for p, tokens in zip(prompts, given, strict=True)]
+    rest = answer_all(target, wholes, 1, k, Sampling())
+    return [
+        Answer(
+            prompt.id,
+            prompt.tokens,
+            [*tokens, *after.tokens],
+            len(tokens),
+            "stop" if tokens and tokens[-1] in target.stop_ids else "length",
+        )
+        for prompt, tokens, after in zip(prompts, given, rest, strict=True)
+    ]
+
+
 def serving_of(target: Target, prompts: Sequence[Prompt], request: Request) -> Serving:
     """How `target` is served for these prompts: in the dtype it was loaded in, with the context
     that the longest prompt needs."""
@@ -150,6 +204,16 @@ def serving_of(target: Target, prompts: Sequence[Prompt], request: Request) -> S
         )
     longest = max(len(p.tokens) for p in prompts)
     source, *adapters = target.sources
+    if gguf_file(source) and not engine.outtypes:
+        raise UserError(
+            f"target {source}: {engine.title} is run on model folders here; use --engine llama.cpp, or name the folder that "
+            "the file was made of"
+        )
+    if gguf_file(source) and request.outtype:
+        raise UserError(
+            f"--outtype {request.outtype}: target {source} is served unchanged; leave it out, or name the folder that "
+            "the file was made of"
+        )
     return Serving(
         target=source,
         dtype=dtype,
@@ -160,6 +224,7 @@ def serving_of(target: Target, prompts: Sequence[Prompt], request: Request) -> S
         patience=request.patience,
         at_a_time=max(1, *request.concurrencies),
         flags=request.engine_args,
+        outtype=request.outtype,
     )
 
 
@@ -169,7 +234,7 @@ def _try_both(
     stored: StoredDraft,
     prompts: Sequence[Prompt],
     request: Request,
-) -> tuple[Trial, Trial]:
+) -> Tried:
     """The engine without the draft, then with it."""
     engine, method = request.engine, method_of(stored, request.engine)
     found = []
@@ -192,7 +257,22 @@ def _try_both(
                         label=f"{engine.title} {name}",
                     )
                 )
-    return found[0], found[1]
+        plain, drafted = found
+        return _as_served(Tried(plain, drafted, target), Path(with_draft.target), request)
+
+
+def _as_served(tried: Tried, file: Path, request: Request) -> Tried:
+    """With the target's weights as the engine read them from `file`."""
+    own = gguf_file(tried.target.sources[0]) is not None
+    if request.outtype is None and not own:
+        return tried
+    try:
+        if not rounds(file, tried.target.dtype):
+            return tried
+        target = tried.target if own else stored_in(tried.target, file)
+    except UserError as problem:
+        return dataclasses.replace(tried, outtype=request.outtype or "", unread=str(problem))
+    return dataclasses.replace(tried, target=target, outtype=stored_type(file))
 
 
 def served_folders(
@@ -226,22 +306,25 @@ def _converted(request: Request) -> Iterator[Path]:
 
 def _compared(
     environment: Environment,
-    target: Target,
+    tried: Tried,
     stored: StoredDraft,
     prompts: Sequence[Prompt],
-    plain: Trial,
-    drafted: Trial,
+    texts: Sequence[Answer],
     own: Measured,
     request: Request,
 ) -> Verification:
-    """Everything counted and compared, not judged yet."""
-    own_answers = [answer.answer for answer in own.answers]
+    """Everything counted and compared, not judged yet. `texts` are redraft's own answers, `own` its steps."""
+    target, plain, drafted = tried.target, tried.plain, tried.drafted
+    own_answers = [text.answer for text in texts]
     limits = Limits(request.k, request.max_new_tokens, target.stop_ids)
     traces = [trace for trace in own.traces if isinstance(trace, StepTrace)]
     counted = count_own(traces, own.answers, limits, request.engine.cut)
     dtype = str(target.dtype).removeprefix("torch.")
+    rounding = STATES if tried.outtype else None
     outputs = {
-        level: compare(target, prompts, plain.answers[level], drafted.answers[level])
+        level: compare(
+            target, prompts, plain.answers[level], drafted.answers[level], rounding=rounding
+        )
         for level in plain.answers
     }
     speed = tuple(
@@ -265,12 +348,16 @@ def _compared(
         max_new_tokens=request.max_new_tokens,
         prompts=len(prompts),
         outputs=outputs[1],
-        against_redraft=compare(target, prompts, own_answers, plain.answers[1]),
+        against_redraft=compare(target, prompts, own_answers, plain.answers[1], rounding=rounding),
         tau=drafted.counted.acceptance(),
         own=own.acceptance,
-        tolerance=tolerance(dtype, inside=_inside(stored, request.engine)),
+        tolerance=tolerance(
+            dtype, inside=_inside(stored, request.engine), rounded=bool(tried.outtype)
+        ),
         speed=speed,
         expected=counted.acceptance(),
         engine_args=request.engine_args,
+        outtype=tried.outtype,
+        unread=tried.unread,
         versions=versions(),
     )

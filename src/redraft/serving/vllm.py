@@ -121,5 +121,8 @@ VLLM = Engine(
     greedy=greedy,
     answer=_answer,
     counters="vllm",
-    own_flags=("--model", "--served-model-name", "--host", "--port", "--speculative-config"),
+    own_flags=(
+        *("--model", "--served-model-name", "--host", "--port", "--speculative-config"),
+        "--dtype",
+    ),
 )
