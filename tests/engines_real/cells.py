@@ -124,7 +124,7 @@ class Table:
         answers, counted = self.ask(name.replace(" ", "-"), target, speculation, concurrency)
         seconds = time.monotonic() - began
         rounded = gguf_file(target.sources[0]) is not None
-        own = self._own_count(target, draft, k, answers if rounded else None)
+        own = self.own_count(target, draft, k, answers if rounded else None)
         rounding = STATES if rounded else None
         outputs = compare(target, self.prompts, plain, answers, rounding=rounding)
         self.cells[name] = Cell(
@@ -151,8 +151,8 @@ class Table:
         )
         return self.cells[name]
 
-    def _own_count(
-        self, target: Target, draft: Draft, k: int, given: list[list[int]] | None
+    def own_count(
+        self, target: Target, draft: Draft, k: int, given: list[list[int]] | None = None
     ) -> Counters:
         if given is None:
             traces, answers = live(target, draft, self.prompts, k, TOKENS)

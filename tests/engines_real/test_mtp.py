@@ -89,7 +89,7 @@ def test_a_head_of_its_own_folder(mimo: Parts, served: Table) -> None:
     for name in ("before_norm", "state_first", "zero_first"):
         config = dataclasses.replace(head.config, **{name: not getattr(head.config, name)})
         other = dataclasses.replace(head, config=config).build(target)
-        own = served._own_count(target, other, K)
+        own = served.own_count(target, other, K)
         assert (own.drafts, own.accepted) != (cell.drafts, cell.accepted), name
 
 
@@ -141,7 +141,7 @@ def test_a_head_of_qwen_in_vllm(
     assert (cell.drafts, cell.accepted) == (cell.own_drafts, cell.own_accepted)
     for change in ({"before_norm": True}, {"state_first": True}, {"raw_feedback": True}):
         other = dataclasses.replace(head, config=dataclasses.replace(head.config, **change))
-        own = table._own_count(target, other.build(target), K)
+        own = table.own_count(target, other.build(target), K)
         assert (own.drafts, own.accepted) != (cell.drafts, cell.accepted), change
 
 
@@ -160,7 +160,7 @@ def test_routed_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
     for change in changes:
         routed = dataclasses.replace(config.routed, **change)  # type: ignore[attr-defined]
         other = dataclasses.replace(head, config=dataclasses.replace(config, routed=routed))
-        own = table._own_count(target, other.build(target), K)
+        own = table.own_count(target, other.build(target), K)
         seen += (own.drafts, own.accepted) != (cell.drafts, cell.accepted)
     assert seen >= 3
 
