@@ -5,12 +5,13 @@ the model, its embedding and its output head too.
 
     tokenizer, prompts/    as those of a toy suite
     SEED/alone             a base trained without the head's loss
-    SEED/trunk, head, base a base trained with it: without and with its head
+    SEED/base              a base trained with it, and its head
     SEED/apart             the base fine-tuned without the head's loss; the head is dropped
     SEED/held              fine-tuned with it, the head frozen
-    SEED/along             fine-tuned with it, head and all
+    SEED/along             fine-tuned with it, and the head that came out
     SEED/mtp               `redraft mtp` on `apart`: the base's head grafted and adapted
     SEED/from-layer        a new head on the same answers, from the last layer of `apart`
+    SEED/along-mtp         `redraft mtp` on `along`: its own head adapted
     SEED/counts.json       what was measured
 
 Seeds share prompts and tokenizer. Every part is a stage of a run folder: building again continues where it stopped.
@@ -71,7 +72,9 @@ WEIGHT = 0.3
 """Of the head's loss next to the model's own."""
 PROMPTS = 48
 """Measured, of the fine-tune's domain and of the base's three together."""
-LIMIT = 300
+STEPS = 0.5
+"""Steps of training, as a share of the toy suite's: two seeds then take about a quarter of an hour on one core."""
+LIMIT = 160
 SETTINGS = {
     "train.batch_tokens": 512,
     "train.precision": "fp32",
@@ -79,10 +82,11 @@ SETTINGS = {
     "measure.eval_limit": 8,
     "measure.heldout": 24,
     "general.aside": 24,
+    "export.certificate": "off",
 }
-ALONE, TRUNK, BASE = "alone", "trunk", "base"
+ALONE, BASE = "alone", "base"
 APART, HELD, ALONG = "apart", "held", "along"
-MTP, FROM_LAYER = "mtp", "from-layer"
+MTP, FROM_LAYER, ALONG_MTP = "mtp", "from-layer", "along-mtp"
 DROPPED, FROZEN, ADAPTED = "dropped", "frozen", "adapted"
 ROWS = {
     ALONE: "base, trained without the head's loss",
@@ -93,8 +97,9 @@ ROWS = {
     FROM_LAYER: "new, from the last layer, on the same answers",
     HELD: "fine-tune with the head's loss, head frozen",
     ALONG: "fine-tune with the head's loss, head trained along",
+    ALONG_MTP: "trained along, then adapted (`redraft mtp`)",
 }
-Steps = tuple[tuple[float, float], ...]
+Counts = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ class FamilyCell:
     seed: int
     row: str
     k: int
-    own: Steps
-    base: Steps
+    own: Counts
+    base: Counts
     own_loss: float
     base_loss: float
     versions: dict[str, str]
@@ -125,7 +130,7 @@ class FamilyCell:
         return FamilyCell(**{**row, **steps})
 
 
-def found_of(cells: Sequence[FamilyCell], row: str, traffic: str) -> recovery.Steps | None:
+def steps_of(cells: Sequence[FamilyCell], row: str, traffic: str) -> recovery.Steps | None:
     """(accepted, steps) of a row, seed by seed; None where there is no head."""
     some = [cell for cell in cells if cell.row == row]
     steps = [getattr(cell, traffic) for cell in sorted(some, key=lambda cell: cell.seed)]
@@ -139,7 +144,7 @@ def print_cells(cells: Sequence[FamilyCell]) -> None:
         some = [cell for cell in cells if cell.row == row]
         taus = []
         for traffic in ("own", "base"):
-            steps = found_of(cells, row, traffic)
+            steps = steps_of(cells, row, traffic)
             tau = recovery.tau(steps) if steps else None
             taus.append(f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]" if tau else "1.00")
         own, base = (
@@ -166,9 +171,7 @@ class Joint(nn.Module):
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE
-    )
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
 def bench_mtp_families(out: Path, size: str, seeds: Sequence[int]) -> list[FamilyCell]:
@@ -178,7 +181,7 @@ def bench_mtp_families(out: Path, size: str, seeds: Sequence[int]) -> list[Famil
         raise UserError(f"--size {size}: {nearest(size, known)}")
     corpus = Corpus(SIZES[size], None, 0)
     with RunFolder.open(out) as run:
-        about = {"size": asdict(corpus.size)}
+        about = {"size": asdict(corpus.size), "steps": STEPS}
         data = run.stage("prompts", about, ["prompts"], lambda: write_prompts(out, corpus))
         data = run.stage(
             "tokenizer", {"prompts": data}, ["tokenizer"], lambda: write_tokenizer(out, corpus)
@@ -201,59 +204,42 @@ class _Family:
 
     def build(self, data: str) -> list[FamilyCell]:
         with RunFolder.open(self.out) as run:
-            trained = run.stage(ALONE, {"data": data}, [ALONE], partial(self._base, joint=False))
-            outputs = [TRUNK, HEAD, BASE]
-            base = run.stage("joint", {"data": data}, outputs, partial(self._base, joint=True))
-            made = [trained, base]
+            alone = run.stage(ALONE, {"data": data}, [ALONE], partial(self._base, joint=False))
+            base = run.stage(BASE, {"data": data}, _parts(BASE), partial(self._base, joint=True))
+            made = [alone, base]
             for name in (APART, HELD, ALONG):
-                outputs = [name, *[f"{name}-{HEAD}"] * (name == ALONG)]
+                outputs = _parts(name) if name == ALONG else [name]
                 made.append(run.stage(name, {"base": base}, outputs, partial(self._tune, name)))
-        tuned = str(self.out / APART)
-        reports = {}
-        reports[ADAPTED], _ = give_head(tuned, str(self.out / BASE), self.out / MTP, self._adapt)
-        same = self.out / MTP / RUN
-        reports[FROM_LAYER], _ = give_head(
-            tuned,
-            None,
-            self.out / FROM_LAYER,
-            partial(self._adapt, same=same),
-            partial(load_target, tuned),
-        )
+        same = str(self.out / MTP / RUN)
+        reports = {
+            MTP: self._given(MTP, APART, base=BASE),
+            FROM_LAYER: self._given(FROM_LAYER, APART, same=same),
+            ALONG_MTP: self._given(ALONG_MTP, ALONG),
+        }
         with RunFolder.open(self.out) as run:
-            heads = [
-                read_draft(str(self.out / name / RUN / "draft")).hash()
-                for name in (MTP, FROM_LAYER)
-            ]
-            run.stage(
-                "measure",
-                {"made": made, "heads": heads},
-                ["counts.json"],
-                partial(self._measure, run),
-            )
+            heads = [self._head(f"{name}/{RUN}/draft").hash() for name in reports]
+            inputs = {"made": made, "heads": heads, "prompts": PROMPTS}
+            run.stage("measure", inputs, ["counts.json"], partial(self._measure, run))
         return self._cells(reports)
 
     def _base(self, joint: bool) -> None:
         s, tokenizer = self.corpus.size, load_tokenizer(self.data / "tokenizer")
         model = new_qwen(s, self.seed)
-        target = Target(model, tokenizer, [TRUNK], freeze=False)
+        target = Target(model, tokenizer, [BASE], freeze=False)
         head = MtpDraft.for_target(target)
         head.reinitialise(self.seed)
         head.bind(target)
         fit(
             Joint(target, head) if joint else model,
             base_examples(self.corpus, tokenizer),
-            steps=s.base_steps,
+            steps=int(s.base_steps * STEPS),
             batch=s.base_batch,
             lr=s.base_lr,
             seed=self.seed,
             label="base" if joint else "base, alone",
             precision="fp32",
         )
-        save_model(self.out / (TRUNK if joint else ALONE), model, tokenizer)
-        if joint:
-            remove(self.out / BASE)
-            self._save_head(HEAD, head, TRUNK)
-            stitch(str(self.out / TRUNK), read_draft(str(self.out / HEAD)), self.out / BASE)
+        self._save(BASE if joint else ALONE, model, tokenizer, head if joint else None)
 
     def _tune(self, name: str) -> None:
         """On a domain that the base has met seldom."""
@@ -265,23 +251,41 @@ class _Family:
         fit(
             model if name == APART else Joint(target, head),
             [supervised(tokenizer, chat) for chat in self.corpus.tune_chats(TUNED)],
-            steps=s.tune_steps,
+            steps=int(s.tune_steps * STEPS),
             batch=s.tune_batch,
             lr=s.tune_lr,
             seed=self.seed,
             label=name,
             precision="fp32",
         )
-        save_model(self.out / name, model, tokenizer)
-        if name == ALONG:
-            self._save_head(f"{name}-{HEAD}", head, name)
+        self._save(name, model, tokenizer, head if name == ALONG else None)
 
-    def _save_head(self, name: str, head: MtpDraft, trunk: str) -> None:
-        target = load_target(str(self.out / trunk))
-        stored(head.requires_grad_(False), target).save(self.out / name)
+    def _save(self, name: str, model: Any, tokenizer: Any, head: MtpDraft | None) -> None:
+        """A model as training tools leave it; with a head, as makers publish it."""
+        if head is None:
+            save_model(self.out / name, model, tokenizer)
+            return
+        whole, trunk, alone = (self.out / part for part in _parts(name))
+        save_model(trunk, model, tokenizer)
+        stored(head.requires_grad_(False), load_target(str(trunk))).save(alone)
+        remove(whole)
+        stitch(str(trunk), read_draft(str(alone)), whole)
 
-    def _adapt(self, draft: str, to: Path, same: Path | None = None) -> AdaptReport:
-        """A head to `apart`; on the answers of the run `same`, every tensor of it."""
+    def _given(
+        self, name: str, target: str, base: str | None = None, same: str | None = None
+    ) -> AdaptReport:
+        """`redraft mtp` into `name`: with a base's head, the target's own, or with `same` a new one."""
+        folder = str(self.out / target)
+        return give_head(
+            folder,
+            str(self.out / base) if base else None,
+            self.out / name,
+            partial(self._adapt, folder, same=same),
+            partial(load_target, folder) if same else None,
+        )[0]
+
+    def _adapt(self, target: str, draft: str, to: Path, same: str | None = None) -> AdaptReport:
+        """A head to a target; on the answers of the run `same`, every tensor of it."""
         more = {"train.method": "full", "general.guard": "off"} if same else {}
         longest = {
             f"{stage}_new_tokens": self.corpus.size.answer_tokens
@@ -289,10 +293,10 @@ class _Family:
         }
         prompts = self.data / "prompts"
         return adapt(
-            load_target(str(self.out / APART)),
+            load_target(target),
             draft,
             None if same else str(prompts / f"{TUNED}-adapt.jsonl"),
-            answers=str(same / "answers" / "adapt.jsonl") if same else None,
+            answers=f"{same}/answers/adapt.jsonl" if same else None,
             out=to,
             limit=LIMIT,
             eval_prompts=str(prompts / f"{TUNED}-eval.jsonl"),
@@ -303,16 +307,16 @@ class _Family:
         """Every model's losses, and its heads on its own answers."""
         heads: dict[str, dict[str, str]] = {
             ALONE: {},
-            BASE: {BASE: HEAD},
+            BASE: {BASE: f"{BASE}-{HEAD}"},
             APART: {
                 FROZEN: f"{MTP}/{HEAD}",
                 ADAPTED: f"{MTP}/{RUN}/draft",
                 FROM_LAYER: f"{FROM_LAYER}/{RUN}/draft",
             },
-            HELD: {HELD: HEAD},
-            ALONG: {ALONG: f"{ALONG}-{HEAD}"},
+            HELD: {HELD: f"{BASE}-{HEAD}"},
+            ALONG: {ALONG: f"{ALONG}-{HEAD}", ALONG_MTP: f"{ALONG_MTP}/{RUN}/draft"},
         }
-        assert self._head(f"{MTP}/{HEAD}").hash() == self._head(HEAD).hash()
+        assert self._head(f"{MTP}/{HEAD}").hash() == self._head(f"{BASE}-{HEAD}").hash()
         found: dict[str, Any] = {"losses": {}, "own": {}, "base": {}}
         for name, rows in heads.items():
             target = load_target(str(self.out / name))
@@ -344,24 +348,28 @@ class _Family:
         found = read_json(self.out / "counts.json")
         cells = []
         for row in ROWS:
-            model = row if row in found["losses"] else APART
-            report = reports.get(row)
+            model = ALONG if row == ALONG_MTP else row if row in found["losses"] else APART
+            report = reports.get(MTP if row == ADAPTED else row)
             train = report.train if report else None
+            own, base = (
+                tuple((float(a), float(s)) for a, s in found[on].get(row, ()))
+                for on in ("own", "base")
+            )
+            losses = found["losses"][model]
             cells.append(
                 FamilyCell(
-                    self.size,
-                    self.seed,
-                    row,
-                    K,
-                    *(tuple((a, s) for a, s in found[on].get(row, ())) for on in ("own", "base")),
-                    *found["losses"][model],
-                    versions(),
-                    train.trained_parameters if train else 0,
-                    train.unique_answer_tokens if train else 0,
-                    train.seconds if train else 0.0,
+                    *(self.size, self.seed, row, K, own, base, losses[0], losses[1], versions()),
+                    trained_parameters=train.trained_parameters if train else 0,
+                    answer_tokens=train.unique_answer_tokens if train else 0,
+                    seconds=train.seconds if train else 0.0,
                 )
             )
         return cells
+
+
+def _parts(name: str) -> list[str]:
+    """The folders of a model with its head, of the model alone, and of the head."""
+    return [name, f"{name}-trunk", f"{name}-{HEAD}"]
 
 
 def new_qwen(s: Size, seed: int) -> Any:
