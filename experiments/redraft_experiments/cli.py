@@ -402,7 +402,7 @@ def bench_mtp_families(
     out: str,
     output: OutputFlags,
     size: str = "nano",
-    seeds: str = "1,2",
+    seeds: str = "1,2,3",
     record: str | None = None,
 ) -> None:
     """A toy model trained together with its MTP head, and what ways of fine-tuning leave of the head.

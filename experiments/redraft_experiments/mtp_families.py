@@ -73,7 +73,7 @@ WEIGHT = 0.3
 PROMPTS = 48
 """Measured, of the fine-tune's domain and of the base's three together."""
 STEPS = 0.5
-"""Steps of training, as a share of the toy suite's: two seeds then take about a quarter of an hour on one core."""
+"""Steps of training, as a share of the toy suite's: a seed then takes about six minutes of one core."""
 LIMIT = 160
 SETTINGS = {
     "train.batch_tokens": 512,
