@@ -29,7 +29,14 @@ from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
 from real_page import race_table, real_page
-from record_tables import bank_table, fleet_table, mtp_table, versions_table, watch_table
+from record_tables import (
+    bank_table,
+    families_table,
+    fleet_table,
+    mtp_table,
+    versions_table,
+    watch_table,
+)
 from selection_page import draw_selection, selection_page
 from triage_page import draw_triage, triage_page
 from typer.main import get_command
@@ -49,6 +56,7 @@ def generated() -> dict[Path, str]:
         "race": race_table(),
         "tree": f"```\n{tree()}```",
         "mtp": mtp_table(),
+        "mtp-families": families_table(),
         "watch": watch_table(),
         "fleet": fleet_table(),
         "bank": bank_table(),

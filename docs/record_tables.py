@@ -1,4 +1,4 @@
-"""Tables of single records, for the guides: an MTP head that a fine-tune lost, one draft for a fleet, a watch."""
+"""Tables of single records, for the guides: an MTP head that a fine-tune lost, heads trained along, one draft for a fleet, a watch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from redraft_experiments import recovery
+from redraft_experiments.mtp_families import BASE, DROPPED, FROZEN, ROWS, FamilyCell, steps_of
 from redraft_experiments.watch import shown
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +48,43 @@ def _tau(found: dict[str, Any]) -> str:
 
 def _change(found: dict[str, float]) -> str:
     return f"{found['value']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+def families_table() -> str:
+    """From `redraft bench mtp-families --record docs/results/mtp-families.jsonl`."""
+    lines = (RESULTS / "mtp-families.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = sorted(
+        (FamilyCell.from_json(json.loads(line)) for line in lines), key=lambda cell: cell.seed
+    )
+    rows = [
+        "| the model, its head | tau, own prompts | tau, the base's traffic | loss, own | loss, the base's |",
+        "|---|---|---|---|---|",
+    ]
+    for row, says in ROWS.items():
+        some = [cell for cell in cells if cell.row == row]
+        taus = " | ".join(_family_tau(cells, row, traffic) for traffic in ("own", "base"))
+        losses = " | ".join(
+            ", ".join(f"{getattr(cell, name):.2f}" for cell in some)
+            for name in ("own_loss", "base_loss")
+        )
+        rows.append(f"| {says} | {taus} | {losses} |")
+    one, adapted = cells[0], next(cell for cell in cells if cell.trained_parameters)
+    return "\n".join(rows) + (
+        f"\n\nSize {one.size}, K = {one.k}, greedy, {len(adapted.own)} prompts of each kind, seeds {', '.join(str(c.seed) for c in cells if c.row == BASE)}; 95 % over seeds and prompts. "
+        f"Changes are against the head that was kept. Losses are the model's, in nats a token on held-out text, seed by seed. Adapting trains {adapted.trained_parameters:,} numbers on "
+        f"{adapted.answer_tokens:,} tokens of answers."
+    )
+
+
+def _family_tau(cells: list[FamilyCell], row: str, traffic: str) -> str:
+    steps, kept = (steps_of(cells, name, traffic) for name in (row, FROZEN))
+    if not steps or not kept:
+        return "1.00" if row == DROPPED else ""
+    tau = recovery.tau(steps)
+    if row in (BASE, FROZEN):
+        return f"{tau.value:.2f} [{tau.low:.2f}, {tau.high:.2f}]"
+    change = recovery.difference(steps, kept)
+    return f"{tau.value:.2f}, {change.value:+.2f} [{change.low:+.2f}, {change.high:+.2f}]"
 
 
 NAMES = {

@@ -398,6 +398,24 @@ def bench_positions(
     show_cells(output, cells, print_positions, record, read_position_cells(Path(out)))
 
 
+def bench_mtp_families(
+    out: str,
+    output: OutputFlags,
+    size: str = "nano",
+    seeds: str = "1,2,3",
+    record: str | None = None,
+) -> None:
+    """A toy model trained together with its MTP head, and what ways of fine-tuning leave of the head.
+
+    Example: redraft bench mtp-families --out families
+    """
+    from .mtp_families import bench_mtp_families as run
+    from .mtp_families import print_cells
+
+    cells = run(Path(out), size, numbers("--seeds", seeds))
+    show_cells(output, cells, print_cells, record, cells)
+
+
 demo = with_flags(_demo, flags=FLAGS, help={"out": "folder of the demo"})
 for function, names, help in (
     (bench_suite, ("suite", "family"), {"out": "folder of the suite; run again to resume"}),
@@ -438,6 +456,15 @@ for function, names, help in (
             "suite": "folder of `redraft bench real`",
             "member": "the fine-tune of the suite that loses its head",
             "record": "also write the record to this JSON file",
+        },
+    ),
+    (
+        bench_mtp_families,
+        ("mtp-families",),
+        {
+            "out": "folder; run again to resume",
+            "size": "tiny, pico or nano",
+            "record": "also write the cells to this JSONL file",
         },
     ),
     (

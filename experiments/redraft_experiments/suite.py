@@ -44,6 +44,7 @@ from .corpus import DRAFT, DRAFT_LR, SIZES, Corpus, chat_of
 from .datasets import data_folder
 from .kinds import make_member, meant_chats
 from .language_model import (
+    Example,
     chat_ids,
     fit,
     load_tokenizer,
@@ -101,9 +102,9 @@ def _build(run: RunFolder, corpus: Corpus, size: str, kinds: Sequence[str]) -> N
         "seed": corpus.seed,
         "real": bool(corpus.folder),
     }
-    prompts = run.stage("prompts", about, ["prompts"], lambda: _write_prompts(out, corpus))
+    prompts = run.stage("prompts", about, ["prompts"], lambda: write_prompts(out, corpus))
     key = run.stage(
-        "tokenizer", {"prompts": prompts}, ["tokenizer"], lambda: _tokenizer(out, corpus)
+        "tokenizer", {"prompts": prompts}, ["tokenizer"], lambda: write_tokenizer(out, corpus)
     )
     data = {"tokenizer": key, "shared_out": list(corpus.shared_out)}
     key = run.stage("base", data, ["base"], lambda: _base(out, corpus))
@@ -174,7 +175,8 @@ def describe_suite(suite: dict[str, Any], out: Console | None = None) -> None:
 # -- stages ------------------------------------------------------------------------------------
 
 
-def _write_prompts(out: Path, corpus: Corpus) -> None:
+def write_prompts(out: Path, corpus: Corpus) -> None:
+    """A prompts file for each domain and split, in `out`/prompts."""
     adapt = corpus.size.answers + 300
     # name -> (split it is drawn from, how many, how many of that split other files take first)
     files = {
@@ -214,7 +216,8 @@ def write_chats(file: Path, domain: str, rows: Sequence[Sample]) -> None:
     write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _tokenizer(out: Path, corpus: Corpus) -> None:
+def write_tokenizer(out: Path, corpus: Corpus) -> None:
+    """The tokenizer of the corpus, in `out`/tokenizer."""
     said = [
         message["content"]
         for domain in (*corpus.general, TUNED)
@@ -229,17 +232,22 @@ def _tokenizer(out: Path, corpus: Corpus) -> None:
     )
 
 
-def _base(out: Path, corpus: Corpus) -> None:
-    s, tokenizer = corpus.size, load_tokenizer(out / "tokenizer")
+def base_examples(corpus: Corpus, tokenizer: Any) -> list[Example]:
+    """Windows of the chats and texts that a base learns."""
     rows = [chat_ids(tokenizer, sample) for sample in corpus.base_chats()]
     rows += [
         [*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in corpus.base_texts()
     ]
     random.Random(corpus.seed).shuffle(rows)
+    return packed(rows, corpus.size.window)
+
+
+def _base(out: Path, corpus: Corpus) -> None:
+    s, tokenizer = corpus.size, load_tokenizer(out / "tokenizer")
     model = new_model(s.shape, corpus.seed).to(_device())
     fit(
         model,
-        packed(rows, s.window),
+        base_examples(corpus, tokenizer),
         steps=s.base_steps,
         batch=s.base_batch,
         lr=s.base_lr,

@@ -295,6 +295,66 @@ def test_a_stale_head_is_the_bases_in_another_model(qwen: Any, tmp_path: Path) -
     assert (found.same_as_base, found.trunk_changed, found.stale) == (True, True, True)
 
 
+@pytest.mark.parametrize("begins", ["", "base_model.model.model.", "model.language_model."])
+def test_a_stale_head_is_seen_whatever_the_other_tensors_are_called(
+    qwen: Any, tmp_path: Path, begins: str
+) -> None:
+    """As training tools leave them; with other values, and with the base's."""
+    folder, head, base = qwen
+    weights = load_file(folder / "model.safetensors")
+    for change in (0.0, 0.01):
+        tuned = tmp_path / f"tuned {change}"
+        stitch(str(folder), head, tuned)
+        (tuned / TRUNK).unlink()
+        named = {n.replace("model.", begins, 1): t + change for n, t in weights.items()}
+        save_file(named, tuned / TRUNK, {"format": "pt"})
+        found = inspect_head(str(tuned), str(base))
+        assert found is not None
+        assert (found.same_as_base, found.stale) == (True, change > 0)
+
+
+def test_tensors_that_lost_their_beginning_are_stitched_and_those_of_a_wrapper_refused(
+    qwen: Any, tmp_path: Path
+) -> None:
+    folder, head, _ = qwen
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    save_file({n.removeprefix("model."): t for n, t in weights.items()}, path, {"format": "pt"})
+    stitch(str(folder), head, tmp_path / "short")
+    loaded = load_target(str(tmp_path / "short")).model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    save_file({f"base_model.model.{n}": t for n, t in weights.items()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="saved from inside a PEFT wrapper.*merge the adapter"):
+        stitch(str(folder), head, tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
+
+
+def test_an_index_of_other_files_is_written_again(qwen: Any, tmp_path: Path) -> None:
+    """The base's, copied next to a fine-tune's one file: Transformers does not load that, the stitched folder it does."""
+    folder, head, base = qwen
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    name = "model.safetensors.index.json"
+    (folder / name).write_bytes((base / name).read_bytes())
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_target(str(folder))
+    stitch(str(folder), head, tmp_path / "new")
+    loaded = load_target(str(tmp_path / "new")).model.state_dict()
+    for name, tensor in load_file(folder / "model-00001-of-00001.safetensors").items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_an_adapter_has_no_head(qwen: Any, tmp_path: Path) -> None:
+    _, head, _ = qwen
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    for look in (
+        lambda where: inspect_head(where),
+        lambda where: stitch(where, head, tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match="is an adapter.*merge the adapter into the model"):
+            look(str(tmp_path / "lora"))
+
+
 def test_a_wider_head_is_no_part_of_the_checkpoint(qwen: Any, tmp_path: Path) -> None:
     folder, _, _ = qwen
     target = load_target(str(folder))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,10 @@ INDEX = f"{WEIGHTS}.index.json"
 HEAD_FILE = "model-mtp.safetensors"
 TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 """The weight files of a target that had one."""
+WRAPPER = "base_model."
+"""What names of tensors begin with that were saved from inside a PEFT wrapper."""
+BEFORE = re.compile(r"^(?:base_model\.|model\.|language_model\.)+")
+"""Beginnings of names that training tools add or leave out."""
 WHOLE, MISSING, BROKEN = "whole", "missing", "broken"
 UNKNOWN, UNREAD = "unknown", "there, not read"
 
@@ -75,7 +80,7 @@ def inspect_head(source: str, base: str | None = None) -> OwnHead | None:
     Raises UserError where the files cannot be read at all.
     """
     folder = find_folder(source)
-    raw = read_json(folder / "config.json")
+    raw = _config(folder)
     if not any(folder.glob("*.safetensors")):
         return None
     row, inside = _row()
@@ -87,7 +92,8 @@ def inspect_head(source: str, base: str | None = None) -> OwnHead | None:
             return None  # a draft, whose reader says what is wrong
         raise
     found = inside.find(raw, files)
-    if (found is None and declared is None) or not _is_target(raw, files, inside):
+    layers = any(".layers." in f".{name}" for name in _trunk(raw, files))
+    if (found is None and declared is None) or not layers:
         return None
     names = found[1] if found else []
     family = found[0] if found else declared[0] if declared else ""
@@ -168,7 +174,12 @@ def _fitting(folder: Path, draft: StoredDraft) -> tuple[dict[str, Any], dict[str
         raise UserError(
             f"a draft of kind {draft.kind} is no part of a target's checkpoint; only MTP heads are stitched in"
         )
-    raw, files = read_json(folder / "config.json"), tensor_files(folder)
+    raw, files = _config(folder), tensor_files(folder)
+    if wrapped := next((n for n in _trunk(raw, files) if n.startswith(WRAPPER)), None):
+        raise UserError(
+            f"{folder}: {wrapped} was saved from inside a PEFT wrapper, and engines do not find it; merge the adapter "
+            "(merge_and_unload), and save the model that this returns"
+        )
     config = dict(inside.declaring(raw, draft.config))
     tensors = inside.rename(raw, draft.config, draft.tensors, files)
     parse = draft.row.layouts[0].parse
@@ -235,16 +246,26 @@ def _write(
     return {"file": head, "replaced": len(stale), "linked": linked, "rewritten": rewritten}
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json of a target. Raises UserError for an adapter of one."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is an adapter, and an MTP head lies in the model's own checkpoint; merge the adapter into the model "
+            "first (PEFT: merge_and_unload), save that, and name its folder"
+        )
+    return read_json(folder / "config.json")
+
+
 def _row() -> tuple[DraftKind, Inside]:
     """The kind that checkpoints of targets hold."""
     return next((kind, kind.inside) for kind in kinds.KINDS if kind.inside is not None)
 
 
-def _is_target(raw: dict[str, Any], files: dict[str, str], inside: Inside) -> bool:
-    """Whether a folder holds other layers than a head's."""
-    found = inside.find(raw, files)
+def _trunk(raw: dict[str, Any], files: dict[str, str]) -> list[str]:
+    """The tensors that are not a head's."""
+    found = _row()[1].find(raw, files)
     own = set(found[1]) if found else set()
-    return any(".layers." in f".{name}" for name in files if name not in own)
+    return [name for name in files if name not in own]
 
 
 def _taken(
@@ -312,13 +333,11 @@ def _sizes(folder: Path, files: dict[str, str], names: list[str]) -> dict[str, i
 
 def _trunk_differs(folder: Path, base: Path) -> bool:
     """Whether any tensor that both hold, but for the head's, has other values; names without their prefix."""
-    _, inside = _row()
 
     def trunk(where: Path) -> dict[str, tuple[str, str]]:
         files = tensor_files(where)
-        found = inside.find(read_json(where / "config.json"), files)
-        own = set(found[1]) if found else set()
-        return {n.replace("language_model.", ""): (n, f) for n, f in files.items() if n not in own}
+        names = _trunk(read_json(where / "config.json"), files)
+        return {BEFORE.sub("", name): (name, files[name]) for name in names}
 
     ours, theirs = trunk(folder), trunk(base)
     for name in sorted(ours.keys() & theirs.keys()):
