@@ -26,10 +26,10 @@ from trl import SFTConfig, SFTTrainer
 
 def tune(base: str, chats: str, out: Path, *, lora: bool, steps: int, lr: float) -> Path:
     """The folder of the fine-tuned model, as training tools leave it: without the head."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     lines = Path(chats).read_text(encoding="utf-8").splitlines()
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base, dtype="auto"),
+        model=AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False),
         args=SFTConfig(
             output_dir=str(out / "tuned"),
             max_steps=steps,
