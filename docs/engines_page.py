@@ -66,7 +66,7 @@ that its blocks mean. Put the model's config.json and tokenizer next to the file
 A draft is adapted to the answers and states of the model that it is given as `--target`. Name the file there to adapt to the quantised model.
 `redraft verify` counts redraft's steps on the engine's own answers, with the weights as the engine has them. With rounded weights
 llama.cpp rounds the states that it multiplies by them to 8 bits, and passes of several tokens add up otherwise than passes of one. So answers with
-the draft and without it differ more often than in float32. Differences are audited as in bf16 ([what is proven](lossless.md)).
+the draft and without it differ more often than in float32. Differences are audited in that rounding ([what is proven](lossless.md)).
 
 **What it counts.** Two rules cut the last step of an answer. A step drafts no more tokens than the longest answer leaves space for.
 A drafted stop token that the target chooses too is the step's own token, unless it is the chain's last. So its tau is a little lower

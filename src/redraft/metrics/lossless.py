@@ -34,6 +34,7 @@ from ..models.target import Target
 
 HALF, WIDE = (4.0, 32.0), (64.0, 512.0)
 ROUNDINGS = {
+    torch.int8: (8.0, 32.0),
     torch.bfloat16: HALF,
     torch.float16: HALF,
     torch.float32: WIDE,
@@ -41,7 +42,8 @@ ROUNDINGS = {
 }
 """Least and largest slack of a near-tie, in units of eps times the larger of the two logits. In half
 precision the last rounding is most of the difference between two passes; in wider dtypes it is the
-sums before it. Measured: docs/lossless.md."""
+sums before it. In int8 are states that an engine rounds to 8 bits of the largest in a block, so that the smaller ones lose
+more. Measured: docs/lossless.md."""
 BEYOND_OWN = 1.5
 """The slack, as a multiple of the largest margin of plain decoding's own."""
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -74,7 +76,8 @@ def compare(
 ) -> Lossless:
     """Compare answers (greedy, or seeded) with those of plain decoding, prompt by prompt.
 
-    `rounding` is the dtype whose roundings their passes may differ by (the target's).
+    `rounding` is the dtype whose roundings their passes may differ by (the target's), int8 for an engine that rounds its
+    states so.
     """
     unit = rounding or target.dtype
     decoding, seeds = decoding or Decoding(), seeds or [0] * len(prompts)
@@ -100,7 +103,7 @@ def compare(
         tokens=sum(found.tokens for found in drafted),
         own_ties=sum(len(found.margins) for found in own),
         own_tokens=sum(found.tokens for found in own),
-        slack=slack * torch.finfo(unit).eps,
+        slack=slack * _eps(unit),
     )
 
 
@@ -176,7 +179,7 @@ def _margin(
     least, most = ROUNDINGS[rounding]
     wide_V = logits_V.double()
     largest = float(wide_V[[token, chosen]].abs().max().clamp(min=1.0))
-    unit = torch.finfo(rounding).eps * largest
+    unit = _eps(rounding) * largest
     if decoding.mode == "greedy":
         margin = float(wide_V[chosen] - wide_V[token]) / unit
         return margin if margin <= most else math.inf
@@ -192,6 +195,10 @@ def _margin(
         if possible[token] & (ranked_V[token] >= ranked_V[certain].max() - slack):
             return share * least
     return math.inf
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return 2.0**-7 if dtype == torch.int8 else torch.finfo(dtype).eps
 
 
 def _kept(logits_V: Tensor, decoding: Decoding, slack: float) -> Tensor:

@@ -48,8 +48,8 @@ from .trial import Trial, try_server
 from .vllm import VLLM
 
 DTYPES = ("float32", "bfloat16", "float16")
-STATES = torch.bfloat16
-"""A dtype as coarse as the 8 bits to which an engine rounds the states that it multiplies by rounded weights."""
+STATES = torch.int8
+"""To what an engine rounds the states that it multiplies by rounded weights."""
 
 
 @dataclass(frozen=True)
