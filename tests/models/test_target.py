@@ -91,7 +91,8 @@ def test_no_chat_template_says_how_to_pass_one(tmp_path: Path) -> None:
 
 def test_wrong_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="expected a model folder with config.json; found none in it"
+        UserError,
+        match="expected a model folder with config.json, or a GGUF file; found none in it",
     ):
         load_target(str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
