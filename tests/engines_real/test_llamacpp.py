@@ -162,7 +162,6 @@ def test_a_quantised_target(
     shutil.copy(convert(llamacpp.environment, model, "q8_0", BUILD / "logs" / "converted"), file)
     target = stored_in(repaired.target, file)
     cell = llamacpp.cell("eagle3 adapted, q8_0", target, drafts["adapted"])
-    print(cell)
     assert cell.different == 0
     assert cell.drafts > cell.prompts
     assert abs(cell.tau - cell.own_tau) <= HALF_TOLERANCE * cell.own_tau
@@ -238,13 +237,13 @@ def test_verify(repaired: AdaptedDraft, drafts: dict[str, str], llamacpp: Table)
     assert code == (0 if found.good else 3)
 
 
+@pytest.mark.full
 def test_verify_with_a_quantised_target(
     repaired: AdaptedDraft, drafts: dict[str, str], llamacpp: Table
 ) -> None:
     flags = ["--concurrency", "1", "--outtype", "q8_0", "--engine-args", " ".join(ONE_THREAD)]
     code, row = verify(repaired, drafts["adapted"], llamacpp, *flags)
     found = Verification.from_json(row)
-    print(found.conclusion, found.notes, found.tau, found.expected, found.against_redraft)
     assert (found.outtype, found.unread) == ("q8_0", "")
     assert found.outputs.holds
     assert found.good or found.conclusion.startswith("do not serve it on this machine: slower")

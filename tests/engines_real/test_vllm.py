@@ -52,7 +52,9 @@ def test_the_engine_without_a_draft_decodes_as_redraft_does(
     assert compare(repaired.target, table.prompts, own, table.plain(repaired.target)).holds
 
 
-@pytest.mark.parametrize("draft", ["unadapted", "adapted", "from-scratch"])
+@pytest.mark.parametrize(
+    "draft", ["unadapted", "adapted", pytest.param("from-scratch", marks=pytest.mark.full)]
+)
 def test_eagle3(repaired: AdaptedDraft, drafts: dict[str, str], table: Table, draft: str) -> None:
     cell = table.cell(f"eagle3 {draft}", repaired.target, drafts[draft])
     check_words(cell)
@@ -102,6 +104,7 @@ def test_a_planted_mistake_is_found_by_measurement(
         assert re.match(named, found[0]), found
 
 
+@pytest.mark.full
 def test_a_lora_target(repaired: AdaptedDraft, drafts: dict[str, str], table: Table) -> None:
     """The adapter stays unmerged in both: PEFT here, vLLM's own LoRA layers there."""
     target = load_member(BUILD / "suite", "lora4")
