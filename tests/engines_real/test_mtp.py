@@ -139,7 +139,7 @@ def test_a_head_of_qwen_in_vllm(
     assert (cell.identical, cell.different) == (cell.prompts, 0)
     assert cell.tau > 1.1
     assert (cell.drafts, cell.accepted) == (cell.own_drafts, cell.own_accepted)
-    for change in ({"before_norm": True}, {"state_first": True}, {"raw_feedback": True}):
+    for change in ({"before_norm": True}, {"state_first": True}):
         other = dataclasses.replace(head, config=dataclasses.replace(head.config, **change))
         own = table.own_count(target, other.build(target), K)
         assert (own.drafts, own.accepted) != (cell.drafts, cell.accepted), change
