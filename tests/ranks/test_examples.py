@@ -98,7 +98,7 @@ def test_a_job_file_starts_a_job_of_two_processes(
 
 
 def test_every_job_file_is_tried() -> None:
-    files = {path.name for path in EXAMPLES.iterdir()} - {"README.md"}
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix not in (".md", ".py")}
     assert files == {"slurm.sbatch", "skypilot.yaml", "ray_job.sh"}
 
 
