@@ -119,11 +119,12 @@ class StandIn:
         return {"tokens": found.tokens, **({} if self.hides else {"timings": timings})}
 
     def _sglang(self, found: Decoded) -> dict[str, Any]:
+        """The fields of SGLang 0.5.23."""
         meta: dict[str, Any] = {"completion_tokens": len(found.tokens)}
         if self.speculates:
             meta["spec_verify_ct"] = len(found.accepted)
-            meta["spec_accept_token_num"] = sum(found.accepted)
-            meta["spec_draft_token_num"] = self.k * len(found.accepted)
+            meta["spec_num_correct_drafts"] = sum(found.accepted)
+            meta["spec_num_proposed_drafts"] = self.k * len(found.accepted)
         return {"output_ids": found.tokens, **({} if self.hides else {"meta_info": meta})}
 
 

@@ -87,7 +87,7 @@ def test_a_k_that_varies_is_told(
 ) -> None:
     def adaptive(self: StandIn, found: Decoded) -> dict[str, Any]:
         reply = plain(self, found)
-        reply["meta_info"]["spec_draft_token_num"] -= 3
+        reply["meta_info"]["spec_num_proposed_drafts"] -= 3
         return reply
 
     plain = StandIn._sglang
@@ -131,10 +131,37 @@ def test_a_server_that_hides_its_counters(
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("spec_num_proposed_drafts", "spec_num_correct_drafts"),
+        ("spec_proposed_drafts", "spec_accepted_drafts"),
+        ("spec_draft_token_num", "spec_accept_token_num"),
+    ],
+    ids=("0.5.12", "0.5.11", "0.5.9"),
+)
+def test_sglang_has_named_its_counts_in_three_ways(
+    certificate: Certificate,
+    decoded: Callable[[int], Known],
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, str],
+) -> None:
+    def named(self: StandIn, found: Decoded) -> dict[str, Any]:
+        reply = plain(self, found)
+        meta = reply["meta_info"]
+        counts = meta.pop("spec_num_proposed_drafts"), meta.pop("spec_num_correct_drafts")
+        return {**reply, "meta_info": {**meta, **dict(zip(names, counts, strict=True))}}
+
+    plain = StandIn._sglang
+    monkeypatch.setattr(StandIn, "_sglang", named)
+    found = checked(certificate, "sglang", decoded(K), K)
+    assert (found.holds, found.exact) == (True, True)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"spec_accept_token_num": None}, r"counts that are no numbers \(.*\); is it SGLang"),
-        ({"spec_accept_token_num": ...}, r"hides its counts .* ask SGLang \(0.5.9 or newer\)"),
+        ({"spec_num_correct_drafts": None}, r"counts that are no numbers \(.*\); is it SGLang"),
+        ({"spec_num_correct_drafts": ...}, r"hides its counts .* ask SGLang \(0.5.9 or newer\)"),
     ],
 )
 def test_counts_that_cannot_be_read(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from redraft.core.errors import UserError
 from redraft.core.records import Prompt
 from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all
+from redraft.models import versions
 from redraft.models.cache_checks import check_rolls_back
 from redraft.models.kv_cache import PromptCache, RowCache, is_recurrent
 from redraft.models.loading import load_target
@@ -248,6 +250,16 @@ def test_a_target_with_a_recurrent_state_answers_but_is_not_rolled_back(
             tokens.append(token)
     with pytest.raises(UserError, match=r"keeps a recurrent state \(layers of kind.*not decode"):
         RowCache(found, 1)
+
+
+def test_a_transformers_that_does_not_read_on_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(RECURRENT["lfm2"](), tmp_path)
+    monkeypatch.setattr(versions, "READS_ON", (6, 0))
+    text = refusal(tmp_path)
+    assert f"Transformers {transformers.__version__} does not read on from it exactly" in text
+    assert "install 6.0 or later" in text
 
 
 @pytest.mark.parametrize("kind", ["llama", *RECURRENT])

@@ -9,9 +9,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor
 
 from ..core.errors import UserError
+from . import versions
 from .kv_cache import RowCache, Rows, is_recurrent, keep_rows, new_cache
 from .target import Target
 
@@ -26,6 +28,12 @@ def check_reads_on(target: Target) -> None:
     if not is_recurrent(target.model):
         check_rolls_back(target.model, target.name)
         return
+    if not versions.at_least(versions.READS_ON):
+        needed = ".".join(map(str, versions.READS_ON))
+        raise UserError(
+            f"{target.name} keeps a recurrent state, and Transformers {transformers.__version__} does not read on from it "
+            f"exactly; install {needed} or later, or let a server that runs it answer (--endpoint)"
+        )
     tokens = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 1, 2, 3]], device=target.device)
     tokens, padded = tokens.clamp(max=target.vocab_size - 1), torch.tensor([0, 2])
     mask = (torch.arange(5)[None] >= padded[:, None]).long().to(target.device)

@@ -170,7 +170,12 @@ def read_tokenizer(source: str) -> Any:
     if file := gguf_file.gguf_file(source):
         return gguf_file.read_tokenizer(file)
     with as_sentence(f"target {source}: its tokenizer could not be loaded"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if found.get_vocab().keys() <= found.get_added_vocab().keys():  # Transformers before 5.6
+            raise UserError(
+                f"target {source}: its tokenizer's files hold no tokens; copy them again"
+            )
+        return found
 
 
 def on_device(model: Any, device: str | None, name: str) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.records import Answer
+from . import versions
 from .gguf_file import SUFFIX as GGUF
 from .gguf_file import WEIGHTS, gguf_file
 from .head import logits_from
@@ -176,11 +177,12 @@ class Target:
                 f"a row of {tokens_BT.shape[1]} tokens is longer than the context of target "
                 f"{self.name}, {self.max_positions} tokens{self.context_note}; shorten it, or leave it out"
             )
+        named = versions.at_least(versions.NAMES_STATES)
         output = self.model(
             input_ids=tokens_BT,
             past_key_values=cache,
             use_cache=cache is not None,
-            output_hidden_states=list(aux_layers) or None,
+            output_hidden_states=(list(aux_layers) if named else bool(aux_layers)) or None,
             logits_to_keep=keep,
             **placed,
         )

@@ -383,18 +383,25 @@ def _llama_counts(reply: Mapping[str, Any]) -> Counts | None:
     return Counts(int(timings.get("draft_n", 0)), accepted, max(steps, 0))
 
 
+SGLANG_COUNTS = (
+    ("spec_num_proposed_drafts", "spec_num_correct_drafts"),
+    ("spec_proposed_drafts", "spec_accepted_drafts"),
+    ("spec_draft_token_num", "spec_accept_token_num"),
+)
+"""Drafted and accepted tokens in meta_info: since 0.5.12, in 0.5.11, and from 0.5.9 to 0.5.10."""
+
+
 def _sglang_counts(reply: Mapping[str, Any]) -> Counts | None:
     """None where meta_info or a part of it is missing. Without speculation there are no spec_ fields."""
     found = reply.get("meta_info")
     if not isinstance(found, dict):
         return None
-    if "spec_verify_ct" in found and "spec_accept_token_num" not in found:
-        return None  # SGLang before 0.5.9
-    return Counts(
-        int(found.get("spec_draft_token_num", 0)),
-        int(found.get("spec_accept_token_num", 0)),
-        int(found.get("spec_verify_ct", 0)),
-    )
+    if "spec_verify_ct" not in found:
+        return Counts(0, 0, 0)
+    for drafted, accepted in SGLANG_COUNTS:
+        if drafted in found and accepted in found:
+            return Counts(int(found[drafted]), int(found[accepted]), int(found["spec_verify_ct"]))
+    return None
 
 
 def _vllm_render(server: _Server, model: str, probe: Probe) -> Any:
