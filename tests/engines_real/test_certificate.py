@@ -1,6 +1,6 @@
-"""A certificate of a pretrained model, SmolLM2 with the kept draft, held against running vLLM and llama.cpp.
+"""A certificate of a pretrained model, SmolLM2 with the kept draft, held against running vLLM, llama.cpp and SGLang.
 
-Both serve it right, then with a fault each; in float32 the right counts are exact.
+Each serves it right, then with a fault; in float32 the right counts are exact.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from redraft.serving.vllm import VLLM
 from redraft_experiments.kept_parts import restore
 from redraft_experiments.pretrained import build_model, missing
 from redraft_experiments.real_demo import questions
+from tests.engines_real import sglang
 from tests.engines_real.conftest import BUILD, environment_of
 
 pytestmark = [
@@ -74,11 +75,33 @@ def test_it_holds_and_a_fault_is_named(engine: Engine, folder: Path, tmp_path: P
     assert right.exact
     assert right.different == 0
     assert right.equal + right.near_ties == right.prompts == PROMPTS
-    stored = read_draft(str(folder / "draft"))
-    faulty = dict(stored.tensors)
-    faulty[LOST] = torch.zeros_like(faulty[LOST])  # as of an engine that did not load it
-    stored.with_tensors(faulty, {}).save(tmp_path / "faulty")
-    wrong = held(engine, folder, tmp_path / "faulty", tmp_path)
+    wrong = held(engine, folder, faulty(folder, tmp_path), tmp_path)
     print(wrong.to_text())
     assert not wrong.holds
     assert LOST in wrong.cause
+
+
+@pytest.mark.full
+@pytest.mark.skipif(
+    not sglang.PYTHON, reason="needs $REDRAFT_SGLANG_PYTHON, as `make test-sglang` has"
+)
+def test_it_holds_in_sglang_and_a_fault_is_named(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for draft in (folder / "draft", faulty(folder, tmp_path)):
+        with sglang.served(folder / "base", draft, K, tmp_path / f"{draft.name}.log") as server:
+            found.append(check(read_certificate(folder / "certificate.json"), server.url))
+        print(found[-1].to_text())
+    right, wrong = found
+    assert (right.engine, right.k, right.holds, right.exact) == ("sglang", K, True, True)
+    assert right.equal + right.near_ties == right.prompts == PROMPTS
+    assert not wrong.holds
+    assert LOST in wrong.cause
+
+
+def faulty(folder: Path, out: Path) -> Path:
+    """The draft as of an engine that did not load one tensor."""
+    stored = read_draft(str(folder / "draft"))
+    tensors = dict(stored.tensors)
+    tensors[LOST] = torch.zeros_like(tensors[LOST])
+    stored.with_tensors(tensors, {}).save(out / "faulty")
+    return out / "faulty"
