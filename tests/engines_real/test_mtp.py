@@ -93,6 +93,7 @@ def test_a_head_of_its_own_folder(mimo: Parts, served: Table) -> None:
         assert (own.drafts, own.accepted) != (cell.drafts, cell.accepted), name
 
 
+@pytest.mark.full
 def test_a_stitched_checkpoint(mimo: Parts, served: Table) -> None:
     target, head, whole = mimo
     cell = served.cell("mtp head", target, str(head.folder))

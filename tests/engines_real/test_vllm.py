@@ -53,7 +53,11 @@ def test_the_engine_without_a_draft_decodes_as_redraft_does(
 
 
 @pytest.mark.parametrize(
-    "draft", ["unadapted", "adapted", pytest.param("from-scratch", marks=pytest.mark.full)]
+    "draft",
+    [
+        "adapted",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("unadapted", "from-scratch")),
+    ],
 )
 def test_eagle3(repaired: AdaptedDraft, drafts: dict[str, str], table: Table, draft: str) -> None:
     cell = table.cell(f"eagle3 {draft}", repaired.target, drafts[draft])
@@ -61,6 +65,7 @@ def test_eagle3(repaired: AdaptedDraft, drafts: dict[str, str], table: Table, dr
     check_same_steps(cell)
 
 
+@pytest.mark.full
 def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
     repaired: AdaptedDraft, drafts: dict[str, str], table: Table
 ) -> None:
