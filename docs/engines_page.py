@@ -96,7 +96,7 @@ make it run there; each of these was tried:
 
 It runs with `intel_amx` named for prefill and decode apart, and twelve functions of `sgl_kernel` in PyTorch: two of attention, ten that
 move indices. `make test-sglang` does that. SmolLM2-135M and its EAGLE-3 draft, K = 4: `redraft certify check` found 16 of 16 answers equal
-and 221 of 1,148 drafted tokens accepted, as certified, in every answer; with the draft's `o_proj` at 0, 72 of 1,708, and it named that tensor.
+and 221 of 1,148 drafted tokens accepted, as certified, in every answer; with the draft's `o_proj` at 0, 72 of 1,708, and it named that tensor with `v_proj`, whose loss counts the same.
 """
 
 

@@ -74,24 +74,33 @@ def train_tokenizer(
 
 def new_model(shape: Shape, seed: int) -> Any:
     """A Llama of the suite's shape with fresh weights."""
+    return fresh(LlamaForCausalLM, LlamaConfig(**config_of(shape)), seed)
+
+
+def config_of(shape: Shape) -> dict[str, Any]:
+    """What config.json of a model of this shape holds, whatever its architecture."""
     heads = shape.hidden // shape.head_dim
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(heads // 2, 1),
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=SPECIALS.index(END),
-        pad_token_id=SPECIALS.index(PAD),
-    )
+    return {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 2, 1),
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": SPECIALS.index(END),
+        "pad_token_id": SPECIALS.index(PAD),
+    }
+
+
+def fresh(model: Any, config: Any, seed: int) -> Any:
+    """A model of this class with the seed's weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return model(config)
 
 
 Example = tuple[list[int], list[int]]

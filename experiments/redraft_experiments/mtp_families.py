@@ -26,7 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import typer
 from torch import Tensor, nn
 
@@ -52,12 +51,11 @@ from redraft.pipeline.run_folder import RunFolder
 from . import recovery
 from .corpus import SIZES, Corpus, Size
 from .language_model import (
-    END,
     IGNORE,
-    PAD,
-    SPECIALS,
     chat_ids,
+    config_of,
     fit,
+    fresh,
     load_tokenizer,
     packed,
     save_model,
@@ -377,30 +375,15 @@ def new_qwen(s: Size, seed: int) -> Any:
     from transformers import Qwen3_5ForCausalLM
     from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
-    shape = s.shape
-    heads = shape.hidden // shape.head_dim
     config = Qwen3_5TextConfig(
+        **config_of(s.shape),
         architectures=["Qwen3_5ForCausalLM"],
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.width,
-        num_hidden_layers=shape.layers,
-        layer_types=["full_attention"] * shape.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(heads // 2, 1),
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.context,
+        layer_types=["full_attention"] * s.shape.layers,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,
         },
-        tie_word_embeddings=True,
         mtp_num_hidden_layers=1,
-        bos_token_id=None,
-        eos_token_id=SPECIALS.index(END),
-        pad_token_id=SPECIALS.index(PAD),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Qwen3_5ForCausalLM(config)
+    return fresh(Qwen3_5ForCausalLM, config, seed)

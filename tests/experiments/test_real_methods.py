@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from redraft.checkpoints.load import read_draft
+from redraft.checkpoints.load import read_draft, stored
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
+from redraft.models.loading import load_target
 from redraft_experiments import real_methods
 from redraft_experiments.real_cells import MEASURED, print_real_cells, read_real_cells
 from redraft_experiments.real_methods import _between, bench_real_methods
 from redraft_experiments.real_suite import build_real_suite
 from redraft_experiments.rivals import speculators_run
+from tests.conftest import fresh_draft
 
 
 @pytest.fixture
@@ -56,6 +58,27 @@ def test_a_cell_measures_the_draft_on_the_way_to_the_trained_one(
     assert again == cells == sorted(read_real_cells(out), key=lambda c: rows.index(c.row))
     assert len(small_real) == asked
     print_real_cells(cells)
+
+
+def test_another_draft_has_rows_and_cells_of_its_own(
+    suite: Path, tmp_path: Path, small_real: list[RegenerateConfig]
+) -> None:
+    """An MTP head on the answers of the race, next to the suite's draft."""
+    out, asked = tmp_path / "race", {"members": ["math-sft"], "seeds": [1]}
+    bench_real_methods(suite, out, rows=["unadapted"], **asked)
+    answered = len(small_real)
+    base = load_target(str(suite / "base"))
+    stored(fresh_draft(base, kind="mtp"), base).save(tmp_path / "head")
+    rows = ["unadapted", "hard labels decay"]
+    cells = bench_real_methods(suite, out, rows=rows, draft=tmp_path / "head", **asked)
+    assert [(cell.draft, list(cell.counts)) for cell in cells] == [("mtp", ["1.0"])] * 2
+    assert cells[1].train["steps"]
+    assert read_draft(str(out / "math-sft" / "drafts-mtp" / "hard labels decay.s1")).kind == "mtp"
+    assert len(small_real) == answered
+    assert [cell.draft for cell in read_real_cells(out)] == ["eagle3"]
+    assert len(read_real_cells(out, "mtp")) == 2
+    with pytest.raises(UserError, match="unknown row"):
+        bench_real_methods(suite, out, rows=["expert"], draft=tmp_path / "head", **asked)
 
 
 def test_no_share_of_the_way_is_the_unadapted_draft_and_all_of_it_the_trained_one(

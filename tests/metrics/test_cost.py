@@ -11,8 +11,9 @@ from redraft.metrics import cost as cost_module
 from redraft.metrics.cost import auto_k, choose_k, measure_cost, speedup
 from redraft.metrics.speed import drafted, forwards_timed, plain, race, transformers_generate
 from redraft.models.target import Target
-from tests.conftest import in_double
+from tests.conftest import fresh_draft, in_double
 from tests.decoding.cheat import CheatingDraft
+from tests.models.test_loading import RECURRENT, save
 
 
 def test_speedup_by_hand() -> None:
@@ -78,6 +79,14 @@ def test_auto_k_goes_by_this_draft(target_folder: Path) -> None:
     bad = auto_k(target, CheatingDraft(target, noise=50.0), prompts)
     assert bad.per_position[0] < 0.2
     assert bad.k == 1
+
+
+def test_auto_k_where_no_token_can_be_taken_back(tmp_path: Path) -> None:
+    target = in_double(save(RECURRENT["lfm2"](), tmp_path))
+    draft = fresh_draft(target, kind="mtp")
+    found = auto_k(target, draft, [Prompt("a", (2, 50, 60)), Prompt("b", (2, 70))])
+    assert found.steps > 0
+    assert found.cost.verify[0] > 0
 
 
 def test_contestants_give_the_same_answers(target_folder: Path) -> None:

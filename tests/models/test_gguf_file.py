@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
-from redraft.core.errors import UserError
 from redraft.models import gguf_file
 from redraft.models.loading import load_target, stored_in
 from redraft.models.target import Target, fingerprint, weights_hash
 from tests.conftest import SHAPE, make_tokenizer, save_target
 from tests.models.gguf_writer import write
+from tests.models.test_loading import refusal
 
 CHAT = [{"role": "user", "content": "Say  7 and it's 1."}]
 
@@ -62,15 +62,6 @@ def dressed(folder: Path, tmp_path: Path) -> Path:
 def logits(target: Target) -> Tensor:
     tokens = torch.arange(target.vocab_size)[None, :64]
     return target.read(tokens, (2, 4, 5)).logits_BTV
-
-
-def refusal(source: Path, **how: Any) -> str:
-    with pytest.raises(UserError) as found:
-        load_target(str(source), **how)
-    text = str(found.value)
-    assert len(text) < 700
-    assert "\n" not in text
-    return text
 
 
 def test_it_computes_what_its_blocks_mean(

@@ -275,8 +275,9 @@ def test_tokens_after_a_prompt_are_taken_back(kind: str, tmp_path: Path) -> None
     assert torch.allclose(cache.reading.logits_BTV[:, -1], found.read(tokens, ()).logits_BTV[:, 3])
     cache.read(tokens[:, 1:3], ())
     other = cache.read(tokens[:, 4:], ()).logits_BTV
-    cache.back()
-    assert torch.allclose(cache.read(tokens[:, 4:], ()).logits_BTV, whole)
+    for _ in range(2):
+        cache.back()
+        assert torch.allclose(cache.read(tokens[:, 4:], ()).logits_BTV, whole)
     assert not torch.allclose(other, whole, atol=1e-4)
 
 

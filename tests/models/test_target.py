@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
 from redraft.core.errors import UserError
+from redraft.models import versions
 from redraft.models.kv_cache import new_cache
 from redraft.models.loading import load_target
-from redraft.models.target import check_aux_layers, default_aux_layers
+from redraft.models.target import Target, check_aux_layers, default_aux_layers
 from tests.conftest import FAMILIES, make_tokenizer, save_target
 
 
@@ -107,3 +109,24 @@ def test_fingerprints_follow_weights_and_template(target_folder: Path, tmp_path:
     assert first == load_target(str(target_folder)).fingerprint()
     other = save_target(tmp_path, FAMILIES["llama"](len(make_tokenizer())), seed=1)
     assert load_target(str(other)).fingerprint() != first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [None, (9, 0)], ids=["as usual", "all states are read"])
+def test_states_are_those_after_their_layers(
+    target: Target, monkeypatch: pytest.MonkeyPatch, first: tuple[int, int] | None
+) -> None:
+    """As hooks see them, whichever way this version of Transformers is asked; those of the next layers are others."""
+    monkeypatch.setattr(versions, "NAMES_STATES", first or versions.NAMES_STATES)
+    seen: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda *args: seen.append(args[-1]))
+        for layer in target.decoder.layers
+    ]
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    found = target.read(tokens, (2, 5)).features_BTF
+    for hook in hooks:
+        hook.remove()
+    states = [one[0] if isinstance(one, tuple) else one for one in seen]
+    assert torch.equal(found, torch.cat([states[1], states[4]], -1))
+    assert not torch.allclose(found, torch.cat([states[2], states[5]], -1))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from redraft.checkpoints.load import read_draft, stored
 from redraft.checkpoints.own_head import inspect_head, stitch
 from redraft.cli.app import app
+from redraft.core import ranks
 from redraft.core.errors import UserError
 from redraft.core.folders import read_tensors
 from redraft.models.loading import load_target
@@ -147,6 +148,22 @@ def test_a_head_begins_with_the_targets_last_layer(lost: Path, tmp_path: Path) -
     assert found is not None
     assert (found.state, found.hash) == ("whole", said["checkpoint"]["head"])
     assert found.hash != head.hash()
+
+
+def test_flags_that_do_nothing_are_refused(
+    lost: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = ["--base", str(lost / "base")], tmp_path / "run"
+    with pytest.raises(UserError, match="does not use --verify-in, --limit"):
+        mtp(lost, out, *base, "--check", "--verify-in", "vllm", "--limit", "3")
+    with pytest.raises(UserError, match="name that with --verify-in"):
+        mtp(lost, out, *base, "--python", "python3")
+    with pytest.raises(UserError, match="unknown --engine|no engine"):
+        mtp(lost, out, *base, "--verify-in", "other")
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(UserError, match="the work of one process"):
+        mtp(lost, out, *base, "--check")
+    assert not out.exists()
 
 
 def test_what_cannot_be_given_back_is_a_sentence(lost: Path, tmp_path: Path) -> None:

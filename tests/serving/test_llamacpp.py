@@ -9,6 +9,7 @@ import dataclasses
 import json
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from redraft.checkpoints.load import read_draft
 from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt
+from redraft.drafts.base import Draft
 from redraft.drafts.eagle3.network import Eagle3Draft
 from redraft.metrics.measure import measure
 from redraft.metrics.replay import replay
@@ -229,12 +231,7 @@ def quantised_plan(
     """The plan of a llama.cpp that serves that file, with other answers than redraft's: the unrounded target's."""
     draft = read_draft(str(draft_folder)).build(quantised)
     given = with_lookahead(quantised, few_prompts, [a.answer for a in short_answers], K)
-    steps = {
-        key(a.prompt): cut_steps(t.accepted, a.tokens, quantised.stop_ids, K, TOKENS)
-        for a, t in zip(given, replay(quantised, draft, given, K), strict=True)
-    }
-    answers = {key(a.prompt): list(a.answer) for a in short_answers}
-    return {"k": K, "answers": answers, "steps": steps, "plain_delay": SLOWER}
+    return plan_of(quantised, draft, given)
 
 
 def test_a_file_is_served_unchanged_and_counted_on_the_engines_answers(
@@ -450,12 +447,16 @@ def test_what_it_counts_of_an_answers_last_step(
 @pytest.fixture(scope="session")
 def plan(target: Target, trained_draft: Eagle3Draft, short_answers: list[Answer]) -> dict[str, Any]:
     """The plan of a llama.cpp that does what it should."""
-    traces = replay(target, trained_draft, short_answers, K)
+    return plan_of(target, trained_draft, short_answers)
+
+
+def plan_of(target: Target, draft: Draft, given: Sequence[Answer]) -> dict[str, Any]:
+    """Of a llama.cpp that gives these answers, and counts as the draft's replay does."""
     steps = {
         key(a.prompt): cut_steps(t.accepted, a.tokens, target.stop_ids, K, TOKENS)
-        for a, t in zip(short_answers, traces, strict=True)
+        for a, t in zip(given, replay(target, draft, given, K), strict=True)
     }
-    answers = {key(a.prompt): list(a.answer) for a in short_answers}
+    answers = {key(a.prompt): list(a.answer) for a in given}
     return {"k": K, "answers": answers, "steps": steps, "plain_delay": SLOWER}
 
 

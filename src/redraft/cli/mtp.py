@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from ..config import Resolved
+from ..config import MeasureConfig, Resolved
+from ..core import ranks
 from ..core.errors import UserError
+from ..core.records import Verification, to_json
 from ..core.report_record import AdaptReport
 from .bundles import MaybeTargetFlags, OutputFlags, SamplingFlags, TargetFlags, print_json
 from .check import check
@@ -41,7 +45,7 @@ def mtp(
     Example: redraft mtp --target ./my-model --base org/base --prompts prompts.jsonl --out run
     """
     from ..pipeline import adapt as pipeline
-    from ..pipeline.own_head import CHECK, RUN, give_head, graft
+    from ..pipeline.own_head import RUN, give_head
     from ..serving.engines import engine_named
 
     if models.target_adapter:
@@ -50,6 +54,27 @@ def mtp(
         )
     if from_layer and base:
         raise UserError("name --base, whose head is grafted, or --from-layer, not both")
+    if (only_check or verify_in) and ranks.size() > 1:
+        raise UserError(
+            "--check and --verify-in are the work of one process; run them without torchrun (`redraft verify --run OUT/run` tries a "
+            "finished run)"
+        )
+    if python is not None and verify_in is None:
+        raise UserError("--python is the environment of an engine; name that with --verify-in")
+    begin = models.load if from_layer else None
+    if only_check:
+        unused: dict[str, object] = {
+            "--answers": answers,
+            "--eval-prompts": eval_prompts,
+            "--off-domain": off_domain,
+        }
+        unused |= {"--verify-in": verify_in, "--limit": limit}
+        if given := [name for name, value in unused.items() if value]:
+            raise UserError(
+                f"--check trains nothing and does not use {', '.join(given)}; leave it out"
+            )
+        _check(models, prompts, Path(out), base, begin, config.config.measure, output)
+        return
     if verify_in is not None:
         engine_named(verify_in).find(python)  # before anything is trained
     elsewhere = pairs(off_domain or [], "--off-domain")
@@ -67,41 +92,56 @@ def mtp(
             off_domain=elsewhere,
         ).report
 
-    begin = models.load if from_layer else None
-    if only_check:
-        if prompts is None:
-            raise UserError("--check asks a few prompts: name their file with --prompts")
-        head, measure = graft(models.target, base, Path(out), begin), config.config.measure
-        check(
-            MaybeTargetFlags(**vars(models)),
-            prompts,
-            SamplingFlags(),
-            output,
-            draft=str(head),
-            base=base,
-            k=measure.k,
-            max_new_tokens=measure.eval_new_tokens,
-            out=str(Path(out) / CHECK),
-        )
-        return
     report, written = give_head(models.target, base, Path(out), run, begin)
     served = None
     if verify_in is not None:
-        how = EngineFlags(engine=verify_in, python=python)
-        served = tried(
-            MaybeTargetFlags(**vars(models)), how, output, read_run(str(Path(out) / RUN))
-        )
-    if output.as_json:
-        from ..core.records import to_json
-
-        served_too = {} if served is None else {"verification": to_json(served)}
-        print_json({**to_json(report), "checkpoint": written, **served_too})
-    else:
-        from ..report.terminal import print_report
-
-        print_report(report)
-        if served is not None:
-            print_tried(served)
-        output.finish(STITCHED.format(**written), written)
+        how, finished = EngineFlags(engine=verify_in, python=python), read_run(str(Path(out) / RUN))
+        served = tried(MaybeTargetFlags(**vars(models)), how, output, finished)
+    _show(report, written, served, output)
     if served is not None and not served.good:
         raise typer.Exit(NOT_GOOD)
+
+
+def _check(
+    models: TargetFlags,
+    prompts: str | None,
+    out: Path,
+    base: str | None,
+    begin: Callable[[], Any] | None,
+    measure: MeasureConfig,
+    output: OutputFlags,
+) -> None:
+    """`redraft check` of the head that training would begin with."""
+    from ..pipeline.own_head import CHECK, graft
+
+    if prompts is None:
+        raise UserError("--check asks a few prompts: name their file with --prompts")
+    check(
+        MaybeTargetFlags(**vars(models)),
+        prompts,
+        SamplingFlags(),
+        output,
+        draft=str(graft(models.target, base, out, begin)),
+        base=base,
+        k=measure.k,
+        max_new_tokens=measure.eval_new_tokens,
+        out=str(out / CHECK),
+    )
+
+
+def _show(
+    report: AdaptReport,
+    written: dict[str, Any],
+    served: Verification | None,
+    output: OutputFlags,
+) -> None:
+    from ..report.terminal import print_report
+
+    if output.as_json:
+        served_too = {} if served is None else {"verification": to_json(served)}
+        print_json({**to_json(report), "checkpoint": written, **served_too})
+        return
+    print_report(report)
+    if served is not None:
+        print_tried(served)
+    output.finish(STITCHED.format(**written), written)
