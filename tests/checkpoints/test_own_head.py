@@ -306,7 +306,8 @@ def test_a_stale_head_is_seen_whatever_the_other_tensors_are_called(
         tuned = tmp_path / f"tuned {change}"
         stitch(str(folder), head, tuned)
         (tuned / TRUNK).unlink()
-        named = {n.replace("model.", begins, 1): t + change for n, t in weights.items()}
+        layers = {n: t + change if n.startswith("model.") else t for n, t in weights.items()}
+        named = {n.replace("model.", begins, 1): t for n, t in layers.items()}
         save_file(named, tuned / TRUNK, {"format": "pt"})
         found = inspect_head(str(tuned), str(base))
         assert found is not None

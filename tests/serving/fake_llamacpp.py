@@ -99,9 +99,12 @@ class Handler(BaseHTTPRequestHandler):
                 os._exit(9)
             if self.speculating:
                 count(PLAN.get("steps", {}).get(key, []))
-        if not self.speculating:
+        answers = PLAN["answers"]
+        if self.speculating:
+            answers = {**answers, **PLAN.get("drafted_answers", {})}
+        else:
             threading.Event().wait(PLAN.get("plain_delay", 0.0))
-        self.reply(json.dumps({"tokens": PLAN["answers"][key][: body["n_predict"]]}))
+        self.reply(json.dumps({"tokens": answers[key][: body["n_predict"]]}))
 
     def reply(self, text: str) -> None:
         self.send_response(200)

@@ -18,9 +18,10 @@ import pytest
 from redraft.checkpoints.load import read_draft
 from redraft.core.errors import UserError
 from redraft.core.records import Answer, Prompt
+from redraft.decoding.sampling import Sampling
 from redraft.drafts.base import Draft
 from redraft.drafts.eagle3.network import Eagle3Draft
-from redraft.metrics.measure import measure
+from redraft.metrics.measure import answer_all, measure
 from redraft.metrics.replay import replay
 from redraft.models.loading import load_target
 from redraft.models.target import Target
@@ -228,10 +229,13 @@ def quantised(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def quantised_plan(
     quantised: Target, draft_folder: Path, few_prompts: list[Prompt], short_answers: list[Answer]
 ) -> dict[str, Any]:
-    """The plan of a llama.cpp that serves that file, with other answers than redraft's: the unrounded target's."""
+    """The plan of a llama.cpp that serves that file: without the draft it answers as redraft, with it as the unrounded target."""
     draft = read_draft(str(draft_folder)).build(quantised)
     given = with_lookahead(quantised, few_prompts, [a.answer for a in short_answers], K)
-    return plan_of(quantised, draft, given)
+    drafted = plan_of(quantised, draft, given)
+    plain = answer_all(quantised, few_prompts, TOKENS, K, Sampling())
+    answers = {key(a.prompt): list(a.answer) for a in plain}
+    return {**drafted, "answers": answers, "drafted_answers": drafted["answers"]}
 
 
 def test_a_file_is_served_unchanged_and_counted_on_the_engines_answers(
@@ -251,6 +255,9 @@ def test_a_file_is_served_unchanged_and_counted_on_the_engines_answers(
     assert fake_llamacpp.started["params"]["model"]["path"] == quantised.sources[0]
     assert (found.outtype, found.unread, found.tolerance) == ("q8_0", "", 0.03)
     assert found.expected == found.tau
+    assert found.outputs.identical < found.outputs.prompts
+    assert found.outputs.slack >= 8 / 128  # roundings of states to 8 bits, not of float32
+    assert found.outputs.holds
     assert judge(found) == []
     (draft,) = (written(str(path)) for path in (tmp_path / "kept").glob("*.gguf"))
     around = Path(draft["given"]["--target-model-dir"])
