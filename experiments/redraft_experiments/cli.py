@@ -17,8 +17,10 @@ from .cli_parts import numbers, show_cells
 from .flag_table import FLAGS
 from .real_cli import (
     bench_bank,
+    bench_certificates,
     bench_fleet,
     bench_plan,
+    bench_quantised,
     bench_real,
     bench_real_methods,
     bench_real_mtp,
@@ -474,6 +476,26 @@ for function, names, help in (
             "suite": "folder of `redraft bench real`",
             "out": "folder; run again to resume",
             "record": "also write the cells to this JSONL file",
+        },
+    ),
+    (
+        bench_quantised,
+        ("quantised",),
+        {
+            "suite": "folder of `redraft bench real`",
+            "member": "the fine-tune of the suite that is stored with fewer bits",
+            "out": "folder; run again to resume",
+            "python": "a Python that has llama.cpp, for its forms",
+            "record": "also write the cells to this JSONL file",
+        },
+    ),
+    (
+        bench_certificates,
+        ("certificates",),
+        {
+            "out": "folder; run again to resume",
+            "python": "a Python that has the engine",
+            "record": "also write every cell of --out to this JSONL file",
         },
     ),
     (bench_bank, ("bank",), {"record": "also write the cell to this JSONL file"}),

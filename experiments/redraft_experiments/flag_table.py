@@ -9,6 +9,7 @@ FLAGS: dict[str, Flag] = {
     "real": Flag("SmolLM2-135M-Instruct with a medical fine-tune instead, as users run it"),
     "size": Flag("pico, nano, micro or small (the last two on real data)"),
     "data": Flag("folder of real data (default: $REDRAFT_DATA)"),
+    "forms": Flag("how it is stored, comma-separated: q8_0, q4_k_m, q3_k_m, q2_k, int8, nf4"),
     "members": Flag("members to build, comma-separated; all is every one (default: default)"),
     "drafts": Flag("drafts of the base, comma-separated: eagle3, eagle, small-lm"),
     "kinds": Flag("kinds of draft next to eagle3, comma-separated"),

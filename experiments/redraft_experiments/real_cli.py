@@ -175,6 +175,44 @@ def bench_versions(
     show_cells(output, cells, print_cells, record, cells)
 
 
+def bench_quantised(
+    suite: str,
+    out: str,
+    output: OutputFlags,
+    member: str = "medical-lora",
+    forms: str = "q4_k_m,nf4",
+    python: str | None = None,
+    record: str | None = None,
+) -> None:
+    """A fine-tune that is served with fewer bits: a draft adapted to it before it lost them, and on its own answers and states.
+
+    Example: redraft bench quantised --suite real --python .venv-llamacpp/bin/python --out quantised
+    """
+    from .quantised import bench_quantised as run
+    from .quantised import print_cells
+
+    cells = run(Path(suite), Path(out), member, forms.split(","), python)
+    show_cells(output, cells, print_cells, record, cells)
+
+
+def bench_certificates(
+    out: str,
+    output: OutputFlags,
+    engine: str = "llama.cpp",
+    python: str | None = None,
+    record: str | None = None,
+) -> None:
+    """Certificates held against real servers: how often a right one is called wrong, and which faults are named.
+
+    Example: redraft bench certificates --engine llama.cpp --python .venv-llamacpp/bin/python --out certificates
+    """
+    from .certificates import bench_certificates as run
+    from .certificates import print_cells, read_cells
+
+    cells = run(Path(out), engine, python)
+    show_cells(output, cells, print_cells, record, read_cells(Path(out)))
+
+
 def bench_bank(
     draft: str,
     output: OutputFlags,

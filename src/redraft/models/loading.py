@@ -7,6 +7,7 @@ know, with a warning. Both make another model, whose figures look like any other
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ NOT_TEXT = ("visual", "vision", "image", "audio", "multi_modal", "multimodal", "
 """Parts of the names of modules that text never reaches."""
 NOT_THE_MODEL = ("rotary_emb.inv_freq", "masked_bias", ".attn.bias", "v_head.", "value_head.")
 """Parts of the names of stored tensors that change no logit: old buffers, and a reward's value head."""
+WARNS_EACH_TIME = "bitsandbytes.autograd._functions"
+"""Says at every product of every layer that 8-bit weights round their input."""
 AHEAD = ("mtp.", "mtp_layers.", "nextn.", "medusa", "eagle")
 """Beginnings of the names of modules that predict further tokens and are no part of plain decoding."""
 
@@ -159,6 +162,7 @@ def read_model(
             ignore_mismatched_sizes=True,  # refused below, by name
             **({"device_map": placement} if placement else {}),
         )
+    logging.getLogger(WARNS_EACH_TIME).setLevel(logging.ERROR)
     _check_weights(source, model, info, absent or (lambda name: False))
     return model
 
@@ -325,9 +329,12 @@ def _check_finite(target: Target) -> None:
     """Raise UserError for weights or first logits that are not finite numbers."""
     for name, weight in target.model.named_parameters():
         floats = weight.is_floating_point() and weight.element_size() > 1
+        plain = (
+            type(weight.data) is torch.Tensor
+        )  # not quantised, and stored as integers and scales
         if (
-            weight.numel() and floats and not weight.is_meta
-        ):  # those on the disk are not read for it
+            weight.numel() and floats and plain and not weight.is_meta
+        ):  # those on the disk are not read
             low, high = weight.aminmax()
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
                 raise UserError(
