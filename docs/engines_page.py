@@ -179,7 +179,7 @@ def _rows(cells: list[dict[str, Any]]) -> list[str]:
             elif formats or engine == "transformers":
                 how = (LANGUAGE_MODELS if kind == "token_lm" else BY_SCHEMA)[engine]
             else:
-                how = "not supported" if row.inside else "not supported: it has no EAGLE-1/2 drafts"
+                how = "not supported: it has no EAGLE-1/2 drafts"
             shown = ", ".join(f"`{name}`" for name in formats) or "-"
             rows.append(f"| {NAMES[engine]} | {kind} | {shown} | {how} |")
     return rows

@@ -242,6 +242,8 @@ class _Bench:
                 asked = [p for f in evaluation for p in read_prompts(str(f), target).prompts[:32]]
             most = PROMPTS[set_up.model] if set_up.model == REAL else len(asked)
             found = certify(target, models.draft, asked[:most], TOKENS[set_up.model])
+            if set_up.model == TOY:  # llama.cpp does not know how its tokenizer splits text
+                found = dataclasses.replace(found, probe=None)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, found.to_text())
         return read_certificate(file)

@@ -110,6 +110,31 @@ def test_chains_that_are_cut_short_are_told(
     monkeypatch.setattr(StandIn, "_llama", unsure)
     found = checked(certificate, "llamacpp", decoded(K), K)
     assert (found.holds, found.cause, found.distance) == (False, VARYING_K, 0)
+    in_half = dataclasses.replace(certificate, dtype="bfloat16")
+    found = checked(in_half, "llamacpp", decoded(K), K)
+    assert (found.holds, found.cause, found.distance) == (False, VARYING_K, 0)
+
+
+def test_the_end_of_a_step_may_move_in_half_precision(
+    certificate: Certificate, decoded: Callable[[int], Known], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft's near-tie can end a step one token earlier, where as many are accepted in all."""
+    moved = []
+
+    def rounded(self: StandIn, found: Decoded) -> dict[str, Any]:
+        reply = plain(self, found)
+        if not moved:
+            reply["timings"]["draft_n"] -= 1
+            moved.append(found)
+        return reply
+
+    plain = StandIn._llama
+    monkeypatch.setattr(StandIn, "_llama", rounded)
+    in_half = dataclasses.replace(certificate, dtype="bfloat16")
+    found = checked(in_half, "llamacpp", decoded(K), K)
+    assert (found.holds, found.exact, found.cause) == (True, True, "")
+    moved.clear()
+    assert checked(certificate, "llamacpp", decoded(K), K).cause == VARYING_K
 
 
 @pytest.mark.parametrize("owner", OWNERS)

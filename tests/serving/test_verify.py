@@ -13,16 +13,19 @@ from redraft.checkpoints.load import read_draft, stored
 from redraft.config import resolve
 from redraft.core.errors import UserError
 from redraft.core.records import Acceptance, Lossless, Prompt, Verification, to_json
+from redraft.decoding.sampling import Sampling
+from redraft.metrics.measure import answer_all
+from redraft.metrics.replay import replay
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.pipeline import adapt as pipeline
 from redraft.serving.diagnosis import diagnose
 from redraft.serving.judgement import conclusion, judge, notes_on, slower_everywhere
-from redraft.serving.verify import Request, fitting, serving_of, verify
+from redraft.serving.verify import Request, fitting, serving_of, verify, with_lookahead
 from tests.checkpoints.crafted import edit, retensor
 from tests.cli.test_cli import run
 from tests.conftest import fresh_draft, write_prompts
-from tests.serving.conftest import PROMPTS, FakeEngine, K, install_fake
+from tests.serving.conftest import PROMPTS, FakeEngine, K, install_fake, key
 
 TOKENS = 12
 SLOWER = 0.2
@@ -248,6 +251,39 @@ def test_another_dtype_is_not_called_another_target(
     assert (
         cause == "this draft was adapted to the target in float32, here the target runs in bfloat16"
     )
+
+
+def test_steps_of_answers_that_part_in_half_precision_are_compared(
+    target_folder: Path,
+    draft_folder: Path,
+    few_prompts: list[Prompt],
+    fake: FakeEngine,
+    tmp_path: Path,
+) -> None:
+    """The engine's answers are continued from another token than the target's own, and its steps are of those."""
+    half = load_target(str(target_folder), dtype="bfloat16")
+    own = answer_all(half, few_prompts, TOKENS, K, Sampling())
+    said = []
+    for prompt, answer in zip(few_prompts, own, strict=True):
+        begin = [*answer.answer[:2], (answer.answer[2] + 1) % 90]
+        (rest,) = answer_all(half, [Prompt("", (*prompt.tokens, *begin))], 9, K, Sampling())
+        said.append([*begin, *rest.answer])
+    given = with_lookahead(half, few_prompts, said, K)
+    stored_draft = read_draft(str(draft_folder))
+    traces = replay(half, stored_draft.build(half), given, K)
+    fake.plan(
+        k=K,
+        answers={key(p.tokens): tokens for p, tokens in zip(few_prompts, said, strict=True)},
+        steps={key(p.tokens): list(t.accepted) for p, t in zip(few_prompts, traces, strict=True)},
+    )
+    request = Request(tmp_path / "logs", K, TOKENS, concurrencies=(1,), repeats=1)
+    found = verify(fake.environment, half, stored_draft, few_prompts, request)
+    assert found.against_redraft.identical == 0
+    assert (found.tau.drafts, found.tau.accepted) == (found.own.steps, found.own.accepted)
+    assert not any("where redraft counts" in reason for reason in judge(found))
+    whole = load_target(str(target_folder))
+    strict = verify(fake.environment, whole, stored_draft, few_prompts, request)
+    assert any("even without a draft" in reason for reason in judge(strict))
 
 
 def test_prompts_without_room_are_left_out(target: Target, few_prompts: list[Prompt]) -> None:

@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..config import STAGES, parse_set, read_yaml, recipe_path, resolve, stage_fields
 from ..core.errors import UserError, nearest
+from .addresses import at_hand
 from .flag_table import FLAGS, OUTPUT, SETTING_GROUPS, Flag
 from .together import together
 
@@ -143,12 +144,13 @@ def with_flags(
         file, assigned = given.pop("config_file"), given.pop("assignments")
         set_flags = {key: joined(given.pop(name)) for name, key in by_name.items()}
         resolved = resolve(_layers(file, assigned, set_flags, settings, function.__name__))
-        for name, bundle in bundles.items():
-            names = [field.name for field in dataclasses.fields(bundle)]
-            given[name] = bundle(**{one: given.pop(one) for one in names})
-        if "config" in signature.parameters:
-            given["config"] = resolved
-        function(**given)
+        with at_hand(given) as local:
+            for name, bundle in bundles.items():
+                names = [field.name for field in dataclasses.fields(bundle)]
+                local[name] = bundle(**{one: local.pop(one) for one in names})
+            if "config" in signature.parameters:
+                local["config"] = resolved
+            function(**local)
 
     wrapper.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     wrapper.__annotations__ = {name: p.annotation for name, p in parameters.items()}

@@ -16,6 +16,7 @@ from ..config import MeasureConfig
 from ..core.console import say
 from ..core.errors import UserError
 from ..core.records import Acceptance, Prompt, Verification, to_json
+from ..core.remote import fetched
 from ..core.report_record import AdaptReport
 from .bundles import MaybeTargetFlags, OutputFlags, TargetFlags, print_json
 
@@ -219,8 +220,8 @@ def read_run(run: str) -> Run:
         source, adapter = report.target, ""
     return Run(
         folder=Path(run),
-        target=source,
-        adapter=adapter or None,
+        target=fetched(source),
+        adapter=fetched(adapter) if adapter else None,
         draft=str(Path(run) / "draft"),
         after=report.after,
         k=int(measured["k"]),

@@ -22,6 +22,7 @@ from .extensions import GROUP
 PACKAGES = ("torch", "transformers", "safetensors", "peft", "accelerate", "numpy")
 VARIABLES = (
     "REDRAFT_API_KEY",
+    "REDRAFT_CACHE",
     "REDRAFT_DATA",
     "REDRAFT_LLAMACPP_PYTHON",
     "REDRAFT_RANK_TIMEOUT",

@@ -228,7 +228,9 @@ class TrainRecord:
     stopped_early: bool
     trained_together: int = 1  # adapters trained on the same stream; their peak is common
     miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, remapped
-    target_flops: float = 0.0  # counted on one batch, times the tokens read
+    target_flops: float = (
+        0.0  # counted on one batch, times the tokens read; not in kernels of bitsandbytes
+    )
     draft_flops: float = 0.0
     general_tau: tuple[tuple[int, float], ...] = ()
     share: float = 1.0

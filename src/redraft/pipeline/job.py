@@ -13,6 +13,7 @@ from ..config import AdaptConfig, Resolved
 from ..core import ranks
 from ..core.errors import UserError
 from ..core.folders import read_json
+from ..core.remote import address_of
 from ..generation.regenerate import check_backend
 from ..models.target import Target
 from ..prompts.clock import kept_time
@@ -90,11 +91,11 @@ def _check_rounds(config: AdaptConfig) -> None:
 def record_job(job: Job, prompts: PromptSet, resolved: Resolved) -> None:
     """Write run.json. Raises UserError where the folder holds the adapter of another job."""
     described = {
-        "target": job.target.name,
+        "target": address_of(job.target.name),
         "target_fingerprint": job.target.fingerprint(),
-        "shared": str(job.draft.folder),
+        "shared": address_of(job.draft.folder),
         "shared_hash": job.draft.hash(),
-        "prompts": prompts.source,
+        "prompts": address_of(prompts.source),
         "left_out": [list(row) for row in prompts.left_out],
         "config": asdict(resolved.config),
         "origins": resolved.origins,

@@ -12,6 +12,7 @@ from ..checkpoints.load import StoredDraft
 from ..config import Resolved
 from ..core.folders import read_json
 from ..core.records import Answer, Safety, TrainRecord, acceptance, to_json
+from ..core.remote import address_of
 from ..core.report_record import AdaptReport, Change
 from ..generation.answer_file import endpoints_of, read_answers
 from ..metrics import intervals
@@ -52,10 +53,10 @@ def report_of(
     before = acceptance(json.loads((run.path / "measure/eval-before.json").read_text()))
     steps = read_json(run.path / STEPS) if (run.path / STEPS).exists() else {}
     report = AdaptReport(
-        target=target.name,
-        shared=str(shared.folder),
-        adapter=str(run.path / "adapter"),
-        draft=str(run.path / "draft"),
+        target=address_of(target.name),
+        shared=address_of(shared.folder),
+        adapter=address_of(run.path / "adapter"),
+        draft=address_of(run.path / "draft"),
         prompts={
             "source": prompts.source,
             "kept": len(prompts.prompts),

@@ -19,9 +19,11 @@ MTP = DraftKind(
             recognise=files.recognises,
             parse=files.parse,
             lay_out=files.lay_out,
-            engines=("vllm", "llama.cpp"),
+            engines=("vllm", "sglang", "llama.cpp"),
             serve="""vLLM:       redraft stitch --target TARGET --draft THIS --out STITCHED, then
             vllm serve STITCHED --speculative-config '{"method": "mtp", "num_speculative_tokens": 4}'
+SGLang:     python -m sglang.launch_server --model STITCHED --speculative-algorithm NEXTN \\
+            --speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5
 llama.cpp:  the same folder through convert_hf_to_gguf.py, then llama-server --spec-type draft-mtp""",
         ),
     ),
