@@ -40,6 +40,8 @@ MATRICES = (
     *(f"{LAYER}mlp.{part}_proj" for part in ("gate", "up", "down")),
 )
 """The tensors of an EAGLE-3 draft, of which an engine can lose any."""
+LOST_IN_BOTH = ("norm", "fc", f"{LAYER}self_attn.o_proj", f"{LAYER}mlp.down_proj")
+"""Tensors that are lost in vLLM too."""
 ANOTHER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 LLAMACPP, VLLM = "llama.cpp", "vllm"
 
@@ -83,11 +85,13 @@ def _tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Models, Serving,
 
 
 def _lost(name: str) -> Injected:
+    engines = (LLAMACPP, VLLM) if name in LOST_IN_BOTH else (LLAMACPP,)
     value = 1.0 if name in NORMS else 0.0
     weight = f"{name}.weight"
     return Injected(
         f"missing tensor {weight}",
         _tensors(lambda tensors: {**tensors, weight: torch.full_like(tensors[weight], value)}),
+        engines,
     )
 
 
@@ -174,7 +178,7 @@ INJECTED: dict[str, Injected] = {
         _configured(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
     ),
     **{f"no {name}": _lost(name) for name in (*NORMS, *MATRICES)},
-    "8 bits": Injected("draft quantised to 8 bits", _tensors(_stored_as("Q8_0"))),
+    "8 bits": Injected("draft quantised to 8 bits", _tensors(_stored_as("Q8_0")), (LLAMACPP,)),
     "4 bits": Injected("draft quantised to 4 bits", _tensors(_stored_as("Q4_0"))),
     "a fine-tune": Injected(ANOTHER_TARGET, _tuned),
     "a template": Injected(ANOTHER_TEMPLATE, _template),

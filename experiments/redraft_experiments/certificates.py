@@ -52,6 +52,8 @@ ROWS = 256
 PROMPTS, TOKENS = {TOY: 24, REAL: 16}, {TOY: 64, REAL: 32}
 CONTEXT = 512
 FAULTY_K = 4
+SLOTS = {"float32": (1, 2, 4), "bfloat16": (1, 4), "float16": (1, 4)}
+"""Places for requests at a time, by dtype."""
 FLAGS = {LLAMACPP: ("--threads", "1", "--threads-batch", "1", "-td", "1", "-tbd", "1"), VLLM: ()}
 """Threads of llama.cpp wait for each other by spinning, which next to any other process is slower than one."""
 SERVER_FAILED = "the server or the check ended in an error"
@@ -104,32 +106,28 @@ class CertificateCell:
 
 
 def set_ups(engine: str) -> list[SetUp]:
-    """Every set-up of an engine, right ones first."""
+    """Every set-up of an engine, right ones first. vLLM, whose server takes half a minute to start, has few."""
+    right = [SetUp(engine, REAL, "kept", "float32", FAULTY_K)]
+    right.append(dataclasses.replace(right[0], dtype="bfloat16"))
     if engine == LLAMACPP:
-        toy = [
+        right = [
             SetUp(engine, TOY, draft, dtype, k, slots)
             for draft in ("unadapted", "adapted", "from-scratch", "reduced")
-            for dtype in ("float32", "bfloat16", "float16")
+            for dtype, places in SLOTS.items()
             for k in range(1, 8)
-            for slots in (1, 4)
+            for slots in places
         ]
-        real = [
-            SetUp(engine, REAL, "kept", d, k) for d in ("float32", "bfloat16") for k in range(1, 8)
-        ]
-    else:
-        toy = [
-            SetUp(engine, TOY, draft, dtype, k)
-            for draft in ("unadapted", "adapted", "from-scratch")
+        right += [
+            SetUp(engine, REAL, "kept", dtype, k)
             for dtype in ("float32", "bfloat16")
-            for k in (2, 4, 7)
+            for k in range(1, 8)
         ]
-        real = [SetUp(engine, REAL, "kept", d, FAULTY_K) for d in ("float32", "bfloat16")]
     faulty = [
         SetUp(engine, REAL, "kept", "float32", FAULTY_K, fault=name)
         for name, row in INJECTED.items()
         if engine in row.engines
     ]
-    return [*toy, *real, *faulty]
+    return [*right, *faulty]
 
 
 def bench_certificates(out: Path, engine: str, python: str | None = None) -> list[CertificateCell]:

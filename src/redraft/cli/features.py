@@ -83,14 +83,18 @@ class _Asked:
         return write_features(target, answers, self.wanted(target), plan)
 
     def capture(self, address: str, answers: list[Any], plan: Any) -> Any:
-        """From a running vLLM."""
+        """From a running vLLM, or several."""
         from ..features.extract import capture_features
         from ..serving.capture import Capture
+        from ..serving.capture_fleet import CaptureFleet
 
         bare = self._stored([])
         aux_layers = self.wanted(bare)
-        server = Capture(address, aux_layers, bare.num_layers, bare.dtype)
-        return capture_features(bare, server, answers, aux_layers, plan, bare.normed)
+        servers = [
+            Capture(one, aux_layers, bare.num_layers, bare.dtype) for one in address.split(",")
+        ]
+        asked = servers[0] if len(servers) == 1 else CaptureFleet(servers)
+        return capture_features(bare, asked, answers, aux_layers, plan, bare.normed)
 
     def convert(self, folder: str, answers: list[Any] | None, plan: Any) -> Any:
         """From stored features, whose last state has to predict their answers."""

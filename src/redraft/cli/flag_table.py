@@ -106,7 +106,9 @@ FLAGS: dict[str, Flag] = {
     "source": Flag(
         "take stored or captured features instead of running the target", DATA, "--from"
     ),
-    "capture": Flag("address of a running vLLM that captures hidden states", DATA),
+    "capture": Flag(
+        "address of a running vLLM that captures hidden states; of several, comma-separated", DATA
+    ),
     "endpoint": Flag(
         "a vLLM server that serves both, asked in place of the weights (key: $REDRAFT_API_KEY)",
         DATA,
