@@ -213,6 +213,7 @@ add_command(
 add_command(
     app,
     adapt,
+    shares=True,
     settings=STAGES_OF_ADAPT,
     flags_of=FLAGS_OF_ADAPT,
     help={
