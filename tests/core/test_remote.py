@@ -157,6 +157,57 @@ def test_changes_go_back_while_the_work_goes_on_and_when_it_fails(
     assert not any(thread.name == "redraft-push" for thread in threading.enumerate())
 
 
+def test_a_command_that_was_killed_left_no_record(store: Any, machine: Any) -> None:
+    """Between a transfer and the record: equal files are equal, and others are still told."""
+    store.pipe("/bucket/run/state.json", b"same")
+    store.pipe("/bucket/run/other.json", b"there")
+    mirror = Mirror(RUN)
+    write(mirror, "run/state.json", "same")
+    write(mirror, "run/other.json", "here!")
+    with pytest.raises(UserError, match=r"run/other.json changed there and in the copy"):
+        mirror.fetch()
+    (mirror.path / "other.json").unlink()
+    Mirror(RUN).fetch()
+    assert Mirror(RUN).push() == 0
+    mirror = Mirror(RUN)
+    write(mirror, "run/state.json", "sent, not recorded")
+    store.pipe("/bucket/run/state.json", b"sent, not recorded")
+    assert mirror.push() == 0
+    assert not list(mirror.folder.rglob("*.tmp"))
+
+
+def test_a_transfer_that_ends_in_the_middle_goes_on(
+    store: Any, machine: Any, monkeypatch: Any
+) -> None:
+    for name in ("a", "b", "c"):
+        store.pipe(f"/bucket/model/{name}.json", name.encode())
+    get, brought = type(store).get_file, []
+
+    def some(self: Any, path: str, to: str, **more: Any) -> None:
+        if len(brought) == 2:
+            raise KeyboardInterrupt
+        brought.append(path)
+        get(self, path, to, **more)
+
+    monkeypatch.setattr(type(store), "get_file", some)
+    with pytest.raises(KeyboardInterrupt):
+        fetched("memory://bucket/model")
+    monkeypatch.setattr(type(store), "get_file", get)
+    assert len(list(Path(fetched("memory://bucket/model")).iterdir())) == 3
+
+
+def test_the_first_error_is_the_one_told(store: Any, machine: Any, monkeypatch: Any) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(remote, "say", said.append)
+    mirror = Mirror(RUN)
+    with pytest.raises(UserError, match="the work failed"):
+        with kept_up([mirror]):
+            write(mirror, "run/state.json", "here")
+            store.pipe("/bucket/run/state.json", b"someone else's")
+            raise UserError("the work failed")
+    assert "written by someone else" in said[0]
+
+
 def test_a_store_that_fails_ends_in_a_sentence_and_keeps_the_copy(
     store: Any, machine: Any, monkeypatch: Any
 ) -> None:

@@ -11,6 +11,7 @@ changed at both ends is refused, not merged.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import os
@@ -110,28 +111,31 @@ class Mirror:
     def fetch(self) -> None:
         """Bring what is new there. Raises UserError for a file that changed at both ends, and for a store that fails."""
         there, here = self._there(), self._here()
+        self._adopt(there, here)
         wanted = [name for name, mark in there.items() if not self._same(name, mark, here)]
         both = [name for name in wanted if name in here and not self._unchanged(name, here)]
         if both:
             raise UserError(
                 f"{self.address}: {both[0]} changed there and in the copy {self.folder}; move one of the two away"
             )
-        with Progress(f"fetching {self.address}", len(wanted), "files") as progress:
+        with (
+            Progress(f"fetching {self.address}", len(wanted), "files") as progress,
+            self._recording(),
+        ):
             for name in wanted:
                 self._bring(name)
+                self.seen[name] = Seen(there[name], *_size_and_time(self.folder / name))
                 progress.advance()
-        for name in self.seen.keys() - there.keys():  # removed there
-            if name in here and self._unchanged(name, here):
-                (self.folder / name).unlink()
-            del self.seen[name]
-        here = self._here()
-        self.seen |= {name: Seen(there[name], *here[name]) for name in wanted}
-        self._write_record()
+            for name in self.seen.keys() - there.keys():  # removed there
+                if name in here and self._unchanged(name, here):
+                    (self.folder / name).unlink()
+                del self.seen[name]
 
     def push(self) -> int:
         """Send what changed here; how many files. Raises UserError where someone else wrote there in between."""
         with self._one_at_a_time:
             there, here = self._there(), self._here()
+            self._adopt(there, here)
             others = [
                 name
                 for name in there.keys() | self.seen.keys()
@@ -143,31 +147,52 @@ class Mirror:
                     f"is sent; what was done here is in {self.folder}"
                 )
             changed = [name for name in here if not self._unchanged(name, here)]
-            for name in sorted(changed, key=lambda name: (Path(name).name in LAST, name)):
-                with as_sentence(f"{self._at(name)} cannot be written (the copy is {self.folder})"):
-                    self.store.put_file(str(self.folder / name), self._at(name))
-                    mark = _mark(self.store.info(self._at(name)))
-                self.seen[name] = Seen(mark, *here[name])
             gone = [name for name in self.seen if name not in here]
-            for name in gone:
-                with as_sentence(f"{self._at(name)} cannot be removed"):
-                    self.store.rm_file(self._at(name))
-                del self.seen[name]
-            if changed or gone:
-                self._write_record()
+            with self._recording():
+                for name in sorted(changed, key=lambda name: (Path(name).name in LAST, name)):
+                    with as_sentence(
+                        f"{self._at(name)} cannot be written (the copy is {self.folder})"
+                    ):
+                        self.store.put_file(str(self.folder / name), self._at(name))
+                        mark = _mark(self.store.info(self._at(name)))
+                    self.seen[name] = Seen(mark, *here[name])
+                for name in gone:
+                    with as_sentence(f"{self._at(name)} cannot be removed"):
+                        self.store.rm_file(self._at(name))
+                    del self.seen[name]
             return len(changed) + len(gone)
+
+    def _adopt(self, there: Mapping[str, str], here: Mapping[str, tuple[int, int]]) -> None:
+        """Take files for equal that are, though a command that was killed did not record it."""
+        for name in there.keys() & here.keys():
+            if not self._same(name, there[name], here) and not self._unchanged(name, here):
+                scratch = self._download(name)
+                if filecmp.cmp(scratch, self.folder / name, shallow=False):
+                    self.seen[name] = Seen(there[name], *here[name])
+                scratch.unlink()
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Write the record when the block ends, however it ends."""
+        try:
+            yield
+        finally:
+            self._write_record()
 
     def _bring(self, name: str) -> None:
         to = self.folder / name
-        scratch = to.with_name(f".{to.name}.tmp")
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with as_sentence(f"{self._at(name)} cannot be read"):
-            info = self.store.info(self._at(name))
-            self.store.get_file(self._at(name), str(scratch))
-        time = _time(info)
+        scratch = self._download(name)
+        time = _time(self.store.info(self._at(name)))
         if time is not None:  # the same on every machine, as a model's fingerprint goes by it
             os.utime(scratch, (time, time))
         scratch.replace(to)
+
+    def _download(self, name: str) -> Path:
+        scratch = self.folder / Path(name).parent / f".{Path(name).name}.tmp"
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        with as_sentence(f"{self._at(name)} cannot be read"):
+            self.store.get_file(self._at(name), str(scratch))
+        return scratch
 
     def _there(self) -> dict[str, str]:
         """The mark of each file at the address."""
@@ -195,8 +220,7 @@ class Mirror:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if path.is_file() and not _hidden(name):
-                about = path.stat()
-                found[name] = (about.st_size, about.st_mtime_ns)
+                found[name] = _size_and_time(path)
         return found
 
     def _companion(self, name: str) -> bool:
@@ -246,16 +270,29 @@ def kept_up(mirrors: list[Mirror]) -> Iterator[None]:
                 except UserError as problem:
                     say(f"{problem}; going on here")
 
-    sender = threading.Thread(target=now_and_then, name="redraft-push", daemon=True)
-    sender.start()
-    try:
-        yield
-    finally:
+    def send() -> None:
         ended.set()
         sender.join()
         for mirror in mirrors:
             if count := mirror.push():
                 say(f"{count} files sent to {mirror.address}")
+
+    sender = threading.Thread(target=now_and_then, name="redraft-push", daemon=True)
+    sender.start()
+    try:
+        yield
+    except BaseException:
+        try:
+            send()
+        except UserError as problem:  # the first error is the one to tell
+            say(str(problem))
+        raise
+    send()
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def _hidden(name: str) -> bool:
