@@ -56,7 +56,7 @@ SLOTS = {"float32": (1, 2, 4), "bfloat16": (1, 4), "float16": (1, 4)}
 """Places for requests at a time, by dtype."""
 FLAGS = {LLAMACPP: ("--threads", "1", "--threads-batch", "1", "-td", "1", "-tbd", "1"), VLLM: ()}
 """Threads of llama.cpp wait for each other by spinning, which next to any other process is slower than one."""
-SERVER_FAILED = "the server or the check ended in an error"
+NOT_SERVED = "not served"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Bench:
             if not set_up.fault:
                 raise
             return CertificateCell(
-                set_up, wanted, False, False, SERVER_FAILED, str(problem), version
+                set_up, wanted, False, False, NOT_SERVED, str(problem), version
             )
         return CertificateCell(
             *(set_up, wanted, found.holds, found.exact, found.cause, found.conclusion, version),

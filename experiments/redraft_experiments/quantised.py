@@ -63,7 +63,7 @@ class QuantisedCell:
     unadapted draft on the same answers.
 
     `draft` is `unadapted`, `bf16` (adapted to the model before it lost bits), `states` (adapted on the form's answers
-    with the states of bf16) or `own`.
+    with the states of bf16) or `own`. `over_plain` is what these two have more than `bf16`, with its interval.
     """
 
     form: str
@@ -79,6 +79,7 @@ class QuantisedCell:
     change_high: float
     bytes: int
     tokens: int = 0
+    over_plain: tuple[float, float, float] | None = None
 
 
 def bench_quantised(
@@ -205,6 +206,7 @@ class _Bench:
             for name, one in counts.items():
                 tau = intervals.tau(one, K)
                 change = intervals.difference(one, counts[UNADAPTED], K)
+                more = intervals.difference(one, counts[PLAIN], K)
                 cells.append(
                     QuantisedCell(
                         form,
@@ -216,6 +218,7 @@ class _Bench:
                         *(change.value, *change.ends),
                         size,
                         0 if name == UNADAPTED else tokens,
+                        (more.value, *more.ends) if name in (OWN, STATES) else None,
                     )
                 )
         return cells

@@ -26,7 +26,7 @@ from redraft.models.target import Target
 from redraft.serving.engine import Serving, Speculation
 from redraft_experiments import certificates
 from redraft_experiments.certificate_faults import INJECTED, LLAMACPP, VLLM, Models
-from redraft_experiments.certificates import SERVER_FAILED, SetUp, bench_certificates, set_ups
+from redraft_experiments.certificates import NOT_SERVED, SetUp, bench_certificates, set_ups
 from tests.conftest import FAMILIES, fresh_draft, make_tokenizer, save_target
 
 WIDE = 32
@@ -179,7 +179,7 @@ def test_cells_are_kept_and_named(
     monkeypatch.setattr(certificates, "check", lambda *_: next(found))
     cells = bench_certificates(tmp_path, LLAMACPP)
     assert [cell.right for cell in cells] == [True, False, False]
-    assert cells[2].cause == SERVER_FAILED
+    assert cells[2].cause == NOT_SERVED
     assert [what.at_a_time for what in engine.served] == [4, 1, 1]
     assert [what.speculation and what.speculation.k for what in engine.served] == [3, 4, 4]
     assert bench_certificates(tmp_path, LLAMACPP) == cells

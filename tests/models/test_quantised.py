@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from redraft.config import resolve
 from redraft.models.loading import load_target
 from redraft.pipeline.adapt import adapt
+from redraft_experiments.kinds.quantised import FORMS as BENCH_FORMS
 from tests.conftest import SHAPE, fresh_draft, make_tokenizer, save_target, stored, write_prompts
 
 WIDE = {**SHAPE, "hidden_size": 64, "intermediate_size": 64}  # bitsandbytes packs rows of 64
@@ -206,3 +207,14 @@ def test_a_draft_is_adapted_to_a_quantised_target(
     assert not [record for record in caplog.records if "MatMul8bitLt" in record.message]
     assert found.report.train.steps
     assert len(found.report.train.heldout_tau) > 1
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_the_forms_of_the_bench_load(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = save_target(tmp_path / "model", CONFIG)
+    BENCH_FORMS[form].make(folder, tmp_path / form, None)
+    whole, target = load_target(str(folder)), load_target(str(tmp_path / form))
+    apart = (logits(target.model) - logits(whole.model)).norm() / logits(whole.model).norm()
+    assert 1e-3 < apart < 0.5
+    assert target.render([{"role": "user", "content": "2"}])
