@@ -115,6 +115,24 @@ def test_chains_that_are_cut_short_are_told(
     assert (found.holds, found.cause, found.distance) == (False, VARYING_K, 0)
 
 
+def test_chains_that_are_cut_short_and_accept_less_are_told(
+    certificate: Certificate, decoded: Callable[[int], Known], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A high least probability: most steps draft nothing or little, so fewer tokens are accepted too."""
+
+    def unsure(self: StandIn, found: Decoded) -> dict[str, Any]:
+        reply = plain(self, found)
+        timings = reply["timings"]
+        timings["draft_n"] //= 3
+        timings["draft_n_accepted"] = min(timings["draft_n_accepted"], timings["draft_n"]) // 2
+        return reply
+
+    plain = StandIn._llama
+    monkeypatch.setattr(StandIn, "_llama", unsure)
+    found = checked(certificate, "llamacpp", decoded(K), K)
+    assert (found.holds, found.cause, found.k) == (False, VARYING_K, None)
+
+
 def test_the_end_of_a_step_may_move_in_half_precision(
     certificate: Certificate, decoded: Callable[[int], Known], monkeypatch: pytest.MonkeyPatch
 ) -> None:

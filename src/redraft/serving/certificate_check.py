@@ -775,8 +775,14 @@ def found_k(row: Dialect, served: Sequence[Served]) -> int | None:
     ]
     if row.cut is whole_steps:
         return int(rates[0]) if len(set(rates)) == 1 and rates[0].is_integer() else None
-    # Only the last steps of an answer draft less than K.
-    return Counter(math.ceil(rate) for rate in rates).most_common(1)[0][0]
+    k = Counter(math.ceil(rate) for rate in rates).most_common(1)[0][0]
+    left_out = k * (k + 3) // 2  # the last steps draft what the longest answer leaves space for: K - 1, K - 2, ...
+    whole = all(
+        k * answer.counts.steps - left_out <= answer.counts.drafted <= k * answer.counts.steps
+        for answer in served
+        if answer.counts.drafted
+    )
+    return k if whole else None
 
 
 def judge(
