@@ -31,9 +31,12 @@ from positions_page import draw_positions, positions_page
 from real_page import race_table, real_page
 from record_tables import (
     bank_table,
+    certificates_table,
     families_table,
     fleet_table,
+    losses_table,
     mtp_table,
+    quantised_table,
     versions_table,
     watch_table,
 )
@@ -61,10 +64,14 @@ def generated() -> dict[Path, str]:
         "fleet": fleet_table(),
         "bank": bank_table(),
         "versions": versions_table(),
+        "quantised": quantised_table(),
+        "certificates": certificates_table(),
+        "losses": losses_table(),
     }
     guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
     pages = (
         *(ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md"),
+        ROOT / "docs/certificate.md",
         *guides,
     )
     return {page: between(page.read_text(encoding="utf-8"), parts) for page in pages} | {

@@ -1,4 +1,4 @@
-"""Tables of single records, for the guides: an MTP head that a fine-tune lost, heads trained along, one draft for a fleet, a watch."""
+"""Tables of single records, for the guides: MTP heads, fleets, banks, versions, quantised targets, certificates, a watch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from redraft_experiments import recovery
+from redraft_experiments.certificates import CertificateCell
 from redraft_experiments.mtp_families import BASE, DROPPED, FROZEN, ROWS, FamilyCell, steps_of
+from redraft_experiments.real_cells import WHOLE, RealCell, change, counts_of, grouped
 from redraft_experiments.watch import shown
 
 RESULTS = Path(__file__).parent / "results"
@@ -186,4 +188,116 @@ def bank_table() -> str:
         f"| in memory, all attached to one draft | {cell['held'] / mega:.0f} MB (as drafts of their own {cell['apart'] / mega:,.0f}) |\n"
         f"| to add one, to load one | {cell['add_seconds']:.2f} s, {cell['load_seconds']:.3f} s |\n\n"
         "Of the EAGLE-3 draft of SmolLM2-135M-Instruct, in bf16 (`redraft bench bank --draft real/draft`)."
+    )
+
+
+FORMS = {
+    "bf16": "bf16",
+    "q8_0": "llama.cpp `q8_0`",
+    "q4_k_m": "llama.cpp `q4_k_m`",
+    "q3_k_m": "llama.cpp `q3_k_m`",
+    "q2_k": "llama.cpp `q2_k`",
+    "int8": "bitsandbytes, 8 bits",
+    "nf4": "bitsandbytes, NF4",
+}
+SEEN = {
+    "bf16": "bf16",
+    "states": "the form's answers, the states of bf16",
+    "own": "the form's answers and states",
+}
+
+
+def quantised_table() -> str:
+    """From `redraft bench quantised --record docs/results/quantised-smollm2.jsonl`."""
+    lines = (RESULTS / "quantised-smollm2.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = [json.loads(line) for line in lines]
+    rows = [
+        "| served as | the draft, adapted to | greedy | over bf16's draft | temperature 0.7 | over bf16's draft |",
+        "|---|---|---|---|---|---|",
+    ]
+    for form, draft in dict.fromkeys((cell["form"], cell["draft"]) for cell in cells):
+        found = {c["measured"]: c for c in cells if (c["form"], c["draft"]) == (form, draft)}
+        both = [found[name] for name in ("greedy", "sampled")]
+        shown = " | ".join(f"{_of_member(cell)} | {_over(cell['over_plain'])}" for cell in both)
+        size = both[0]["bytes"] / 1e6
+        served = f"{FORMS[form]}, {size:.0f} MB" if draft == "unadapted" else ""
+        rows.append(f"| {served} | {SEEN.get(draft, 'nothing (the base’s)')} | {shown} |")
+    return "\n".join(rows) + (
+        f"\n\ntau at K = {cells[0]['k']}, {cells[0]['prompts']} prompts, each form's own answers; changes against the unadapted draft, and against the draft adapted to bf16, on the same answers. "
+        f"{max(cell['tokens'] for cell in cells):,} tokens of answers at most, half greedy and half at 0.7, two passes, `body`, bf16; one seed, two CPU cores."
+    )
+
+
+def _over(found: list[float] | None) -> str:
+    return "" if found is None else f"{found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]"
+
+
+def certificates_table() -> str:
+    """From `redraft bench certificates --record docs/results/certificates.jsonl`, both engines into one folder."""
+    lines = (RESULTS / "certificates.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = [CertificateCell.from_json(json.loads(line)) for line in lines]
+    rows = ["| engine | right set-ups | exact | false alarms |", "|---|---|---|---|"]
+    servers = list(dict.fromkeys(cell.server for cell in cells))
+    for server in servers:
+        right = [cell for cell in cells if cell.server == server and not cell.wanted]
+        alarms = sum(not cell.holds for cell in right)
+        rows.append(f"| {server} | {len(right)} | {sum(c.exact for c in right)} | {alarms} |")
+    rows += ["", "| injected | " + " | ".join(servers) + " |", "|---" * (len(servers) + 1) + "|"]
+    for fault in dict.fromkeys(cell.set_up.fault for cell in cells if cell.wanted):
+        found = {c.server: c for c in cells if c.set_up.fault == fault}
+        said = [_said(found[server]) if server in found else "" for server in servers]
+        rows.append(f"| {fault} | " + " | ".join(said) + " |")
+    return "\n".join(rows)
+
+
+def _said(cell: CertificateCell) -> str:
+    """What the check said of a fault."""
+    if cell.right:
+        others = [name for name in cell.cause.split(" | ") if name != cell.wanted]
+        return "named" + (f", with {', '.join(others)}" if others else "")
+    if cell.cause and cell.wanted in cell.conclusion:
+        return f"{cell.cause}; it is among the causes listed"
+    return cell.cause or ("equal counts" if cell.exact else f"within rounding ({cell.distance})")
+
+
+LOSSES = {
+    "kl": "KL, four steps deep (default)",
+    "hard labels": "hard labels, four steps deep",
+    "lk": "LK blend, four steps deep",
+    "kl one step": "KL, one step deep",
+    "kl three steps": "KL, three steps deep",
+    "hard labels one step": "hard labels, one step deep (as SpecForge)",
+    "hard labels decay": "hard labels, three steps weighted 1, 0.6, 0.36 (as FastMTP)",
+}
+
+
+def losses_table() -> str:
+    """From `redraft bench real-methods --draft HEAD --record docs/results/mtp-losses.jsonl`."""
+    lines = (RESULTS / "mtp-losses.jsonl").read_text(encoding="utf-8").splitlines()
+    groups = grouped([RealCell.from_json(json.loads(line)) for line in lines])
+    rows = [
+        "| fine-tune, seeds | trained by | own prompts, greedy | own, temperature 0.7 | chat | TFLOP |",
+        "|---|---|---|---|---|---|",
+    ]
+    for member in dict.fromkeys(member for member, _ in groups):
+        zero = groups[member, "unadapted"]
+        for row, title in LOSSES.items():
+            cells = groups.get((member, row))
+            if cells is None:
+                continue
+            shown = [change(cells, zero, name, WHOLE) for name in ("greedy", "sampled", "chat")]
+            figures = " | ".join(f"{c.value:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" for c in shown)
+            work = [c.train["draft_flops"] + c.train["target_flops"] for c in cells]
+            rows.append(
+                f"| {member}, {len(cells)} | {title} | {figures} | {sum(work) / len(work) / 1e12:.0f} |"
+            )
+    taus = (
+        f"{member} {recovery.tau(counts_of(groups[member, 'unadapted'], 'greedy')).value:.2f}"
+        for member in dict.fromkeys(member for member, _ in groups)
+    )
+    first = next(iter(groups.values()))[0]
+    own, chat = (len(first.counts[str(WHOLE)][name]) for name in ("greedy", "chat"))
+    return "\n".join(rows) + (
+        f"\n\nChanges of tau against the base's head, grafted (greedy on own prompts: {', '.join(taus)}), at K = 4; {own} own prompts and {chat} of people's chat, `body`, two "
+        "passes over 240 answers, half greedy and half at 0.7. TFLOP: operations of training."
     )
