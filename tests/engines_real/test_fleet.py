@@ -23,7 +23,7 @@ from redraft.serving.vllm import VLLM
 from redraft_experiments.demo import AdaptedDraft
 from tests.engines_real.conftest import BUILD, environment_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.engine, pytest.mark.full, pytest.mark.timeout(1200)]
 ADAPTERS, PROMPTS, TOKENS, K = 8, 3, 32, 4
 
 
@@ -66,7 +66,6 @@ def test_every_adapter_is_served_as_redraft_counts_it(
     )
 
 
-@pytest.mark.full
 def test_a_served_fleet_is_checked_by_its_counters(repaired: AdaptedDraft, tmp_path: Path) -> None:
     """By the names that the server knows, without the weights: the taus that redraft replays."""
     base = load_target(str(BUILD / "suite" / "base"))
