@@ -181,9 +181,7 @@ class _Bench:
         except (UserError, CheckError) as problem:
             if not set_up.fault:
                 raise
-            return CertificateCell(
-                set_up, wanted, False, False, NOT_SERVED, str(problem), version
-            )
+            return CertificateCell(set_up, wanted, False, False, NOT_SERVED, str(problem), version)
         return CertificateCell(
             *(set_up, wanted, found.holds, found.exact, found.cause, found.conclusion, version),
             *(found.equal, found.near_ties, found.different, found.distance),

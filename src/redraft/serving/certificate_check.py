@@ -776,7 +776,8 @@ def found_k(row: Dialect, served: Sequence[Served]) -> int | None:
     if row.cut is whole_steps:
         return int(rates[0]) if len(set(rates)) == 1 and rates[0].is_integer() else None
     k = Counter(math.ceil(rate) for rate in rates).most_common(1)[0][0]
-    left_out = k * (k + 3) // 2  # the last steps draft what the longest answer leaves space for: K - 1, K - 2, ...
+    # The last steps draft what the longest answer leaves space for: K - 1, K - 2, ...
+    left_out = k * (k + 3) // 2
     whole = all(
         k * answer.counts.steps - left_out <= answer.counts.drafted <= k * answer.counts.steps
         for answer in served
