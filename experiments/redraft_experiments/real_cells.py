@@ -91,7 +91,7 @@ def change(
 ) -> Interval:
     """tau less the unadapted draft's on the same prompts, an interval."""
     some = counts_of(cells, name, share)
-    return recovery.difference(some, counts_of(unadapted, name) * len(some))
+    return recovery.difference(some, counts_of(unadapted, name)[:1] * len(some))  # no seed is in it
 
 
 def print_real_cells(cells: Sequence[RealCell], out: Console | None = None) -> None:

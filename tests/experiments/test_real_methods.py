@@ -13,7 +13,14 @@ from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
 from redraft.models.loading import load_target
 from redraft_experiments import real_methods
-from redraft_experiments.real_cells import MEASURED, print_real_cells, read_real_cells
+from redraft_experiments.real_cells import (
+    MEASURED,
+    WHOLE,
+    RealCell,
+    change,
+    print_real_cells,
+    read_real_cells,
+)
 from redraft_experiments.real_methods import _between, bench_real_methods
 from redraft_experiments.real_suite import build_real_suite
 from redraft_experiments.rivals import speculators_run
@@ -134,6 +141,19 @@ def test_no_file_beside_the_rivals_script_hides_its_package() -> None:
     beside = {path.stem for path in speculators_run.SCRIPT.parent.glob("*.py")}
     assert "speculators_finetune" in beside
     assert not beside & {"speculators", "torch", "safetensors"}
+
+
+def test_changes_over_seeds_are_against_the_one_unadapted_draft() -> None:
+    def cell(row: str, seed: int, more: int) -> RealCell:
+        counts = tuple((5 + more + i % 3, 10) for i in range(12))
+        return RealCell("m", row, seed, {str(WHOLE): {"greedy": counts}})
+
+    zero = [cell("unadapted", 1, 0), cell("unadapted", 2, 0)]
+    for seeds in (1, 2):
+        cells = [cell("kl", seed, 2) for seed in range(1, seeds + 1)]
+        found = change(cells, zero, "greedy", WHOLE)
+        assert found.value == pytest.approx(0.2)
+        assert found == change(cells, zero[:1], "greedy", WHOLE)
 
 
 def test_mistakes_are_named(suite: Path, tmp_path: Path) -> None:
