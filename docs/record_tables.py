@@ -254,7 +254,8 @@ def _said(cell: CertificateCell) -> str:
     """What the check said of a fault."""
     if cell.right:
         others = [name for name in cell.cause.split(" | ") if name != cell.wanted]
-        return "named" + (f", with {', '.join(others)}" if others else "")
+        short = [name.removeprefix("missing tensor ").removesuffix(".weight") for name in others]
+        return "named" + (f", with {', '.join(short)}" if others else "")
     if cell.cause and cell.wanted in cell.conclusion:
         return f"{cell.cause}; it is among the causes listed"
     return cell.cause or ("equal counts" if cell.exact else f"within rounding ({cell.distance})")

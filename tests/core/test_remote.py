@@ -68,8 +68,7 @@ def test_what_one_machine_does_another_goes_on_with(store: Any, machine: Any) ->
     write(first, "run/state.json", "{}")
     write(first, "run/answers/adapt.jsonl", "a\n")
     write(first, "run/.lock", "held")
-    write(first, "run.yaml", "next: to it")
-    assert first.push() == 3
+    assert first.push() == 2
     assert first.push() == 0
     assert store.cat("/bucket/run/answers/adapt.jsonl") == b"a\n"
     assert not store.exists("/bucket/run/.lock")
@@ -77,7 +76,6 @@ def test_what_one_machine_does_another_goes_on_with(store: Any, machine: Any) ->
     second = Mirror(RUN)
     second.fetch()
     assert (second.path / "answers/adapt.jsonl").read_text() == "a\n"
-    assert (second.folder / "run.yaml").is_file()
     write(second, "run/answers/adapt.jsonl", "a\nb\n")
     (second.path / "state.json").unlink()
     assert second.push() == 2
@@ -103,6 +101,41 @@ def test_what_is_at_hand_is_not_fetched_again(store: Any, machine: Any, monkeypa
     fetched("memory://bucket/prompts.jsonl")
     monkeypatch.setattr(type(store), "get_file", lambda *_, **__: pytest.fail("fetched again"))
     fetched("memory://bucket/prompts.jsonl")
+
+
+def test_what_is_named_after_a_file_goes_with_it_and_nothing_else(store: Any, machine: Any) -> None:
+    for name in (
+        "answers.jsonl",
+        "answers.about.json",
+        "answers-2.jsonl",
+        "v1.0.tar",
+        "v1.0/config.json",
+    ):
+        store.pipe(f"/bucket/{name}", b"{}")
+    copy = Path(fetched("memory://bucket/answers.jsonl"))
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["answers.about.json", "answers.jsonl"]
+    folder = Path(fetched("memory://bucket/v1.0"))
+    assert [p.name for p in folder.parent.iterdir()] == ["v1.0"]
+
+
+def test_transfers_show_their_megabytes(store: Any, machine: Any, monkeypatch: Any) -> None:
+    """In steps, as a store hands over parts of a file."""
+    shown: list[tuple[str, int, int]] = []
+
+    class Seen(remote.Progress):
+        def __exit__(self, *given: Any) -> None:
+            shown.append((self.label, self.done, self.total))
+
+    monkeypatch.setattr(remote, "Progress", Seen)
+    store.pipe("/bucket/model/model.safetensors", bytes(3_500_000))
+    store.pipe("/bucket/model/config.json", b"{}")
+    copy = Path(fetched("memory://bucket/model"))
+    mirror = Mirror(RUN)
+    write(mirror, "run/state.json", " " * 2_000_000)
+    with kept_up([mirror]):
+        pass
+    assert shown == [("fetching memory://bucket/model", 3, 3), (f"sending to {RUN}", 2, 2)]
+    assert (copy / "model.safetensors").stat().st_size == 3_500_000
 
 
 def test_states_are_sent_after_what_they_speak_of(

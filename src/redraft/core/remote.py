@@ -26,8 +26,10 @@ from typing import Any
 from .console import Progress, say
 from .errors import UserError, as_sentence
 from .files import write_text
+from .hub import FILES
 
 VARIABLE = "REDRAFT_CACHE"
+MEGABYTE = 1_000_000
 PUSH_SECONDS = 120.0
 """How often changes are sent while a command works."""
 LAST = ("state.json", "config.json")
@@ -86,7 +88,7 @@ class Seen:
 
 
 class Mirror:
-    """A file or a folder at an address, with the files next to it whose names begin alike (answers.about.json), and its copy."""
+    """A file or a folder at an address, and its copy. With a file go those next to it that are named after it (answers.about.json)."""
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
@@ -110,7 +112,8 @@ class Mirror:
 
     def fetch(self) -> None:
         """Bring what is new there. Raises UserError for a file that changed at both ends, and for a store that fails."""
-        there, here = self._there(), self._here()
+        infos, here = self._there(), self._here()
+        there = {name: _mark(info) for name, info in infos.items()}
         self._adopt(there, here)
         wanted = [name for name, mark in there.items() if not self._same(name, mark, here)]
         both = [name for name in wanted if name in here and not self._unchanged(name, here)]
@@ -118,23 +121,23 @@ class Mirror:
             raise UserError(
                 f"{self.address}: {both[0]} changed there and in the copy {self.folder}; move one of the two away"
             )
-        with (
-            Progress(f"fetching {self.address}", len(wanted), "files") as progress,
-            self._recording(),
-        ):
+        size = sum(int(infos[name].get("size") or 0) for name in wanted)
+        with _megabytes(f"fetching {self.address}", size) as counting, self._recording():
             for name in wanted:
-                self._bring(name)
+                self._bring(name, infos[name], counting)
                 self.seen[name] = Seen(there[name], *_size_and_time(self.folder / name))
-                progress.advance()
             for name in self.seen.keys() - there.keys():  # removed there
                 if name in here and self._unchanged(name, here):
                     (self.folder / name).unlink()
                 del self.seen[name]
 
-    def push(self) -> int:
-        """Send what changed here; how many files. Raises UserError where someone else wrote there in between."""
+    def push(self, shown: bool = False) -> int:
+        """Send what changed here, with progress if it is `shown`; how many files.
+
+        Raises UserError where someone else wrote there in between.
+        """
         with self._one_at_a_time:
-            there, here = self._there(), self._here()
+            there, here = {n: _mark(info) for n, info in self._there().items()}, self._here()
             self._adopt(there, here)
             others = [
                 name
@@ -148,12 +151,14 @@ class Mirror:
                 )
             changed = [name for name in here if not self._unchanged(name, here)]
             gone = [name for name in self.seen if name not in here]
-            with self._recording():
+            size = sum(here[name][0] for name in changed) if shown else 0
+            with _megabytes(f"sending to {self.address}", size) as counting, self._recording():
                 for name in sorted(changed, key=lambda name: (Path(name).name in LAST, name)):
                     with as_sentence(
                         f"{self._at(name)} cannot be written (the copy is {self.folder})"
                     ):
-                        self.store.put_file(str(self.folder / name), self._at(name))
+                        at = self._at(name)
+                        self.store.put_file(str(self.folder / name), at, callback=counting)
                         mark = _mark(self.store.info(self._at(name)))
                     self.seen[name] = Seen(mark, *here[name])
                 for name in gone:
@@ -179,23 +184,24 @@ class Mirror:
         finally:
             self._write_record()
 
-    def _bring(self, name: str) -> None:
+    def _bring(self, name: str, info: Mapping[str, Any], counting: Any) -> None:
         to = self.folder / name
-        scratch = self._download(name)
-        time = _time(self.store.info(self._at(name)))
+        scratch = self._download(name, counting)
+        time = _time(info)
         if time is not None:  # the same on every machine, as a model's fingerprint goes by it
             os.utime(scratch, (time, time))
         scratch.replace(to)
 
-    def _download(self, name: str) -> Path:
+    def _download(self, name: str, counting: Any = None) -> Path:
         scratch = self.folder / Path(name).parent / f".{Path(name).name}.tmp"
         scratch.parent.mkdir(parents=True, exist_ok=True)
         with as_sentence(f"{self._at(name)} cannot be read"):
-            self.store.get_file(self._at(name), str(scratch))
+            more = {} if counting is None else {"callback": counting}
+            self.store.get_file(self._at(name), str(scratch), **more)
         return scratch
 
-    def _there(self) -> dict[str, str]:
-        """The mark of each file at the address."""
+    def _there(self) -> dict[str, Mapping[str, Any]]:
+        """What the store says of each file at the address."""
         whole = f"{self.above}/{self.name}"
         with as_sentence(f"{self.address} cannot be listed"):
             self.store.invalidate_cache()
@@ -206,11 +212,11 @@ class Mirror:
                 found |= {
                     info["name"]: info
                     for info in self.store.ls(self.above, detail=True)
-                    if info["type"] == "file" and self._companion(Path(info["name"]).name)
+                    if info["type"] == "file" and self._goes_along(Path(info["name"]).name)
                 }
         above = f"{self.above.lstrip('/')}/"
         names = {path.lstrip("/").removeprefix(above): info for path, info in found.items()}
-        return {name: _mark(info) for name, info in names.items() if not _hidden(name)}
+        return {name: info for name, info in names.items() if not _hidden(name)}
 
     def _here(self) -> dict[str, tuple[int, int]]:
         """Size and time of each file of the copy."""
@@ -223,8 +229,12 @@ class Mirror:
                 found[name] = _size_and_time(path)
         return found
 
-    def _companion(self, name: str) -> bool:
-        return name == self.name or name.startswith(f"{self.name.partition('.')[0]}.")
+    def _goes_along(self, name: str) -> bool:
+        """Whether a file at the address's own level is the one named, or goes with it."""
+        named = Path(self.name)
+        return name == self.name or (
+            named.suffix.lower() in FILES and name.startswith(f"{named.stem}.")
+        )
 
     def _same(self, name: str, mark: str, here: Mapping[str, tuple[int, int]]) -> bool:
         """Whether the copy has what is there."""
@@ -255,6 +265,27 @@ class Mirror:
 
 
 @contextlib.contextmanager
+def _megabytes(label: str, size: int) -> Iterator[Any]:
+    """A callback of fsspec whose bytes are shown as progress; nothing is shown of less than a megabyte."""
+    from fsspec.callbacks import Callback
+
+    counting = Callback()
+    if size < MEGABYTE:
+        yield counting
+        return
+    with Progress(label, size // MEGABYTE, "MB") as progress:
+        done = 0
+
+        def add(count: int = 1) -> None:
+            nonlocal done
+            done += count
+            progress.advance(done // MEGABYTE - progress.done)
+
+        counting.relative_update = add
+        yield counting
+
+
+@contextlib.contextmanager
 def kept_up(mirrors: list[Mirror]) -> Iterator[None]:
     """Send the changes of the copies every PUSH_SECONDS while the block runs, and at its end, however it ends.
 
@@ -274,7 +305,7 @@ def kept_up(mirrors: list[Mirror]) -> Iterator[None]:
         ended.set()
         sender.join()
         for mirror in mirrors:
-            if count := mirror.push():
+            if count := mirror.push(shown=True):
                 say(f"{count} files sent to {mirror.address}")
 
     sender = threading.Thread(target=now_and_then, name="redraft-push", daemon=True)

@@ -28,6 +28,7 @@ from ..core.console import say
 from ..core.errors import UserError
 from ..core.folders import read_json
 from ..core.records import Prompt, StepTrace, to_json, versions
+from ..core.remote import address_of
 from ..generation.answer_file import read_answers
 from ..metrics import intervals
 from ..metrics.acceptance import pooled_tau, prompt_counts
@@ -369,9 +370,9 @@ def _report(
         for taus in ([one.before for one in found], [one.after for one in found])
     ]
     record = FleetAdapted(
-        job.target.name,
-        str(job.draft.folder),
-        str(job.run.path / "draft"),
+        address_of(job.target.name),
+        address_of(job.draft.folder),
+        address_of(job.run.path / "draft"),
         job.k,
         tuple(ordered),
         (passes[0], passes[1]),

@@ -328,13 +328,10 @@ def _check_template_args(given: Mapping[str, Any], template: str, name: str) -> 
 def _check_finite(target: Target) -> None:
     """Raise UserError for weights or first logits that are not finite numbers."""
     for name, weight in target.model.named_parameters():
+        # Quantised ones are integers and scales, of which the logits tell; those on the disk are not read for it.
+        plain = type(weight.data) is torch.Tensor and not weight.is_meta
         floats = weight.is_floating_point() and weight.element_size() > 1
-        plain = (
-            type(weight.data) is torch.Tensor
-        )  # not quantised, and stored as integers and scales
-        if (
-            weight.numel() and floats and plain and not weight.is_meta
-        ):  # those on the disk are not read
+        if weight.numel() and floats and plain:
             low, high = weight.aminmax()
             if not bool(torch.isfinite(low) & torch.isfinite(high)):
                 raise UserError(

@@ -58,7 +58,7 @@ def report_of(
         adapter=address_of(run.path / "adapter"),
         draft=address_of(run.path / "draft"),
         prompts={
-            "source": prompts.source,
+            "source": address_of(prompts.source),
             "kept": len(prompts.prompts),
             "left_out": prompts.left_out_count,
             "left_out_rows": [list(row) for row in prompts.left_out],
