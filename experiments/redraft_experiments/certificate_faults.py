@@ -66,7 +66,7 @@ class Injected:
     engines: tuple[str, ...] = (LLAMACPP, VLLM)
 
 
-def with_draft(what: Serving, draft: Path) -> Serving:
+def _with_draft(what: Serving, draft: Path) -> Serving:
     """The same with another draft."""
     assert what.speculation is not None
     return dataclasses.replace(
@@ -79,7 +79,7 @@ def _tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Models, Serving,
         models.draft.save(folder / "draft")
         file = folder / "draft" / WEIGHTS
         save_file(change(load_file(file)), file, {"format": "pt"})
-        return with_draft(what, folder / "draft")
+        return _with_draft(what, folder / "draft")
 
     return inject
 
@@ -122,7 +122,7 @@ def _configured(**changes: object) -> Callable[[Models, Serving, Path], Serving]
     def inject(models: Models, what: Serving, folder: Path) -> Serving:
         config = dataclasses.replace(models.draft.config, **changes)
         dataclasses.replace(models.draft, config=config).save(folder / "draft")
-        return with_draft(what, folder / "draft")
+        return _with_draft(what, folder / "draft")
 
     return inject
 
@@ -145,7 +145,7 @@ def _full_head(models: Models, what: Serving, folder: Path) -> Serving:
         models.draft, config=config, tensors={**tensors, "lm_head.weight": head}
     )
     made.save(folder / "draft")
-    return with_draft(what, folder / "draft")
+    return _with_draft(what, folder / "draft")
 
 
 def _tuned(models: Models, what: Serving, folder: Path) -> Serving:

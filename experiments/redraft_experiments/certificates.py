@@ -30,7 +30,7 @@ from redraft.core.files import write_text
 from redraft.core.records import Prompt
 from redraft.generation.answer_file import read_answers
 from redraft.models.loading import load_target
-from redraft.models.target import default_aux_layers
+from redraft.models.target import Target, default_aux_layers
 from redraft.prompts.prompts import read_prompts
 from redraft.serving.certificate import certify
 from redraft.serving.certificate_check import Certificate, CheckError, check, read_certificate
@@ -49,7 +49,8 @@ from .real_demo import questions
 TOY, REAL = "toy", "smollm2"
 ROWS = 256
 """Of the toy's reduced vocabulary; its target has 2,048."""
-PROMPTS, TOKENS = {TOY: 24, REAL: 16}, {TOY: 64, REAL: 32}
+PROMPTS, TOKENS = 16, {TOY: 64, REAL: 32}
+"""Prompts of the real model's certificates, and tokens of an answer."""
 CONTEXT = 512
 FAULTY_K = 4
 SLOTS = {"float32": (1, 2, 4), "bfloat16": (1, 4), "float16": (1, 4)}
@@ -230,19 +231,20 @@ class _Bench:
         file = self.out / "written" / name
         if not file.is_file():
             target = load_target(str(models.target), dtype=set_up.dtype)
-            if set_up.model == REAL:
-                rows = [{"role": "user", "content": text} for text in questions()[::18]]
-                asked = [Prompt(str(i), tuple(target.render([row]))) for i, row in enumerate(rows)]
-            else:
-                evaluation = sorted((self.out / TOY / "suite" / "prompts").glob("*-eval.jsonl"))
-                asked = [p for f in evaluation for p in read_prompts(str(f), target).prompts[:32]]
-            most = PROMPTS[set_up.model] if set_up.model == REAL else len(asked)
-            found = certify(target, models.draft, asked[:most], TOKENS[set_up.model])
+            asked = self._asked(set_up.model, target)
+            found = certify(target, models.draft, asked, TOKENS[set_up.model])
             if set_up.model == TOY:  # llama.cpp does not know how its tokenizer splits text
                 found = dataclasses.replace(found, probe=None)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, found.to_text())
         return read_certificate(file)
+
+    def _asked(self, model: str, target: Target) -> list[Prompt]:
+        if model == REAL:
+            rows = [{"role": "user", "content": text} for text in questions()[::18][:PROMPTS]]
+            return [Prompt(str(i), tuple(target.render([row]))) for i, row in enumerate(rows)]
+        files = sorted((self.out / TOY / "suite" / "prompts").glob("*-eval.jsonl"))
+        return [p for file in files for p in read_prompts(str(file), target).prompts[:32]]
 
 
 def _reduced(whole: StoredDraft, said: Sequence[int]) -> StoredDraft:

@@ -16,12 +16,16 @@ import pytest
 from redraft.decoding.speculative import Decoded
 from redraft.serving import certificate_check as module
 from redraft.serving.certificate_check import (
+    DIALECTS,
     FEW,
     VARYING_K,
     Certificate,
     CheckError,
+    Counts,
+    Served,
     check,
     cut_steps,
+    found_k,
     read_certificate,
     whole_steps,
 )
@@ -321,6 +325,26 @@ def test_cut_steps_are_those_of_a_walk_token_by_token(k: int) -> None:
             assert cut == right
             wrong += whole != right
     assert wrong > 10
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+def test_k_is_found_however_an_answer_ends(k: int) -> None:
+    """The last chain ends with the stop token, before it, or at the longest answer."""
+    llama = next(row for row in DIALECTS if row.cut is cut_steps)
+    served = []
+    for length in range(40, 64):
+        for at in (length - 1, *range(length - 9, length)):
+            tokens = [9 if i == at else 5 for i in range(length + 8)]
+            accepted, emitted = [], 1
+            while emitted <= at:
+                accepted.append((emitted * 7 + length) % (k + 1))
+                emitted += accepted[-1] + 1
+            steps = cut_steps(accepted, tokens, [9], k, length)
+            drafted, gained = (sum(counts) for counts in zip(*steps, strict=True))
+            counts = Counts(drafted, gained, at - gained)
+            served.append(Served(tuple(tokens[: at + 1]), counts))
+    assert any(one.counts.drafted > k * one.counts.steps for one in served)
+    assert found_k(llama, served) == k
 
 
 # -- the command, and the file on its own ----------------------------------------------------------

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from redraft.checkpoints.load import read_draft
+from redraft.cli.engine import read_run
 from tests.cli.test_cli import run
 from tests.conftest import write_prompts
 
@@ -80,7 +81,9 @@ def test_a_run_goes_on_on_another_machine(
     machine("one")
     code, out, err = run(capsys, monkeypatch, *command)
     assert code == 0, err
-    assert json.loads(out)["draft"] == f"{bucket}/run/draft"
+    report = json.loads(out)
+    assert report["draft"] == f"{bucket}/run/draft"
+    assert report["prompts"]["source"] == f"{bucket}/prompts.jsonl"
     assert f"files sent to {bucket}/run" in err
     for name in ("state.json", "report.html", "draft/model.safetensors", "answers/adapt.jsonl"):
         assert store.exists(f"{root}/run/{name}")
@@ -93,6 +96,8 @@ def test_a_run_goes_on_on_another_machine(
     assert json.loads(again)["after"] == json.loads(out)["after"]
     (copy,) = two.glob("*/run/draft")
     assert read_draft(str(copy)).hash() == read_draft(str(copy)).provenance["tensors_hash"]
+    shutil.rmtree(next(two.glob("*/model")).parent)
+    assert (Path(read_run(str(copy.parent)).target) / "config.json").is_file(), "of the report"
     store.rm_file(f"{root}/run/adapter/model.safetensors")
 
     machine("three")  # what was lost there is done again

@@ -79,6 +79,7 @@ def test_what_one_machine_does_another_goes_on_with(store: Any, machine: Any) ->
     write(second, "run/answers/adapt.jsonl", "a\nb\n")
     (second.path / "state.json").unlink()
     assert second.push() == 2
+    assert second.push() == 0
     machine("one")
     back = Mirror(RUN)
     back.fetch()
@@ -225,8 +226,11 @@ def test_a_transfer_that_ends_in_the_middle_goes_on(
     monkeypatch.setattr(type(store), "get_file", some)
     with pytest.raises(KeyboardInterrupt):
         fetched("memory://bucket/model")
-    monkeypatch.setattr(type(store), "get_file", get)
+    monkeypatch.setattr(
+        type(store), "get_file", lambda *given, **more: (brought.append(""), get(*given, **more))
+    )
     assert len(list(Path(fetched("memory://bucket/model")).iterdir())) == 3
+    assert len(brought) == 3, "each file is brought once"
 
 
 def test_the_first_error_is_the_one_told(store: Any, machine: Any, monkeypatch: Any) -> None:

@@ -19,6 +19,7 @@ from redraft_experiments import datasets, real_drafts, real_methods, real_suite
 from redraft_experiments.real_drafts import DRAFTS, Pruned, Trained
 from redraft_experiments.real_members import MEMBERS, RealMember
 from redraft_experiments.real_suite import Ask
+from tests.certify.conftest import reduced_folder  # noqa: F401 - a fixture, here too
 from tests.conftest import SHAPE, make_tokenizer, save_target
 
 ROWS = 120

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from redraft.checkpoints.load import read_draft
 from redraft.config import RegenerateConfig, TrainConfig
@@ -21,18 +21,18 @@ from redraft_experiments import quantised
 from redraft_experiments.kinds.quantised import FORMS, Form
 from redraft_experiments.kinds.weights import rounded
 from redraft_experiments.quantised import bench_quantised
-from tests.conftest import SHAPE, make_tokenizer, save_target, write_prompts
+from tests.conftest import write_prompts
 
 MEMBER = "medical-sft"
 
 
-def three_bits(model: Path, out: Path, python: str | None) -> None:
+def four_bits(model: Path, out: Path, python: str | None) -> None:
     shutil.copytree(model, out)
     whole = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
     with torch.no_grad():
         for module in whole.model.modules():
             if isinstance(module, nn.Linear):
-                module.weight.copy_(rounded(module.weight, 3))
+                module.weight.copy_(rounded(module.weight, 4))
     whole.save_pretrained(out)
 
 
@@ -43,8 +43,7 @@ def suite(
     folder = tmp_path / "suite"
     shutil.copytree(target_folder, folder / "base")
     shutil.copytree(draft_folder, folder / "draft")
-    config = LlamaConfig(vocab_size=len(make_tokenizer()), **SHAPE)
-    save_target(folder / "members" / MEMBER, config, seed=2)
+    shutil.copytree(target_folder, folder / "members" / MEMBER)  # which the draft was trained for
     (folder / "prompts").mkdir()
     write_prompts(folder / "prompts" / "medical-adapt.jsonl", 14)
     write_prompts(folder / "prompts" / "medical-eval.jsonl", 6, 100)
@@ -57,7 +56,7 @@ def suite(
     monkeypatch.setattr(
         quantised, "TRAIN", TrainConfig(epochs=1.0, batch_tokens=256, rollout=2, precision="bf16")
     )
-    monkeypatch.setitem(FORMS, "three", Form("3 bits", three_bits))
+    monkeypatch.setitem(FORMS, "four", Form("4 bits", four_bits))
     return folder
 
 
@@ -73,11 +72,11 @@ def test_every_draft_is_measured_on_the_forms_own_answers(
 
     monkeypatch.setattr(quantised, "train", noted)
     out = tmp_path / "out"
-    cells = bench_quantised(suite, out, MEMBER, ["three"])
+    cells = bench_quantised(suite, out, MEMBER, ["four"])
     plain = ["unadapted", "bf16"]
     assert [(c.form, c.draft) for c in cells if c.measured == "greedy"] == [
         *(("bf16", name) for name in plain),
-        *(("three", name) for name in (*plain, "states", "own")),
+        *(("four", name) for name in (*plain, "states", "own")),
     ]
     said = {
         form: [
@@ -87,23 +86,28 @@ def test_every_draft_is_measured_on_the_forms_own_answers(
             )
             if a.length >= 2
         ]
-        for form in ("bf16", "three")
+        for form in ("bf16", "four")
     }
-    assert said["bf16"] != said["three"]
-    assert seen == [("bf16", said["bf16"]), ("bf16", said["three"]), ("three", said["three"])]
-    target = load_target(str(out / "models" / "three"), dtype="bfloat16")
+    assert said["bf16"] != said["four"]
+    assert seen == [("bf16", said["bf16"]), ("bf16", said["four"]), ("four", said["four"])]
+    target = load_target(str(out / "models" / "four"), dtype="bfloat16")
+    whole = load_target(str(out / "models" / "bf16"), dtype="bfloat16")
     by_name = {(c.form, c.draft, c.measured): c for c in cells}
+    taus: dict[str, list[float]] = {"right": [], "wrong": []}
     for measured in ("greedy", "sampled"):
-        answers = read_answers(out / "answers" / "three" / f"{measured}.jsonl")
+        answers = read_answers(out / "answers" / "four" / f"{measured}.jsonl")
         answers = [answer for answer in answers if answer.length >= 2]
-        for name, folder in (("unadapted", suite / "draft"), ("own", out / "drafts/three-own")):
-            found = replay(target, read_draft(str(folder)).build(target), answers, quantised.K)
-            tau = pooled_tau([trace for trace in found if trace.accepted])
-            assert by_name["three", name, measured].tau == pytest.approx(tau)
-    assert by_name["three", "unadapted", "greedy"].change == 0
+        for name, folder in (("unadapted", suite / "draft"), ("own", out / "drafts/four-own")):
+            for by, model in (("right", target), ("wrong", whole)):
+                draft = read_draft(str(folder)).build(model)
+                found = replay(model, draft, answers, quantised.K)
+                taus[by].append(pooled_tau([trace for trace in found if trace.accepted]))
+            assert by_name["four", name, measured].tau == pytest.approx(taus["right"][-1])
+    assert taus["wrong"] != pytest.approx(taus["right"])
+    assert by_name["four", "unadapted", "greedy"].change == 0
     quantised.print_cells(cells)
     assert "states" in capsys.readouterr().out
-    assert bench_quantised(suite, out, MEMBER, ["three"]) == cells
+    assert bench_quantised(suite, out, MEMBER, ["four"]) == cells
     assert len(seen) == 3
 
 

@@ -284,6 +284,13 @@ def test_steps_of_answers_that_part_in_half_precision_are_compared(
     whole = load_target(str(target_folder))
     strict = verify(fake.environment, whole, stored_draft, few_prompts, request)
     assert any("even without a draft" in reason for reason in judge(strict))
+    flagged = dataclasses.replace(request, engine_args=("--kv-cache-dtype", "fp8"))
+    other = verify(fake.environment, half, stored_draft, few_prompts, flagged)
+    for loaded, found in ((whole, strict), (half, other)):  # there redraft's own answers count
+        answers = answer_all(loaded, few_prompts, TOKENS, K, Sampling())
+        steps = replay(loaded, stored_draft.build(loaded), answers, K)
+        assert found.own.accepted == sum(int(trace.gained) for trace in steps)
+        assert found.own.accepted != found.tau.accepted
 
 
 def test_prompts_without_room_are_left_out(target: Target, few_prompts: list[Prompt]) -> None:

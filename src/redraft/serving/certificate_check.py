@@ -776,10 +776,11 @@ def found_k(row: Dialect, served: Sequence[Served]) -> int | None:
     if row.cut is whole_steps:
         return int(rates[0]) if len(set(rates)) == 1 and rates[0].is_integer() else None
     k = Counter(math.ceil(rate) for rate in rates).most_common(1)[0][0]
-    # The last steps draft what the longest answer leaves space for: K - 1, K - 2, ...
+    # The last steps draft what the longest answer leaves space for: K - 1, K - 2, ... The step that accepts
+    # a stop token as its chain's last has no token of its own, so that it is not among the steps counted.
     left_out = k * (k + 3) // 2
     whole = all(
-        k * answer.counts.steps - left_out <= answer.counts.drafted <= k * answer.counts.steps
+        k * answer.counts.steps - left_out <= answer.counts.drafted <= k * (answer.counts.steps + 1)
         for answer in served
         if answer.counts.drafted
     )
@@ -865,7 +866,11 @@ def _in_counts(
     """The cause in counts and its sentence; '' where they hold, exactly or within rounding."""
     distance = _distance(counts, right)
     if distance == 0:
-        return (VARYING_K, CAUSES[VARYING_K]) if _varies(certificate, counts, right) else ("", "")
+        # In half precision a near-tie of the draft moves the end of a step that an engine cuts.
+        varies = certificate.dtype in TOLERANCE and any(
+            a.drafted != b.drafted for a, b in zip(counts, right, strict=True)
+        )
+        return (VARYING_K, CAUSES[VARYING_K]) if varies else ("", "")
     visible = [one for one in nearest if one.apart >= VISIBLE]
     if not any(one.accepted for one in counts):
         alike = [name for one in visible if one.distance == 0 for name in one.names]
@@ -883,14 +888,6 @@ def _in_counts(
     if first <= NEAR * distance and (second is None or second >= APART * first):
         return _named(certificate, visible[0], f"its counts are the nearest, {margin}")
     return UNKNOWN, f"{CAUSES[UNKNOWN]} (nearest: {' or '.join(visible[0].names)}, {margin})"
-
-
-def _varies(certificate: Certificate, counts: Sequence[Counts], right: Sequence[Counts]) -> bool:
-    """Whether other numbers of tokens are drafted than K a step; rounding moves the end of a step that an engine cuts."""
-    if certificate.dtype in TOLERANCE:
-        return any(a.drafted != b.drafted for a, b in zip(counts, right, strict=True))
-    drafted, expected = _total(counts).drafted, _total(right).drafted
-    return abs(drafted - expected) > HALF_TOLERANCE * expected
 
 
 def _named(certificate: Certificate, near: Nearest, why: str) -> tuple[str, str]:
