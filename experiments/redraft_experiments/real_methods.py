@@ -3,6 +3,7 @@
     OUT/MEMBER/made-up.jsonl   general questions that the fine-tune makes up
     OUT/MEMBER/answers/        the fine-tune's answers, from vLLM: trained on, stopped by, measured on
     OUT/MEMBER/features/       its states on all of them, so that it reads them once
+    OUT/MEMBER/more-answers/   those to more prompts, and more-features/, once a row asks for them
     OUT/MEMBER/cells/          one JSON file per row and seed
     OUT/MEMBER/drafts/         the trained drafts as engines read them
 
@@ -46,7 +47,7 @@ from redraft.training.train import train
 from .real_cells import EAGLE3, MEASURED, WHOLE, Counts, RealCell, cells_folder, named_for
 from .real_drafts import K
 from .real_members import MEMBERS, write_questions
-from .real_rows import GREEDY, LOSS_ROWS, MADE_UP, MIXED, PEOPLE, ROWS, SAMPLED, RealRow
+from .real_rows import GREEDY, LOSS_ROWS, MADE_UP, MIXED, MORE, PEOPLE, ROWS, SAMPLED, RealRow
 from .real_suite import Ask, answer_with_engine, folders_of, load_real, prompts_of
 from .rivals.speculators_run import Finetune, finetune
 from .synthetic import Sample
@@ -112,12 +113,12 @@ class _Race:
         self.suite, self.run, self.member, self.python = suite, run, member, python
         self.shared, self.rows = shared, rows
         self.target: StoredTarget | None = None
-        self.answer_seconds = 0.0
+        self.more = False
 
     def cell(self, name: str, seed: int) -> RealCell:
         path = cells_folder(self.run.path, self.shared.kind) / f"{name}.s{seed}.json"
         if not path.is_file():
-            self._prepare()
+            self._prepare(self.rows[name].part > 1)
             say(f"{self.member}: {name}, seed {seed}")
             cell = self._made(name, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,33 +127,42 @@ class _Race:
 
     # -- answers and features --------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        if self.target is not None:
+    def _prepare(self, more: bool) -> None:
+        """Load the target with its states on its answers, and on those to more prompts."""
+        if self.target is not None and self.more >= more:
             return
-        out, row = self.run.path, MEMBERS[self.member]
-        whole = load_real(self.suite, self.member)
+        self.more = self.more or more
+        row, whole = MEMBERS[self.member], load_real(self.suite, self.member)
         about = {"target": whole.fingerprint()}
         self.run.stage(
             "made up", {**about, "count": GENERAL}, ["made-up.jsonl"], lambda: self._make_up(whole)
         )
-        asks = self._asks(whole, row.domain)
-        files = [f"answers/{ask.out.name}" for ask in asks]
+        stores = [self._answered("", whole, self._asks(whole, row.domain))]
+        if self.more:
+            stores.append(self._answered("more-", whole, [self._ask_more(whole, row.domain)]))
+        folder, adapter = folders_of(self.suite, self.member)
+        self.target = load_stored_target(folder, stores, adapter=adapter)
+
+    def _answered(self, prefix: str, whole: Target, asks: Sequence[Ask]) -> FeatureStore:
+        """The states on the answers, which lie in the folder `prefix`answers."""
+        answers, features = f"{prefix}answers", f"{prefix}features"
+        files = [f"{answers}/{ask.out.name}" for ask in asks]
         inputs = {ask.out.name: [asdict(ask.config), [p.id for p in ask.prompts]] for ask in asks}
-        source = folders_of(self.suite, self.member)
-        (out / "answers").mkdir(exist_ok=True)
+        (self.run.path / answers).mkdir(exist_ok=True)
         key = self.run.stage(
-            "answers",
-            {**about, **inputs},
+            answers,
+            {"target": whole.fingerprint(), **inputs},
             files,
-            lambda: answer_with_engine(whole, source, asks, self.python),
+            lambda: answer_with_engine(
+                whole, folders_of(self.suite, self.member), asks, self.python
+            ),
             keeps=files,
         )
+        out = self.run.path / features
         self.run.stage(
-            "features", {"answers": key}, ["features"], lambda: self._read(whole), ["features"]
+            features, {"answers": key}, [features], lambda: self._read(whole, asks, out), [features]
         )
-        self.answer_seconds = self.run.seconds()["answers"]
-        folder, adapter = source
-        self.target = load_stored_target(folder, [FeatureStore(out / "features")], adapter=adapter)
+        return FeatureStore(out)
 
     def _make_up(self, target: Target) -> None:
         questions = [
@@ -164,18 +174,13 @@ class _Race:
     def _asks(self, target: Target, domain: str) -> list[Ask]:
         """Every file of answers. All prompts of a domain's file are disjoint, those of two files by their split."""
 
-        def prompts(path: Path) -> list[Prompt]:
-            return list(read_prompts(str(path), target, None, "last").prompts)
-
         own, evaluated, chat, chat_evaluated = (
-            prompts(prompts_of(self.suite, what, split))
+            _prompts(prompts_of(self.suite, what, split), target)
             for what in (domain, "chat")
             for split in ("adapt", "eval")
         )
-        made_up = prompts(self.run.path / "made-up.jsonl")
-        greedy = RegenerateConfig(max_new_tokens=LONGEST["adapt"], concurrency=64, timeout=1800.0)
-        sampled = dataclasses.replace(greedy, temperature=TEMPERATURE)
-        mixed = dataclasses.replace(sampled, greedy_share=0.5)
+        made_up = _prompts(self.run.path / "made-up.jsonl", target)
+        greedy, sampled, mixed = _asked()
         measured = {GREEDY: greedy, SAMPLED: sampled}
         measured = {
             name: dataclasses.replace(config, max_new_tokens=LONGEST["measured"])
@@ -199,15 +204,26 @@ class _Race:
             )
         ]
 
-    def _read(self, whole: Target) -> None:
-        files = sorted((self.run.path / "answers").glob("*.jsonl"))
+    def _ask_more(self, target: Target, domain: str) -> Ask:
+        """The prompts that come after those of every row, every second one answered greedily."""
+        own = _prompts(prompts_of(self.suite, domain, "adapt"), target)[:-ASIDE]
+        last = round(MORE * POOL)
+        if len(own) < last:
+            raise UserError(
+                f"{prompts_of(self.suite, domain, 'adapt')} has {len(own)} prompts to adapt on ({ASIDE} are kept aside); rows on "
+                f"more answers need {last}"
+            )
+        return Ask(own[POOL:last], self.run.path / "more-answers" / "adapt.jsonl", _asked()[2], 0)
+
+    def _read(self, whole: Target, asks: Sequence[Ask], out: Path) -> None:
+        files = sorted(ask.out for ask in asks)
         answers = [answer for file in files for answer in read_answers(file)]
-        plan = Plan(self.run.path / "features", batch_tokens=8192)
-        write_features(whole, answers, default_aux_layers(whole.num_layers), plan)
+        write_features(
+            whole, answers, default_aux_layers(whole.num_layers), Plan(out, batch_tokens=8192)
+        )
 
     def _answers(self, name: str) -> list[Answer]:
-        found = read_answers(self.run.path / "answers" / f"{name}.jsonl")
-        return sorted((a for a in found if a.length >= 2), key=lambda a: a.id)
+        return _long_enough(self.run.path / "answers" / f"{name}.jsonl")
 
     def _trained_on(self, row: RealRow) -> tuple[list[Answer], list[Answer]]:
         """A row's answers to the prompts adapted on, and those to general ones."""
@@ -217,6 +233,11 @@ class _Race:
             SAMPLED: sampled,
             MIXED: [*greedy[::2], *(a for a in sampled if a.id in {b.id for b in greedy[1::2]})],
         }[row.answers]
+        if row.part < 1:
+            own = sorted(own, key=lambda a: a.id)[: round(row.part * len(own))]
+        if row.part > 1:
+            more = _long_enough(self.run.path / "more-answers" / "adapt.jsonl")
+            own = [*own, *more[: round(row.part * POOL) - POOL]]
         if not row.general:
             return own, []
         origin = {PEOPLE: "general-people", MADE_UP: "general-made-up"}[row.general]
@@ -244,12 +265,13 @@ class _Race:
             named_for(self.run.path / "drafts", self.shared.kind) / f"{name}.s{seed}"
         )
         lengths = [sum(answer.length for answer in some) for some in (own, general)]
-        every = sum(a.length for ask in self._all() for a in ask)
+        answered = [a for f in self.run.path.glob("*answers/*.jsonl") for a in _long_enough(f)]
+        seconds = sum(s for name, s in self.run.seconds().items() if name.endswith("answers"))
         return dataclasses.replace(
             self._cell(name, seed, drafts),
             answer_tokens=lengths[0],
             general_tokens=lengths[1],
-            answer_seconds=self.answer_seconds * sum(lengths) / every,
+            answer_seconds=seconds * sum(lengths) / sum(a.length for a in answered),
             train=record,
         )
 
@@ -290,8 +312,21 @@ class _Race:
             raise AssertionError("answers and features are made before a cell is")
         return self.target
 
-    def _all(self) -> list[list[Answer]]:
-        return [self._answers(f.stem) for f in (self.run.path / "answers").glob("*.jsonl")]
+
+def _prompts(file: Path, target: Target) -> list[Prompt]:
+    return list(read_prompts(str(file), target, None, "last").prompts)
+
+
+def _long_enough(file: Path) -> list[Answer]:
+    """The answers that have a token to draft, by id."""
+    return sorted((a for a in read_answers(file) if a.length >= 2), key=lambda a: a.id)
+
+
+def _asked() -> tuple[RegenerateConfig, RegenerateConfig, RegenerateConfig]:
+    """How prompts to adapt on are answered: greedily, at a temperature, and every second one of each."""
+    greedy = RegenerateConfig(max_new_tokens=LONGEST["adapt"], concurrency=64, timeout=1800.0)
+    sampled = dataclasses.replace(greedy, temperature=TEMPERATURE)
+    return greedy, sampled, dataclasses.replace(sampled, greedy_share=0.5)
 
 
 def _counts(traces: Sequence[StepTrace]) -> Counts:

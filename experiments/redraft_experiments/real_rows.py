@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MORE = 3.5
+"""The most prompts adapted on, by those of other rows."""
 GREEDY, SAMPLED, MIXED = "greedy", "sampled", "mixed"
 """The target's answers to the same prompts: greedy, at temperature 0.7, or every second prompt's of each."""
 MADE_UP, PEOPLE = "made-up", "people"
@@ -21,7 +23,8 @@ it, today's; and 0.4 / hidden size, that of the body and of whole drafts."""
 class RealRow:
     """A way to get a draft for a fine-tune. `settings` are training settings, None for no training at all.
 
-    `general` prompts, a `share` of those adapted on, are trained on as well. A `rival` trains instead of redraft,
+    `part` is the number of prompts adapted on, by that of other rows. `general` prompts, a `share` of those
+    adapted on, are trained on as well. A `rival` trains instead of redraft,
     with its own settings. With `on_the_way` drafts between the unadapted and the trained one are measured too.
     """
 
@@ -30,12 +33,13 @@ class RealRow:
     answers: str = MIXED
     general: str = ""
     share: float = 0.0
+    part: float = 1.0
     rival: str = ""
     on_the_way: bool = True
 
 
-def _trained(method: str, says: str, **settings: Any) -> RealRow:
-    return RealRow(says, {"method": method, **settings})
+def _trained(method: str, says: str, part: float = 1.0, **settings: Any) -> RealRow:
+    return RealRow(says, {"method": method, **settings}, part=part)
 
 
 ROWS: dict[str, RealRow] = {
@@ -58,6 +62,12 @@ ROWS: dict[str, RealRow] = {
     "scratch": _trained(
         "scratch", "every tensor, from nothing, on the same answers", lr=WHOLE_RATE
     ),
+    "scratch more": _trained(
+        "scratch", "from nothing, on 3.5 times the answers", MORE, lr=WHOLE_RATE
+    ),
+    "scratch longer": _trained(
+        "scratch", "the same in sixteen passes", MORE, lr=WHOLE_RATE, epochs=16.0
+    ),
     "speculators": RealRow("every tensor but the head, by speculators 0.9", rival="speculators"),
     "random expert": _trained(
         "expert+fc",
@@ -71,6 +81,8 @@ ROWS: dict[str, RealRow] = {
     "slow": _trained(EXPERT, "a third of the learning rate", lr=SLOW_RATE),
     "full slow": _trained("full", "every tensor, at a third of the learning rate", lr=2.3e-4),
     "body": _trained(BODY, "every tensor but the head", lr=WHOLE_RATE),
+    "body quarter": _trained(BODY, "on a quarter of the answers", 0.25, lr=WHOLE_RATE),
+    "body more": _trained(BODY, "on 3.5 times the answers", MORE, lr=WHOLE_RATE),
     "body longer": _trained(BODY, "in ten passes", lr=WHOLE_RATE, epochs=10.0),
     "body greedy": RealRow(
         "the same on greedy answers", {"method": BODY, "lr": WHOLE_RATE}, GREEDY

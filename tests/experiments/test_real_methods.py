@@ -11,8 +11,9 @@ import torch
 from redraft.checkpoints.load import read_draft, stored
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
+from redraft.generation.answer_file import read_answers
 from redraft.models.loading import load_target
-from redraft_experiments import real_methods
+from redraft_experiments import real_methods, real_suite
 from redraft_experiments.real_cells import (
     MEASURED,
     WHOLE,
@@ -22,18 +23,28 @@ from redraft_experiments.real_cells import (
     read_real_cells,
 )
 from redraft_experiments.real_methods import _between, bench_real_methods
+from redraft_experiments.real_rows import MORE
 from redraft_experiments.real_suite import build_real_suite
 from redraft_experiments.rivals import speculators_run
 from tests.conftest import fresh_draft
+
+POOL = 5
 
 
 @pytest.fixture
 def suite(
     data: Path, tmp_path: Path, small_real: list[RegenerateConfig], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    for name, value in (("POOL", 5), ("ASIDE", 2), ("EVALUATED", 3), ("CHAT", 3), ("GENERAL", 2)):
+    for name, value in (
+        ("POOL", POOL),
+        ("ASIDE", 2),
+        ("EVALUATED", 3),
+        ("CHAT", 3),
+        ("GENERAL", 2),
+    ):
         monkeypatch.setattr(real_methods, name, value)
     monkeypatch.setattr(real_methods, "made_up_questions", lambda target, count: ["a b?", "c d?"])
+    monkeypatch.setitem(real_suite.QUESTIONS, "adapt", round(MORE * POOL) + 2)
     small = {"epochs": 2.0, "batch_tokens": 128, "precision": "fp32", "evaluations": 1}
     monkeypatch.setattr(real_methods, "TRAIN", {**real_methods.TRAIN, **small})
     build_real_suite(tmp_path / "real", data=str(data), members=["math-sft", "code-lora"])
@@ -65,6 +76,37 @@ def test_a_cell_measures_the_draft_on_the_way_to_the_trained_one(
     assert again == cells == sorted(read_real_cells(out), key=lambda c: rows.index(c.row))
     assert len(small_real) == asked
     print_real_cells(cells)
+
+
+def test_rows_adapt_on_parts_of_the_answers_and_on_more(
+    suite: Path,
+    tmp_path: Path,
+    small_real: list[RegenerateConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, asked = tmp_path / "race", {"members": ["math-sft"], "seeds": [1]}
+    plain, quarter = bench_real_methods(suite, out, rows=["body", "body quarter"], **asked)
+    answered = len(small_real)
+    more, again = bench_real_methods(suite, out, rows=["scratch more", "body quarter"], **asked)
+    assert len(small_real) == answered + 1
+    assert again == quarter
+    folder = out / "math-sft"
+    lengths = {
+        name: {a.id: a.length for a in read_answers(folder / f"{name}.jsonl")}
+        for name in ("answers/adapt-greedy", "answers/adapt-sampled", "more-answers/adapt")
+    }
+    greedy, sampled, others = lengths.values()
+    assert len(greedy) == POOL
+    assert len(others) == round(MORE * POOL) - POOL
+    assert not set(greedy) & set(others)
+    assert not set(others) & {a.id for a in read_answers(folder / "answers/heldout-greedy.jsonl")}
+    assert 0 < quarter.answer_tokens < plain.answer_tokens
+    assert quarter.answer_tokens in {*greedy.values(), *sampled.values()}, "one of five prompts"
+    assert more.answer_tokens == plain.answer_tokens + sum(others.values())
+    assert more.answer_seconds > plain.answer_seconds
+    monkeypatch.setattr(real_methods, "POOL", POOL + 1)
+    with pytest.raises(UserError, match=r"has 18 prompts .* need 21"):
+        bench_real_methods(suite, tmp_path / "other", rows=["body more"], **asked)
 
 
 def test_another_draft_has_rows_and_cells_of_its_own(
