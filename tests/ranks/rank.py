@@ -1,4 +1,4 @@
-"""What a rank of the tests runs, under torchrun: `rank.py train OUT`, or `rank.py MISTAKE ARGUMENTS`.
+"""What a rank of the tests runs, under torchrun: `rank.py train TARGET OUT [DEVICE_MAP]`, or `rank.py MISTAKE ARGUMENTS`.
 
 In ARGUMENTS {rank} stands for the rank.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from redraft import cli
 from redraft.config import TrainConfig
@@ -25,6 +26,7 @@ from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all
 from redraft.models.loading import load_target
 from redraft.models.target import Target
+from redraft.models.tensor_parallel import TENSOR_PARALLEL
 from redraft.training import adapter_run
 from redraft.training.train import train, train_adapters
 from tests.conftest import asked, fresh_draft
@@ -47,14 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
 }
 WRONG = "wrong"
-"""Every rank divides by the labels of its own share."""
+"""Every rank divides by the labels of its own share; or goes on with its own part of each layer's sum."""
 
 
 def train_all(
-    folder: str, cases: dict[str, dict[str, Any]] = CASES
+    folder: str, device_map: str | None = None, cases: dict[str, dict[str, Any]] = CASES
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of each case, and their held-out taus, trained in float64."""
-    target = load_target(folder, dtype="float64")
+    target = load_target(folder, dtype="float64", device_map=device_map)
     answers = answer_all(target, asked(target), 32, 8, Sampling())
     found = {}
     for name, changes in cases.items():
@@ -73,10 +75,28 @@ def _together(target: Target, answers: list[Answer]) -> dict[str, Tensor]:
     return {f"{i}/{name}": t for i, one in enumerate(both) for name, t in one.tensors.items()}
 
 
-def wrong(folder: str) -> dict[str, dict[str, Tensor]]:
-    loss = adapter_run.rollout_loss
-    adapter_run.rollout_loss = lambda *given: loss(*given[:-1])  # type: ignore[assignment]
-    return {WRONG: train_all(folder, {"plain": {}})["plain"]}
+def wrong(folder: str, device_map: str | None) -> dict[str, dict[str, Tensor]]:
+    if device_map is None:
+        loss = adapter_run.rollout_loss
+        adapter_run.rollout_loss = lambda *given: loss(*given[:-1])  # type: ignore[assignment]
+    else:
+        torch.distributed.all_reduce = lambda *given, **more: None
+    return {WRONG: train_all(folder, device_map, {"plain": {}})["plain"]}
+
+
+def read_twice(target: Target) -> dict[str, Tensor]:
+    """What a target computes of a row, and of one more token on a cache."""
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        whole = target.read(tokens, (2, 5, 8))
+        cache = DynamicCache(config=target.model.config)
+        target.model(input_ids=tokens[:, :-1], past_key_values=cache)
+        last = target.model(input_ids=tokens[:, -1:], past_key_values=cache).logits
+    return {
+        "features": whole.features_BTF.contiguous(),
+        "logits": whole.logits_BTV.contiguous(),
+        "last": last.contiguous(),
+    }
 
 
 def fails_at(step: int, how: str) -> None:
@@ -100,10 +120,18 @@ def main() -> None:
     what, *given = sys.argv[1:]
     if what == "train":
         ranks.join(print)
-        folder, out = given
-        for name, tensors in (train_all(folder) | wrong(folder)).items():
+        folder, out = given[:2]
+        device_map = given[2] if len(given) > 2 else None
+        for name, tensors in (train_all(folder, device_map) | wrong(folder, device_map)).items():
             write_tensors(Path(out) / f"{name}.safetensors", tensors)
         write_text(Path(out) / "ranks.json", json.dumps(ranks.everyone(ranks.rank())))
+        ranks.leave()
+        return
+    if what == "read":
+        ranks.join(print)
+        for folder in sorted(path for path in Path(given[0]).iterdir() if path.is_dir()):
+            target = load_target(str(folder), device_map=TENSOR_PARALLEL)
+            write_tensors(folder.with_suffix(".safetensors"), read_twice(target))
         ranks.leave()
         return
     if what in ("dies", "fails", "full"):

@@ -8,24 +8,47 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import (
+    Gemma3TextConfig,
+    Glm4Config,
+    MixtralConfig,
+    Olmo2Config,
+    Qwen3MoeConfig,
+)
 
 from redraft.checkpoints.adapter_folder import load_adapter
 from redraft.checkpoints.load import stored
 from redraft.core.folders import read_json
+from redraft.models.loading import load_target
 from redraft.models.target import Target
-from tests.conftest import fresh_draft, write_prompts
-from tests.ranks.rank import CASES, WRONG, train_all
+from redraft.models.tensor_parallel import TENSOR_PARALLEL
+from tests.conftest import FAMILIES, SHAPE, fresh_draft, make_tokenizer, save_target, write_prompts
+from tests.ranks.rank import CASES, WRONG, read_twice, train_all
 
 RANK = "tests.ranks.rank"
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
+MORE: dict[str, Callable[[int], Any]] = {
+    "mixtral": lambda v: MixtralConfig(vocab_size=v, num_local_experts=4, **SHAPE),
+    "gemma3": lambda v: Gemma3TextConfig(vocab_size=v, head_dim=8, sliding_window=16, **SHAPE),
+    "qwen3-moe": lambda v: Qwen3MoeConfig(
+        vocab_size=v,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        **SHAPE,
+    ),
+    "glm4": lambda v: Glm4Config(vocab_size=v, head_dim=8, **SHAPE),
+    "olmo2": lambda v: Olmo2Config(vocab_size=v, **SHAPE),
+}
 EXACT = 1e-11
 """Of float64 sums in another order, over a whole training."""
 
@@ -58,12 +81,17 @@ def alone(target_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("count", "how"), [(2, ()), (3, ()), (2, [TENSOR_PARALLEL])])
 def test_training_equals_that_of_one_process(
-    count: int, target_folder: Path, tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]]
+    count: int,
+    how: Sequence[str],
+    target_folder: Path,
+    tmp_path: Path,
+    alone: dict[str, dict[str, torch.Tensor]],
 ) -> None:
-    """In float64, with batches that the processes do not divide. Each rank dividing by its own labels would be seen."""
-    ended = run(count, "train", target_folder, tmp_path)
+    """In float64, with batches that the processes do not divide. Each rank dividing by its own labels would be seen, and
+    one that goes on with its part of a layer's sum."""
+    ended = run(count, "train", target_folder, tmp_path, *how)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "ranks.json").read_text()) == list(range(count))
     for name in (*CASES, "together"):
@@ -187,6 +215,76 @@ def test_features_are_written_by_all(
     for name in files:
         if not name.name.startswith("."):
             assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+# -- a target that is shared -----------------------------------------------------------------------
+
+SHARED = ("--device-map", TENSOR_PARALLEL)
+
+
+@pytest.mark.bench
+def test_a_job_on_a_shared_target_is_killed_and_ends_in_one_process(
+    job: Callable[..., list[str]], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    begun = run(2, "dies", *job(out), *SHARED)
+    assert begun.returncode != 0
+    state = read_json(out / "state.json")
+    assert not state["train"]["done"]
+    assert state["regenerate adapt"]["done"]
+    command = [sys.executable, "-m", "redraft", *job(out)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+    same_run(out, whole)
+    again = run(2, "job", *job(tmp_path / "shared"), *SHARED)
+    assert again.returncode == 0, again.stderr
+    same_run(tmp_path / "shared", whole)
+    flops = [
+        load_adapter(f / "adapter").card["train"]["target_flops"]
+        for f in (out, tmp_path / "shared")
+    ]
+    assert flops[1] == pytest.approx(flops[0], rel=0.2)
+
+
+@pytest.mark.bench
+def test_every_family_reads_as_whole(tmp_path: Path) -> None:
+    """Logits, hidden states, and logits after a cache."""
+    for name, config in (FAMILIES | MORE).items():
+        save_target(tmp_path / name, config(len(make_tokenizer())))
+    ended = run(2, "read", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    for name in FAMILIES | MORE:
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert far(found, read_twice(load_target(str(tmp_path / name)))) < 1e-4, name
+
+
+@pytest.mark.bench
+def test_features_of_a_shared_target_are_written_once(
+    whole: Path, target_folder: Path, tmp_path: Path
+) -> None:
+    given = ["features", "--target", target_folder, "--answers", whole / "answers/adapt.jsonl"]
+    given += ["--set", "batch-tokens=100", "--out"]
+    ended = run(2, "job", *given, tmp_path / "two", *SHARED)
+    assert ended.returncode == 0, ended.stderr
+    one = [sys.executable, "-m", "redraft", *map(str, given), str(tmp_path / "one")]
+    subprocess.run(one, check=True, capture_output=True, cwd=ROOT, env=environment())
+    two, one_ = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("two", "one"))
+    assert [path.name for path in two] == [path.name for path in one_]
+    for found, expected in zip(two, one_, strict=True):
+        assert far(load_file(found), load_file(expected)) < 1e-5
+    lines = [(tmp_path / name / "shards.jsonl").read_text().count("\n") for name in ("two", "one")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.bench
+def test_heads_that_processes_cannot_share_are_named(
+    job: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    ended = run(3, "job", *job(tmp_path / "run"), *SHARED)
+    assert ended.returncode != 0
+    assert ended.stderr.count("its num_attention_heads are 4, which 3 processes cannot share") == 1
+
+
+# -- what goes wrong ------------------------------------------------------------------------------
 
 
 @pytest.mark.bench

@@ -56,7 +56,8 @@ FLAGS: dict[str, Flag] = {
     ),
     "dtype": Flag("target's dtype: auto (as stored), float32, bfloat16, ...", MODELS),
     "device_map": Flag(
-        "auto: spread the target's layers over GPUs, memory and disk, where one device is too small",
+        "where one device is too small: auto spreads the target's layers over GPUs, memory and disk; tensor-parallel "
+        "shares each among the processes that torchrun started",
         MODELS,
     ),
     "max_memory": Flag("how much of each to use, e.g. 0=20GiB,cpu=60GiB", MODELS),

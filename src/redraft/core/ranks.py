@@ -1,8 +1,9 @@
 """Processes that work on one job together, as `torchrun` and `accelerate launch` start them: its ranks.
 
 Every rank runs the whole job in step with the others. What takes time is shared out (`mine`), what was found is put
-together again (`merged`, `summed`), and rank 0 alone decides (`first`), writes (see `files.py`) and speaks. A process
-of its own is a job of one rank, for which all of this does nothing.
+together again (`merged`, `summed`), and rank 0 alone decides (`first`), writes (see `files.py`) and speaks. Where the
+ranks hold a model together nothing is shared out: all compute the same, each with its share of the model. A process of
+its own is a job of one rank, for which all of this does nothing.
 
 A rank that fails leaves its sentence where rank 0 finds it, so that rank 0 can say it and end; a rank that dies
 without a word is noticed by the next exchange, or by the time-out.
@@ -50,6 +51,8 @@ class Place:
 
 
 _joined = _here = Place()
+_together = False
+"""Whether the ranks hold a model together."""
 
 
 def launched() -> int:
@@ -96,13 +99,14 @@ def leave() -> None:
     """Part from the other ranks, at the end of a job. Ends gloo's threads too: one that still lets go of tensors when
     Python ends aborts the process (pytorch/pytorch#179291).
     """
-    global _joined, _here
+    global _joined, _here, _together
     if _joined.size > 1:
         import torch.distributed as dist
 
         _watcher.stop()
         dist.destroy_process_group()
     _joined = _here = Place()
+    _together = False
 
 
 def fail(sentence: str) -> None:
@@ -143,11 +147,24 @@ def is_first() -> bool:
     return _here.rank == 0
 
 
+def compute_together() -> None:
+    """From here on every rank computes the same, because each holds its share of one model."""
+    global _together
+    _together = True
+
+
+def shares() -> int:
+    """Among how many ranks work is shared out."""
+    return 1 if _together else _here.size
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """In the block this process is a job of one rank: nothing is shared out, and it may write."""
+    """In the block this process is a job of one rank: nothing is shared out, and it may write. Ranks that compute
+    together go on so."""
     global _here
-    before, _here = _here, dataclasses.replace(_here, rank=0, size=1)
+    before = _here
+    _here = before if _together else dataclasses.replace(before, rank=0, size=1)
     try:
         yield
     finally:
@@ -156,7 +173,7 @@ def alone() -> Iterator[None]:
 
 def mine(items: Sequence[T]) -> Sequence[T]:
     """This rank's share of a list that is the same on all ranks."""
-    return items if _here.size == 1 else items[_here.rank :: _here.size]
+    return items if shares() == 1 else items[_here.rank :: _here.size]
 
 
 def everyone(said: T) -> list[T]:
@@ -171,9 +188,14 @@ def everyone(said: T) -> list[T]:
     return found
 
 
+def of_each_share(found: T) -> list[T]:
+    """What was found in each share of the work."""
+    return [found] if shares() == 1 else everyone(found)
+
+
 def merged(found: Mapping[K, T]) -> dict[K, T]:
-    """The entries of all ranks."""
-    return {key: value for part in everyone(dict(found)) for key, value in part.items()}
+    """The entries of all shares."""
+    return {key: value for part in of_each_share(dict(found)) for key, value in part.items()}
 
 
 def first(work: Callable[[], T]) -> T:
@@ -196,14 +218,24 @@ def first(work: Callable[[], T]) -> T:
     return result
 
 
+def agreed(own: T) -> T:
+    """Of ranks that compute together, what rank 0 says; else what this one does. For what differs by chance, as times do."""
+    return everyone(own)[0] if _together else own
+
+
+def of_all(own: float) -> float:
+    """Of ranks that compute together, the sum of what each did of the work; else what this one did."""
+    return sum(everyone(own)) if _together else own
+
+
 def wait() -> None:
     """Go on when all ranks are here, for instance before one reads what rank 0 wrote."""
     everyone(None)
 
 
 def summed(tensors: Sequence[Tensor]) -> None:
-    """Add the tensors of all ranks, in place; they have the same shapes on all."""
-    if _here.size == 1 or not tensors:
+    """Add the tensors of all shares, in place; they have the same shapes on all ranks."""
+    if shares() == 1 or not tensors:
         return
     import torch
     import torch.distributed as dist

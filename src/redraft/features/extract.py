@@ -204,16 +204,16 @@ def _fill(
             say(f"{len(writer.groups) - len(left)} of {len(writer.groups)} parts are there already")
         todo = sum(writer.lengths[row] for g in left for batch in writer.groups[g] for row in batch)
         with Progress("features", todo, "tokens") as progress:
-            for begin in range(0, len(left), ranks.size()):
+            for begin in range(0, len(left), ranks.shares()):
                 written = None
-                for group in ranks.mine(left[begin : begin + ranks.size()]):
+                for group in ranks.mine(left[begin : begin + ranks.shares()]):
                     states: dict[int, Tensor] = {}
                     for batch in writer.groups[group]:
                         states |= read(batch)
-                        progress.advance(ranks.size() * sum(writer.lengths[row] for row in batch))
+                        progress.advance(ranks.shares() * sum(writer.lengths[row] for row in batch))
                     with ranks.alone():  # files of its own
                         written = writer.write(group, states)
-                for line in filter(None, ranks.everyone(written)):
+                for line in filter(None, ranks.of_each_share(written)):
                     writer.note(line)
         ranks.wait()
         writer.finish(witness)

@@ -138,8 +138,8 @@ def _answer_round(
 
 
 def _in_step(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
-    """The batches of all ranks, each time one of every rank, in the order of the plan; alone, as they come."""
-    if ranks.size() == 1:
+    """The batches of all shares, each time one of every rank, in the order of the plan; alone, as they come."""
+    if ranks.shares() == 1:
         yield from batches
         return
     while (found := ranks.everyone(next(batches, None))) != [None] * ranks.size():

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def surroundings(file: Path, scratch: Path) -> Path:
 
 
 def read_model(
-    file: Path, config: Any, dtype: torch.dtype, placement: dict[str, int | str] | None = None
+    file: Path, config: Any, dtype: torch.dtype, placed: Mapping[str, Any] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """The model of `config` with the file's weights, and Transformers' report of the loading.
 
@@ -205,7 +205,7 @@ def read_model(
     """
     import transformers
 
-    options: dict[str, Any] = {"device_map": placement} if placement else {}
+    options = dict(placed or {})
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with as_sentence(f"target {file} could not be loaded"), _no_bars():

@@ -17,11 +17,12 @@ import torch
 from ..core import ranks
 from ..core.errors import UserError, as_sentence, reason
 from . import gguf_file
-from . import placement as placement_of
 from .cache_checks import check_reads_on
+from .placement import AUTO, layers_spread
 from .target import Target
 from .target_adapters import note_unused, with_adapter
 from .templates import check_variables, read_template
+from .tensor_parallel import TENSOR_PARALLEL, shared_layers
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that a target can be loaded in."""
@@ -49,7 +50,8 @@ def load_target(
     """Load a causal LM from a folder, a GGUF file or a Hub id, with an optional PEFT adapter on top.
 
     `dtype` is 'auto' (as stored; float32 of a GGUF file) or a torch dtype name. With `device_map` 'auto' its layers are spread over GPUs,
-    memory and disk, of which `max_memory` ("0=20GiB,cpu=60GiB") gives the sizes. `chat_template` is a Jinja file,
+    memory and disk, of which `max_memory` ("0=20GiB,cpu=60GiB") gives the sizes; with 'tensor-parallel' the processes of
+    this job share each layer. `chat_template` is a Jinja file,
     `template_args` are variables that it is given. Nothing is downloaded for a local path, no code of the
     folder is run, and no pickle is opened. Raises UserError when the folder or the adapter is not there, is
     no causal LM, does not hold exactly the weights of its config.json, or does not compute finite logits.
@@ -59,19 +61,23 @@ def load_target(
     config = read_config(source)
     tokenizer = read_tokenizer(source)
     _check_template_args(template_args or {}, template or str(tokenizer.chat_template), source)
-    if device_map is None and max_memory is None:
-        placement = None
-    elif device_map in (None, placement_of.AUTO):
-        placement = placement_of.device_map(source, config, torch_dtype, max_memory)
-    else:
-        raise UserError(f"--device-map {device_map}: unknown; known: {placement_of.AUTO}")
-    model = read_model(source, config, torch_dtype, placement=placement)
+    placed: dict[str, Any] = {}
+    if device_map == TENSOR_PARALLEL:
+        if max_memory is not None:
+            raise UserError(f"--max-memory goes with --device-map {AUTO}, not {TENSOR_PARALLEL}")
+        placed = shared_layers(source, config, adapter)
+    elif device_map not in (None, AUTO):
+        known = f"{AUTO}, {TENSOR_PARALLEL}"
+        raise UserError(f"--device-map {device_map}: unknown; known: {known}")
+    elif device_map or max_memory is not None:
+        placed = {"device_map": layers_spread(source, config, torch_dtype, max_memory)}
+    model = read_model(source, config, torch_dtype, placed=placed)
     if adapter is not None:
         model = with_adapter(model, adapter)
         note_unused(Path(adapter), tokenizer, chat_template)
     sources = [source] if adapter is None else [source, adapter]
-    placed = on_device(model, device, source) if placement is None else model
-    found = Target(placed, tokenizer, sources, template, template_args=template_args)
+    model = model if placed else on_device(model, device, source)
+    found = Target(model, tokenizer, sources, template, template_args=template_args)
     _check_finite(found)
     check_reads_on(found)
     return found
@@ -135,9 +141,9 @@ def read_model(
     config: Any,
     dtype: torch.dtype | str,
     absent: Callable[[str], bool] | None = None,
-    placement: dict[str, int | str] | None = None,
+    placed: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model of `config` with the weights in its files, on the CPU or where `placement` says.
+    """The model of `config` with the weights in its files, on the CPU or as options of `from_pretrained` place them.
 
     `absent` names the stored tensors that the caller left out of the model on purpose. Raises UserError
     naming the first weight that is missing, surplus or of another shape.
@@ -146,7 +152,7 @@ def read_model(
 
     if file := gguf_file.gguf_file(source):
         assert isinstance(dtype, torch.dtype)
-        model, info = gguf_file.read_model(file, config, dtype, placement)
+        model, info = gguf_file.read_model(file, config, dtype, placed)
         _check_weights(source, model, info, absent or (lambda name: False))
         if absent is None:
             gguf_file.check_whole(file, model)
@@ -160,7 +166,7 @@ def read_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
-            **({"device_map": placement} if placement else {}),
+            **(placed or {}),
         )
     logging.getLogger(WARNS_EACH_TIME).setLevel(logging.ERROR)
     _check_weights(source, model, info, absent or (lambda name: False))

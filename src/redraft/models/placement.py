@@ -33,19 +33,18 @@ def read_max_memory(text: str) -> dict[int | str, str]:
     return found
 
 
-def device_map(
+def layers_spread(
     source: str, config: Any, dtype: torch.dtype | str, max_memory: str | None
 ) -> dict[str, int | str]:
     """Where each part of the model of `config` goes: layer by layer on the GPUs, then memory, then the disk.
 
     Raises UserError for sizes that cannot be read or that leave no place on the first device.
     """
-    from accelerate import infer_auto_device_map, init_empty_weights
+    from accelerate import infer_auto_device_map
     from accelerate.utils import get_max_memory
-    from transformers import AutoModelForCausalLM
 
-    with as_sentence(f"target {source} could not be laid out"), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    with as_sentence(f"target {source} could not be laid out"):
+        model = empty_model(config)
     stored = getattr(config, "dtype", None) if dtype == AUTO else dtype
     kind = stored if isinstance(stored, torch.dtype) else torch.float32
     model.tie_weights()
@@ -69,6 +68,15 @@ def device_map(
     where = ", ".join(f"{count} on {place}" for place, count in counts.items())
     say(f"target {source}: parts of it {where}")
     return dict(placed)
+
+
+def empty_model(config: Any) -> Any:
+    """The model of `config` without any weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _layers_of(model: Any) -> str:

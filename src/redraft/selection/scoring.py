@@ -148,7 +148,8 @@ def _looked_at(samples: Sequence[Answer], look: Look, models: Scorers) -> tuple[
             else:
                 with FlopCounterMode(display=False) as counter:
                     seen = look(some, models)
-                per_token = counter.get_total_flops() / sum(lengths[i] for i in indices)
+                flops = ranks.of_all(counter.get_total_flops())
+                per_token = flops / sum(lengths[i] for i in indices)
             found.update(zip(indices, seen, strict=True))
             progress.advance(len(indices))
     found, per_token = ranks.merged(found), ranks.everyone(per_token)[0]

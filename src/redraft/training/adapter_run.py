@@ -133,7 +133,7 @@ class AdapterRun:
 
     def _of_all_ranks(self) -> float:
         """The loss of all ranks; the gradients become theirs too. One that no rank has stays away."""
-        if ranks.size() == 1:
+        if ranks.shares() == 1:
             return self.loss
         device = self.parameters[0].device
         has = torch.tensor([p.grad is not None for p in self.parameters], device=device)

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from ..core import ranks
+
 PROBE_SECONDS = 0.2
 ROUNDS = 3
 WORTH = 1.5
@@ -48,7 +50,7 @@ def choose_precision(
                 step(rounds)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds[precision] += time.perf_counter() - began
+            seconds[precision] += ranks.agreed(time.perf_counter() - began)
         rounds += 1
     if seconds["fp32"] / (rounds - 1) >= LONG_SECONDS:
         worth = min(worth, WORTH_FIXED)

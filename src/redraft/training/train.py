@@ -258,12 +258,12 @@ class _Stream:
 
     @functools.cached_property
     def flops_per_token(self) -> float:
-        """Operations of the target's layers, counted on the first batch."""
+        """Operations of the target's layers, counted on the first batch; of all processes that hold it together."""
         answers = [self.answers[i] for i in self.plan[0]]
         batch = collate(answers, self.target.device)
         with self.target.giving(answers):
             read = counted(lambda: read_teacher_batch(self.target, batch, self.aux_layers))
-        return read / batch.tokens_BT.numel()
+        return ranks.of_all(read) / batch.tokens_BT.numel()
 
     @functools.cached_property
     def first_teacher_batches(self) -> list[TeacherBatch]:
@@ -406,7 +406,7 @@ def _predicted(
     """The peak in MB that the largest batch of the plan makes, of which a process computes a part at a time."""
     longest = [max(len(answers[i].prompt) + answers[i].length for i in batch) for batch in plan]
     at = max(range(len(plan)), key=lambda i: longest[i] * len(plan[i]))
-    rows = math.ceil(len(plan[at]) / (ranks.size() * runs[0].config.accumulate))
+    rows = math.ceil(len(plan[at]) / (ranks.shares() * runs[0].config.accumulate))
     tokens = longest[at] * rows
     first = max(min(len(answers[i].prompt) for i in plan[at]) - 1, 0)
     return predict_peak(target, runs, tokens, longest[at], first)
@@ -438,7 +438,12 @@ def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
             for parameter in first.parameters:
                 parameter.grad = None
 
-        precision = ranks.first(lambda: choose_precision(stream.target.device, step))
+        device = stream.target.device
+        precision = (
+            choose_precision(device, step)
+            if ranks.shares() == 1
+            else ranks.first(lambda: choose_precision(device, step))
+        )
     for run in training:
         run.state.precision = precision
     return precision
