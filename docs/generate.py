@@ -32,6 +32,7 @@ from real_page import race_table, real_page
 from record_tables import (
     bank_table,
     certificates_table,
+    check_table,
     families_table,
     fleet_table,
     losses_table,
@@ -67,11 +68,12 @@ def generated() -> dict[Path, str]:
         "quantised": quantised_table(),
         "certificates": certificates_table(),
         "losses": losses_table(),
+        "check-real": check_table(),
     }
     guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
     pages = (
         *(ROOT / "README.md", ROOT / "docs/getting-started.md", ROOT / "docs/architecture.md"),
-        ROOT / "docs/certificate.md",
+        *(ROOT / "docs/certificate.md", ROOT / "docs/check.md"),
         *guides,
     )
     return {page: between(page.read_text(encoding="utf-8"), parts) for page in pages} | {

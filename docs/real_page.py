@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from redraft_experiments import recovery
@@ -114,8 +114,8 @@ def _rows(rows: dict[str, list[RealCell]]) -> Iterator[str]:
     zero = rows["unadapted"]
     prompts = {name: len(zero[0].counts[str(WHOLE)][name]) for name in MEASURED}
     headings = [f"{NAMES[name]} ({prompts[name]} prompts)" for name in MEASURED]
-    yield f"| row | what it is | seeds | {' | '.join(headings)} | trained | answer tokens | training s |"
-    yield "|---" * (3 + len(MEASURED) + 3) + "|"
+    yield f"| row | what it is | seeds | {' | '.join(headings)} | trained | answer tokens | training TFLOP | training s |"
+    yield "|---" * (3 + len(MEASURED) + 4) + "|"
     for row, some in rows.items():
         figures = []
         for name in MEASURED:
@@ -130,10 +130,17 @@ def _rows(rows: dict[str, list[RealCell]]) -> Iterator[str]:
         figures += [
             f"{one.train.get('trained_parameters', 0):,}" if one.train else "0",
             f"{tokens:,}" if tokens else "",
+            f"{_operations(some):.0f}" if "draft_flops" in one.train else "",
             f"{sum(c.train['seconds'] for c in some) / len(some):.0f}" if one.train else "",
         ]
         yield f"| {row} | {ROWS[row].says} | {len(some)} | {' | '.join(figures)} |"
     yield ""
+
+
+def _operations(cells: Sequence[RealCell]) -> float:
+    """The mean of what training computed, in 1e12 operations."""
+    found = [cell.train["draft_flops"] + cell.train["target_flops"] for cell in cells]
+    return float(sum(found) / len(found) / 1e12)
 
 
 def _shares(rows: dict[str, list[RealCell]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tables of single records, for the guides: MTP heads, fleets, banks, versions, quantised targets, certificates, a watch."""
+"""Tables of single records, for the guides: MTP heads, fleets, banks, versions, quantised targets, certificates, checks, a watch."""
 
 from __future__ import annotations
 
@@ -259,6 +259,46 @@ def _said(cell: CertificateCell) -> str:
     if cell.cause and cell.wanted in cell.conclusion:
         return f"{cell.cause}; it is among the causes listed"
     return cell.cause or ("equal counts" if cell.exact else f"within rounding ({cell.distance})")
+
+
+PARTS = {"body eighth": "30", "body quarter": "60", "body": "240", "body more": "840"}
+SCRATCHES = {"scratch": "240", "scratch more": "840"}
+"""Rows of the race, by their answers."""
+
+
+def check_table() -> str:
+    """What `redraft check --json` said of fine-tunes of the real suite (check-smollm2.jsonl), and what came out in the race."""
+    checks = (RESULTS / "check-smollm2.jsonl").read_text(encoding="utf-8").splitlines()
+    race = (RESULTS / "real-methods.jsonl").read_text(encoding="utf-8").splitlines()
+    groups = grouped([RealCell.from_json(json.loads(line)) for line in race])
+    rows = [
+        "| fine-tune | retention | tau now | closed form | trial | adapt, by the check | recommended | adapted on 30, 60, 240, 840 answers | from scratch on 240, 840 |",
+        "|---" * 9 + "|",
+    ]
+    for line in checks:
+        found = json.loads(line)
+        evidence, trial = found["evidence"], found["trial"]
+        member = Path(found["target"]).name
+        options = {o["action"]: o["tau"] for o in found["recommendation"]["options"]}
+
+        def taus(which: dict[str, str], member: str = member) -> str:
+            cells = (groups.get((member, row)) for row in which)
+            return ", ".join(
+                f"{recovery.tau(counts_of(some, 'greedy')).value:.2f}" if some else "-" for some in cells
+            )
+
+        share, low, high = evidence["retention"]
+        rise = [end + trial["unadapted"] for end in trial["difference"]]
+        rows.append(
+            f"| {member} | {share:.2f} [{low:.2f}, {high:.2f}] | {_spread(options['keep'])} | {_spread(options['closed-form'])} "
+            f"| {trial['unadapted']:.2f} -> {trial['tau']:.2f} [{rise[0]:.2f}, {rise[1]:.2f}] | {_spread(options['adapt'])} "
+            f"| {found['recommendation']['action']} ({found['recommendation']['error']:.0%} error) | {taus(PARTS)} | {taus(SCRATCHES)} |"
+        )
+    return "\n".join(rows)
+
+
+def _spread(figure: list[float]) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*figure)
 
 
 LOSSES = {

@@ -81,6 +81,7 @@ ROWS: dict[str, RealRow] = {
     "slow": _trained(EXPERT, "a third of the learning rate", lr=SLOW_RATE),
     "full slow": _trained("full", "every tensor, at a third of the learning rate", lr=2.3e-4),
     "body": _trained(BODY, "every tensor but the head", lr=WHOLE_RATE),
+    "body eighth": _trained(BODY, "on an eighth of the answers", 0.125, lr=WHOLE_RATE),
     "body quarter": _trained(BODY, "on a quarter of the answers", 0.25, lr=WHOLE_RATE),
     "body more": _trained(BODY, "on 3.5 times the answers", MORE, lr=WHOLE_RATE),
     "body longer": _trained(BODY, "in ten passes", lr=WHOLE_RATE, epochs=10.0),

@@ -197,6 +197,7 @@ class _Bench:
             kind=s.kind,
             k=K,
             temperature=self.answering.temperature,
+            parameters=s.target.parameter_count,
             predictors=seen.evidence.predictors(),
             quantiles={name: np.quantile(d, QUANTILES).tolist() for name, d in seen.draws.items()},
             asked=seen.evidence.prompts,

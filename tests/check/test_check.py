@@ -15,6 +15,7 @@ from redraft.check import evidence as module
 from redraft.check.calibration_runs import CalibrationRun, as_text, read_runs
 from redraft.check.check import check
 from redraft.check.evidence import gather
+from redraft.check.trial import GROWTH
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.config import RegenerateConfig
@@ -123,6 +124,40 @@ def test_a_larger_check_with_its_base_goes_on(
     assert rates[2] == rates[1], "reading answers is not answering"
 
 
+def test_where_the_runs_are_of_smaller_targets_adapting_is_what_the_trial_says(
+    target: Target,
+    tuned: Callable[..., Target],
+    draft_folder: Path,
+    prompts_file: Path,
+    runs: list[CalibrationRun],
+    tmp_path: Path,
+) -> None:
+    small = [dataclasses.replace(run, parameters=target.parameter_count // 20) for run in runs]
+    child, stored = tuned(0.02), read_draft(str(draft_folder))
+    how: dict[str, Any] = {
+        "base": target,
+        "most": 24,
+        "answering": RegenerateConfig(max_new_tokens=24),
+    }
+    found = check(child, stored, str(prompts_file), tmp_path / "out", runs=small, **how)
+    assert found.runs == 0
+    options = {option.action: option for option in found.recommendation.options}
+    assert list(options) == ["keep", "closed-form", "adapt"]
+    assert list(found.speeds) == ["now"]
+    keep, adapt, trial = options["keep"].tau, options["adapt"].tau, found.trial
+    assert trial.answers == trial.prompts == 12
+    rise = trial.tau - trial.unadapted
+    assert trial.difference[0] < rise < trial.difference[1]
+    assert trial.method == "body"
+    assert trial.rate > 0
+    least, most = GROWTH
+    assert keep[0] + least * rise < adapt[0] < keep[0] + most * rise
+    predicted = check(child, stored, str(prompts_file), tmp_path / "out", runs=runs, **how)
+    assert predicted.runs == len(runs)
+    assert predicted.trial.tau == trial.tau
+    assert predicted.recommendation.options[2].tau[0] != pytest.approx(adapt[0], abs=0.02)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_asked(
     target: Target,
     kind_folder: Callable[[str], Path],
@@ -132,7 +167,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(
 ) -> None:
     stored, out = read_draft(str(kind_folder("token_lm"))), tmp_path / "out"
     with pytest.raises(UserError, match="no fc to train"):
-        check(target, stored, str(prompts_file), out, runs=runs)
+        check(target, stored, str(prompts_file), out, runs=runs, method="fc")
     assert not out.exists()
     found = check(
         target,
@@ -140,7 +175,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_asked(
         str(prompts_file),
         out,
         runs=runs,
-        method="expert",
         most=16,
         answering=RegenerateConfig(max_new_tokens=12),
     )

@@ -73,6 +73,20 @@ def test_what_was_measured_is_drawn_together(runs: list[CalibrationRun]) -> None
     assert list(seen.draws) == ["keep", "closed-form", "adapt", "from-scratch"]
 
 
+def test_runs_of_much_smaller_targets_predict_nothing(runs: list[CalibrationRun]) -> None:
+    keep = np.linspace(1.2, 2.2, 50)
+    measured = {"keep": keep, "adapt": keep + 0.3}
+    sized = [dataclasses.replace(run, parameters=1000) for run in runs]
+    for parameters, count in ((10_000, len(runs)), (10_001, 0)):
+        new = dataclasses.replace(draft(runs[0].predictors), parameters=parameters)
+        found = predict(new, measured, sized)
+        assert found.runs == count
+        assert (list(found.draws) == ["keep", "adapt"]) == (count == 0)
+    np.testing.assert_allclose(found.draws["adapt"] - found.draws["keep"], 0.3)
+    unknown = predict(new, measured, [*sized[:10], *runs[10:]])
+    assert unknown.runs == len(runs) - 10, "runs of an unknown size count"
+
+
 def test_a_line_is_found(runs: list[CalibrationRun]) -> None:
     exact = made_up_runs(noise=0.0)
     new = draft({"unadapted": 1.5, "closed_form": 2.0, "entropy": 1.0})

@@ -81,6 +81,19 @@ def test_from_scratch_names_what_was_not_weighed(checked: Check) -> None:
         assert found == (action == "from-scratch")
 
 
+def test_what_adapting_is_taken_from_is_said(checked: Check) -> None:
+    assert one_note(checked, "are predicted from 25 calibration runs")
+    tried = notes(dataclasses.replace(checked, runs=0))
+    assert any("adapt is the trial's rise times 2 to 5" in note for note in tried)
+    assert not any("predicted from" in note or "settings of" in note for note in tried)
+    out = Console(width=200, record=True)
+    print_check(checked, out)
+    assert (
+        f"trial        body, on 8 answers in {checked.trial.seconds:.0f} s: tau"
+        in out.export_text()
+    )
+
+
 def test_an_extrapolation_is_called_one(checked: Check) -> None:
     within = dataclasses.replace(checked, outside=())
     assert not any("extrapolation" in note for note in notes(within))

@@ -20,9 +20,10 @@ from rich.console import Console
 from redraft.check import counting_server as module
 from redraft.check.calibration_runs import CalibrationRun
 from redraft.check.screen import print_served
-from redraft.check.served import check_served
+from redraft.check.served import NOT_PREDICTED, check_served
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
+from redraft.core.records import to_json
 from redraft.core.visible import visible
 from redraft.decoding.sampling import Sampling
 from redraft.serving.counters import Counters
@@ -72,7 +73,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEADY_SECONDS", 0.0)
 
 
-def ask(fake: Any, prompts: Path, runs: list[CalibrationRun], **more: Any) -> Any:
+def ask(fake: Any, prompts: Path, runs: list[CalibrationRun] | None, **more: Any) -> Any:
     transport = httpx.MockTransport(fake)
     return check_served("http://box:8000", str(prompts), runs=runs, transport=transport, **more)
 
@@ -104,6 +105,20 @@ def test_the_model_that_is_meant_and_the_url_as_people_write_it(
         ask(two, prompts_file, runs, model="other")
     transport = httpx.MockTransport(FakeVllm())
     check_served("http://box:8000/v1", str(prompts_file), runs=runs, most=16, transport=transport)
+
+
+def test_runs_of_small_targets_say_nothing_of_a_server(
+    prompts_file: Path, runs: list[CalibrationRun]
+) -> None:
+    assert NOT_PREDICTED not in ask(FakeVllm(), prompts_file, runs, most=16).unknown
+    found = ask(FakeVllm(), prompts_file, None, most=16)  # the runs that come with redraft
+    assert (found.runs, found.recommendation) == (0, None)
+    out = Console(width=400, record=True)
+    print_served(found, out)
+    said = out.export_text()
+    assert NOT_PREDICTED in said
+    assert "recommended" not in said
+    json.dumps(to_json(found))
 
 
 def test_tau_is_the_counters(prompts_file: Path, runs: list[CalibrationRun]) -> None:

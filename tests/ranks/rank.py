@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
 }
 WRONG = "wrong"
-"""Every rank divides by the labels of its own share; or goes on with its own part of each layer's sum."""
+"""Every rank divides by the labels of its own share, or reads on with its part of each layer's sum."""
 
 
 def train_all(
@@ -75,13 +75,22 @@ def _together(target: Target, answers: list[Answer]) -> dict[str, Tensor]:
     return {f"{i}/{name}": t for i, one in enumerate(both) for name, t in one.tensors.items()}
 
 
-def wrong(folder: str, device_map: str | None) -> dict[str, dict[str, Tensor]]:
-    if device_map is None:
-        loss = adapter_run.rollout_loss
-        adapter_run.rollout_loss = lambda *given: loss(*given[:-1])  # type: ignore[assignment]
-    else:
-        torch.distributed.all_reduce = lambda *given, **more: None
-    return {WRONG: train_all(folder, device_map, {"plain": {}})["plain"]}
+def wrong(folder: str) -> dict[str, dict[str, Tensor]]:
+    loss = adapter_run.rollout_loss
+    adapter_run.rollout_loss = lambda *given: loss(*given[:-1])  # type: ignore[assignment]
+    return {WRONG: train_all(folder, None, {"plain": {}})["plain"]}
+
+
+def note_state(held: list[int]) -> None:
+    """Note how many numbers of the optimizers' state this rank has after each step."""
+    move = adapter_run.AdapterRun._move
+
+    def noted(run: adapter_run.AdapterRun) -> None:
+        move(run)
+        slots = (s for o in run.optimizers for slots in o.state.values() for s in slots.values())
+        held.append(sum(slot.numel() for slot in slots if slot.dim()))
+
+    adapter_run.AdapterRun._move = noted  # type: ignore[method-assign]
 
 
 def read_twice(target: Target) -> dict[str, Tensor]:
@@ -122,9 +131,12 @@ def main() -> None:
         ranks.join(print)
         folder, out = given[:2]
         device_map = given[2] if len(given) > 2 else None
-        for name, tensors in (train_all(folder, device_map) | wrong(folder, device_map)).items():
+        held: list[int] = []
+        note_state(held)
+        found = train_all(folder, device_map)
+        for name, tensors in (found if device_map else found | wrong(folder)).items():
             write_tensors(Path(out) / f"{name}.safetensors", tensors)
-        write_text(Path(out) / "ranks.json", json.dumps(ranks.everyone(ranks.rank())))
+        write_text(Path(out) / "ranks.json", json.dumps(ranks.everyone([ranks.rank(), held[0]])))
         ranks.leave()
         return
     if what == "read":
@@ -132,6 +144,8 @@ def main() -> None:
         for folder in sorted(path for path in Path(given[0]).iterdir() if path.is_dir()):
             target = load_target(str(folder), device_map=TENSOR_PARALLEL)
             write_tensors(folder.with_suffix(".safetensors"), read_twice(target))
+        torch.distributed.all_reduce = lambda *given, **more: None
+        write_tensors(folder.with_name(f"{WRONG}.safetensors"), read_twice(target))
         ranks.leave()
         return
     if what in ("dies", "fails", "full"):

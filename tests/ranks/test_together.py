@@ -25,6 +25,7 @@ from transformers import (
 
 from redraft.checkpoints.adapter_folder import load_adapter
 from redraft.checkpoints.load import stored
+from redraft.core import ranks
 from redraft.core.folders import read_json
 from redraft.models.loading import load_target
 from redraft.models.target import Target
@@ -89,15 +90,29 @@ def test_training_equals_that_of_one_process(
     tmp_path: Path,
     alone: dict[str, dict[str, torch.Tensor]],
 ) -> None:
-    """In float64, with batches that the processes do not divide. Each rank dividing by its own labels would be seen, and
-    one that goes on with its part of a layer's sum."""
+    """In float64, with batches that the processes do not divide. Each rank dividing by its own labels would be seen."""
     ended = run(count, "train", target_folder, tmp_path, *how)
     assert ended.returncode == 0, ended.stderr
-    assert json.loads((tmp_path / "ranks.json").read_text()) == list(range(count))
+    places, held = zip(*json.loads((tmp_path / "ranks.json").read_text()), strict=True)
+    assert places == tuple(range(count))
+    whole = 2 * sum(t.numel() for name, t in alone["plain"].items() if name not in ("taus", "loss"))
+    assert sum(held) == whole, "AdamW's two numbers for each"
+    assert max(held) < 1.4 * whole / count
     for name in (*CASES, "together"):
         found = load_file(tmp_path / f"{name}.safetensors")
         assert far(found, alone[name]) < EXACT, name
-    assert far(load_file(tmp_path / f"{WRONG}.safetensors"), alone["plain"]) > 1e4 * EXACT
+    if not how:
+        assert far(load_file(tmp_path / f"{WRONG}.safetensors"), alone["plain"]) > 1e4 * EXACT
+
+
+def test_what_ranks_own_is_about_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.owners([5, 1, 9]) == [0, 0, 0]
+    monkeypatch.setattr(ranks, "_here", ranks.Place(1, 3, 1))
+    sizes = [7, 1, 30, 12, 9, 9, 2]
+    found = ranks.owners(sizes)
+    assert sorted(
+        sum(s for s, by in zip(sizes, found, strict=True) if by == r) for r in range(3)
+    ) == [20, 20, 30]
 
 
 def test_accumulated_parts_are_the_step(alone: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -247,14 +262,16 @@ def test_a_job_on_a_shared_target_is_killed_and_ends_in_one_process(
 
 @pytest.mark.bench
 def test_every_family_reads_as_whole(tmp_path: Path) -> None:
-    """Logits, hidden states, and logits after a cache."""
+    """Logits, hidden states, and logits after a cache. A rank that reads on with its own part of a sum would be seen."""
     for name, config in (FAMILIES | MORE).items():
         save_target(tmp_path / name, config(len(make_tokenizer())))
     ended = run(2, "read", tmp_path)
     assert ended.returncode == 0, ended.stderr
     for name in FAMILIES | MORE:
-        found = load_file(tmp_path / f"{name}.safetensors")
-        assert far(found, read_twice(load_target(str(tmp_path / name)))) < 1e-4, name
+        whole = read_twice(load_target(str(tmp_path / name)))
+        assert far(load_file(tmp_path / f"{name}.safetensors"), whole) < 1e-4, name
+    last = read_twice(load_target(str(tmp_path / max(FAMILIES | MORE))))
+    assert far(load_file(tmp_path / f"{WRONG}.safetensors"), last) > 1e-2
 
 
 @pytest.mark.bench

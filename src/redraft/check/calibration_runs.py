@@ -48,11 +48,13 @@ class Checked:
 
     Predictors are taus (`unadapted`; `closed_form`; `on_base`, of the draft on its base; `base_states`, on the
     target's answers as the base reads them) and `entropy`, the target's along its answers in nats per token.
+    `parameters` are those of the target (0: not known).
     """
 
     predictors: dict[str, float]
     k: int
     temperature: float = 0.0
+    parameters: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ from ..decoding.sampling import Sampling
 from ..metrics.cost import measure_cost
 from ..models.target import Target
 from ..training.preconditions import check_fits
-from .calibration_runs import SCRATCH, CalibrationRun, Checked, read_runs
-from .cost_estimate import TRAINING, costs_of, training_rate, trial_of
-from .evidence import ANSWERING, Evidence, gather
+from .calibration_runs import ADAPT, KEEP, SCRATCH, CalibrationRun, Checked, read_runs
+from .cost_estimate import costs_of
+from .evidence import ANSWERING, Evidence, answer_all_of, gather
 from .prediction import check_enough, predict
 from .recommendation import WORTH, Pace, Recommendation, recommend
+from .trial import DEFAULTS, Trial, adapting, grown, tried
 
 RECOVERIES = (0.5, 0.9)
 """Shares of the way to a from-scratch draft at which the speed is printed."""
@@ -28,10 +29,10 @@ RECOVERIES = (0.5, 0.9)
 class Check:
     """All of a check, as `--json` prints it.
 
-    `speeds` are speed-ups over plain decoding: now, and at recovery 0.5 and 0.9 of the predicted tau of a
-    from-scratch draft. `step_cost` is measured at the batch size of the check. `published` is the tau on its
-    base that the user names. `runs` and `outside` are the prediction's; `sampling` is how answers were drawn,
-    `method` the adapters whose training was timed.
+    `trial` is a short adaptation. `speeds` are speed-ups over plain decoding: now, and where training from scratch was
+    predicted, at recovery 0.5 and 0.9 of its tau. `step_cost` is measured at the batch size of the check. `published` is
+    the tau on its base that the user names. `runs` and `outside` are the prediction's (0: there was none, and adapting
+    is the trial's rise times GROWTH); `sampling` is how answers were drawn.
     """
 
     target: str
@@ -39,13 +40,13 @@ class Check:
     base: str | None
     k: int
     evidence: Evidence
+    trial: Trial
     step_cost: StepCost
     speeds: dict[str, float]
     recommendation: Recommendation
     runs: int
     outside: tuple[str, ...]
     sampling: Sampling
-    method: str
     published: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -64,20 +65,20 @@ def check(
     worth: float = WORTH,
     serve: int | None = None,
     published: float | None = None,
-    method: str = TRAINING.method,
+    method: str = DEFAULTS.method,
     runs: Sequence[CalibrationRun] | None = None,
 ) -> Check:
     """Measure, predict and recommend; answers are kept in the folder `out`.
 
     Up to `most` prompts of the file `prompts` are answered, as `answering` says. `rows` is the batch size of
-    serving, `serve` the tokens to be served. `method` changes the cost alone: outcomes are predicted for the
-    method of the calibration `runs`. Raises UserError for what does not fit, and for too few prompts.
+    serving, `serve` the tokens to be served, `method` what the trial trains. Raises UserError for what does not fit, and
+    for too few prompts.
     """
     stored.check_servable()
     known = list(runs) if runs is not None else read_runs()
     check_enough(known)  # before anything is generated
-    trial = trial_of(method)
-    check_fits(stored.build(target), trial, target, base)
+    config = adapting(method)
+    check_fits(stored.build(target), config, target, base)
     found = gather(
         target,
         stored,
@@ -89,28 +90,39 @@ def check(
         answering=answering,
     )
     evidence = found.evidence
-    say("timing the steps of decoding, and a few of training")
+    say("timing the steps of decoding")
     longest = max((answer.prompt for answer in found.answers), key=len)
     step_cost = measure_cost(target, stored.build(target), longest, most=k, rows=rows)
-    rate = training_rate(target, stored, found.answers, trial, k)
-    draft = Checked(predictors=evidence.predictors(), k=k, temperature=answering.temperature)
-    prediction = predict(draft, found.draws, known)
+    say(f"a trial of {config.method}: trained on one half of the answers, measured on the other")
+    answers = answer_all_of(target, prompts, out, most, k, answering)
+    trial, rise = tried(target, stored, answers, config, k, found.level)
+    draft = Checked(
+        predictors=evidence.predictors(),
+        k=k,
+        temperature=answering.temperature,
+        parameters=target.parameter_count,
+    )
+    measured = found.draws | {ADAPT: grown(found.draws[KEEP], rise)}
+    prediction = predict(draft, measured, known)
     fitting = evidence.closed_form.seconds if evidence.closed_form else None
-    costs = costs_of(found.answers, evidence.answer_rate, rate, fitting)
-    now, scratch = evidence.unadapted.tau, prediction.interval(SCRATCH)[0]
-    taus = {"now": now, **{f"{share:g}": now + share * (scratch - now) for share in RECOVERIES}}
+    costs = costs_of(found.answers, evidence.answer_rate, trial.rate, fitting)
+    now = evidence.unadapted.tau
+    taus = {"now": now}
+    if SCRATCH in prediction.draws:
+        way = prediction.interval(SCRATCH)[0] - now
+        taus |= {f"{share:g}": now + share * way for share in RECOVERIES}
     return Check(
         target=target.name,
         draft=str(stored.folder),
         base=base.name if base else None,
         k=k,
         evidence=evidence,
+        trial=trial,
         step_cost=step_cost,
         speeds={name: tau / (k * step_cost.c + step_cost.v(k)) for name, tau in taus.items()},
         recommendation=recommend(prediction, Pace.of(step_cost, k), costs, worth, serve),
         runs=prediction.runs,
         outside=prediction.outside,
         sampling=Sampling.of(answering),
-        method=method,
         published=published,
     )

@@ -1,23 +1,15 @@
 """Cost estimate: what adapting would cost on this machine, from a trial of each of its parts.
 
-The rate of answers is that of the requests already answered. For training, the adapter learns a few
-batches of those answers and is thrown away.
+The rate of answers is that of the requests already answered, that of training the trial's (see `trial.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from ..adapters.table import read_method
-from ..checkpoints.load import StoredDraft
-from ..config import TrainConfig, resolve
+from ..config import resolve
 from ..core.records import Answer
-from ..models.target import Target
-from ..training.train import train
 from .calibration_runs import ADAPT, CLOSED_FORM, KEEP, SCRATCH
 from .recommendation import Cost
 
@@ -36,22 +28,6 @@ SETTINGS = {"train.method": "expert+fc+norms", "train.loss": "ce", "train.batch_
 """How it trained, and fitted the closed form, where that is not the default: a check does the same. Its learning rate
 was three times today's automatic one."""
 TRAINING = resolve([("calibration runs", SETTINGS)]).config.train
-TRIAL_PASSES = 2.0
-
-
-def trial_of(method: str) -> TrainConfig:
-    """The settings of a trial: two passes, without what is fitted in closed form."""
-    trained = "+".join(read_method(method).trained)
-    return dataclasses.replace(TRAINING, method=trained or TRAINING.method, epochs=TRIAL_PASSES)
-
-
-def training_rate(
-    target: Target, stored: StoredDraft, answers: Sequence[Answer], trial: TrainConfig, k: int
-) -> float:
-    """Answer tokens per second that an adapter learns from, on a few batches of `answers`."""
-    draft = stored.build(target, torch.float32)
-    trained = train(target, draft, answers, answers[:1], trial, k=k)
-    return trained.record.supervised_tokens / max(trained.record.seconds, 1e-9)
 
 
 def costs_of(

@@ -27,11 +27,10 @@ from ..drafts.base import Draft
 from ..generation.on_policy import cost
 from ..generation.regenerate import regenerate
 from ..metrics import intervals
-from ..metrics.acceptance import pooled_tau, prompt_counts, summarise
+from ..metrics.acceptance import prompt_counts, summarise
 from ..metrics.config_diagnosis import better_variants
-from ..metrics.replay import decoding_of, replay, replay_each
+from ..metrics.replay import decoding_of, replay
 from ..models.target import Target
-from ..pipeline.stages import merge_draft, train_adapter
 from ..prompts.clock import continue_time
 from ..prompts.prompts import read_prompts
 from ..training.preconditions import check_fits
@@ -39,6 +38,7 @@ from .attribution import Causes, find_causes
 from .base_check import Changes, compare
 from .calibration_runs import CLOSED_FORM, KEEP
 from .cost_estimate import TRAINING
+from .trial import Trial, tried, walked
 
 LEAST = 8
 """Prompts below which chance decides."""
@@ -55,19 +55,6 @@ ANSWERING = RegenerateConfig(max_new_tokens=128)
 
 Interval = tuple[float, float, float]
 """A figure and its 95 % interval."""
-
-
-@dataclass(frozen=True)
-class ClosedForm:
-    """The draft adapted in closed form: fitted on one half of the answers, measured on the other with the
-    unadapted draft."""
-
-    method: str
-    tau: float
-    unadapted: float
-    difference: tuple[float, float]
-    prompts: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -90,7 +77,7 @@ class Evidence:
     retention: Interval | None = None
     changes: Changes | None = None
     causes: Causes | None = None
-    closed_form: ClosedForm | None = None
+    closed_form: Trial | None = None
 
     def predictors(self) -> dict[str, float]:
         """What a calibration run keeps of this (`calibration_runs.Checked`)."""
@@ -107,11 +94,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Evidence with the answers behind it, and tau as draws by action that was tried."""
+    """Evidence with the answers behind it, and tau as draws by action that was tried; `level` is its intervals' nominal one."""
 
     evidence: Evidence
     answers: list[Answer]
     draws: dict[str, Any]
+    level: float
 
 
 def gather(
@@ -156,7 +144,7 @@ def gather(
     )
     draws = {KEEP: intervals.tau_draws(prompt_counts(traces), k, level)}
     if base is None or on_its_base is None:
-        return Gathered(evidence, answers, draws)
+        return Gathered(evidence, answers, draws, level)
     asked = {answer.id for answer in answers}
     prompts = [prompt for prompt in theirs if prompt.id in asked]
     native, native_traces = _answer_on_base(base, on_its_base, prompts, out, k, answering)
@@ -170,7 +158,25 @@ def gather(
         causes=find_causes(target, base, stored, answers, native, k),
         closed_form=closed_form,
     )
-    return Gathered(evidence, answers, draws)
+    return Gathered(evidence, answers, draws, level)
+
+
+def answer_all_of(
+    target: Target, source: str, out: Path, most: int, k: int, answering: RegenerateConfig
+) -> list[Answer]:
+    """The answers to `most` prompts of `source`: those that `gather` asked for in `out`, and the rest."""
+    prompts = list(read_prompts(source, target, most, "last").prompts)
+    return [
+        answer
+        for at in range(0, len(prompts), BATCH)
+        for answer in _answered(
+            target,
+            prompts[at : at + BATCH],
+            out / f"answers-{_span(prompts, at)}.jsonl",
+            k,
+            answering,
+        )
+    ]
 
 
 def _answer_on_base(
@@ -186,7 +192,7 @@ def _answer_on_base(
     for at in range(0, len(prompts), BATCH):
         file = out / f"native-{_span(prompts, at)}.jsonl"
         answers += _answered(base, prompts[at : at + BATCH], file, k, answering)
-    traces = _walked(replay(base, draft, answers, k)) if answers else []
+    traces = walked(replay(base, draft, answers, k)) if answers else []
     if len(traces) < LEAST:
         raise UserError(
             f"the base {base.name} answers {len(traces)} of {len(prompts)} prompts with more than a token, too "
@@ -221,7 +227,7 @@ def _answer(
             spent["tokens"] += sum(answer.length for answer in found)
             spent["seconds"] += time.monotonic() - began
             write_text(out / RATE, json.dumps(spent) + "\n")
-        traces = _walked(replay(target, draft, answers, k)) if answers else []
+        traces = walked(replay(target, draft, answers, k)) if answers else []
         if len(traces) >= BATCH // 2 and _narrow(traces, k, level):
             break
     if len(traces) < LEAST:
@@ -258,10 +264,6 @@ def _narrow(traces: Sequence[StepTrace], k: int, level: float) -> bool:
     return (found.high - found.low) / 2 <= NARROW * found.value
 
 
-def _walked(traces: Sequence[StepTrace]) -> list[StepTrace]:
-    return [trace for trace in traces if trace.accepted]
-
-
 def _summary(
     traces: Sequence[StepTrace], answers: Sequence[Answer], k: int, level: float
 ) -> Acceptance:
@@ -286,7 +288,7 @@ def _try_closed_form(
     answers: Sequence[Answer],
     k: int,
     level: float,
-) -> tuple[ClosedForm | None, Any]:
+) -> tuple[Trial | None, Any]:
     """What closed forms bring, and the rise in tau as draws; None for a draft that has none.
 
     Fitted with the settings of the calibration runs, whatever adapting would train with: it is a predictor.
@@ -297,16 +299,4 @@ def _try_closed_form(
     except UserError as problem:
         say(f"the closed form was not tried: {problem}")
         return None, None
-    half = len(answers) // 2
-    began = time.monotonic()
-    part = train_adapter(target, stored, answers[:half], answers[half:], config, k, base=base)
-    seconds = time.monotonic() - began
-    drafts = [stored.build(target), merge_draft(stored, part, target).build(target)]
-    was, now = map(_walked, replay_each(target, drafts, answers[half:], k))
-    pair = prompt_counts(now), prompt_counts(was)
-    # A seed of its own: the draws of tau come from another set of prompts.
-    rise = intervals.difference_draws(*pair, k, level, seed=1)
-    interval = intervals.difference(*pair, k, level).ends
-    return ClosedForm(
-        CLOSED_FORM_METHOD, pooled_tau(now), pooled_tau(was), interval, len(now), seconds
-    ), rise
+    return tried(target, stored, answers, config, k, level, base)

@@ -130,7 +130,7 @@ def plan(
     planned = Planned(draft, config, trained)
     per_process = -(-rows // devices) * length
     growth = 1e6 * predict_growth(target, [planned], per_process, length, sizes.prompt_tokens - 1)
-    total = sum(p.numel() for p in target.model.parameters())
+    total = target.parameter_count
     active, weights = _active(target), _bytes(target.model)
     draft_bytes = 4.0 * sum(p.numel() for p in draft.parameters())
     around = _bytes(nn.ModuleList([target.model.get_input_embeddings(), target.head]))

@@ -18,6 +18,7 @@ from .cost_estimate import PLANS, SETTINGS, TRAINING
 from .evidence import CLOSED_FORM_METHOD, NARROW, Evidence
 from .recommendation import Option, Recommendation
 from .served import ServedCheck
+from .trial import GROWTH, Trial
 
 NOTED = 0.05
 """A drop of tau by this share of tau on the base is named as a cause."""
@@ -30,9 +31,10 @@ SETTINGS_NOTE = (
     "settings of what is measured and predicted:{0}; {1.prompts:,} answers and {1.epochs:g} passes, from scratch "
     "{2.prompts:,}"
 )
-PREDICTED_FROM = (
-    "predicted from {} calibration runs (ours are small models, and the first real one came out far lower: "
-    "docs/results/triage.md); train on a few hundred answers and measure before you spend more"
+PREDICTED_FROM = "adapting and training from scratch are predicted from {} calibration runs (docs/results/triage.md)"
+FROM_TRIAL = (
+    "adapt is the trial's rise times {:g} to {:g}, which 240 answers brought on fine-tunes of SmolLM2-135M; from "
+    "scratch is not predicted, for the calibration runs have smaller targets (docs/check.md)"
 )
 PREDICTOR_NAMES = {
     "unadapted": "tau",
@@ -43,7 +45,7 @@ PREDICTOR_NAMES = {
 ADVICE = {
     KEEP: "keep the draft unchanged",
     CLOSED_FORM: f"fit it in closed form (`redraft adapt --method {CLOSED_FORM_METHOD} --base BASE --set train.epochs=0`, with the settings below)",
-    ADAPT: "adapt it (`redraft adapt` with its own defaults; what is predicted is of the settings below)",
+    ADAPT: "adapt it (`redraft adapt`)",
     SCRATCH: "train a draft from scratch (`redraft adapt --method scratch`, with the settings below)",
 }
 
@@ -63,15 +65,9 @@ def print_check(check: Check, out: Console | None = None) -> None:
             f"plain one, reading {check.k + 1} tokens v = {cost.v(check.k):.2f})",
         )
     )
-    if c := e.closed_form:
-        low, high = c.difference
-        lines.append(
-            (
-                "closed form",
-                f"{c.method}, fitted in {c.seconds:.0f} s on half of the answers: tau {c.unadapted:.2f} -> "
-                f"{c.tau:.2f} on the other {c.prompts} (rise {low:+.2f} to {high:+.2f})",
-            )
-        )
+    if e.closed_form:
+        lines.append(("closed form", _tried(e.closed_form)))
+    lines.append(("trial", _tried(check.trial)))
     for name, text in lines:
         out.print(visible(f"{name:<12} {text}"), markup=False, soft_wrap=True)
     print_recommendation(check.recommendation, out)
@@ -115,12 +111,13 @@ def print_served(check: ServedCheck, out: Console | None = None) -> None:
         lines.append(f"NOTE: {check.others:.0%} of the counted tokens were of other requests")
     for line in lines:
         out.print(visible(line), markup=False, soft_wrap=True)
-    print_recommendation(check.recommendation, out)
+    if check.recommendation:
+        print_recommendation(check.recommendation, out)
+        for note in _predicted(check, check.recommendation):
+            out.print(f"  {note}", markup=False, soft_wrap=True)
     out.print(
         f"  not known from a server: {'; '.join(check.unknown)}", markup=False, soft_wrap=True
     )
-    for note in _predicted(check):
-        out.print(f"  {note}", markup=False, soft_wrap=True)
 
 
 def causes(e: Evidence) -> list[str]:
@@ -211,17 +208,27 @@ def notes(check: Check) -> list[str]:
             f"{e.unadapted.loop_rate:.0%} of the answers loop at their end, which any draft guesses: {rest}"
             + ("" if check.sampling.temperature else "; check as you sample (--temperature)")
         )
-    if check.method != TRAINING.method:
-        lines.append(f"time is that of {check.method}, tau that of {TRAINING.method}")
     if e.on_base is None:
         lines.append("without --base neither causes nor the closed form are known")
-    return lines + _predicted(check)
+    if check.runs:
+        if check.trial.method != TRAINING.method:
+            lines.append(f"time is that of {check.trial.method}, tau that of {TRAINING.method}")
+        return lines + _predicted(check, check.recommendation)
+    return [*lines, FROM_TRIAL.format(*GROWTH)]
 
 
-def _predicted(check: Check | ServedCheck) -> list[str]:
+def _tried(trial: Trial) -> str:
+    low, high = trial.difference
+    return (
+        f"{trial.method}, on {trial.answers} answers in {trial.seconds:.0f} s: tau {trial.unadapted:.2f} -> "
+        f"{trial.tau:.2f} on {trial.prompts} others (rise {low:+.2f} to {high:+.2f})"
+    )
+
+
+def _predicted(check: Check | ServedCheck, recommendation: Recommendation) -> list[str]:
     """What is predicted, and from what."""
     lines = [SETTINGS_NOTE.format(_sets(check), PLANS[ADAPT], PLANS[SCRATCH])]
-    if check.recommendation.action == SCRATCH:
+    if recommendation.action == SCRATCH:
         lines.append(
             f"adapting on {PLANS[SCRATCH].prompts:,} answers was not predicted and may come near (0.86 of the way in "
             "`redraft demo`): try that first where the shared draft is to stay"

@@ -30,6 +30,9 @@ UNKNOWN = (
     "what the closed form brings (the same)",
     "seconds of training",
 )
+NOT_PREDICTED = "what adapting would bring (`redraft check --target` tries it; or predict from runs of your own, --calibration)"
+SERVED = 10**9
+"""Parameters that a served target is taken to have, which no metric says."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ServedCheck:
 
     `tau` has a 95 % interval over groups of prompts; `per_position` is conditional acceptance; `rate` is in
     tokens per second with `rows` requests at a time. `others` is the share of the counted tokens that were
-    not ours. `runs` and `outside` are the prediction's; `sampling` is how answers were asked for; `unknown`
+    not ours. `runs` and `outside` are the prediction's (0 runs have a target as large as served ones: no recommendation); `sampling` is how answers were asked for; `unknown`
     lists what a server cannot show.
     """
 
@@ -53,7 +56,7 @@ class ServedCheck:
     rate: float
     rows: int
     others: float
-    recommendation: Recommendation
+    recommendation: Recommendation | None
     runs: int
     outside: tuple[str, ...]
     published: float | None
@@ -91,7 +94,10 @@ def check_served(
     _check_counted(server, name, found)
     accepted, groups = found.whole.acceptance(), found.counts()
     draft = Checked(
-        predictors={"unadapted": accepted.tau}, k=found.k, temperature=answering.temperature
+        predictors={"unadapted": accepted.tau},
+        k=found.k,
+        temperature=answering.temperature,
+        parameters=SERVED,
     )
     prediction = predict(draft, {KEEP: intervals.tau_draws(groups, found.k)}, known)
     rate, mean = found.tokens / max(found.seconds, 1e-9), found.tokens / found.answered
@@ -102,6 +108,7 @@ def check_served(
         k=found.k,
         prompts=found.answered,
         refused=len(asked) - found.answered,
+        unknown=UNKNOWN if prediction.runs else (*UNKNOWN, NOT_PREDICTED),
         answer_tokens=found.tokens,
         sampling=Sampling.of(answering),
         tau=(accepted.tau, *intervals.tau(groups, found.k).ends),
@@ -111,7 +118,9 @@ def check_served(
         others=found.others,
         recommendation=recommend(
             prediction, Pace(rate / accepted.tau, None), {KEEP: Cost(0, 0.0), **costs}, worth
-        ),
+        )
+        if prediction.runs
+        else None,
         runs=prediction.runs,
         outside=prediction.outside,
         published=published,

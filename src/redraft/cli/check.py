@@ -47,8 +47,7 @@ def check(
 ) -> None:
     """Is adapting worth it? From a few prompts: retention, causes, speed, cost, a recommendation.
 
-    Nothing is trained beyond a trial of its speed. Time and outcome are predicted for the settings of the
-    calibration runs, which are printed.
+    A short adaptation is tried, and thrown away. Small targets' outcomes are predicted from calibration runs.
 
     With --endpoint a server's own counters are read; no weights are needed, and less is known.
 

@@ -151,7 +151,7 @@ FLAGS: dict[str, Flag] = {
     "folder": Flag("run folder of `redraft adapt`", argument=True),
     "mode": Flag("replay (exact, batched), expected (over sampled draft tokens), or live"),
     "batch": Flag("requests served at a time", low=1),
-    "most": Flag("most prompts answered; 16 where these suffice", low=1),
+    "most": Flag("prompts answered; a trial learns from half of the answers", low=1),
     "published": Flag("the draft's tau on its base, for retention without --base", low=1.0),
     "worth": Flag("the gain in speed from which adapting is worth it (0.1: 10 %)", low=0.0),
     "serve": Flag("tokens that will be served: the least time in all decides", low=1),

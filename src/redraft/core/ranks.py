@@ -237,15 +237,53 @@ def summed(tensors: Sequence[Tensor]) -> None:
     """Add the tensors of all shares, in place; they have the same shapes on all ranks."""
     if shares() == 1 or not tensors:
         return
-    import torch
     import torch.distributed as dist
+
+    _in_one(tensors, lambda whole: dist.all_reduce(whole))
+
+
+def owners(sizes: Sequence[int]) -> list[int]:
+    """The rank that each of these things belongs to, so that all ranks have about as much: the largest first."""
+    held, found = [0] * _here.size, [0] * len(sizes)
+    for at in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        found[at] = held.index(min(held))
+        held[found[at]] += sizes[at]
+    return found
+
+
+def given(tensors: Sequence[Tensor], owned_by: Sequence[int]) -> None:
+    """Give all ranks the tensors of those that own them, in place."""
+    if _here.size == 1:
+        return
+    import torch.distributed as dist
+
+    for owner in range(_here.size):
+        own = [tensor for tensor, by in zip(tensors, owned_by, strict=True) if by == owner]
+        _in_one(own, lambda whole, owner=owner: dist.broadcast(whole, owner))  # type: ignore[misc]
+
+
+def to_first(said: T) -> list[T]:
+    """On rank 0, what each rank says; nothing elsewhere."""
+    if _here.size == 1:
+        return [said]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * _here.size if is_first() else []
+    with _exchange():
+        dist.gather_object(said, found if is_first() else None)
+    return found
+
+
+def _in_one(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:
+    """Exchange tensors in place, those of a kind as one."""
+    import torch
 
     kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors)
     for kind in kinds:
         some = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
         whole = torch.cat([tensor.reshape(-1) for tensor in some])
         with _exchange():
-            dist.all_reduce(whole)
+            exchange(whole)
         parts = torch.split(whole, [tensor.numel() for tensor in some])
         for tensor, part in zip(some, parts, strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -98,6 +98,11 @@ class Target:
         return dtype
 
     @property
+    def parameter_count(self) -> int:
+        """How many numbers the whole model has."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
     def embedding_VH(self) -> Tensor:
         """The input embedding matrix, which engines share with a draft that carries none."""
         weight: Tensor = self.model.get_input_embeddings().weight

@@ -23,7 +23,7 @@ from ..config import TrainConfig
 from ..core import ranks
 from ..core.errors import UserError
 from ..drafts.base import Draft
-from .checkpoint import TrainState
+from .checkpoint import TrainState, owners_of
 from .flops import Flops
 from .optimizer import peak_rate, schedule
 from .precision import autocast
@@ -123,9 +123,7 @@ class AdapterRun:
                 "finished before this step is kept"
             )
         nn.utils.clip_grad_norm_(self.parameters, c.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self._move()
         state.step += 1
         state.supervised_tokens += supervised_tokens
         self._average()
@@ -147,6 +145,17 @@ class AdapterRun:
             if not somewhere:
                 parameter.grad = None
         return float(loss)
+
+    def _move(self) -> None:
+        """One step of the optimizers. Each rank moves tensors of its own, whose state it alone keeps, and gets the others'."""
+        owners = owners_of(self.trainable)
+        for parameter, owner in zip(self.parameters, owners, strict=True):
+            if owner != ranks.rank():
+                parameter.grad = None
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ranks.given([parameter.detach() for parameter in self.parameters], owners)
 
     def note_tau(self, tau: float) -> None:
         """Record an evaluation of the present tensors, and keep them if they are the best so far."""

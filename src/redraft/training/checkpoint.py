@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..core import ranks
 from ..core.console import say
 from ..core.files import set_aside, write_tensors
 from ..core.folders import state_hash
@@ -44,6 +45,11 @@ class TrainState:
         return best_tau(self.heldout_tau, self.best_step)
 
 
+def owners_of(trainable: Sequence[tuple[str, nn.Parameter]]) -> list[int]:
+    """The rank that moves each tensor."""
+    return ranks.owners([parameter.numel() for _, parameter in trainable])
+
+
 def save_checkpoint(
     folder: Path,
     state: TrainState,
@@ -51,14 +57,18 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     key: str,
 ) -> None:
-    """Write the run's state; `key` names the inputs that the checkpoint belongs to."""
+    """Write the run's state, all ranks' of the optimizers; `key` names the inputs that the checkpoint belongs to."""
     tensors: dict[str, Tensor] = {f"best/{n}": t for n, t in state.best.items()}
     tensors |= {f"average/{n}": t for n, t in state.average.items()}
-    for name, parameter in trainable:
-        tensors[f"now/{name}"] = parameter.detach()
-        for optimizer in optimizers:
-            for slot, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{slot}/{name}"] = value
+    tensors |= {f"now/{name}": parameter.detach() for name, parameter in trainable}
+    own = {
+        f"optimizer/{slot}/{name}": value
+        for name, parameter in trainable
+        for optimizer in optimizers
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+    for slots in ranks.to_first(own):
+        tensors |= slots
     about = {
         "key": key,
         "step": state.step,
@@ -81,7 +91,7 @@ def load_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     key: str,
 ) -> TrainState | None:
-    """Restore parameters and optimizer in place; None when there is no checkpoint for `key`.
+    """Restore parameters and this rank's part of the optimizers in place; None when there is no checkpoint for `key`.
 
     A damaged checkpoint is set aside, which is reported, and counts as none.
     """
@@ -96,7 +106,7 @@ def load_checkpoint(
         return None
     if about.pop("key") != key:
         return None
-    for name, parameter in trainable:
+    for (name, parameter), owner in zip(trainable, owners_of(trainable), strict=True):
         with torch.no_grad():
             parameter.copy_(tensors[f"now/{name}"])
         slots = {
@@ -104,7 +114,7 @@ def load_checkpoint(
             for entry, value in tensors.items()
             if entry.startswith("optimizer/") and entry.split("/", 2)[2] == name
         }
-        if slots:
+        if slots and owner == ranks.rank():
             _of(optimizers, parameter).state[parameter] = {
                 slot: value if slot == "step" else value.to(parameter.device)
                 for slot, value in slots.items()
