@@ -1,1 +1,1 @@
-"""`redraft check`: what the fine-tune cost, why, and whether adapting pays, before any training."""
+"""`redraft check`: what the fine-tune cost, why, and whether adapting pays, from a few prompts."""

@@ -1,4 +1,4 @@
-"""Whether adapting is worth it, before any training."""
+"""Whether adapting is worth it, by a few prompts."""
 
 from __future__ import annotations
 

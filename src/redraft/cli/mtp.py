@@ -71,7 +71,7 @@ def mtp(
         unused |= {"--verify-in": verify_in, "--limit": limit}
         if given := [name for name, value in unused.items() if value]:
             raise UserError(
-                f"--check trains nothing and does not use {', '.join(given)}; leave it out"
+                f"--check trains no head and does not use {', '.join(given)}; leave it out"
             )
         _check(models, prompts, Path(out), base, begin, config.config.measure, output)
         return
