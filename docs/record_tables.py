@@ -284,7 +284,8 @@ def check_table() -> str:
         def taus(which: dict[str, str], member: str = member) -> str:
             cells = (groups.get((member, row)) for row in which)
             return ", ".join(
-                f"{recovery.tau(counts_of(some, 'greedy')).value:.2f}" if some else "-" for some in cells
+                f"{recovery.tau(counts_of(some, 'greedy')).value:.2f}" if some else "-"
+                for some in cells
             )
 
         share, low, high = evidence["retention"]
