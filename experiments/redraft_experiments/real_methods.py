@@ -265,13 +265,14 @@ class _Race:
             named_for(self.run.path / "drafts", self.shared.kind) / f"{name}.s{seed}"
         )
         lengths = [sum(answer.length for answer in some) for some in (own, general)]
-        answered = [a for f in self.run.path.glob("*answers/*.jsonl") for a in _long_enough(f)]
-        seconds = sum(s for name, s in self.run.seconds().items() if name.endswith("answers"))
+        spent = {name: s for name, s in self.run.seconds().items() if name.endswith("answers")}
+        files = [file for name in spent for file in (self.run.path / name).glob("*.jsonl")]
+        answered = sum(answer.length for file in files for answer in _long_enough(file))
         return dataclasses.replace(
             self._cell(name, seed, drafts),
             answer_tokens=lengths[0],
             general_tokens=lengths[1],
-            answer_seconds=seconds * sum(lengths) / sum(a.length for a in answered),
+            answer_seconds=sum(spent.values()) * sum(lengths) / answered,
             train=record,
         )
 

@@ -141,12 +141,12 @@ def test_the_end_of_a_step_may_move_in_half_precision(
     certificate: Certificate, decoded: Callable[[int], Known], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A draft's near-tie can end a step one token earlier, where as many are accepted in all."""
-    moved = []
+    moved, less = [], [1]
 
     def rounded(self: StandIn, found: Decoded) -> dict[str, Any]:
         reply = plain(self, found)
         if not moved:
-            reply["timings"]["draft_n"] -= 1
+            reply["timings"]["draft_n"] -= less[0]
             moved.append(found)
         return reply
 
@@ -157,6 +157,11 @@ def test_the_end_of_a_step_may_move_in_half_precision(
     assert (found.holds, found.exact, found.cause) == (True, True, "")
     moved.clear()
     assert checked(certificate, "llamacpp", decoded(K), K).cause == VARYING_K
+    less[0] = K + 1
+    moved.clear()
+    assert checked(in_half, "llamacpp", decoded(K), K).cause == VARYING_K, (
+        "more than the end of a step"
+    )
 
 
 @pytest.mark.parametrize("owner", OWNERS)
@@ -343,8 +348,10 @@ def test_k_is_found_however_an_answer_ends(k: int) -> None:
             drafted, gained = (sum(counts) for counts in zip(*steps, strict=True))
             counts = Counts(drafted, gained, at - gained)
             served.append(Served(tuple(tokens[: at + 1]), counts))
-    assert any(one.counts.drafted > k * one.counts.steps for one in served)
     assert found_k(llama, served) == k
+    ended = [one for one in served if one.counts.drafted > k * one.counts.steps]
+    assert ended, "the stop token is accepted as a chain's last"
+    assert found_k(llama, ended) == k
 
 
 # -- the command, and the file on its own ----------------------------------------------------------

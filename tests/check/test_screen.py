@@ -84,8 +84,11 @@ def test_from_scratch_names_what_was_not_weighed(checked: Check) -> None:
 def test_what_adapting_is_taken_from_is_said(checked: Check) -> None:
     assert one_note(checked, "are predicted from 25 calibration runs")
     tried = notes(dataclasses.replace(checked, runs=0))
-    assert any("adapt is the trial's rise times 2 to 5" in note for note in tried)
-    assert not any("predicted from" in note or "settings of" in note for note in tried)
+    assert any(
+        "adapt is by body and 240 answers: the trial's rise times 1.5 to 4" in n for n in tried
+    )
+    assert any(note.startswith("settings of the closed form: --set") for note in tried)
+    assert not any("predicted from" in note for note in tried)
     out = Console(width=200, record=True)
     print_check(checked, out)
     assert (

@@ -44,7 +44,8 @@ def test_what_is_fitted_in_closed_form_is_left_to_the_closed_form() -> None:
 
 def test_a_rise_grows_with_the_answers_and_a_fall_is_not_kept() -> None:
     now, rise = np.full(4000, 1.5), np.tile([0.1, -0.2], 2000)
-    found = grown(now, rise) - now
+    found = grown(now, rise, 4) - now
     assert (found[1::2] == 0).all()
     assert found[::2].min() == pytest.approx(0.1 * GROWTH[0], abs=0.01)
     assert found[::2].max() == pytest.approx(0.1 * GROWTH[1], abs=0.01)
+    assert grown(now, rise + 9, 4).max() == 5

@@ -171,6 +171,8 @@ def test_what_cannot_be_given_back_is_a_sentence(lost: Path, tmp_path: Path) -> 
         mtp(lost, tmp_path / "a")
     with pytest.raises(UserError, match="not both"):
         mtp(lost, tmp_path / "b", "--base", str(lost / "base"), "--from-layer")
+    with pytest.raises(UserError, match="--from-layer reads the last layer"):
+        mtp(lost, tmp_path / "b", "--from-layer", "--device-map", "tensor-parallel")
     with pytest.raises(UserError, match="merge the adapter into the model first"):
         mtp(lost, tmp_path / "c", "--base", str(lost / "base"), "--target-adapter", "x")
     assert not any((tmp_path / name).exists() for name in "abc")

@@ -95,14 +95,14 @@ def check(
     step_cost = measure_cost(target, stored.build(target), longest, most=k, rows=rows)
     say(f"a trial of {config.method}: trained on one half of the answers, measured on the other")
     answers = answer_all_of(target, prompts, out, most, k, answering)
-    trial, rise = tried(target, stored, answers, config, k, found.level)
+    trial, rise = tried(target, stored, answers, config, k, found.level, seed=2)
     draft = Checked(
         predictors=evidence.predictors(),
         k=k,
         temperature=answering.temperature,
         parameters=target.parameter_count,
     )
-    measured = found.draws | {ADAPT: grown(found.draws[KEEP], rise)}
+    measured = found.draws | {ADAPT: grown(found.draws[KEEP], rise, k)}
     prediction = predict(draft, measured, known)
     fitting = evidence.closed_form.seconds if evidence.closed_form else None
     costs = costs_of(found.answers, evidence.answer_rate, trial.rate, fitting)

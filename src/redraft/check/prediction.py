@@ -85,9 +85,9 @@ def predict(
     kinds, are too few."""
     check_enough(runs)
     rng = np.random.default_rng(seed)
-    runs = [
-        run for run in runs if not run.parameters or draft.parameters <= LARGER * run.parameters
-    ]
+    fit = [run for run in runs if not run.parameters or draft.parameters <= LARGER * run.parameters]
+    if len(fit) < len(runs):  # then those of another way of decoding are no makeshift
+        runs = [run for run in fit if bool(run.temperature) == bool(draft.temperature)]
     if not _enough(runs):
         return Prediction(_resampled(measured, rng.random(draws)), 0)
     names, runs = usable(draft, runs)

@@ -33,8 +33,8 @@ SETTINGS_NOTE = (
 )
 PREDICTED_FROM = "adapting and training from scratch are predicted from {} calibration runs (docs/results/triage.md)"
 FROM_TRIAL = (
-    "adapt is the trial's rise times {:g} to {:g}, which 240 answers brought on fine-tunes of SmolLM2-135M; from "
-    "scratch is not predicted, for the calibration runs have smaller targets (docs/check.md)"
+    "adapt is by {} and 240 answers: the trial's rise times {:g} to {:g}, as `body` brought greedily on fine-tunes of "
+    "SmolLM2-135M; from scratch is not predicted, for the calibration runs have smaller targets (docs/check.md)"
 )
 PREDICTOR_NAMES = {
     "unadapted": "tau",
@@ -57,11 +57,11 @@ def print_check(check: Check, out: Console | None = None) -> None:
     lines = [("tau", f"{_acceptance(e)}, K={check.k}, {_way(check.sampling)}")]
     lines.append(("retention", _retention(check)))
     lines += [("cause" if at == 0 else "", text) for at, text in enumerate(causes(e))]
-    now, *others = (f"{speed:.2f}x {_at(name)}" for name, speed in check.speeds.items())
+    speeds = ", ".join(f"{speed:.2f}x {_at(name)}" for name, speed in check.speeds.items())
     lines.append(
         (
             "speed here",
-            f"{now}, {', '.join(others)} (batch {cost.rows}: a draft step costs c = {cost.c:.2f} of a "
+            f"{speeds} (batch {cost.rows}: a draft step costs c = {cost.c:.2f} of a "
             f"plain one, reading {check.k + 1} tokens v = {cost.v(check.k):.2f})",
         )
     )
@@ -214,7 +214,9 @@ def notes(check: Check) -> list[str]:
         if check.trial.method != TRAINING.method:
             lines.append(f"time is that of {check.trial.method}, tau that of {TRAINING.method}")
         return lines + _predicted(check, check.recommendation)
-    return [*lines, FROM_TRIAL.format(*GROWTH)]
+    if e.closed_form:
+        lines.append(f"settings of the closed form:{_sets(check)}")
+    return [*lines, FROM_TRIAL.format(check.trial.method, *GROWTH)]
 
 
 def _tried(trial: Trial) -> str:

@@ -66,6 +66,12 @@ class MaybeTargetFlags:
     device_map: str | None = None
     max_memory: str | None = None
 
+    def load_plain(self, source: str | None) -> Any:
+        """Another model in this dtype, such as the base; None for None."""
+        return TargetFlags(
+            "", dtype=self.dtype, device_map=self.device_map, max_memory=self.max_memory
+        ).load_plain(source)
+
     def named(self) -> TargetFlags | None:
         """The flags of a target that was named."""
         if self.target is None:

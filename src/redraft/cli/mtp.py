@@ -52,6 +52,13 @@ def mtp(
         raise UserError(
             "--target-adapter: an MTP head lies in the model's own checkpoint; merge the adapter into the model first"
         )
+    from ..models.tensor_parallel import TENSOR_PARALLEL
+
+    if from_layer and models.device_map == TENSOR_PARALLEL:
+        raise UserError(
+            f"--from-layer reads the last layer of the target, which --device-map {TENSOR_PARALLEL} shares out; leave one "
+            "of the two out"
+        )
     if from_layer and base:
         raise UserError("name --base, whose head is grafted, or --from-layer, not both")
     if (only_check or verify_in) and ranks.size() > 1:

@@ -112,7 +112,7 @@ def select(
         raise UserError(f"{flag} needs the target's tokenizer: name the target with --target")
     scorers = Scorers(
         loaded,
-        TargetFlags(base, dtype=models.dtype).load() if base else None,
+        models.load_plain(base),
         load_draft(draft, loaded) if draft and loaded else None,
         k,
     )

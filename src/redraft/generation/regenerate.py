@@ -138,12 +138,13 @@ def _answer_round(
 
 
 def _in_step(batches: Iterator[list[Answer]]) -> Iterator[list[Answer]]:
-    """The batches of all shares, each time one of every rank, in the order of the plan; alone, as they come."""
-    if ranks.shares() == 1:
+    """The batches of all ranks, each time one of every rank, in the order of the plan; alone, as they come. Ranks that
+    compute together have the same, and of endpoints rank 0 alone has some."""
+    if ranks.size() == 1:
         yield from batches
         return
     while (found := ranks.everyone(next(batches, None))) != [None] * ranks.size():
-        yield [answer for one in found if one for answer in one]
+        yield [answer for one in found[: ranks.shares()] if one for answer in one]
 
 
 def _unanswered(prompts: Sequence[Prompt], out: Path, inputs: dict[str, Any]) -> Sequence[int]:

@@ -775,16 +775,15 @@ def found_k(row: Dialect, served: Sequence[Served]) -> int | None:
     ]
     if row.cut is whole_steps:
         return int(rates[0]) if len(set(rates)) == 1 and rates[0].is_integer() else None
-    k = Counter(math.ceil(rate) for rate in rates).most_common(1)[0][0]
-    # The last steps draft what the longest answer leaves space for: K - 1, K - 2, ... The step that accepts
-    # a stop token as its chain's last has no token of its own, so that it is not among the steps counted.
-    left_out = k * (k + 3) // 2
-    whole = all(
-        k * answer.counts.steps - left_out <= answer.counts.drafted <= k * (answer.counts.steps + 1)
-        for answer in served
-        if answer.counts.drafted
-    )
-    return k if whole else None
+    counts = [answer.counts for answer in served if answer.counts.drafted]
+
+    def drafts(k: int) -> bool:
+        # The last steps draft what the longest answer leaves space for: K - 1, K - 2, ... The step that accepts
+        # a stop token as its chain's last has no token of its own, so that it is not among the steps counted.
+        left_out = k * (k + 3) // 2
+        return all(k * one.steps - left_out <= one.drafted <= k * (one.steps + 1) for one in counts)
+
+    return next((k for k in range(1, math.ceil(max(rates)) + 1) if drafts(k)), None)
 
 
 def judge(
@@ -817,7 +816,7 @@ def judge(
     cause = _in_texts(certificate, apart) or _not_comparable(kept, k)
     says = CAUSES.get(cause, "")
     if not cause:
-        cause, says = _in_counts(certificate, counts, right, nearest)
+        cause, says = _in_counts(certificate, k, counts, right, nearest)
     if not cause and template == "another":
         cause, says = ANOTHER_TEMPLATE, CAUSES[ANOTHER_TEMPLATE]
     distance = _distance(counts, right) if right else 0
@@ -859,6 +858,7 @@ def _not_comparable(kept: Sequence[int], k: int | None) -> str:
 
 def _in_counts(
     certificate: Certificate,
+    k: int | None,
     counts: Sequence[Counts],
     right: Sequence[Counts],
     nearest: Sequence[Nearest],
@@ -867,9 +867,8 @@ def _in_counts(
     distance = _distance(counts, right)
     if distance == 0:
         # In half precision a near-tie of the draft moves the end of a step that an engine cuts.
-        varies = certificate.dtype in TOLERANCE and any(
-            a.drafted != b.drafted for a, b in zip(counts, right, strict=True)
-        )
+        moved = 0 if certificate.dtype in TOLERANCE else k or 0
+        varies = any(abs(a.drafted - b.drafted) > moved for a, b in zip(counts, right, strict=True))
         return (VARYING_K, CAUSES[VARYING_K]) if varies else ("", "")
     visible = [one for one in nearest if one.apart >= VISIBLE]
     if not any(one.accepted for one in counts):

@@ -62,7 +62,7 @@ def save_checkpoint(
     tensors |= {f"average/{n}": t for n, t in state.average.items()}
     tensors |= {f"now/{name}": parameter.detach() for name, parameter in trainable}
     own = {
-        f"optimizer/{slot}/{name}": value
+        f"optimizer/{slot}/{name}": value.cpu()  # it travels
         for name, parameter in trainable
         for optimizer in optimizers
         for slot, value in optimizer.state.get(parameter, {}).items()

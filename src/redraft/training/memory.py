@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
+from ..core import ranks
 from ..core.errors import UserError
 from ..drafts.base import Draft
 from ..losses.functions import LOSSES
@@ -65,7 +66,10 @@ def predict_growth(
     """
     element = target.dtype.itemsize
     parameters = [p for m in runs for p in m.parameters]
-    optimizer = sum(p.numel() for p in parameters) * 4 * 3
+    count = sum(p.numel() for p in parameters)
+    optimizer = (
+        count * 4 + count * 8 / ranks.size()
+    )  # gradients, and this rank's share of AdamW's state
     config = target.model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * target.hidden_size
     features = batch_tokens * (runs[0].draft.feature_size + target.hidden_size) * element
