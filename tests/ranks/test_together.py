@@ -27,6 +27,8 @@ from redraft.checkpoints.adapter_folder import load_adapter
 from redraft.checkpoints.load import stored
 from redraft.core import ranks
 from redraft.core.folders import read_json
+from redraft.core.records import Answer
+from redraft.generation import regenerate
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.models.tensor_parallel import TENSOR_PARALLEL
@@ -350,3 +352,22 @@ def test_commands_that_do_not_share_say_so(tmp_path: Path) -> None:
         env=environment(WORLD_SIZE="8"),  # of a cluster, without a launcher
     )
     assert "expected a file config.json" in ended.stderr
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_batches_of_ranks_that_compute_together_count_once(
+    others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank has the same batches, or none: rank 0 alone asks endpoints. It is heard after each batch."""
+    heard = []
+
+    def everyone(said: object) -> list[object]:
+        heard.append(said)
+        return [said, said if others else None]
+
+    monkeypatch.setattr(ranks, "_here", ranks.Place(0, 2, 0))
+    monkeypatch.setattr(ranks, "_together", True)
+    monkeypatch.setattr(ranks, "everyone", everyone)
+    batches = [[Answer("a", (1,), (2,), 1, "stop")], [Answer("b", (1,), (2,), 1, "stop")]]
+    assert list(regenerate._in_step(iter(batches))) == batches
+    assert len(heard) == 3
