@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -271,31 +272,40 @@ def check_table() -> str:
     checks = (RESULTS / "check-smollm2.jsonl").read_text(encoding="utf-8").splitlines()
     race = (RESULTS / "real-methods.jsonl").read_text(encoding="utf-8").splitlines()
     groups = grouped([RealCell.from_json(json.loads(line)) for line in race])
-    rows = [
-        "| fine-tune | retention | tau now | closed form | trial | adapt, by the check | recommended | adapted on 30, 60, 240, 840 answers | from scratch on 240, 840 |",
-        "|---" * 9 + "|",
-    ]
-    for line in checks:
-        found = json.loads(line)
-        evidence, trial = found["evidence"], found["trial"]
-        member = Path(found["target"]).name
-        options = {o["action"]: o["tau"] for o in found["recommendation"]["options"]}
+    columns = [_checked(json.loads(line), groups) for line in checks]
+    names = list(columns[0])
+    lines = [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in names]
+    return "\n".join([lines[0], "|---" * (1 + len(columns)) + "|", *lines[1:]])
 
-        def taus(which: dict[str, str], member: str = member) -> str:
-            cells = (groups.get((member, row)) for row in which)
-            return ", ".join(
-                f"{recovery.tau(counts_of(some, 'greedy')).value:.2f}" if some else "-"
-                for some in cells
-            )
 
-        share, low, high = evidence["retention"]
-        rise = [end + trial["unadapted"] for end in trial["difference"]]
-        rows.append(
-            f"| {member} | {share:.2f} [{low:.2f}, {high:.2f}] | {_spread(options['keep'])} | {_spread(options['closed-form'])} "
-            f"| {trial['unadapted']:.2f} -> {trial['tau']:.2f} [{rise[0]:.2f}, {rise[1]:.2f}] | {_spread(options['adapt'])} "
-            f"| {found['recommendation']['action']} ({found['recommendation']['error']:.0%} error) | {taus(PARTS)} | {taus(SCRATCHES)} |"
+def _checked(
+    found: dict[str, Any], groups: Mapping[tuple[str, str], list[RealCell]]
+) -> dict[str, str]:
+    """A fine-tune's column."""
+    trial, member = found["trial"], Path(found["target"]).name
+    options = {o["action"]: o["tau"] for o in found["recommendation"]["options"]}
+
+    def taus(which: dict[str, str]) -> str:
+        cells = (groups.get((member, row)) for row in which)
+        return ", ".join(
+            f"{recovery.tau(counts_of(some, 'greedy')).value:.2f}" if some else "-"
+            for some in cells
         )
-    return "\n".join(rows)
+
+    rise = [end + trial["unadapted"] for end in trial["difference"]]
+    after = _spread([trial["tau"], *rise])
+    return {
+        "the check": member,
+        "retention": _spread(found["evidence"]["retention"]),
+        "tau now": _spread(options["keep"]),
+        "closed form": _spread(options["closed-form"]),
+        "trial": f"{trial['unadapted']:.2f} -> {after}",
+        "adapt": _spread(options["adapt"]),
+        "recommended": f"{found['recommendation']['action']}, error {found['recommendation']['error']:.0%}",
+        "**what came out:** unadapted": taus({"unadapted": ""}),
+        "adapted on 30, 60, 240, 840 answers": taus(PARTS),
+        "from scratch on 240, 840": taus(SCRATCHES),
+    }
 
 
 def _spread(figure: list[float]) -> str:
