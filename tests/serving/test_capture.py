@@ -30,15 +30,16 @@ from redraft.serving import capture as capture_module
 from redraft.serving.capture import Capture
 
 AUX_LAYERS = (2, 4, 5)
+TURN = threading.Lock()
 
 
 @contextmanager
 def server(target: Target, folder: Path, **plan: Any) -> Iterator[str]:
     """Writes what `target` computes, misbehaving as `plan` tells; gives its address."""
-    norm, turn, count = find_final_norm(target), threading.Lock(), iter(range(10_000))
+    norm, count = find_final_norm(target), iter(range(10_000))
 
     def write(path: Path, lock: Any, tokens: list[int]) -> None:
-        with turn:  # hooks of one model
+        with TURN:  # hooks of one model, which several servers may have
             states = read_states(
                 target, norm, torch.tensor([tokens]), plan.get("aux_layers", AUX_LAYERS), True
             )
