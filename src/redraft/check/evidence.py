@@ -44,6 +44,8 @@ LEAST = 8
 """Prompts below which chance decides."""
 BATCH = 16
 """Prompts answered at a time; the first batch is the default's whole cost."""
+ANSWERS = "answers"
+"""How the names of the target's answers begin, in the folder of a check."""
 RATE = "rate.json"
 """Tokens answered and the seconds that took, in the folder of a check."""
 NARROW = 0.05
@@ -166,13 +168,25 @@ def answer_all_of(
 ) -> list[Answer]:
     """The answers to `most` prompts of `source`: those that `gather` asked for in `out`, and the rest."""
     prompts = list(read_prompts(source, target, most, "last").prompts)
+    return _in_batches(target, prompts, out, ANSWERS, k, answering)
+
+
+def _in_batches(
+    target: Target,
+    prompts: Sequence[Prompt],
+    out: Path,
+    name: str,
+    k: int,
+    answering: RegenerateConfig,
+) -> list[Answer]:
+    """The answers to all prompts, in files whose names begin with `name`."""
     return [
         answer
         for at in range(0, len(prompts), BATCH)
         for answer in _answered(
             target,
             prompts[at : at + BATCH],
-            out / f"answers-{_span(prompts, at)}.jsonl",
+            out / f"{name}-{_span(prompts, at)}.jsonl",
             k,
             answering,
         )
@@ -188,10 +202,7 @@ def _answer_on_base(
     answering: RegenerateConfig,
 ) -> tuple[list[Answer], list[StepTrace]]:
     """The base's own answers to the prompts that the target answered, and the steps of its draft on them."""
-    answers: list[Answer] = []
-    for at in range(0, len(prompts), BATCH):
-        file = out / f"native-{_span(prompts, at)}.jsonl"
-        answers += _answered(base, prompts[at : at + BATCH], file, k, answering)
+    answers = _in_batches(base, prompts, out, "native", k, answering)
     traces = walked(replay(base, draft, answers, k)) if answers else []
     if len(traces) < LEAST:
         raise UserError(
@@ -219,7 +230,7 @@ def _answer(
     spent = read_json(out / RATE) if (out / RATE).is_file() else {"tokens": 0, "seconds": 0.0}
     for at in range(0, len(prompts), BATCH):
         some = prompts[at : at + BATCH]
-        file = out / f"answers-{_span(prompts, at)}.jsonl"
+        file = out / f"{ANSWERS}-{_span(prompts, at)}.jsonl"
         fresh, began = not file.exists(), time.monotonic()
         found = _answered(target, some, file, k, answering)
         answers += found

@@ -67,9 +67,7 @@ def predict_growth(
     element = target.dtype.itemsize
     parameters = [p for m in runs for p in m.parameters]
     count = sum(p.numel() for p in parameters)
-    optimizer = (
-        count * 4 + count * 8 / ranks.size()
-    )  # gradients, and this rank's share of AdamW's state
+    optimizer = count * (4 + 8 / ranks.size())  # gradients, and this rank's share of AdamW's state
     config = target.model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * target.hidden_size
     features = batch_tokens * (runs[0].draft.feature_size + target.hidden_size) * element
