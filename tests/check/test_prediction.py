@@ -85,6 +85,12 @@ def test_runs_of_much_smaller_targets_predict_nothing(runs: list[CalibrationRun]
     np.testing.assert_allclose(found.draws["adapt"] - found.draws["keep"], 0.3)
     unknown = predict(new, measured, [*sized[:10], *runs[10:]])
     assert unknown.runs == len(runs) - 10, "runs of an unknown size count"
+    larger = [dataclasses.replace(run, parameters=10**6, temperature=0.7) for run in runs[:12]]
+    for temperature, count in ((0.0, 0), (0.7, 12)):  # the larger ones were all sampled
+        new = dataclasses.replace(
+            draft(runs[0].predictors), parameters=50_000, temperature=temperature
+        )
+        assert predict(new, measured, [*larger, *sized[12:]]).runs == count
 
 
 def test_a_line_is_found(runs: list[CalibrationRun]) -> None:
