@@ -21,7 +21,7 @@ def test_one_half_is_learned_and_the_other_measured(target: Target, answers: lis
     """Against the same by hand; measuring on the half that was learned would be seen."""
     draft, k = stored(fresh_draft(target), target), 3
     config = dataclasses.replace(adapting("full"), lr=0.02, epochs=20.0)
-    trial, rise = tried(target, draft, answers, config, k, 0.95)
+    trial, rise = tried(target, draft, answers, config, k, 0.95, seed=1)
     half = len(answers) // 2
     adapter = train_adapter(target, draft, answers[:half], answers[:8], config, k)
     built = merge_draft(draft, adapter, target).build(target)
@@ -33,6 +33,8 @@ def test_one_half_is_learned_and_the_other_measured(target: Target, answers: lis
     assert trial.tau != pytest.approx(tau(answers[:half]))
     assert trial.tau > trial.unadapted, "what is trained has to matter"
     assert (trial.answers, trial.prompts) == (half, len(answers) - half)
+    again = tried(target, draft, answers, config, k, 0.95, seed=2)[1]
+    assert abs(np.corrcoef(rise, again)[0, 1]) < 0.1, "two trials are of different prompts"
     low, high = trial.difference
     assert np.percentile(rise, [2.5, 97.5]) == pytest.approx([low, high], abs=0.1)
 

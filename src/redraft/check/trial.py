@@ -63,7 +63,8 @@ def tried(
     k: int,
     level: float,
     base: Target | None = None,
-    seed: int = 1,
+    *,
+    seed: int,
 ) -> tuple[Trial, Any]:
     """A trial of `config` on these answers, and the rise in tau as draws [N]; `level` is the intervals' nominal one.
 
