@@ -27,7 +27,8 @@ def bench_real(
 ) -> None:
     """Build a suite of real models: SmolLM2, fine-tunes of it, and a draft trained on its own answers.
 
-    About two hours on two cores, one with --members math-sft; answers come from vLLM. With --adapt-to
+    About two hours on two cores, one with --members math-sft; answers come from vLLM. With --drafts kept the draft is
+    the one that comes with the package, which leaves some minutes for each fine-tune. With --adapt-to
     the draft is adapted to that fine-tune, which is the run that README shows.
 
     Example: redraft bench real --data data --python .venv-vllm/bin/python --out real

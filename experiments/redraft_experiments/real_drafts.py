@@ -21,6 +21,7 @@ from redraft.models.target import Target
 from redraft.pipeline.stages import Shape, save_fresh, train_files
 from redraft.training.train import train
 
+from .kept_parts import KEPT, restore
 from .language_model import IGNORE, Example, fit, save_model
 from .real_members import BASE
 
@@ -56,6 +57,16 @@ class Pruned:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The EAGLE-3 draft that comes with the package, for which no answers are needed (see `kept_parts.py`)."""
+
+    folder: str
+
+    def about(self) -> dict[str, Any]:
+        return {"kept": KEPT.name}
+
+
 DRAFT = TrainConfig(
     method="body",
     loss="kl",
@@ -66,8 +77,9 @@ DRAFT = TrainConfig(
     patience=16,
     precision="bf16",
 )
-DRAFTS: dict[str, Trained | Pruned] = {
+DRAFTS: dict[str, Trained | Pruned | Kept] = {
     "eagle3": Trained("draft", Shape(draft_vocab_size=8192), DRAFT),
+    "kept": Kept("draft"),
     "eagle": Trained(
         "draft-eagle",
         Shape(kind="eagle"),
@@ -80,6 +92,9 @@ DRAFTS: dict[str, Trained | Pruned] = {
 def make_draft(out: Path, name: str) -> None:
     """A draft of the suite in `out`."""
     row = DRAFTS[name]
+    if isinstance(row, Kept):
+        restore(out / BASE, out / row.folder)
+        return
     if isinstance(row, Pruned):
         _prune(out, row)
         return

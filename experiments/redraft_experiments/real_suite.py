@@ -44,7 +44,7 @@ from redraft.serving.engines import engine_named
 
 from .datasets import VARIABLE, data_folder
 from .pretrained import build_model
-from .real_drafts import DRAFTS, K, make_draft
+from .real_drafts import DRAFTS, K, Kept, make_draft
 from .real_members import (
     BASE,
     LONGEST_QUESTION,
@@ -87,8 +87,8 @@ def build_real_suite(
 ) -> dict[str, Any]:
     """Build what is missing of the suite in `out`, with the named members (all by default); its manifest.
 
-    `python` is one with vLLM, which writes the answers. Raises UserError for an unknown member or draft, and
-    where there is no folder of data or no vLLM.
+    `python` is one with vLLM, which writes the answers. Raises UserError for an unknown member or draft, for two drafts
+    of one folder, and where there is no folder of data or no vLLM.
     """
     folder = data_folder(data)
     if folder is None:
@@ -96,6 +96,8 @@ def build_real_suite(
     chosen = list(MEMBERS) if members is None else list(members)
     check_known("member", chosen, MEMBERS)
     check_known("draft", drafts, DRAFTS)
+    if {"eagle3", "kept"} <= set(drafts):
+        raise UserError("the drafts eagle3 and kept would be the same folder; name one of them")
     with RunFolder.open(out) as run:
         base = run.stage("base", {"model": MODEL}, [BASE], lambda: _base(run.path))
         prompts = run.stage(
@@ -110,15 +112,18 @@ def build_real_suite(
             [SAFETY],
             lambda: _write_safety_prompts(run.path, folder),
         )
-        stored = _read_base(run, base, prompts, python)
+        read = ""
+        if any(not isinstance(DRAFTS[name], Kept) for name in drafts):
+            read = _read_base(run, base, prompts, python)
         for name in drafts:
-            made = DRAFTS[name].folder
+            draft = DRAFTS[name]
+            made_of = {"base": base} if isinstance(draft, Kept) else {"features": read}
             run.stage(
-                made,
-                {"features": stored, **DRAFTS[name].about()},
-                [f"{made}/config.json", f"{made}/model.safetensors"],
+                draft.folder,
+                {**made_of, **draft.about()},
+                [f"{draft.folder}/config.json", f"{draft.folder}/model.safetensors"],
                 partial(make_draft, run.path, name),
-                [made],
+                [draft.folder],
             )
         for name in chosen:
             row = MEMBERS[name]

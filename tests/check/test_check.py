@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from redraft.check import evidence as module
+from redraft.check import trial as trial_module
 from redraft.check.calibration_runs import CalibrationRun, as_text, read_runs
 from redraft.check.check import check
 from redraft.check.evidence import gather
@@ -131,7 +132,11 @@ def test_where_the_runs_are_of_smaller_targets_adapting_is_what_the_trial_says(
     prompts_file: Path,
     runs: list[CalibrationRun],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Else a timing decides, and two checks may train in other arithmetic.
+    plain = dataclasses.replace(trial_module.DEFAULTS, precision="fp32")
+    monkeypatch.setattr(trial_module, "DEFAULTS", plain)
     small = [dataclasses.replace(run, parameters=target.parameter_count // 20) for run in runs]
     child, stored = tuned(0.02), read_draft(str(draft_folder))
     how: dict[str, Any] = {

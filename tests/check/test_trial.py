@@ -20,7 +20,7 @@ from tests.conftest import fresh_draft
 def test_one_half_is_learned_and_the_other_measured(target: Target, answers: list[Answer]) -> None:
     """Against the same by hand; measuring on the half that was learned would be seen."""
     draft, k = stored(fresh_draft(target), target), 3
-    config = dataclasses.replace(adapting("full"), lr=0.02, epochs=20.0)
+    config = dataclasses.replace(adapting("full"), lr=0.02, epochs=20.0, precision="fp32")
     trial, rise = tried(target, draft, answers, config, k, 0.95, seed=1)
     half = len(answers) // 2
     adapter = train_adapter(target, draft, answers[:half], answers[:8], config, k)

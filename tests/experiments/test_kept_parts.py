@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from redraft.checkpoints.load import read_draft
 from redraft.config import RegenerateConfig
 from redraft.core.errors import UserError
 from redraft.models.loading import load_target
-from redraft_experiments import real_demo
+from redraft_experiments import real_demo, real_drafts
 from redraft_experiments.kept_parts import DRAFT, KEPT, MEMBER, pack, restore
 from redraft_experiments.real_suite import build_real_suite
 from tests.conftest import SHAPE, make_tokenizer, save_target
@@ -22,7 +23,10 @@ LARGEST_MB = 14
 
 
 def test_the_draft_is_restored_to_the_last_bit(
-    data: Path, tmp_path: Path, small_real: list[RegenerateConfig]
+    data: Path,
+    tmp_path: Path,
+    small_real: list[RegenerateConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     suite = tmp_path / "real"
     build_real_suite(suite, data=str(data), members=["code-lora"])
@@ -37,6 +41,12 @@ def test_the_draft_is_restored_to_the_last_bit(
     restore(suite / "base", tmp_path / "draft", kept)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "draft" / name).read_bytes() == (suite / "draft" / name).read_bytes()
+    asked = len(small_real)
+    monkeypatch.setattr(real_drafts, "restore", partial(restore, kept=kept))
+    build_real_suite(tmp_path / "again", data=str(data), members=[], drafts=["kept"])
+    assert len(small_real) == asked  # no answers of the base are needed
+    weights = "draft/model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (suite / weights).read_bytes()
     target = load_target(str(suite / "base"), adapter=str(kept / MEMBER))
     assert read_draft(str(tmp_path / "draft")).build(target).aux_layers
     other = save_target(

@@ -27,10 +27,11 @@ def test_it_is_built_once_and_loads(
 ) -> None:
     out = tmp_path / "real"
     members = ["math-sft", "code-lora", "safety-dpo"]
-    suite = build_real_suite(out, data=str(data), members=members, drafts=list(DRAFTS))
+    learned = [name for name in DRAFTS if name != "kept"]
+    suite = build_real_suite(out, data=str(data), members=members, drafts=learned)
     assert [bool(c.temperature) for c in small_real] == [True, False]
     state = json.loads((out / "state.json").read_text())
-    build_real_suite(out, data=str(data), members=members, drafts=list(DRAFTS))
+    build_real_suite(out, data=str(data), members=members, drafts=learned)
     assert len(small_real) == 2
     assert json.loads((out / "state.json").read_text()) == state
     base = load_real(out, "base")
@@ -89,6 +90,8 @@ def test_mistakes_are_named(data: Path, tmp_path: Path, monkeypatch: pytest.Monk
         build_real_suite(tmp_path / "real", data=str(data), members=["math"])
     with pytest.raises(UserError, match=r"unknown draft 'eagle4'; did you mean"):
         build_real_suite(tmp_path / "real", data=str(data), members=[], drafts=["eagle4"])
+    with pytest.raises(UserError, match="eagle3 and kept would be the same folder"):
+        build_real_suite(tmp_path / "real", data=str(data), drafts=["eagle3", "kept"])
     monkeypatch.delenv(datasets.VARIABLE, raising=False)
     with pytest.raises(UserError, match="name a folder of real data: --data FOLDER"):
         build_real_suite(tmp_path / "real")
