@@ -25,6 +25,7 @@ from .real_cli import (
     bench_real_methods,
     bench_real_mtp,
     bench_real_serving,
+    bench_scale,
     bench_versions,
     bench_watch,
 )
@@ -500,6 +501,16 @@ for function, names, help in (
     ),
     (bench_bank, ("bank",), {"record": "also write the cell to this JSONL file"}),
     (bench_plan, ("plan",), {"record": "also write the cells to this JSONL file"}),
+    (
+        bench_scale,
+        ("scale",),
+        {
+            "target": "the target's folder",
+            "draft": "the draft's folder",
+            "out": "folder; run again to resume",
+            "record": "also write the cells to this JSONL file",
+        },
+    ),
     (bench_watch, ("watch",), {"record": "also write the cells to this JSONL file"}),
     (bench_pipeline, ("pipeline",), {}),
     (

@@ -11,7 +11,9 @@ FLAGS: dict[str, Flag] = {
     "data": Flag("folder of real data (default: $REDRAFT_DATA)"),
     "forms": Flag("how it is stored, comma-separated: q8_0, q4_k_m, q3_k_m, q2_k, int8, nf4"),
     "members": Flag("members to build, comma-separated; all is every one (default: default)"),
-    "drafts": Flag("drafts of the base, comma-separated: eagle3, eagle, small-lm"),
+    "drafts": Flag(
+        "drafts of the base, comma-separated: eagle3, eagle, small-lm; kept: the eagle3 that comes with the package"
+    ),
     "kinds": Flag("kinds of draft next to eagle3, comma-separated"),
     "seed": Flag("seed of everything"),
     "name": Flag("smollm2 (SmolLM2-135M-Instruct, Apache-2.0)", argument=True),
@@ -34,6 +36,8 @@ FLAGS: dict[str, Flag] = {
     "ks": Flag("draft tokens per step to try"),
     "runs": Flag("run folder of `redraft adapt`; repeatable"),
     "simulations": Flag("months that are simulated, and a tenth of the falls", low=1),
+    "lengths": Flag("tokens of a row, comma-separated"),
+    "processes": Flag("numbers of processes, comma-separated"),
     "limit": Flag("prompts raced on"),
     "max_new_tokens": Flag("longest answer, in tokens", low=2),
     "repeats": Flag("times each is run", low=1),

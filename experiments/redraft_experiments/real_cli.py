@@ -256,3 +256,33 @@ def bench_plan(runs: list[str], output: OutputFlags, record: str | None = None) 
 
     cells = work([Path(run) for run in runs])
     show_cells(output, cells, print_cells, record, cells)
+
+
+def bench_scale(
+    target: str,
+    draft: str,
+    out: str,
+    output: OutputFlags,
+    data: str | None = None,
+    lengths: str = "1024,2048,4096,8192",
+    processes: str = "1,2",
+    repeats: int = 2,
+    record: str | None = None,
+) -> None:
+    """A draft trained in several processes, and on long rows: tokens per second, and memory against what was predicted.
+
+    Example: redraft bench scale --target real/base --draft real/draft --data data --out scale
+    """
+    from .scale import bench_scale as work
+    from .scale import print_cells
+
+    cells = work(
+        Path(target),
+        Path(draft),
+        Path(out),
+        data,
+        numbers("--lengths", lengths),
+        numbers("--processes", processes),
+        repeats,
+    )
+    show_cells(output, cells, print_cells, record, cells)
