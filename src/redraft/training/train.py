@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +138,7 @@ def _train(
     checkpoints: Path | None,
     guard: Guard | None,
 ) -> list[Trained]:
-    answers = [answer for answer in answers if answer.length >= 2]
-    heldout = [answer for answer in heldout if answer.length >= 2]
-    if not answers or not heldout:
-        raise UserError(
-            f"{len(answers)} answers to train on and {len(heldout)} held out: both are needed, with "
-            "two tokens or more (the first comes from the prefill); does the target answer at all?"
-        )
-    check_lookahead(heldout, k)
+    answers, heldout = _long_enough(answers, heldout, k)
     guard = guard and usable(guard, k)
     c = configs[0]
     lengths = [len(a.prompt) + a.length for a in answers]
@@ -161,62 +154,100 @@ def _train(
     restart_peak(target.device)
     runs = [_run(stream, d, config, base) for d, config in zip(drafts, configs, strict=True)]
     folders = [_folder(checkpoints, i, len(runs)) for i in range(len(runs))]
-    for run, folder, key in zip(runs, folders, keys, strict=True):
-        if folder and run.optimizers:
-            found = load_checkpoint(folder, run.trainable, run.optimizers, key)
-            run.state = found or run.state
+    kept = [_Kept(*each) for each in zip(runs, folders, keys, strict=True)]
+    for each in kept:
+        each.resume()
     precision = _precision(stream, runs)
     del stream.first_teacher_batches
     predicted = _predicted(target, runs, answers, plan)
     check_memory(target, predicted, c.batch_tokens, max(lengths))
     _announce(runs, plan, precision, predicted)
+    for i, each in enumerate(kept):
+        each.open_log(c.trackers if i == 0 else ())
+    _take_steps(stream, kept, heldout, k, precision)
+    if guard:
+        for run in runs:
+            go_back(target, run, heldout, k, guard)
+    finished = [_finished(stream, run, len(runs), precision, predicted) for run in runs]
+    for one, each in zip(finished, kept, strict=True):
+        each.log.finish({name: getattr(one.record, name) for name in COSTS})
+    return finished
 
-    def evaluate(some: Sequence[AdapterRun]) -> None:
-        _evaluate(target, some, heldout, k)
-        for run, log, folder, key in zip(runs, logs, folders, keys, strict=True):
-            if run in some:
-                log.note(run.state.step, {"heldout_tau": run.state.heldout_tau[-1][1]})
-                log.flush()
-            if folder and run in some and run.optimizers:
-                save_checkpoint(folder, run.state, run.trainable, run.optimizers, key)
 
-    logs = [
-        TrainingLog(
-            folder,
-            run.state.step if run.state.heldout_tau else -1,
-            run.config.trackers if i == 0 else (),
-            asdict(run.config),
+def _long_enough(
+    answers: Sequence[Answer], heldout: Sequence[Answer], k: int
+) -> tuple[list[Answer], list[Answer]]:
+    """The answers with a token to draft; there are some of each."""
+    found = [[answer for answer in some if answer.length >= 2] for some in (answers, heldout)]
+    if not all(found):
+        raise UserError(
+            f"{len(found[0])} answers to train on and {len(found[1])} held out: both are needed, with "
+            "two tokens or more (the first comes from the prefill); does the target answer at all?"
         )
-        for i, (folder, run) in enumerate(zip(folders, runs, strict=True))
-    ]
-    if fresh := [run for run in runs if not run.state.heldout_tau]:
+    check_lookahead(found[1], k)
+    return found[0], found[1]
+
+
+@dataclass
+class _Kept:
+    """A run, its log, and its checkpoints: those in `folder` (None: none are kept) that are of this `key`."""
+
+    run: AdapterRun
+    folder: Path | None
+    key: str
+    log: TrainingLog = field(init=False)
+
+    def resume(self) -> None:
+        """Go on where the checkpoint left off."""
+        run = self.run
+        if self.folder and run.optimizers:
+            found = load_checkpoint(self.folder, run.trainable, run.optimizers, self.key)
+            run.state = found or run.state
+
+    def open_log(self, trackers: tuple[str, ...]) -> None:
+        state = self.run.state
+        last = state.step if state.heldout_tau else -1
+        self.log = TrainingLog(self.folder, last, trackers, asdict(self.run.config))
+
+    def evaluated(self) -> None:
+        """After an evaluation: its row of the log, and a checkpoint."""
+        run = self.run
+        self.log.note(run.state.step, {"heldout_tau": run.state.heldout_tau[-1][1]})
+        self.log.flush()
+        if self.folder and run.optimizers:
+            save_checkpoint(self.folder, run.state, run.trainable, run.optimizers, self.key)
+
+
+def _take_steps(
+    stream: _Stream, kept: Sequence[_Kept], heldout: Sequence[Answer], k: int, precision: str
+) -> None:
+    """The steps of all runs until each is done, with the evaluations before the first and in between."""
+    target, plan, runs = stream.target, stream.plan, [each.run for each in kept]
+
+    def evaluate(some: Sequence[_Kept]) -> None:
+        _evaluate(target, [each.run for each in some], heldout, k)
+        for each in some:
+            each.evaluated()
+
+    if fresh := [each for each in kept if not each.run.state.heldout_tau]:
         evaluate(fresh)  # what training has to beat
-    every = math.ceil(len(plan) / c.evaluations)
-    at = min(run.state.step for run in runs)
+    every = math.ceil(len(plan) / runs[0].config.evaluations)
     returned = Returned(target.device)
     with Progress("training", len(plan), "steps") as progress:
-        progress.advance(at)
-        while active := [m for m in runs if not m.done()]:
-            at = min(run.state.step for run in active)
-            active = [run for run in active if run.state.step == at]
+        progress.advance(min(run.state.step for run in runs))
+        while active := [each for each in kept if not each.run.done()]:
+            at = min(each.run.state.step for each in active)
+            active = [each for each in active if each.run.state.step == at]
             began = time.monotonic()
-            _step(stream, active, at, precision, len(runs))
+            _step(stream, [each.run for each in active], at, precision, len(runs))
             rate = stream.length(at, at + 1) / (time.monotonic() - began)
-            for run, log in zip(runs, logs, strict=True):
-                if run in active:
-                    log.note(run.state.step, _figures(run, rate, target.device))
+            for each in active:
+                each.log.note(each.run.state.step, _figures(each.run, rate, target.device))
             if (at + 1) % every == 0 or at + 1 == len(plan):
                 evaluate(active)
             returned.after_step()
             point("training: after a step")
             progress.advance(1, _note(runs))
-    if guard:
-        for run in runs:
-            go_back(target, run, heldout, k, guard)
-    finished = [_finished(stream, run, len(runs), precision, predicted) for run in runs]
-    for one, log in zip(finished, logs, strict=True):
-        log.finish({name: getattr(one.record, name) for name in COSTS})
-    return finished
 
 
 def _step(
