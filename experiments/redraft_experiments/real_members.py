@@ -20,6 +20,8 @@ SAFETY = "safety"
 """The domain of preference tuning: requests that are to be refused, and harmless ones that look like them."""
 LONGEST = 512
 """Tokens of a chat that is tuned on."""
+LONGEST_PAIR = 256
+"""Tokens of a question and one of its two answers, where preferences are tuned on."""
 LONGEST_QUESTION = 1200
 """Characters: what is longer is left out."""
 
@@ -49,7 +51,7 @@ MEMBERS = {
     "medical-sft": RealMember("medical", None, 100, 1e-4),
     "code-lora": RealMember("code", 16, 100, 5e-4),
     "code-sft": RealMember("code", None, 100, 1e-4),
-    "safety-dpo": RealMember(SAFETY, 16, 60, 2e-4, 0.1),
+    "safety-dpo": RealMember(SAFETY, 16, 24, 2e-4, 0.1),
 }
 
 
@@ -71,11 +73,8 @@ def make_member(out: Path, data: Path, name: str) -> None:
     )
 
 
-def prefer_safe(
-    base: Path, data: Path, out: Path, name: str, row: RealMember, longest: int = LONGEST
-) -> None:
-    """Tune a model by DPO on what is safe to say, into the folder `out` (of LoRA the adapter); pairs are cut to `longest`
-    tokens."""
+def prefer_safe(base: Path, data: Path, out: Path, name: str, row: RealMember) -> None:
+    """Tune a model by DPO on what is safe to say, into the folder `out` (of LoRA the adapter)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,7 +87,7 @@ def prefer_safe(
         model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
         if row.rank is not None:
             model = with_lora(model, row.rank)
-        how = Dpo(row.beta or 0.0, row.lr, row.steps, longest, likelihood=0.5, bf16=True)
+        how = Dpo(row.beta or 0.0, row.lr, row.steps, LONGEST_PAIR, likelihood=0.5, bf16=True)
         prefer(model, tokenizer, pairs, how, name)
     save_model(out, model, tokenizer)
 

@@ -17,7 +17,6 @@ Both runs of a version share its answers. Every part is a stage of a run folder:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -53,8 +52,7 @@ from .real_suite import SETTINGS, prompts_of
 VERSIONS = ("v1", "v2", "v3")
 FIRST = "v0"
 TUNED = "medical-lora"
-PREFERRED = dataclasses.replace(MEMBERS["safety-dpo"], steps=24)
-LONGEST_PAIR = 256
+PREFERRED = MEMBERS["safety-dpo"]
 TRAFFIC = ("medical", "chat", SAFETY)
 ASKED = 330
 """Prompts of a run; 72 are kept aside."""
@@ -124,7 +122,7 @@ def _tune(suite: Path, out: Path, data: Path) -> None:
 
 def _prefer(out: Path, data: Path) -> None:
     adapter = out / "models" / "v2-adapter"
-    prefer_safe(out / "models" / "v1", data, adapter, "v2", PREFERRED, LONGEST_PAIR)
+    prefer_safe(out / "models" / "v1", data, adapter, "v2", PREFERRED)
     _merge(out / "models" / "v1", adapter, out / "models" / "v2")
 
 
