@@ -311,6 +311,10 @@ def test_the_command(
     table.write_text(as_text(runs))
     served = CliRunner().invoke(app, [*asked, "--endpoint", "http://127.0.0.1:1", "--min-p", "0.1"])
     assert "cannot use --min-p" in str(served.exception)
+    bare = ["check", "--prompts", str(prompts_file), "--endpoint", "http://127.0.0.1:1"]
+    weighed = CliRunner().invoke(app, [*bare, "--worth", "0.05"])
+    assert "--worth 0.05 is the least gain that is recommended" in str(weighed.exception)
+    assert "does not answer" in str(CliRunner().invoke(app, [*bare, "--worth", "0.1"]).exception)
     odd = CliRunner().invoke(app, [*asked, *models, "--method", "exprt"])
     assert "train.method names the adapter 'exprt'" in str(odd.exception)
     parts = CliRunner().invoke(app, [*asked, *models, "--method", "fc"])

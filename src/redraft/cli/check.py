@@ -54,6 +54,7 @@ def check(
     Example: redraft check --target ./my-model --draft org/EAGLE3-base --base org/base
     --prompts prompts.jsonl --batch 4
     """
+    from ..check.recommendation import WORTH
     from ..check.screen import print_check, print_served
     from ..check.served import check_served
     from ..core.records import to_json
@@ -68,6 +69,11 @@ def check(
     }
     if endpoint:
         _refuse(models, drawn, draft=draft, base=base, serve=serve, method=method, out=out)
+        if worth != WORTH and not calibration:
+            raise UserError(
+                f"--worth {worth:g} is the least gain that is recommended, and through a server nothing is without runs of your "
+                "own; name them with --calibration, or leave --worth out"
+            )
         variables = template_args_from(models.template_arg)
         served = check_served(
             endpoint, prompts, model=endpoint_model, template_args=variables, **asked
