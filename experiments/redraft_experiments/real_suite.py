@@ -44,7 +44,7 @@ from redraft.serving.engines import engine_named
 
 from .datasets import VARIABLE, data_folder
 from .pretrained import build_model
-from .real_drafts import DRAFTS, K, Kept, make_draft
+from .real_drafts import DRAFTS, K, Kept, Pruned, Trained, make_draft
 from .real_members import (
     BASE,
     LONGEST_QUESTION,
@@ -112,19 +112,7 @@ def build_real_suite(
             [SAFETY],
             lambda: _write_safety_prompts(run.path, folder),
         )
-        read = ""
-        if any(not isinstance(DRAFTS[name], Kept) for name in drafts):
-            read = _read_base(run, base, prompts, python)
-        for name in drafts:
-            draft = DRAFTS[name]
-            made_of = {"base": base} if isinstance(draft, Kept) else {"features": read}
-            run.stage(
-                draft.folder,
-                {**made_of, **draft.about()},
-                [f"{draft.folder}/config.json", f"{draft.folder}/model.safetensors"],
-                partial(make_draft, run.path, name),
-                [draft.folder],
-            )
+        _drafts(run, drafts, base, prompts, python)
         for name in chosen:
             row = MEMBERS[name]
             run.stage(
@@ -221,9 +209,31 @@ def _base(out: Path) -> None:
     build_model(MODEL, out / BASE)
 
 
-def _read_base(run: RunFolder, base: str, prompts: str, python: str | None) -> str:
-    """The base's answers, and its states on them; the key of the states."""
-    out = run.path
+def _drafts(
+    run: RunFolder, names: Sequence[str], base: str, prompts: str, python: str | None
+) -> None:
+    """The base's drafts, and what they are made of: its answers, and for some its states on these."""
+    kinds = {type(DRAFTS[name]) for name in names}
+    made_of: dict[type, str] = {Kept: base}
+    if kinds - {Kept}:
+        answers = _answers_of_base(run, base, prompts, python)
+        made_of[Pruned] = answers["base"]
+        if Trained in kinds:
+            work = partial(_features, run.path)
+            made_of[Trained] = run.stage("features", answers, ["features"], work, ["features"])
+    for name in names:
+        draft = DRAFTS[name]
+        run.stage(
+            draft.folder,
+            {"features": made_of[type(draft)], **draft.about()},
+            [f"{draft.folder}/config.json", f"{draft.folder}/model.safetensors"],
+            partial(make_draft, run.path, name),
+            [draft.folder],
+        )
+
+
+def _answers_of_base(run: RunFolder, base: str, prompts: str, python: str | None) -> dict[str, str]:
+    """The base's answers; the keys of those that are trained on and of those that are held out."""
     keys = {}
     for name, config, lookahead in (("base", ANSWERS, 0), ("heldout", HELDOUT, K)):
         file = f"answers/{name}.jsonl"
@@ -231,10 +241,10 @@ def _read_base(run: RunFolder, base: str, prompts: str, python: str | None) -> s
             f"answers {name}",
             {"base": base, "prompts": prompts, "lookahead": lookahead, **asdict(config)},
             [file],
-            partial(_answers, out, name, config, lookahead, python),
+            partial(_answers, run.path, name, config, lookahead, python),
             keeps=[file],
         )
-    return run.stage("features", keys, ["features"], lambda: _features(out), ["features"])
+    return keys
 
 
 def _answers(
