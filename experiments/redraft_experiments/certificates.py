@@ -42,7 +42,7 @@ from redraft.serving.verify import method_of
 from .certificate_faults import INJECTED, LLAMACPP, VLLM, Models
 from .demo import AdaptedDraft, adapt_and_compare
 from .kept_parts import KEPT, MEMBER, restore
-from .language_model import save_model
+from .language_model import save_merged
 from .pretrained import build_model
 from .real_demo import questions
 
@@ -198,8 +198,7 @@ class _Bench:
         if not (out / "tuned").is_dir():
             build_model("smollm2", out / "base")
             restore(out / "base", out / "draft")
-            tuned = load_target(str(out / "base"), adapter=str(KEPT / MEMBER))
-            save_model(out / "tuned", tuned.model.merge_and_unload(), tuned.tokenizer)
+            save_merged(out / "tuned", str(out / "base"), str(KEPT / MEMBER))
         layers = json.loads((out / "base" / "config.json").read_text())["num_hidden_layers"]
         draft = read_draft(str(out / "draft"))
         return Models(out / "base", draft, out / "tuned", default_aux_layers(layers))

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from redraft.core.console import Progress
 from redraft.core.files import writing
 from redraft.core.rng import seeded
+from redraft.models.loading import load_target
 from redraft.training.optimizer import schedule
 from redraft.training.precision import WORTH, WORTH_FIXED, autocast, choose_precision
 
@@ -133,6 +134,12 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     with writing(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def save_merged(folder: Path, base: str, adapter: str) -> None:
+    """A model with its LoRA adapter merged, and its tokenizer, as a folder."""
+    target = load_target(base, adapter=adapter)
+    save_model(folder, target.model.merge_and_unload(), target.tokenizer)
 
 
 def packed(rows: Sequence[Sequence[int]], window: int) -> list[Example]:

@@ -45,7 +45,7 @@ from redraft.pipeline.run_folder import RunFolder
 
 from .datasets import VARIABLE, data_folder
 from .kinds.weights import rounded
-from .language_model import save_model
+from .language_model import save_merged, save_model
 from .real_members import BASE, MEMBERS, SAFETY, make_member, prefer_safe
 from .real_suite import SETTINGS, prompts_of
 
@@ -117,18 +117,13 @@ def _run(out: Path, version: str, start: str) -> Path:
 def _tune(suite: Path, out: Path, data: Path) -> None:
     if not (suite / "members" / TUNED).is_dir():
         make_member(suite, data, TUNED)
-    _merge(suite / BASE, suite / "members" / TUNED, out / "models" / "v1")
+    save_merged(out / "models" / "v1", str(suite / BASE), str(suite / "members" / TUNED))
 
 
 def _prefer(out: Path, data: Path) -> None:
     adapter = out / "models" / "v2-adapter"
     prefer_safe(out / "models" / "v1", data, adapter, "v2", PREFERRED)
-    _merge(out / "models" / "v1", adapter, out / "models" / "v2")
-
-
-def _merge(base: Path, adapter: Path, out: Path) -> None:
-    target = load_target(str(base), adapter=str(adapter))
-    save_model(out, target.model.merge_and_unload(), target.tokenizer)
+    save_merged(out / "models" / "v2", str(out / "models" / "v1"), str(adapter))
 
 
 def _round(out: Path) -> None:
