@@ -16,7 +16,7 @@ from redraft.check import trial as trial_module
 from redraft.check.calibration_runs import CalibrationRun, as_text, read_runs
 from redraft.check.check import check
 from redraft.check.evidence import gather
-from redraft.check.trial import GROWTH
+from redraft.check.trial import MORE
 from redraft.checkpoints.load import read_draft
 from redraft.cli.app import app
 from redraft.config import RegenerateConfig
@@ -155,8 +155,8 @@ def test_where_the_runs_are_of_smaller_targets_adapting_is_what_the_trial_says(
     assert trial.difference[0] < rise < trial.difference[1]
     assert trial.method == "body"
     assert trial.rate > 0
-    least, most = GROWTH
-    assert keep[0] + least * rise < adapt[0] < keep[0] + most * rise
+    least, most = MORE
+    assert keep[0] + rise + least < adapt[0] < keep[0] + rise + most
     predicted = check(child, stored, str(prompts_file), tmp_path / "out", runs=runs, **how)
     assert predicted.runs == len(runs)
     assert predicted.trial.tau == trial.tau

@@ -85,7 +85,8 @@ def test_what_adapting_is_taken_from_is_said(checked: Check) -> None:
     assert one_note(checked, "are predicted from 25 calibration runs")
     tried = notes(dataclasses.replace(checked, runs=0))
     assert any(
-        "adapt is by body and 240 answers: the trial's rise times 1.5 to 4" in n for n in tried
+        "adapt is by body and 240 answers: the trial's rise and 0.05 to 0.35 more" in n
+        for n in tried
     )
     assert any(note.startswith("settings of the closed form: --set") for note in tried)
     assert not any("predicted from" in note for note in tried)

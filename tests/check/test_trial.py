@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from redraft.check.trial import GROWTH, adapting, grown, tried
+from redraft.check.trial import MORE, adapting, grown, tried
 from redraft.checkpoints.load import stored
 from redraft.core.records import Answer
 from redraft.metrics.acceptance import pooled_tau
@@ -45,9 +45,12 @@ def test_what_is_fitted_in_closed_form_is_left_to_the_closed_form() -> None:
 
 
 def test_a_rise_grows_with_the_answers_and_a_fall_is_not_kept() -> None:
-    now, rise = np.full(4000, 1.5), np.tile([0.1, -0.2], 2000)
+    now, rise = np.full(6000, 1.5), np.tile([0.1, -0.1, -0.5], 2000)
     found = grown(now, rise, 4) - now
-    assert (found[1::2] == 0).all()
-    assert found[::2].min() == pytest.approx(0.1 * GROWTH[0], abs=0.01)
-    assert found[::2].max() == pytest.approx(0.1 * GROWTH[1], abs=0.01)
+    least, most = MORE
+    assert found[::3].min() == pytest.approx(0.1 + least, abs=0.01)
+    assert found[::3].max() == pytest.approx(0.1 + most, abs=0.01)
+    assert found[1::3].min() == 0
+    assert found[1::3].max() == pytest.approx(most - 0.1, abs=0.01), "a trial that fell says little"
+    assert (found[2::3] == 0).all()
     assert grown(now, rise + 9, 4).max() == 5

@@ -32,7 +32,7 @@ class Check:
     `trial` is a short adaptation. `speeds` are speed-ups over plain decoding: now, and where training from scratch was
     predicted, at recovery 0.5 and 0.9 of its tau. `step_cost` is measured at the batch size of the check. `published` is
     the tau on its base that the user names. `runs` and `outside` are the prediction's (0: there was none, and adapting
-    is the trial's rise times GROWTH); `sampling` is how answers were drawn.
+    is the trial's rise and MORE); `sampling` is how answers were drawn.
     """
 
     target: str

@@ -18,7 +18,7 @@ from .cost_estimate import PLANS, SETTINGS, TRAINING
 from .evidence import CLOSED_FORM_METHOD, NARROW, Evidence
 from .recommendation import Option, Recommendation
 from .served import ServedCheck
-from .trial import GROWTH, Trial
+from .trial import MORE, Trial
 
 NOTED = 0.05
 """A drop of tau by this share of tau on the base is named as a cause."""
@@ -33,7 +33,7 @@ SETTINGS_NOTE = (
 )
 PREDICTED_FROM = "adapting and training from scratch are predicted from {} calibration runs (docs/results/triage.md)"
 FROM_TRIAL = (
-    "adapt is by {} and 240 answers: the trial's rise times {:g} to {:g}, as `body` brought greedily on fine-tunes of "
+    "adapt is by {} and 240 answers: the trial's rise and {:g} to {:g} more, as `body` brought greedily on fine-tunes of "
     "SmolLM2-135M; from scratch is not predicted, for the calibration runs have smaller targets (docs/check.md)"
 )
 PREDICTOR_NAMES = {
@@ -216,7 +216,7 @@ def notes(check: Check) -> list[str]:
         return lines + _predicted(check, check.recommendation)
     if e.closed_form:
         lines.append(f"settings of the closed form:{_sets(check)}")
-    return [*lines, FROM_TRIAL.format(check.trial.method, *GROWTH)]
+    return [*lines, FROM_TRIAL.format(check.trial.method, *MORE)]
 
 
 def _tried(trial: Trial) -> str:
