@@ -76,8 +76,8 @@ def bench_scale(
     Raises UserError for rows that the target's context does not hold, where there is no folder of data, and where a training
     fails.
     """
-    context = read_json(target / "config.json").get("max_position_embeddings", 0)
-    if max(lengths) > context:
+    context = read_json(target / "config.json").get("max_position_embeddings")
+    if context and max(lengths) > context:
         raise UserError(
             f"--lengths {max(lengths)}: {target} reads rows of at most {context} tokens; name shorter ones"
         )
