@@ -28,7 +28,7 @@ from drafts_page import measured_table, results_page, run_output
 from engines_page import engines_page
 from methods_page import draw_figures, methods_page
 from positions_page import draw_positions, positions_page
-from real_page import race_table, real_page
+from real_page import draw_real, race_table, real_page
 from record_tables import (
     bank_table,
     certificates_table,
@@ -38,6 +38,7 @@ from record_tables import (
     losses_table,
     mtp_table,
     quantised_table,
+    scale_table,
     versions_table,
     watch_table,
 )
@@ -69,6 +70,7 @@ def generated() -> dict[Path, str]:
         "certificates": certificates_table(),
         "losses": losses_table(),
         "check-real": check_table(),
+        "scale": scale_table(),
     }
     guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
     pages = (
@@ -190,6 +192,7 @@ def main() -> int:
         draw_selection()
         draw_triage()
         draw_positions()
+        draw_real()
     elif stale:
         print(f"generated docs are stale: {', '.join(map(str, stale))}; run `make docs`")  # noqa: T201
         return 1

@@ -1,9 +1,9 @@
-"""Tables of single records, for the guides: MTP heads, fleets, banks, versions, quantised targets, certificates, checks, a watch."""
+"""Tables of single records, for the guides: MTP heads, fleets, banks, versions, quantised targets, certificates, checks, a watch, processes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,33 @@ def bank_table() -> str:
         f"| to add one, to load one | {cell['add_seconds']:.2f} s, {cell['load_seconds']:.3f} s |\n\n"
         "Of the EAGLE-3 draft of SmolLM2-135M-Instruct, in bf16 (`redraft bench bank --draft real/draft`)."
     )
+
+
+def scale_table() -> str:
+    """From `redraft bench scale --record docs/results/scale-smollm2.jsonl`."""
+    lines = (RESULTS / "scale-smollm2.jsonl").read_text(encoding="utf-8").splitlines()
+    groups: dict[tuple[int, int, int, int], list[dict[str, Any]]] = {}
+    for cell in map(json.loads, lines):
+        what = ("rows", "tokens", "processes", "threads")
+        groups.setdefault(tuple(cell[name] for name in what), []).append(cell)  # type: ignore[arg-type]
+    rows = [
+        "| rows a step | processes | tokens/s | MB of a process | predicted |",
+        "|---|---|---|---|---|",
+    ]
+    for (count, tokens, processes, threads), cells in groups.items():
+        each = f"{processes} of {threads} thread{'s' if threads > 1 else ''}"
+        figures = (
+            _least_and_most(cells, name)
+            for name in ("tokens_per_second", "peak_mb", "predicted_peak_mb")
+        )
+        rows.append(f"| {count} of {tokens:,} tokens | {each} | {' | '.join(figures)} |")
+    return "\n".join(rows)
+
+
+def _least_and_most(cells: Sequence[dict[str, Any]], name: str) -> str:
+    """A figure of several runs."""
+    found = sorted({f"{cell[name]:,.0f}": cell[name] for cell in cells}.items(), key=lambda x: x[1])
+    return found[0][0] if len(found) == 1 else f"{found[0][0]} to {found[-1][0]}"
 
 
 FORMS = {
