@@ -181,6 +181,6 @@ def print_cells(cells: Sequence[ScaleCell]) -> None:
     """A line for each training."""
     for c in cells:
         typer.echo(
-            f"{c.rows} x {c.tokens:,} tokens a step, {c.processes} processes of {c.threads} threads: "
+            f"{c.rows} x {c.tokens:,} tokens a step, processes {c.processes}, threads of each {c.threads}: "
             f"{c.tokens_per_second:,.0f} tokens/s, peak {c.peak_mb:,.0f} MB each ({c.predicted_peak_mb:,.0f} predicted)"
         )
