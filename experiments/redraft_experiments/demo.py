@@ -54,6 +54,8 @@ SERVED = ("unadapted", "adapted")
 REPEATS = 3
 RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
 """The recipe that adapts each size of suite."""
+LIMITS = {"nano": 640}
+"""Prompts that are adapted on; in other sizes all there are."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def adapt_and_compare(
         suite["draft"],
         str(prompts / f"{suite['tuned_domain']}-adapt.jsonl"),
         out=out / "run",
+        limit=LIMITS.get(size),
         config=resolved,
         eval_prompts=evaluation,
         off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},
