@@ -48,34 +48,11 @@ def mtp(
     from ..pipeline.own_head import RUN, give_head
     from ..serving.engines import engine_named
 
-    if models.target_adapter:
-        raise UserError(
-            "--target-adapter: an MTP head lies in the model's own checkpoint; merge the adapter into the model first"
-        )
-    from ..models.tensor_parallel import TENSOR_PARALLEL
-
-    if from_layer and models.device_map == TENSOR_PARALLEL:
-        raise UserError(
-            f"--from-layer reads the last layer of the target, which --device-map {TENSOR_PARALLEL} shares out; leave one "
-            "of the two out"
-        )
-    if from_layer and base:
-        raise UserError("name --base, whose head is grafted, or --from-layer, not both")
-    if (only_check or verify_in) and ranks.size() > 1:
-        raise UserError(
-            "--check and --verify-in are the work of one process; run them without torchrun (`redraft verify --run OUT/run` tries a "
-            "finished run)"
-        )
-    if python is not None and verify_in is None:
-        raise UserError("--python is the environment of an engine; name that with --verify-in")
+    _check_flags(models, base, from_layer, only_check, verify_in, python)
     begin = models.load if from_layer else None
     if only_check:
-        unused: dict[str, object] = {
-            "--answers": answers,
-            "--eval-prompts": eval_prompts,
-            "--off-domain": off_domain,
-        }
-        unused |= {"--verify-in": verify_in, "--limit": limit}
+        unused: dict[str, object] = {"--answers": answers, "--eval-prompts": eval_prompts}
+        unused |= {"--off-domain": off_domain, "--verify-in": verify_in, "--limit": limit}
         if given := [name for name, value in unused.items() if value]:
             raise UserError(
                 f"--check trains no head and does not use {', '.join(given)}; leave it out"
@@ -107,6 +84,37 @@ def mtp(
     _show(report, written, served, output)
     if served is not None and not served.good:
         raise typer.Exit(NOT_GOOD)
+
+
+def _check_flags(
+    models: TargetFlags,
+    base: str | None,
+    from_layer: bool,
+    only_check: bool,
+    verify_in: str | None,
+    python: str | None,
+) -> None:
+    """Raises UserError for flags that do not go together."""
+    from ..models.tensor_parallel import TENSOR_PARALLEL
+
+    if models.target_adapter:
+        raise UserError(
+            "--target-adapter: an MTP head lies in the model's own checkpoint; merge the adapter into the model first"
+        )
+    if from_layer and models.device_map == TENSOR_PARALLEL:
+        raise UserError(
+            f"--from-layer reads the last layer of the target, which --device-map {TENSOR_PARALLEL} shares out; leave one "
+            "of the two out"
+        )
+    if from_layer and base:
+        raise UserError("name --base, whose head is grafted, or --from-layer, not both")
+    if (only_check or verify_in) and ranks.size() > 1:
+        raise UserError(
+            "--check and --verify-in are the work of one process; run them without torchrun (`redraft verify --run OUT/run` tries a "
+            "finished run)"
+        )
+    if python is not None and verify_in is None:
+        raise UserError("--python is the environment of an engine; name that with --verify-in")
 
 
 def _check(
