@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from real_curves import FIGURE, draw_curves, recovery_table
+from real_sizes import kinds_table, sizes_table
 
 from redraft_experiments import recovery
 from redraft_experiments.real_cells import (
@@ -17,7 +18,6 @@ from redraft_experiments.real_cells import (
     counts_of,
     grouped,
 )
-from redraft_experiments.real_members import MEMBERS
 from redraft_experiments.real_rows import ROWS
 from redraft_experiments.real_serving import PLAIN, ServedCell, ratio
 from redraft_experiments.recovery import Interval
@@ -58,6 +58,19 @@ Held-out tau by what training computes (one line a seed; the rows of a panel hav
 
 ![Held-out tau by operations, for each fine-tune]({FIGURE})
 """
+KINDS = """
+## The base's drafts, kind by kind
+
+What the suite trains of the base's own answers (`redraft bench real --drafts kept,eagle,small-lm`), and the EAGLE-3 draft that comes with the package.
+c is the time of a draft step over that of a target step on these two cores; the speed-up is predicted from it and from what is accepted at each position, for the best K of 1 to 4 and one
+request at a time (`redraft bench real-kinds --suite real --members MEMBERS`). Greedy, K = 4, 32 prompts of each; EAGLE drafts were timed with one thread, the small LM with two.
+"""
+SIZES = """
+## What a larger target costs
+
+`redraft bench pipeline` on three targets, each with a new EAGLE-3 draft trained on answers to 64 math questions (K = 4): tokens/s of each stage, in brackets its share of what the bare models reach in
+the same run, what training computes for a token that it reads, and its peak of memory. One thread, one run, with other work on the other core. Gemma is a GGUF file of 4 bits (Gemma's licence; it is only measured here).
+"""
 TITLES = {"vllm": "vLLM", "transformers": "Transformers"}
 NAMES = {
     "greedy": "own, T = 0",
@@ -74,6 +87,7 @@ def real_page() -> str:
     groups = grouped(cells)
     parts += _default(groups)
     parts += [RECOVERY, recovery_table(groups), CURVES]
+    parts += [KINDS, *kinds_table(), SIZES, *sizes_table(), ""]
     for member in dict.fromkeys(cell.member for cell in cells):
         rows = {row: groups[member, row] for row in ROWS if (member, row) in groups}
         parts += [f"## {member}\n", *_rows(rows), *_shares(rows)]
@@ -101,28 +115,22 @@ RIVAL = "speculators"
 
 
 def race_table() -> str:
-    """The rows that README shows: tau of the unadapted draft, and what each way adds."""
+    """README's table: tau of the unadapted draft, and what each way adds."""
     groups = grouped([RealCell.from_json(json.loads(line)) for line in _lines(CELLS)])
-    members = list(dict.fromkeys(member for member, _ in groups))
-    members = [member for member in members if (member, RIVAL) in groups]
-    heads = [
-        f"{MEMBERS[member].domain}: {what}"
-        for member in members
-        for what in ("own, T = 0", "own, T = 0.7", "chat, T = 0")
-    ]
-    lines = [f"| tau at K = 4 | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    for row, says in SHOWN.items():
-        figures = []
-        for member in members:
-            zero, some = groups[member, "unadapted"], groups.get((member, row))
-            for name in ("greedy", "sampled", "chat"):
+    members = dict.fromkeys(member for member, _ in groups)
+    lines = [f"| tau at K = 4 | {' | '.join(SHOWN.values())} |", "|---" * (1 + len(SHOWN)) + "|"]
+    for member in (member for member in members if (member, RIVAL) in groups):
+        for name in ("greedy", "sampled", "chat"):
+            zero, figures = groups[member, "unadapted"], []
+            for row in SHOWN:
+                some = groups.get((member, row))
                 if some is None:
                     figures.append("")
-                elif row == "unadapted":
+                elif some is zero:
                     figures.append(_interval(recovery.tau(counts_of(some, name)), ".2f"))
                 else:
                     figures.append(_interval(change(some, zero, name, WHOLE), "+.2f"))
-        lines.append(f"| {says} | {' | '.join(figures)} |")
+            lines.append(f"| {member}: {NAMES[name]} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 

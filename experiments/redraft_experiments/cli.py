@@ -22,6 +22,7 @@ from .real_cli import (
     bench_plan,
     bench_quantised,
     bench_real,
+    bench_real_kinds,
     bench_real_methods,
     bench_real_mtp,
     bench_real_serving,
@@ -125,6 +126,7 @@ def bench_pipeline(
     output: OutputFlags,
     suite: str | None = None,
     model: str | None = None,
+    dtype: str = "auto",
     record: str | None = None,
 ) -> None:
     """Speed and memory of regeneration, training, replay and the live loop, against bare minima.
@@ -135,7 +137,7 @@ def bench_pipeline(
 
     from .pipeline import bench_pipeline as run
 
-    result = run(Path(suite) if suite else None, Path(model) if model else None)
+    result = run(Path(suite) if suite else None, model, dtype)
     result.pop("answers", None)
     if record:
         write_text(Path(record), json.dumps(result, indent=2) + "\n")
@@ -430,6 +432,15 @@ for function, names, help in (
             "out": "folder of the suite; run again to resume",
             "members": "fine-tunes, comma-separated (default: all)",
             "record": "also write the report of --adapt-to to this JSON file",
+        },
+    ),
+    (
+        bench_real_kinds,
+        ("real-kinds",),
+        {
+            "suite": "folder of `redraft bench real`",
+            "members": "fine-tunes of the suite, comma-separated (default: none)",
+            "record": "also write the cells to this JSONL file",
         },
     ),
     (

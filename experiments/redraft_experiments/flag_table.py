@@ -26,7 +26,7 @@ FLAGS: dict[str, Flag] = {
     "base_draft": Flag("another draft of the base than the suite's", name="--draft"),
     "race": Flag("folder of `redraft bench real-methods`"),
     "called": Flag("what to call it (default: the target's name)", name="--name"),
-    "model": Flag("folder of `bench model` instead"),
+    "model": Flag("folder of `bench model`, or another model: folder or GGUF file"),
     "adapters": Flag("adapters in the bank", low=1),
     "rank": Flag("their rank", low=1),
     "record": Flag("also write the result to this JSON file"),

@@ -8,8 +8,8 @@
     joint training of six     (a toy suite only) six widths of an expert on one stream against one, on the target
                     unchanged and padded with zeros to the cost that real models have
 
-It runs on a toy suite of `bench suite` or on a pretrained model of `bench model`. Printed, never
-asserted: speed depends on the machine and on what else runs there.
+It runs on a toy suite of `bench suite` or on any model: a folder, such as `bench model` makes, or a GGUF file. Printed,
+never asserted: speed depends on the machine and on what else runs there.
 """
 
 from __future__ import annotations
@@ -69,12 +69,16 @@ class Subject:
     """Prompts that the live loop decodes."""
 
 
-def bench_pipeline(suite: Path | None = None, model: Path | None = None) -> dict[str, Any]:
-    """Measure on a toy suite's SFT member, or on a pretrained model. Raises UserError for neither."""
+def bench_pipeline(
+    suite: Path | None = None, model: str | None = None, dtype: str = "auto"
+) -> dict[str, Any]:
+    """Measure on a toy suite's SFT member, or on a pretrained model in a `dtype`. Raises UserError for neither and for both."""
     if (suite is None) == (model is None):
-        raise UserError("name one of --suite FOLDER (bench suite) and --model FOLDER (bench model)")
+        raise UserError(
+            "name one of --suite FOLDER (bench suite) and --model FOLDER (bench model, or your own)"
+        )
     if suite is None:
-        return _measure(_pretrained(Path(model or "")))
+        return _measure(_pretrained(load_target(str(model), dtype=dtype)))
     if not (suite / "suite.json").is_file():
         raise UserError(f"{suite} holds no suite; build one: redraft bench suite --out {suite}")
     stored = read_draft(str(suite / "draft"))
@@ -101,15 +105,24 @@ def _member(suite: Path, stored: StoredDraft) -> Subject:
     )
 
 
-def _pretrained(model: Path) -> Subject:
-    """A model and math questions: those of the data folder, where one is named, else templated."""
-    target = load_target(str(model))
+def _pretrained(target: Target) -> Subject:
+    """A model and math questions: those of the data folder, where one is named, else templated.
+
+    A model without a chat template gets the bare text.
+    """
     folder = datasets.data_folder()
     if folder is None:
         chats = synthetic.samples("math", PROMPTS, seed=0, split="eval")
     else:
         chats = datasets.chats(folder, "math", split="eval")[:PROMPTS]
-    prompts = [Prompt(c.id, tuple(target.render(list(c.messages[:-1])))) for c in chats]
+
+    def asked(chat: synthetic.Sample) -> Sequence[int]:
+        if target.template_text:
+            return target.render(list(chat.messages[:-1]))
+        ids: list[int] = target.tokenizer(chat.messages[0]["content"])["input_ids"]
+        return ids
+
+    prompts = [Prompt(c.id, tuple(asked(c))) for c in chats]
 
     def build(answers: Sequence[Answer], dtype: torch.dtype) -> Draft:
         size = min(DRAFT_VOCAB, target.vocab_size)
@@ -155,6 +168,9 @@ def _measure(s: Subject) -> dict[str, Any]:
         },
         "replay_over_live": round(answered / (decoded / lives[0]), 1),
         "heldout_tau": record.best_tau(),
+        "training_tflop": (record.target_flops + record.draft_flops) / 1e12,
+        "training_seconds": round(record.seconds),
+        "answer_tokens": record.unique_answer_tokens,
         "training_precision": record.precision,
         "peak_memory_mb": round(record.peak_mb),
         "predicted_peak_mb": round(record.predicted_peak_mb),
@@ -162,6 +178,8 @@ def _measure(s: Subject) -> dict[str, Any]:
         "repeats": s.repeats,
         "threads": torch.get_num_threads(),
         "dtype": str(target.dtype),
+        "parameters": sum(p.numel() for p in target.model.parameters()),
+        "draft_parameters": record.trained_parameters,
         "vocabulary": target.vocab_size,
         "versions": versions(),
         "answers": answers,

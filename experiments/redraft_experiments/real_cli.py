@@ -57,6 +57,24 @@ def bench_real(
     output.show(to_json(report), lambda: print_report(report))
 
 
+def bench_real_kinds(
+    suite: str,
+    output: OutputFlags,
+    drafts: str = "kept,eagle,small-lm",
+    members: str | None = None,
+    record: str | None = None,
+) -> None:
+    """The drafts of the suite of real models, kind by kind, on their base and on its fine-tunes: tau, cost of a step, speed-up.
+
+    Example: redraft bench real-kinds --suite real --members code-lora
+    """
+    from .real_kinds import bench_real_kinds as run
+    from .real_kinds import print_cells
+
+    cells = run(Path(suite), drafts.split(","), members.split(",") if members else ())
+    show_cells(output, cells, print_cells, record, cells)
+
+
 def bench_real_methods(
     suite: str,
     out: str,
