@@ -24,7 +24,7 @@ def kinds_table() -> Iterator[str]:
     """From `redraft bench real-kinds --record docs/results/real-kinds.jsonl`."""
     cells = [KindCell.from_json(json.loads(line)) for line in KINDS.read_text().splitlines()]
     domains = list(cells[0].tau)
-    yield f"| target | draft | parameters | {' | '.join(domains)} | c | speed-up |"
+    yield f"| target | draft | c | speed-up | {' | '.join(domains)} | parameters |"
     yield "|---" * (5 + len(domains)) + "|"
     for cell in cells:
         taus = (
@@ -32,16 +32,16 @@ def kinds_table() -> Iterator[str]:
             for domain in domains
         )
         yield (
-            f"| {cell.target} | {_says(cell.draft)} | {cell.parameters / 1e6:.1f} M | {' | '.join(taus)} | {cell.c:.2f} | "
-            f"{cell.speedup:.2f} x at K = {cell.best} |"
+            f"| {cell.target} | {_says(cell.draft)} | {cell.c:.2f} | {cell.speedup:.2f} x at K = {cell.best} | {' | '.join(taus)} | "
+            f"{cell.parameters / 1e6:.1f} M |"
         )
 
 
 def _says(name: str) -> str:
     row = DRAFTS[name]
     if isinstance(row, Pruned):
-        return f"small LM: {len(row.layers)} of its layers"
-    return "EAGLE-3, kept with the package" if isinstance(row, Kept) else "EAGLE-1"
+        return f"small LM, {len(row.layers)} layers"
+    return "EAGLE-3" if isinstance(row, Kept) else "EAGLE-1"
 
 
 def sizes_table() -> Iterator[str]:
