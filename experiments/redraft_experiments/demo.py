@@ -55,7 +55,7 @@ REPEATS = 3
 RECIPES = {"nano": "demo", "micro": "gsm8k-micro"}
 """The recipe that adapts each size of suite."""
 LIMITS = {"nano": 640}
-"""Prompts that the demo adapts on; in other sizes all there are."""
+"""Prompts that are adapted on; in other sizes all there are."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run_demo(out: Path, size: str = "nano", data: str | None = None) -> dict[str
 
     `data` is the folder of real data that size `micro` reads (default $REDRAFT_DATA).
     """
-    adapted = adapt_and_compare(out, size, data, limit=LIMITS.get(size))
+    adapted = adapt_and_compare(out, size, data)
     with RunFolder.open(out / "reference") as run:
         run.stage(
             "compare",
@@ -96,12 +96,11 @@ def adapt_and_compare(
     data: str | None = None,
     members: Sequence[str] = (MEMBER,),
     kinds: Sequence[str] = (),
-    limit: int | None = None,
 ) -> AdaptedDraft:
     """Build a toy suite in `out`, adapt the draft of its fine-tune, train a from-scratch one.
 
     `members` are the fine-tunes to build; the one called sft is among them. `kinds` are the kinds
-    of draft that the base gets next to eagle3, `limit` the most prompts to adapt on. Everything is cached in `out`. Raises UserError for a
+    of draft that the base gets next to eagle3. Everything is cached in `out`. Raises UserError for a
     size that no recipe adapts.
     """
     if size not in RECIPES:
@@ -119,7 +118,7 @@ def adapt_and_compare(
         suite["draft"],
         str(prompts / f"{suite['tuned_domain']}-adapt.jsonl"),
         out=out / "run",
-        limit=limit,
+        limit=LIMITS.get(size),
         config=resolved,
         eval_prompts=evaluation,
         off_domain={"chat": str(prompts / "dialogue-eval.jsonl")},

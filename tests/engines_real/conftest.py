@@ -20,7 +20,7 @@ from redraft.prompts.prompts import read_prompts
 from redraft.serving.engine import Engine
 from redraft.serving.environment import Environment
 from redraft.serving.vllm import VLLM
-from redraft_experiments.demo import AdaptedDraft, adapt_and_compare
+from redraft_experiments.demo import LIMITS, AdaptedDraft, adapt_and_compare
 from tests.engines_real.cells import Table
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,7 @@ def eagle(repaired: AdaptedDraft) -> Callable[[str], str]:
             shared,
             prompts,
             out=BUILD / f"run-eagle-{name}",
+            limit=LIMITS["nano"],
             config=resolve([("recipe demo", recipe), (name, scratch)]),
             eval_prompts=repaired.evaluation,
         )
