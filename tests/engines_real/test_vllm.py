@@ -83,10 +83,6 @@ def test_the_adapted_draft_beats_the_reused_one_in_the_engine(
             {"aux_layers": (1, 3, 4)},
             r"the aux layers are wrong: config.json says hs\[1, 3, 4\], but hs\[2, 4, 5\]",
         ),
-        (
-            {"aux_layers": (3, 5, 6)},
-            r"the aux layers are wrong: config.json says hs\[3, 5, 6\], but hs\[2, 4, 5\]",
-        ),
         ({"norm_before_residual": True}, "norm_before_residual should be false"),
         ({}, None),
     ],
@@ -98,7 +94,11 @@ def test_a_planted_mistake_is_found_by_measurement(
     planted: dict[str, Any],
     named: str | None,
 ) -> None:
-    """What `redraft verify` tries next to the engine, on a draft for which it matters."""
+    """What `redraft verify` tries next to the engine, on a draft for which it matters.
+
+    Layers one too high are left to `test_config_diagnosis.py`: they cost this draft 0.15 to 0.27 tau (four trainings), about what is
+    named at all. One too low cost 0.36 or more.
+    """
     good = read_draft(drafts["adapted"])
     config = dataclasses.replace(good.config, **planted)
     answers = answer_all(repaired.target, table.prompts, TOKENS, K, Sampling())

@@ -46,6 +46,10 @@ def scripted(accepted: int, steps: int = 1) -> Any:
             {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]},
             r"the aux layers .* but hs\[3, 5, 6\] accepts",
         ),
+        (
+            {"eagle_aux_hidden_state_layer_ids": [4, 6, 7]},
+            r"the aux layers .* but hs\[3, 5, 6\] accepts",
+        ),
         ({"norm_before_residual": True}, "norm_before_residual should be false"),
         ({}, None),
     ],
