@@ -28,7 +28,7 @@ from redraft.serving.trial import Trial, try_server
 from redraft.serving.verify import method_of
 
 from .real_members import MEMBERS
-from .real_suite import CONTEXT, folders_of, load_real, prompts_of
+from .real_suite import CONTEXT, folders_of, load_real, merged, prompts_of
 
 PLAIN, VLLM = "plain", "vllm"
 PROMPTS, LONGEST, REPEATS = 16, 96, 2
@@ -128,13 +128,18 @@ class _Bench:
         target, engine = self.target, engine_named(VLLM)
         file = prompts_of(self.suite, MEMBERS[self.member].domain, "eval")
         prompts = read_prompts(str(file), target, PROMPTS, "last").prompts
-        folder, adapter = folders_of(self.suite, self.member)
         speculation = None
         if draft is not None:
             speculation = Speculation(method_of(read_draft(str(draft))), str(draft), k)
-        what = Serving(folder, "bfloat16", CONTEXT, adapter, speculation)
         log = self.out / "served" / f"{row}.k{k}.log"
-        with engine.serve(engine.find(self.python), what, log) as running:
+        with (
+            merged(folders_of(self.suite, self.member)) as folder,
+            engine.serve(
+                engine.find(self.python),
+                Serving(folder, "bfloat16", CONTEXT, None, speculation),
+                log,
+            ) as running,
+        ):
             return try_server(
                 running,
                 prompts,

@@ -19,7 +19,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -187,22 +188,30 @@ class Ask:
     lookahead: int = 0
 
 
+@contextmanager
+def merged(source: tuple[str, str | None]) -> Iterator[str]:
+    """In the block, the folder of a model with its adapter merged: on a CPU vLLM 0.32 takes several times as long with
+    one."""
+    folder, adapter = source
+    if adapter is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        save_merged(Path(scratch), folder, adapter)
+        yield scratch
+
+
 def answer_with_engine(
     target: Target, source: tuple[str, str | None], asks: Sequence[Ask], python: str | None
 ) -> None:
-    """A real vLLM answers. `source` is the target's folder and its adapter's, which is merged first: on a CPU vLLM 0.32
-    takes several times as long with one.
+    """A real vLLM answers. `source` is the target's folder and its adapter's.
 
     Every prompt is read in one step: vLLM 0.32 for CPUs dies where a request with a seed is read in parts.
     """
     engine = engine_named("vllm")
     most = max(ask.config.concurrency for ask in asks)
     log = asks[0].out.parent / "vllm.log"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, adapter = source
-        if adapter is not None:
-            save_merged(Path(scratch), folder, adapter)
-            folder = scratch
+    with merged(source) as folder:
         what = Serving(folder, "bfloat16", CONTEXT, step_tokens=CONTEXT * most)
         with engine.serve(engine.find(python), what, log) as running:
             for ask in asks:

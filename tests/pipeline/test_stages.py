@@ -70,7 +70,7 @@ class Made:
     folder: Path
 
 
-def rising(target: Target, runs: Sequence[AdapterRun], heldout: object, k: int) -> None:
+def rising(target: Target, runs: Sequence[AdapterRun], *rest: object) -> None:
     """An evaluation that finds each step better than the one before: the last one is kept."""
     for run in runs:
         run.note_tau(float(run.state.step))

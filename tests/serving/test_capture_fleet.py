@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,27 @@ def test_two_servers_share_the_rows(
     rows = open_features(tmp_path / "f")
     own = load_stored_target(str(target_folder), [rows])
     assert own.check_says(answers[:12]) == 1.0
+
+
+def test_fewer_rows_than_places_go_to_all_servers(
+    target: Target, answers: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+    states = Capture._states
+
+    def counted(self: Capture, model: str, tokens: Any) -> Any:
+        asked[self.address] += 1
+        return states(self, model, tokens)
+
+    with (
+        server(target, tmp_path / "a", delay=0.2) as one,
+        server(target, tmp_path / "b", delay=0.2) as other,
+    ):
+        fleet = CaptureFleet([replace(asking(address), concurrency=32) for address in (one, other)])
+        fleet(rows_of(answers, 1))
+        monkeypatch.setattr(Capture, "_states", counted)
+        fleet(rows_of(answers, 8))
+    assert asked == {one: 4, other: 4}
 
 
 def test_rows_of_a_server_that_dies_go_to_the_others(

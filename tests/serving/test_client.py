@@ -1,16 +1,22 @@
-"""The sync way of the client; the async way is tested by the endpoints that use it."""
+"""The sync way of the client; the async way is tested by the endpoints that use it, too."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
 
 from redraft.core.errors import UserError
-from redraft.serving.client import Client, connect
+from redraft.serving import client as client_module
+from redraft.serving.client import Client, connect, connect_async
 from redraft.serving.counters import Counters, steady
 from redraft.serving.engines import ENGINES, engine_named
 from redraft.serving.reply import Busy, Refused, Trouble
@@ -91,3 +97,66 @@ def test_an_engine_is_named_by_its_row() -> None:
         engine_named("sglang")
     with pytest.raises(UserError, match="unknown --engine 'vlm'; did you mean 'vllm'"):
         engine_named("vlm")
+
+
+@contextmanager
+def ending_server(takes_more: bool) -> Iterator[str]:
+    """A server that keeps the connection of its first request open and never replies; it takes others, or no more."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # closed under it at the end
+            held.append(listening.accept()[0])
+            if not takes_more:
+                listening.close()
+            while takes_more:
+                connection = listening.accept()[0]
+                connection.recv(65536)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                )
+                connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        with contextlib.suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join(10)
+        for connection in held:
+            connection.close()
+
+
+def ask_in_a_thread(url: str, timeout: float) -> None:
+    connect(url, timeout).reply("/v1/completions", {"n": 1})
+
+
+def ask_in_a_loop(url: str, timeout: float) -> None:
+    asyncio.run(connect_async(url, timeout).ask("/v1/completions", {"n": 1}))
+
+
+@pytest.mark.parametrize("ask", [ask_in_a_thread, ask_in_a_loop])
+def test_a_server_that_is_ending_is_not_waited_for(
+    ask: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "AGAIN_SECONDS", 0.1)
+    with ending_server(takes_more=False) as url:
+        began = time.monotonic()
+        with pytest.raises(Trouble, match="takes no more connections, and owes a reply") as failed:
+            ask(url, 60.0)
+        assert time.monotonic() - began < 20
+        assert not failed.value.reached
+    with ending_server(takes_more=True) as url, pytest.raises(Trouble, match="within 1 s"):
+        ask(url, 1.0)
+
+
+def test_what_breaks_in_the_thread_is_raised() -> None:
+    def broken(_: httpx.Request) -> httpx.Response:
+        raise KeyError("a mistake")
+
+    with pytest.raises(KeyError, match="a mistake"):
+        asking(broken).reply("/v1/completions", {"n": 1})

@@ -192,7 +192,7 @@ def test_a_member_that_stalled_early_holds_up_nobody(
         learnt.append((self.config.method, self.state.step))
         learn(self, *args)
 
-    def scripted(target: object, some: Sequence[AdapterRun], heldout: object, k: int) -> None:
+    def scripted(target: object, some: Sequence[AdapterRun], *rest: object) -> None:
         for run in some:  # attention never rises, the others always do
             run.note_tau(1.0 if run.config.method == "attention" else run.state.step + 2.0)
 

@@ -229,7 +229,7 @@ class TrainRecord:
     trained_together: int = 1  # adapters trained on the same stream; their peak is common
     miss_rate: tuple[float, float] | None = None  # answers outside the draft vocabulary, remapped
     target_flops: float = (
-        0.0  # counted on one batch, times the tokens read; not in kernels of bitsandbytes
+        0.0  # counted on short rows, times the tokens read; not in kernels of bitsandbytes
     )
     draft_flops: float = 0.0
     general_tau: tuple[tuple[int, float], ...] = ()

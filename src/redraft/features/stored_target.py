@@ -57,6 +57,8 @@ LOOKED_AT = 8
 class StoredTarget(Target):
     """A target that reads its rows from `features`."""
 
+    runs_layers = False
+
     def __init__(
         self,
         model: Any,

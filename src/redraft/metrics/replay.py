@@ -31,6 +31,7 @@ from ..decoding.sampling import Sampling, probabilities, scores
 from ..decoding.speculative import widened
 from ..drafts.base import Draft
 from ..models.batching import Batch, collate, plan_once
+from ..models.kept_states import KeptStates
 from ..models.target import Reading, Target
 from .acceptance import pooled_tau
 
@@ -69,11 +70,12 @@ def replay_each(
     *,
     decoding: Decoding | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    kept: KeptStates | None = None,
 ) -> list[list[StepTrace]]:
     """`replay` of several drafts that read the same features, with one reading of the target."""
     traces: list[dict[int, StepTrace]] = [{} for _ in drafts]
     for which, index, answer, runs, first in _runs(
-        target, drafts, answers, k, decoding, batch_tokens
+        target, drafts, answers, k, decoding, batch_tokens, kept
     ):
         traces[which][index] = walk(answer, runs, first)
     return [_of_all(found, answers) for found in traces]
@@ -102,9 +104,18 @@ def accepted_runs(
     return [_of_all(of_draft, answers) for of_draft in found]
 
 
-def taus(target: Target, drafts: Sequence[Draft], answers: Sequence[Answer], k: int) -> list[float]:
-    """The pooled tau of several drafts that read the same features; answers without a step do not count."""
-    found = replay_each(target, drafts, answers, k)
+def taus(
+    target: Target,
+    drafts: Sequence[Draft],
+    answers: Sequence[Answer],
+    k: int,
+    kept: KeptStates | None = None,
+) -> list[float]:
+    """The pooled tau of several drafts that read the same features; answers without a step do not count.
+
+    `kept` are the answers' features (see `kept_features`), where the same answers are replayed again and again.
+    """
+    found = replay_each(target, drafts, answers, k, kept=kept)
     return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
 
 
@@ -142,6 +153,22 @@ def decoding_of(answers: Sequence[Answer], mode: str = "", draft_token: str = ""
     if not mode:
         mode = "sampled" if sampling.temperature else "greedy"
     return Decoding(mode, sampling, draft_token or "deterministic")
+
+
+def kept_features(
+    target: Target, answers: Sequence[Answer], aux_layers: tuple[int, ...]
+) -> KeptStates:
+    """The features that replay reads of answers, lookahead included, each read once."""
+
+    def read(indices: Sequence[int]) -> list[Tensor]:
+        rows = [answers[i] for i in indices]
+        batch = collate(rows, target.device, lookahead=True)
+        with target.giving(rows):
+            features_BTF = target.read(batch.tokens_BT, aux_layers, keep=1).features_BTF
+        return batch.rows_of(features_BTF)
+
+    lengths = {i: len(a.prompt) + len(a.tokens) for i, a in enumerate(answers)}
+    return KeptStates(read, lengths)
 
 
 def check_lookahead(answers: Sequence[Answer], k: int) -> None:
@@ -194,11 +221,12 @@ def _runs(
     k: int,
     decoding: Decoding | None,
     batch_tokens: int,
+    kept: KeptStates | None = None,
 ) -> Iterator[tuple[int, int, Answer, list[int], int]]:
     """For each draft and answer: their indices, the answer, the tokens accepted from each of its chain
     starts, and the first one."""
     for which, index, answer, chance_SK, first in _chances(
-        target, drafts, answers, k, decoding, batch_tokens
+        target, drafts, answers, k, decoding, batch_tokens, kept
     ):
         S = len(chance_SK)
         at_S = torch.arange(S) + first + 2 - len(answer.prompt)
@@ -216,6 +244,7 @@ def _chances(
     k: int,
     decoding: Decoding | None,
     batch_tokens: int,
+    kept: KeptStates | None = None,
 ) -> Iterator[tuple[int, int, Answer, Tensor, int]]:
     """For each draft and answer: their indices, the answer, the chances [S, K] of its chain starts,
     and the first one."""
@@ -228,9 +257,13 @@ def _chances(
         rows = [answers[i] for i in indices]
         batch = collate(rows, target.device, lookahead=True)
         seeds_B = seeds_tensor([a.seed or 0 for a in rows], target.device)
-        keep = 0 if decoding.draft_token == "sampled" else 1
-        with target.giving(rows):
-            reading = target.read(batch.tokens_BT, drafts[0].aux_layers, keep=keep)
+        if kept is not None:
+            features_BTF = kept.of(indices, target.device)
+            reading = Reading(features_BTF, features_BTF[..., :0])
+        else:
+            keep = 0 if decoding.draft_token == "sampled" else 1
+            with target.giving(rows):
+                reading = target.read(batch.tokens_BT, drafts[0].aux_layers, keep=keep)
         for which, draft in enumerate(drafts):
             chance_BSK = chances(reading, draft, batch, k, decoding, seeds_B).cpu()
             for index, answer, chance_SK in zip(indices, rows, chance_BSK, strict=True):
@@ -242,36 +275,43 @@ def chances(
 ) -> Tensor:
     """How likely each drafted token is accepted, given those before it: float64 [B, S, K].
 
-    Row S of it belongs to the chain start `batch.first` + S. Positions past the batch count as 0.
+    Row S of it belongs to the chain start `batch.first` + S. Positions past the batch count as 0, and so does all that no
+    step comes to: before a row's answer, past its end, after a token that is never accepted. The draft's head, most of what
+    a small draft computes, is not asked there.
     """
     tokens, first = batch.tokens_BT, batch.first
     B, T = tokens.shape
     found = torch.zeros(B, max(T - 2 - first, 0), k, dtype=torch.float64, device=tokens.device)
-    for step, states in enumerate(draft.rollout(tokens, reading.features_BTF, first, k)):
-        logits_BSD = draft.logits(states)
-        count = logits_BSD.shape[1]
-        begin = first + step + 2  # the token that chain start `first` predicts at this step
-        said_BS = tokens[:, begin : begin + count]
+    start_S = torch.arange(found.shape[1], device=tokens.device) + first
+    reached_BS = start_S >= batch.starts_B[:, None] - 1
+    for step, states_BSH in enumerate(draft.rollout(tokens, reading.features_BTF, first, k)):
+        said_S = start_S[: states_BSH.shape[1]] + step + 2  # where the predicted token is
+        reached_BS = reached_BS[:, : len(said_S)] & (said_S < batch.ends_B[:, None])
+        row_N, at_N = reached_BS.nonzero(as_tuple=True)
+        if not len(row_N):
+            break
+        said_N = said_S[at_N]
+        token_N = tokens[row_N, said_N]
+        logits_ND = draft.logits(states_BSH[row_N, at_N])
         if decoding.deterministic:
-            hit_BS = draft.to_target_ids(logits_BSD.argmax(-1)) == said_BS
+            chance_N = (draft.to_target_ids(logits_ND.argmax(-1)) == token_N).double()
         else:
-            scores_BSV = scores(widened(draft, logits_BSD), decoding.sampling)
+            scores_NV = scores(widened(draft, logits_ND), decoding.sampling)
             if decoding.draft_token == "coupled":
-                at_BS = torch.arange(begin, begin + count, device=tokens.device)
-                at_BS = at_BS - batch.starts_B[:, None]
-                hit_BS = decoding.rules.choose(scores_BSV, at_BS, seeds_B) == said_BS
+                at_N1 = (said_N - batch.starts_B[row_N])[:, None]
+                chosen_N1 = decoding.rules.choose(scores_NV[:, None], at_N1, seeds_B[row_N])
+                chance_N = (chosen_N1[:, 0] == token_N).double()
             else:
-                q_BS = _of(scores_BSV.softmax(-1), said_BS)
-                own_BSV = probabilities(
-                    reading.logits_BTV[:, begin - 1 : begin - 1 + count], decoding.sampling
-                )
-                hit_BS = (q_BS / _of(own_BSV, said_BS)).nan_to_num(0.0).clamp(max=1.0)
-        found[:, :count, step] = hit_BS.double()
+                q_N = _of(scores_NV.softmax(-1), token_N)
+                own_NV = probabilities(reading.logits_BTV[row_N, said_N - 1], decoding.sampling)
+                chance_N = (q_N / _of(own_NV, token_N)).nan_to_num(0.0).clamp(max=1.0)
+        found[row_N, at_N, step] = chance_N
+        reached_BS = reached_BS & (found[:, : len(said_S), step] > 0)
     return found
 
 
-def _of(p_BSV: Tensor, said_BS: Tensor) -> Tensor:
-    return p_BSV.gather(-1, said_BS[..., None]).squeeze(-1).double()
+def _of(p_NV: Tensor, token_N: Tensor) -> Tensor:
+    return p_NV.gather(-1, token_N[:, None])[:, 0].double()
 
 
 def _check_decoding(answers: Sequence[Answer], decoding: Decoding) -> None:

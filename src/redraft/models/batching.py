@@ -37,6 +37,10 @@ class Batch:
         """The earliest chain start that any row needs: the pair before its first answer token."""
         return max(int(self.starts_B.min()) - 1, 0)
 
+    def rows_of(self, some_BTX: Tensor) -> list[Tensor]:
+        """Of numbers for each token, those of each row up to its end."""
+        return [row[:end] for row, end in zip(some_BTX, self.ends_B.tolist(), strict=True)]
+
     def labels(self) -> tuple[Tensor, Tensor, Tensor]:
         """Every supervised label as (row, index in the row, offset from the answer's start), [M].
 

@@ -46,7 +46,12 @@ class Reading:
 
 
 class Target:
-    """A loaded target model with its tokenizer. Its weights are never changed."""
+    """A loaded target model with its tokenizer. Its weights are never changed.
+
+    `runs_layers`: that reading a row computes its layers, which costs more than keeping what they said.
+    """
+
+    runs_layers = True
 
     def __init__(
         self,

@@ -60,8 +60,10 @@ class CaptureFleet:
             left = [server for server in self.servers if server.address not in lost]
             if not left:
                 raise next(reversed(lost.values()))
-            with ThreadPoolExecutor(sum(server.concurrency for server in left)) as pool:
-                workers = [server for server in left for _ in range(server.concurrency)]
+            # In turns: a first server that takes as many rows as it has places leaves none to the others.
+            turns = range(max(server.concurrency for server in left))
+            workers = [s for at in turns for s in left if at < s.concurrency]
+            with ThreadPoolExecutor(len(workers)) as pool:
                 list(pool.map(work, workers))
         for address, problem in lost.items():
             say(f"{address} is asked no more: {problem}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -23,8 +25,12 @@ from .reply import Reply, Trouble, shown, text_of
 KEY, OTHER_KEY = "REDRAFT_API_KEY", "OPENAI_API_KEY"
 CONNECT_SECONDS, LOOK_SECONDS = 10.0, 30.0
 """The longest wait for a connection, and for a reply that takes no generating."""
+AGAIN_SECONDS = 15.0
+"""How often a server that owes a reply is looked at. One that was told to end (SIGTERM) takes no more connections, and may
+keep an open one for as long as the client does without ever replying there: vLLM 0.32 does."""
 IDLE_SECONDS = 2.0
 """How long an idle connection is kept: less than servers keep it, which would close it under a request."""
+LOOKED_AT = "/health"
 FAILURES = (httpx.RequestError, httpx.InvalidURL)
 Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
@@ -65,6 +71,33 @@ class Client(_Endpoint[httpx.Client]):
 
     def reply(self, path: str, body: dict[str, Any] | None = None) -> Reply:
         """The whole reply at a path below the root, whatever its status. Raises Trouble without one."""
+        if body is None:
+            return self._whole(path, body)
+        found: Future[Reply] = Future()
+
+        def ask() -> None:
+            try:
+                found.set_result(self._whole(path, body))
+            except BaseException as problem:  # noqa: BLE001 - the caller raises it
+                found.set_exception(problem)
+
+        # A thread that Python does not wait for at its end: nothing else gives up a reply that never comes.
+        threading.Thread(target=ask, daemon=True).start()
+        while not wait([found], AGAIN_SECONDS).done:
+            if self._gone():
+                raise _ended()
+        return found.result()
+
+    def _gone(self) -> bool:
+        try:
+            self.http.get(self.url + LOOKED_AT, timeout=CONNECT_SECONDS)
+        except httpx.ConnectError:
+            return True
+        except FAILURES:
+            return False
+        return False
+
+    def _whole(self, path: str, body: dict[str, Any] | None) -> Reply:
         content = b""
         try:
             request, limit = self._request(path, body)
@@ -92,16 +125,37 @@ class AsyncClient(_Endpoint[httpx.AsyncClient]):
             request, limit = self._request(path, body)
             sending = asyncio.ensure_future(self.http.send(request))
             try:
-                # asyncio.wait_for before Python 3.12 swallows a cancellation that meets the reply.
-                await asyncio.wait({sending}, timeout=limit)
-                if not sending.done():
-                    raise _too_slow(limit)
+                await self._come(sending, limit)
                 response = sending.result()
             finally:
                 sending.cancel()
         except FAILURES as problem:
             raise self._trouble(problem) from None
         return self._reply(response, response.content).content()
+
+    async def _come(self, sending: asyncio.Future[httpx.Response], limit: float) -> None:
+        """Return when the reply is there. Raises Trouble when none comes."""
+        end = time.monotonic() + limit
+        while not sending.done():
+            # asyncio.wait_for before Python 3.12 swallows a cancellation that meets the reply.
+            await asyncio.wait(
+                {sending}, timeout=min(max(end - time.monotonic(), 0), AGAIN_SECONDS)
+            )
+            if sending.done():
+                return
+            if time.monotonic() >= end:
+                raise _too_slow(limit)
+            if await self._gone():
+                raise _ended()
+
+    async def _gone(self) -> bool:
+        try:
+            await self.http.get(self.url + LOOKED_AT, timeout=CONNECT_SECONDS)
+        except httpx.ConnectError:
+            return True
+        except FAILURES:
+            return False
+        return False
 
 
 def connect(
@@ -158,6 +212,10 @@ def key_for(url: str) -> str | None:
 
 def _too_slow(limit: float) -> Trouble:
     return Trouble(f"gave no whole reply within {limit:g} s")
+
+
+def _ended() -> Trouble:
+    return Trouble("takes no more connections, and owes a reply: it is ending", reached=False)
 
 
 def _cause(problem: BaseException) -> str:

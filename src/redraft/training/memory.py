@@ -81,11 +81,16 @@ def predict_growth(
     return (optimizer + activations) / MB
 
 
+def fits(device: torch.device, predicted: float) -> bool:
+    """Whether a run with that peak (MB) leaves something free."""
+    return predicted + LEAST_FREE_MB <= current_memory(device) + free_memory(device)
+
+
 def check_memory(target: Target, predicted: float, batch_tokens: int, longest: int) -> None:
     """Raise UserError, saying what to change, for a run that does not fit into what is free."""
-    usable = current_memory(target.device) + free_memory(target.device)
-    if predicted + LEAST_FREE_MB <= usable:
+    if fits(target.device, predicted):
         return
+    usable = current_memory(target.device) + free_memory(target.device)
     way = (
         f"lower train.batch_tokens ({batch_tokens:,})"
         if longest <= batch_tokens
@@ -172,7 +177,7 @@ class Returned:
     eight steps. Giving them back takes about 40 ms, and a step after it somewhat longer.
     """
 
-    GROWN_MB, EVERY_SECONDS = 256, 5.0
+    GROWN_MB, EVERY_SECONDS = 256, 1.0
 
     def __init__(self, device: torch.device):
         self._trim = _malloc_trim() if device.type == "cpu" else None

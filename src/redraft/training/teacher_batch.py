@@ -105,11 +105,44 @@ def rows_at_once(width: int) -> int:
     return max(1, VALUES // width)
 
 
-@torch.no_grad()
 def read_teacher_batch(
     target: Target, batch: Batch, aux_layers: tuple[int, ...], *, hold: bool = False
 ) -> TeacherBatch:
-    """Run the target over a batch. It computes as it will be served, also under autocast.
+    """Run the target over a batch. Raises UserError for a batch without labels."""
+    return teacher_batch_of(
+        target, batch, aux_layers, read_states(target, batch, aux_layers), hold=hold
+    )
+
+
+def layers_read(target: Target, aux_layers: tuple[int, ...]) -> tuple[int, ...]:
+    """The aux layers and the last one, whose states logits are made from."""
+    last = target.num_layers
+    return aux_layers if last in aux_layers else (*aux_layers, last)
+
+
+@torch.no_grad()
+def read_states(target: Target, batch: Batch, aux_layers: tuple[int, ...]) -> Tensor:
+    """The states [B, T, layers read * H] of a batch. The target computes as it will be served, also under autocast.
+
+    Raises UserError for a model whose logits do not follow from the last of them.
+    """
+    layers, H = layers_read(target, aux_layers), target.hidden_size
+    with torch.autocast(target.device.type, enabled=False):
+        reading = target.read(batch.tokens_BT, layers, keep=1)
+        at = layers.index(target.num_layers) * H
+        _check_logits(target, reading.features_BTF[:, -1, at : at + H], reading.logits_BTV[:, -1])
+    return reading.features_BTF
+
+
+def teacher_batch_of(
+    target: Target,
+    batch: Batch,
+    aux_layers: tuple[int, ...],
+    states_BTW: Tensor,
+    *,
+    hold: bool = False,
+) -> TeacherBatch:
+    """A batch with the states that `read_states` gave.
 
     Features of padding are zeros, whether the target is run or its stored features are read.
     Raises UserError for a batch without labels.
@@ -120,22 +153,15 @@ def read_teacher_batch(
             "a batch holds no supervised token: its answers have fewer than two tokens, and the "
             "first comes from the prefill"
         )
-    last, H = target.num_layers, target.hidden_size
-    with torch.autocast(target.device.type, enabled=False):
-        asked = aux_layers if last in aux_layers else (*aux_layers, last)
-        reading = target.read(batch.tokens_BT, asked, keep=1)
-        features, at = reading.features_BTF, asked.index(last) * H
-        states_BTH = features[..., at : at + H]
-        _check_logits(target, states_BTH[:, -1], reading.logits_BTV[:, -1])
-    states_NH = states_BTH[row_N, label_N - 1]
+    H = target.hidden_size
+    at = layers_read(target, aux_layers).index(target.num_layers) * H
+    states_NH = states_BTW[row_N, label_N - 1, at : at + H]
 
     def logits(labels: slice, columns: Tensor | None) -> Tensor:
         return target.logits_from(states_NH[labels], columns)
 
-    features = features[..., : len(aux_layers) * H]
-    return TeacherBatch(
-        batch, _unpadded(batch, features), row_N, label_N, offset_N, logits, hold=hold
-    )
+    features_BTF = _unpadded(batch, states_BTW[..., : len(aux_layers) * H])
+    return TeacherBatch(batch, features_BTF, row_N, label_N, offset_N, logits, hold=hold)
 
 
 def _check_logits(target: Target, states_BH: Tensor, logits_BV: Tensor) -> None:

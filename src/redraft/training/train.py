@@ -13,13 +13,11 @@ the same precision.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,22 +38,23 @@ from ..core.failpoints import point
 from ..core.folders import state_hash
 from ..core.records import Answer, TrainRecord
 from ..drafts.base import Draft
-from ..metrics.replay import check_lookahead, taus
-from ..models.batching import collate, plan_epochs, shares
+from ..metrics.replay import check_lookahead, kept_features, taus
+from ..models.batching import plan_epochs
+from ..models.kept_states import KeptStates
 from ..models.target import Target
 from .adapter_run import AdapterRun, DivergedError
 from .checkpoint import load_checkpoint, save_checkpoint
 from .closed_form import fit_closed_form
-from .flops import count_flops, counted
+from .flops import count_flops
 from .guard import Guard, go_back, usable
 from .log import TrainingLog
 from .memory import Returned, check_memory, peak_memory, predict_peak, restart_peak
 from .optimizer import make_optimizers
 from .precision import choose_precision
 from .preconditions import check_fits
-from .teacher_batch import TeacherBatch, read_teacher_batch, rollout_loss, rollout_weight
+from .stream import AnswerStream
+from .teacher_batch import rollout_loss, rollout_weight
 
-CALIBRATION_BATCHES = 4
 COSTS = ("supervised_tokens", "seconds", "peak_mb", "target_flops", "draft_flops")
 """What the log's trackers get at the end, of the record."""
 STREAM = ("epochs", "batch_tokens", "accumulate", "evaluations", "precision", "seed")
@@ -144,7 +143,8 @@ def _train(
     lengths = [len(a.prompt) + a.length for a in answers]
     plan = plan_epochs(lengths, c.batch_tokens, c.epochs or 1.0, c.seed)
     hold, accumulate = len(drafts) > 1, c.accumulate
-    stream = _Stream(target, drafts[0].aux_layers, answers, plan, hold, accumulate)
+    stream = AnswerStream(target, drafts[0].aux_layers, answers, plan, hold, accumulate)
+    stream.keep(heldout)
     keys = [
         _key(config, plan, target, base, draft, answers, heldout, k)
         for draft, config in zip(drafts, configs, strict=True)
@@ -161,6 +161,7 @@ def _train(
     del stream.first_teacher_batches
     predicted = _predicted(target, runs, answers, plan)
     check_memory(target, predicted, c.batch_tokens, max(lengths))
+    predicted = stream.with_kept(predicted)
     _announce(runs, plan, precision, predicted)
     for i, each in enumerate(kept):
         each.open_log(c.trackers if i == 0 else ())
@@ -219,13 +220,14 @@ class _Kept:
 
 
 def _take_steps(
-    stream: _Stream, kept: Sequence[_Kept], heldout: Sequence[Answer], k: int, precision: str
+    stream: AnswerStream, kept: Sequence[_Kept], heldout: Sequence[Answer], k: int, precision: str
 ) -> None:
     """The steps of all runs until each is done, with the evaluations before the first and in between."""
     target, plan, runs = stream.target, stream.plan, [each.run for each in kept]
+    features = kept_features(target, heldout, stream.aux_layers) if stream.kept else None
 
     def evaluate(some: Sequence[_Kept]) -> None:
-        _evaluate(target, [each.run for each in some], heldout, k)
+        _evaluate(target, [each.run for each in some], heldout, k, features)
         for each in some:
             each.evaluated()
 
@@ -251,7 +253,7 @@ def _take_steps(
 
 
 def _step(
-    stream: _Stream, runs: Sequence[AdapterRun], at: int, precision: str, trained_together: int
+    stream: AnswerStream, runs: Sequence[AdapterRun], at: int, precision: str, trained_together: int
 ) -> None:
     """A step of each run, on this rank's share of the batch, part by part.
 
@@ -272,65 +274,9 @@ def _step(
             say(f"{run.config.method}: {problem}; the others go on")
 
 
-class _Stream:
-    """Batches in their order, and the target's output on each."""
-
-    def __init__(
-        self,
-        target: Target,
-        aux_layers: tuple[int, ...],
-        answers: Sequence[Answer],
-        plan: list[list[int]],
-        hold: bool,
-        accumulate: int = 1,
-    ):
-        self.target, self.aux_layers, self.answers, self.plan = target, aux_layers, answers, plan
-        self.hold, self.accumulate = hold, accumulate
-
-    @functools.cached_property
-    def flops_per_token(self) -> float:
-        """Operations of the target's layers, counted on the first batch; of all processes that hold it together."""
-        answers = [self.answers[i] for i in self.plan[0]]
-        batch = collate(answers, self.target.device)
-        with self.target.giving(answers):
-            read = counted(lambda: read_teacher_batch(self.target, batch, self.aux_layers))
-        return ranks.of_all(read) / batch.tokens_BT.numel()
-
-    @functools.cached_property
-    def first_teacher_batches(self) -> list[TeacherBatch]:
-        """What runs look at before they train, read once for all."""
-        return [self.teacher_batch(at) for at in range(min(CALIBRATION_BATCHES, len(self.plan)))]
-
-    def teacher_batch(self, at: int) -> TeacherBatch:
-        """A whole batch, for what is looked at before training."""
-        return self._read(self.plan[at % len(self.plan)], ())
-
-    def parts(self, at: int) -> Iterator[TeacherBatch]:
-        """This rank's share of a batch, in so many parts as are accumulated; a share may be empty."""
-        indices = self.plan[at]
-        for places in shares(len(indices), self.accumulate):
-            yield self._read([indices[i] for i in places], places)
-
-    def _read(self, indices: Sequence[int], places: Sequence[int]) -> TeacherBatch:
-        began = time.monotonic()
-        answers = [self.answers[i] for i in indices]
-        batch = collate(answers, self.target.device)
-        with self.target.giving(answers):
-            teacher_batch = read_teacher_batch(self.target, batch, self.aux_layers, hold=self.hold)
-        return dataclasses.replace(
-            teacher_batch, seconds=time.monotonic() - began, places=tuple(places)
-        )
-
-    def length(self, begin: int, end: int) -> int:
-        """Real tokens of some steps."""
-        return sum(
-            len(self.answers[i].prompt) + self.answers[i].length
-            for batch in self.plan[begin:end]
-            for i in batch
-        )
-
-
-def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None) -> AdapterRun:
+def _run(
+    stream: AnswerStream, draft: Draft, config: TrainConfig, base: Target | None
+) -> AdapterRun:
     """A draft with its adapter attached, at its start."""
     method = config.method_value
     teacher_batches = stream.first_teacher_batches
@@ -369,7 +315,7 @@ def _run(stream: _Stream, draft: Draft, config: TrainConfig, base: Target | None
 
 
 def _remap(
-    stream: _Stream,
+    stream: AnswerStream,
     draft: Draft,
     method: Method,
     trainable: list[tuple[str, nn.Parameter]],
@@ -392,7 +338,7 @@ def _remap(
 
 
 def _finished(
-    stream: _Stream, run: AdapterRun, trained_together: int, precision: str, predicted: float
+    stream: AnswerStream, run: AdapterRun, trained_together: int, precision: str, predicted: float
 ) -> Trained:
     """The best tensors, put back into the draft, and the record.
 
@@ -425,7 +371,8 @@ def _finished(
         stopped_early=state.step < run.planned,
         trained_together=trained_together,
         miss_rate=(run.remapped.missed_before, run.remapped.missed_after) if run.remapped else None,
-        target_flops=stream.flops_per_token * (read + run.fitted.target_tokens) + flops.head * read,
+        target_flops=stream.flops_per_token * (stream.read(state.step) + run.fitted.target_tokens)
+        + flops.head * read,
         draft_flops=flops.step * read + flops.rollout * run.fitted.draft_tokens,
     )
     return Trained(state.best, record, run.start)
@@ -454,7 +401,7 @@ def _announce(
     say(f"{steps} steps, {precision}, about {predicted:,.0f} MB at the peak")
 
 
-def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
+def _precision(stream: AnswerStream, runs: Sequence[AdapterRun]) -> str:
     """Decided once, by the first run that trains: a resumed run computes as it began."""
     training = [run for run in runs if run.planned]
     if not training:
@@ -481,18 +428,22 @@ def _precision(stream: _Stream, runs: Sequence[AdapterRun]) -> str:
 
 
 def _evaluate(
-    target: Target, runs: Sequence[AdapterRun], heldout: Sequence[Answer], k: int
+    target: Target,
+    runs: Sequence[AdapterRun],
+    heldout: Sequence[Answer],
+    k: int,
+    features: KeptStates | None,
 ) -> None:
     """Held-out tau of each run; of its averaged weights too, of which the better counts."""
 
     began = time.monotonic()
-    found = taus(target, [run.draft for run in runs], heldout, k)
+    found = taus(target, [run.draft for run in runs], heldout, k, features)
     for run in runs:
         run.state.evaluation_seconds += (time.monotonic() - began) / len(runs)
     for run, tau in zip(runs, found, strict=True):
         if run.state.average:
             with run.averaged():
-                (averaged,) = taus(target, [run.draft], heldout, k)
+                (averaged,) = taus(target, [run.draft], heldout, k, features)
                 if averaged > tau:
                     run.note_tau(averaged)
                     continue
