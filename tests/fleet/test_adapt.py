@@ -32,8 +32,8 @@ from redraft.models.batching import collate
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.models.target_adapters import BASE, adapter_on, fleet_on
+from redraft.training.stream import AnswerStream
 from redraft.training.teacher_batch import read_teacher_batch
-from redraft.training.train import _Stream
 from tests.conftest import tiny_model, write_prompts
 
 SMALL = ("regenerate.max_new_tokens=24", "measure.eval_new_tokens=24", "measure.heldout=4")
@@ -91,7 +91,7 @@ def test_training_and_measuring_read_each_answer_as_what_gave_it(
     adapters = {name: str(fleet / name) for name in ("loud", "still")}
     with fleet_on(base, adapters) as target:
         draft = stored.build(target)
-        stream = _Stream(target, draft.aux_layers, rows, plan, hold=False)
+        stream = AnswerStream(target, draft.aux_layers, rows, plan, hold=False)
         batches = [part.features_BTF for at in range(2) for part in stream.parts(at)]
         runs = replay(target, draft, rows, 3)
     differs = 0.0

@@ -4,7 +4,9 @@ The target and the draft are built without numbers (PyTorch's `meta` tensors), s
 counted, the draft's operations and what its backward pass keeps are those of its own code; the target's are two per parameter and
 token that takes part, and its attention.
 
-    training a step   (target's layers + 3 x the draft's rollout and head, or less where less trains) / rate of products
+    training          the target's layers once for each answer (in each pass, where several processes share out the answers),
+                      and for each pass the target's head and 3 x the draft's rollout and head, or less where less trains;
+                      divided by the rate of products
     answers           a step of 64 rows reads the weights that take part once: the longer of reading and computing
 
 Padding, prefill, and what the answers that are measured cost, are left out.
@@ -135,14 +137,16 @@ def plan(
     draft_bytes = 4.0 * sum(p.numel() for p in draft.parameters())
     around = _bytes(nn.ModuleList([target.model.get_input_embeddings(), target.head]))
     libraries = LIBRARIES["cpu" if device.measured and not torch.cuda.is_available() else "cuda"]
-    seen = round(sizes.prompts * length * (config.epochs or 0.0))
+    epochs = config.epochs or 0.0
+    seen = round(sizes.prompts * length * epochs)
+    read = round(sizes.prompts * length * (min(epochs, 1.0) if devices == 1 else epochs))
     kept = [layer for layer in draft.aux_layers if layer != target.num_layers]
     labels = (sizes.answer_tokens - 1) / length  # an answer's first token comes from the prefill
     steps = config.rollout if draft.feeds_back else 1
     of_target = 2.0 * (active - _embedding(target)) + _attention(target, length)
     of_head = 2.0 * target.hidden_size * columns(target, draft) * labels
     of_draft = _draft_step(draft, rows, sizes, steps)
-    flops = (of_target + of_head) * seen, of_draft * seen
+    flops = of_target * read + of_head * seen, of_draft * seen
     answers = sizes.prompts * sizes.answer_tokens
     step = max(
         active * target.dtype.itemsize / device.bandwidth, 2.0 * ROWS * active / device.flops

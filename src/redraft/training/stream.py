@@ -1,6 +1,6 @@
 """The stream of batches that adapters train on, with the target's output on each.
 
-What the target says of an answer is the same in every epoch, so it is kept in memory where there is room.
+What the target says of an answer is the same in every epoch, so it is kept in memory where it fits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AnswerStream:
         self.kept_mb = 0.0
 
     def keep(self, heldout: Sequence[Answer]) -> None:
-        """Keep what the target says of answers that are read again, where this machine's memory has room for that and for what
+        """Keep what the target says of answers that are read again, where this machine's memory has space for that and for what
         it says of `heldout` ones.
 
         Not where several processes share out the answers: each gets other ones in each epoch.
@@ -76,7 +76,7 @@ class AnswerStream:
         self.kept, self.kept_mb = KeptStates(self._states_of_rows, lengths, parts), size
 
     def with_kept(self, predicted: float) -> float:
-        """The peak in MB with what is kept, which is let go where the run leaves no room for it."""
+        """The peak in MB with what is kept, which is let go where the run leaves no space for it."""
         if self.target.device.type != "cpu" or self.kept is None:
             return predicted
         if ranks.agreed(fits(self.target.device, predicted + self.kept_mb)):
