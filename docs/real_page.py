@@ -45,7 +45,7 @@ redraft bench real-serving --suite real --race race --python VLLM \\
   --record docs/results/real-serving.jsonl
 ```
 
-The second command runs every row; `--rows` names fewer. The rows below are those that were run. Drafts of the LoRA fine-tunes and of the one
+The second command runs every row; `--rows` names fewer. The third serves the drafts of one fine-tune, which `--member` names. The rows below are those that were run. Drafts of the LoRA fine-tunes and of the one
 tuned by preferences begin with the base's draft that comes with the package (`redraft bench real --drafts kept`), which takes minutes, not hours.
 """
 RECOVERY = """## Time to 0.9 recovery

@@ -190,8 +190,7 @@ class Ask:
 
 @contextmanager
 def merged(source: tuple[str, str | None]) -> Iterator[str]:
-    """In the block, the folder of a model with its adapter merged: on a CPU vLLM 0.32 takes several times as long with
-    one."""
+    """In the block, the folder of a model with its adapter merged. On a CPU vLLM 0.32 is several times slower with LoRA."""
     folder, adapter = source
     if adapter is None:
         yield folder

@@ -115,6 +115,31 @@ def test_chances_are_those_of_decoding_step_by_step(
     assert own_vocabulary or not torch.allclose(found, shifted, rtol=0, atol=1e-3)
 
 
+def test_no_logits_are_computed_where_no_step_can_reach(
+    pair64: Pair,  # noqa: F811
+    prompts: list[Prompt],
+) -> None:
+    target, draft = pair64
+    answers = answer_all(target, prompts[:6], LONGEST, K, Sampling(), SEED)
+    asked: list[int] = []
+    logits = draft.logits
+
+    def counted(states: Tensor) -> Tensor:
+        asked.append(states.shape[:-1].numel())
+        return logits(states)
+
+    draft.logits = counted  # type: ignore[method-assign]
+    try:
+        (runs,) = replay_module.accepted_runs(target, [draft], answers, K)
+    finally:
+        draft.logits = logits  # type: ignore[method-assign]
+    for step, count in enumerate(asked):
+        # A position asks for its token after so many accepted ones. Lookahead adds starts near an answer's end.
+        reached = sum(run >= step for run_of in runs for run in run_of)
+        assert reached <= count <= reached + K * len(answers)
+    assert asked[0] < sum(len(a.prompt) + a.length for a in answers)
+
+
 def tau_of(traces: Sequence[Steps]) -> tuple[float, float]:
     """Pooled tau, and its standard error over prompts (a ratio, by the delta method)."""
     steps = sum(t.steps for t in traces)

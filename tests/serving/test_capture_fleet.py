@@ -28,9 +28,8 @@ def rows_of(answers: list[Answer], count: int) -> list[tuple[int, ...]]:
     return [(*answer.prompt, *answer.tokens) for answer in answers[:count]]
 
 
-def test_two_servers_share_the_rows(
-    target: Target, target_folder: Path, answers: list[Answer], tmp_path: Path, monkeypatch: Any
-) -> None:
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The rows asked of each server from here on, by address."""
     asked: Counter[str] = Counter()
     states = Capture._states
 
@@ -39,6 +38,13 @@ def test_two_servers_share_the_rows(
         return states(self, model, tokens)
 
     monkeypatch.setattr(Capture, "_states", counted)
+    return asked
+
+
+def test_two_servers_share_the_rows(
+    target: Target, target_folder: Path, answers: list[Answer], tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked = counting(monkeypatch)
     bare = load_stored_target(str(target_folder), [])
     with (
         server(target, tmp_path / "a", delay=0.03) as one,
@@ -58,20 +64,13 @@ def test_two_servers_share_the_rows(
 def test_fewer_rows_than_places_go_to_all_servers(
     target: Target, answers: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: Counter[str] = Counter()
-    states = Capture._states
-
-    def counted(self: Capture, model: str, tokens: Any) -> Any:
-        asked[self.address] += 1
-        return states(self, model, tokens)
-
     with (
         server(target, tmp_path / "a", delay=0.2) as one,
         server(target, tmp_path / "b", delay=0.2) as other,
     ):
         fleet = CaptureFleet([replace(asking(address), concurrency=32) for address in (one, other)])
         fleet(rows_of(answers, 1))
-        monkeypatch.setattr(Capture, "_states", counted)
+        asked = counting(monkeypatch)
         fleet(rows_of(answers, 8))
     assert asked == {one: 4, other: 4}
 

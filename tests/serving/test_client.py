@@ -143,10 +143,10 @@ def ask_in_a_loop(url: str, timeout: float) -> None:
 def test_a_server_that_is_ending_is_not_waited_for(
     ask: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(client_module, "CHECK_SECONDS", 0.1)
     with ending_server(takes_more=False) as url:
         began = time.monotonic()
-        with pytest.raises(Trouble, match="takes no more connections, and owes a reply") as failed:
+        with pytest.raises(Trouble, match="is shutting down: it accepts no more") as failed:
             ask(url, 60.0)
         assert time.monotonic() - began < 20
         assert not failed.value.reached

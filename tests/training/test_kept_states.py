@@ -1,4 +1,4 @@
-"""What the target says of an answer is read once and kept for the epochs after, where there is room."""
+"""What the target says of an answer is read once and kept for later epochs, where it fits."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def epochs_read(counting: Counting, answers: list[Answer]) -> float:
 
 
 class Reader:
-    """States of row i are i + 1, as long as the row; in other company they are rounded otherwise."""
+    """States of row i are i + 1, as long as the row; in other batches they are rounded otherwise."""
 
     def __init__(self) -> None:
         self.read: list[tuple[int, ...]] = []
@@ -96,7 +96,13 @@ def test_rows_that_are_not_kept_are_read_again() -> None:
     assert len(reader.read) == 2
 
 
-def test_rows_are_read_in_the_company_first_named() -> None:
+def test_a_kept_row_stays_the_same_when_its_batch_is_read_again() -> None:
+    states = KeptStates(Reader(), LENGTHS, [[0, 1, 3], [0, 2]])
+    states.of([0, 1, 3], CPU)
+    assert torch.equal(states.of([0, 2], CPU)[:, 0, 0], torch.tensor([1.03, 3.02]))
+
+
+def test_rows_are_read_in_the_batch_first_named() -> None:
     """A resumed run asks for rows in batches of a later epoch."""
     together = [[0, 1, 2], [3], [0, 3], [1, 2]]
     whole, resumed = (KeptStates(Reader(), LENGTHS, together) for _ in range(2))
@@ -138,7 +144,7 @@ def test_kept_states_train_as_read_ones_do(
     assert kept.record.target_flops < 0.75 * read.record.target_flops
 
 
-@pytest.mark.parametrize("why", ["no room", "no room next to the run"])
+@pytest.mark.parametrize("why", ["no memory", "no memory next to the run"])
 def test_they_are_not_kept_where_that_does_not_pay(
     counting: Counting,
     draft_folder: Path,
@@ -146,7 +152,7 @@ def test_they_are_not_kept_where_that_does_not_pay(
     why: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if why == "no room":
+    if why == "no memory":
         monkeypatch.setattr(stream_module, "free_memory", lambda _: 0.1)
     else:
         monkeypatch.setattr(stream_module, "fits", lambda *_: False)

@@ -113,7 +113,7 @@ def taus(
 ) -> list[float]:
     """The pooled tau of several drafts that read the same features; answers without a step do not count.
 
-    `kept` are the answers' features (see `kept_features`), where the same answers are replayed again and again.
+    `kept` holds the answers' features (see `kept_features`) for repeated replays of the same answers.
     """
     found = replay_each(target, drafts, answers, k, kept=kept)
     return [pooled_tau([t for t in traces if t.accepted]) for traces in found]
@@ -158,7 +158,7 @@ def decoding_of(answers: Sequence[Answer], mode: str = "", draft_token: str = ""
 def kept_features(
     target: Target, answers: Sequence[Answer], aux_layers: tuple[int, ...]
 ) -> KeptStates:
-    """The features that replay reads of answers, lookahead included, each read once."""
+    """The features for replays of these answers, lookahead tokens included. The target computes each once."""
 
     def read(indices: Sequence[int]) -> list[Tensor]:
         rows = [answers[i] for i in indices]
@@ -275,9 +275,8 @@ def chances(
 ) -> Tensor:
     """How likely each drafted token is accepted, given those before it: float64 [B, S, K].
 
-    Row S of it belongs to the chain start `batch.first` + S. Positions past the batch count as 0, and so does all that no
-    step comes to: before a row's answer, past its end, after a token that is never accepted. The draft's head, most of what
-    a small draft computes, is not asked there.
+    Row S of it belongs to the chain start `batch.first` + S. The chance is 0 where no step can reach: before a row's answer,
+    past its end, and after a token that is never accepted. The draft computes no logits there.
     """
     tokens, first = batch.tokens_BT, batch.first
     B, T = tokens.shape

@@ -38,7 +38,7 @@ class Batch:
         return max(int(self.starts_B.min()) - 1, 0)
 
     def rows_of(self, some_BTX: Tensor) -> list[Tensor]:
-        """Of numbers for each token, those of each row up to its end."""
+        """`some_BTX` as one tensor per row, without padding."""
         return [row[:end] for row, end in zip(some_BTX, self.ends_B.tolist(), strict=True)]
 
     def labels(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""States that the target read of some rows, kept in this machine's memory for the next time they are asked for.
+"""Hidden states of rows: the target computes them once, and this machine's memory keeps them.
 
-The target does not change while a draft is trained, so that it says the same of an answer in every epoch. Its pass over
-the answers is the larger part of training: about two thirds of the operations with SmolLM2 and an EAGLE-3 draft.
+The target does not change while a draft is trained, so its states of an answer are the same in every epoch. Its forward
+pass is the larger part of training: about two thirds of the operations with SmolLM2 and an EAGLE-3 draft.
 
 Shapes: B rows, T tokens, W numbers of a token.
 """
@@ -24,28 +24,28 @@ class KeptStates:
         lengths: Mapping[int, int],
         together: Sequence[Sequence[int]] = (),
     ):
-        """`read` gives the states [T, W] of rows that are read side by side, for each row its own. `lengths` are the tokens of
-        the rows that are kept; others are read whenever they are asked for.
+        """`read` computes rows as one batch and returns the states [T, W] of each. `lengths` are the numbers of tokens of the
+        rows to keep; other rows are read each time.
 
-        `together` names which rows are read side by side, the first mention of a row counts: numbers are rounded otherwise in
-        another company, and a resumed run is to read what an uninterrupted one did. Rows without a mention are read with those
-        that they are asked for with.
+        `together` are the batches in which rows are read; the first with a row counts. A batch of other rows rounds otherwise,
+        and a resumed run must get the numbers of an uninterrupted one. A row in none of them is read with the rows of the
+        request.
         """
         self._read, self._lengths = read, lengths
-        self._company = {row: rows for rows in reversed(together) for row in rows}
+        self._batch_of = {row: rows for rows in reversed(together) for row in rows}
         self._begins: dict[int, int] = {}
         self._used = 0
         self._states: Tensor | None = None
-        """All rows in one block: many small ones would tear the heap between the batches of training."""
+        """All rows in one block: many small ones would fragment the heap between training batches."""
 
     def of(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """The states [B, T, W] of some rows, zeros past the end of each."""
         fresh: dict[int, Tensor] = {}
         for row in rows:
             if row not in fresh and row not in self._begins:
-                company = self._company.get(row, rows)
-                fresh.update(zip(company, self._read(company), strict=True))
-        found = [fresh[row] if row in fresh else self._held(row).to(device) for row in rows]
+                batch = self._batch_of.get(row, rows)
+                fresh.update(zip(batch, self._read(batch), strict=True))
+        found = [self._held(row).to(device) if row in self._begins else fresh[row] for row in rows]
         for row, states_TW in fresh.items():
             self._keep(row, states_TW)
         return pad_sequence(found, batch_first=True)

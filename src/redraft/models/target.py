@@ -48,7 +48,7 @@ class Reading:
 class Target:
     """A loaded target model with its tokenizer. Its weights are never changed.
 
-    `runs_layers`: that reading a row computes its layers, which costs more than keeping what they said.
+    `runs_layers` is False where reading a row looks up stored states, so that keeping them again saves nothing.
     """
 
     runs_layers = True

@@ -60,7 +60,7 @@ class CaptureFleet:
             left = [server for server in self.servers if server.address not in lost]
             if not left:
                 raise next(reversed(lost.values()))
-            # In turns: a first server that takes as many rows as it has places leaves none to the others.
+            # Servers alternate: a batch of fewer rows than `concurrency` would go to the first server alone.
             turns = range(max(server.concurrency for server in left))
             workers = [s for at in turns for s in left if at < s.concurrency]
             with ThreadPoolExecutor(len(workers)) as pool:

@@ -25,12 +25,12 @@ from .reply import Reply, Trouble, shown, text_of
 KEY, OTHER_KEY = "REDRAFT_API_KEY", "OPENAI_API_KEY"
 CONNECT_SECONDS, LOOK_SECONDS = 10.0, 30.0
 """The longest wait for a connection, and for a reply that takes no generating."""
-AGAIN_SECONDS = 15.0
-"""How often a server that owes a reply is looked at. One that was told to end (SIGTERM) takes no more connections, and may
-keep an open one for as long as the client does without ever replying there: vLLM 0.32 does."""
+CHECK_SECONDS = 15.0
+"""How often a server is checked while a request is open. A server that is shutting down (SIGTERM) accepts no more
+connections, and may keep an open one without ever replying, as vLLM 0.32 does."""
 IDLE_SECONDS = 2.0
 """How long an idle connection is kept: less than servers keep it, which would close it under a request."""
-LOOKED_AT = "/health"
+HEALTH = "/health"
 FAILURES = (httpx.RequestError, httpx.InvalidURL)
 Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
@@ -81,20 +81,18 @@ class Client(_Endpoint[httpx.Client]):
             except BaseException as problem:  # noqa: BLE001 - the caller raises it
                 found.set_exception(problem)
 
-        # A thread that Python does not wait for at its end: nothing else gives up a reply that never comes.
+        # A daemon thread: Python does not wait for it at exit, even if the reply never comes.
         threading.Thread(target=ask, daemon=True).start()
-        while not wait([found], AGAIN_SECONDS).done:
+        while not wait([found], CHECK_SECONDS).done:
             if self._gone():
-                raise _ended()
+                raise _shut_down()
         return found.result()
 
     def _gone(self) -> bool:
         try:
-            self.http.get(self.url + LOOKED_AT, timeout=CONNECT_SECONDS)
-        except httpx.ConnectError:
-            return True
-        except FAILURES:
-            return False
+            self.http.get(self.url + HEALTH, timeout=CONNECT_SECONDS)
+        except FAILURES as problem:
+            return isinstance(problem, httpx.ConnectError)
         return False
 
     def _whole(self, path: str, body: dict[str, Any] | None) -> Reply:
@@ -134,27 +132,25 @@ class AsyncClient(_Endpoint[httpx.AsyncClient]):
         return self._reply(response, response.content).content()
 
     async def _come(self, sending: asyncio.Future[httpx.Response], limit: float) -> None:
-        """Return when the reply is there. Raises Trouble when none comes."""
+        """Wait for the reply. Raises Trouble for a server that is too slow or shutting down."""
         end = time.monotonic() + limit
         while not sending.done():
             # asyncio.wait_for before Python 3.12 swallows a cancellation that meets the reply.
             await asyncio.wait(
-                {sending}, timeout=min(max(end - time.monotonic(), 0), AGAIN_SECONDS)
+                {sending}, timeout=min(max(end - time.monotonic(), 0), CHECK_SECONDS)
             )
             if sending.done():
                 return
             if time.monotonic() >= end:
                 raise _too_slow(limit)
             if await self._gone():
-                raise _ended()
+                raise _shut_down()
 
     async def _gone(self) -> bool:
         try:
-            await self.http.get(self.url + LOOKED_AT, timeout=CONNECT_SECONDS)
-        except httpx.ConnectError:
-            return True
-        except FAILURES:
-            return False
+            await self.http.get(self.url + HEALTH, timeout=CONNECT_SECONDS)
+        except FAILURES as problem:
+            return isinstance(problem, httpx.ConnectError)
         return False
 
 
@@ -214,8 +210,10 @@ def _too_slow(limit: float) -> Trouble:
     return Trouble(f"gave no whole reply within {limit:g} s")
 
 
-def _ended() -> Trouble:
-    return Trouble("takes no more connections, and owes a reply: it is ending", reached=False)
+def _shut_down() -> Trouble:
+    return Trouble(
+        "is shutting down: it accepts no more connections while a request is open", reached=False
+    )
 
 
 def _cause(problem: BaseException) -> str:

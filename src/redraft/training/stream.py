@@ -1,6 +1,6 @@
 """The stream of batches that adapters train on, with the target's output on each.
 
-What the target says of an answer is the same in every epoch, so it is kept in memory where it fits.
+The target's states of an answer are the same in every epoch, so they are kept in memory where they fit.
 """
 
 from __future__ import annotations
@@ -48,10 +48,9 @@ class AnswerStream:
         self.kept_mb = 0.0
 
     def keep(self, heldout: Sequence[Answer]) -> None:
-        """Keep what the target says of answers that are read again, where this machine's memory has space for that and for what
-        it says of `heldout` ones.
+        """Keep the target's states of answers that are read again, if they and those of the `heldout` answers fit into memory.
 
-        Not where several processes share out the answers: each gets other ones in each epoch.
+        Several processes keep nothing: each gets other answers in each epoch.
         """
         if not self.target.runs_layers or ranks.shares() > 1:
             return
@@ -76,7 +75,7 @@ class AnswerStream:
         self.kept, self.kept_mb = KeptStates(self._states_of_rows, lengths, parts), size
 
     def with_kept(self, predicted: float) -> float:
-        """The peak in MB with what is kept, which is let go where the run leaves no space for it."""
+        """The predicted peak in MB plus the kept states, which are dropped where they do not fit next to the run."""
         if self.target.device.type != "cpu" or self.kept is None:
             return predicted
         if ranks.agreed(fits(self.target.device, predicted + self.kept_mb)):
