@@ -97,11 +97,9 @@ def test_a_large_target_is_planned_without_its_weights(tmp_path: Path) -> None:
     assert not found.fits
     assert any("features" in line for line in lines_of(found) if line.startswith("fits"))
     halved = plan(target, Sizes(draft_vocab=32000), TrainConfig(), device_named("H100"), 2)
-    # One process reads an answer once, of several each reads its own in each pass.
     assert halved.draft_flops == found.draft_flops
-    assert 3.5 < halved.target_flops / found.target_flops < TrainConfig().epochs
-    total = halved.target_flops + halved.draft_flops
-    assert halved.train_seconds == pytest.approx(total / device_named("H100").flops / 2)
+    assert halved.target_flops == found.target_flops, "an answer is read once"
+    assert halved.train_seconds == pytest.approx(found.train_seconds / 2)
     assert halved.train_bytes <= found.train_bytes
     huge = TrainConfig(method="full")  # the gradients of a whole head alone are more
     worse = plan(target, Sizes(), huge, device_named("T4"))

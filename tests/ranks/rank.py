@@ -5,12 +5,15 @@ In ARGUMENTS {rank} stands for the rank.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,10 +27,12 @@ from redraft.core.files import write_tensors, write_text
 from redraft.core.records import Answer
 from redraft.decoding.sampling import Sampling
 from redraft.metrics.measure import answer_all
+from redraft.models.batching import Batch
 from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.models.tensor_parallel import TENSOR_PARALLEL
 from redraft.training import adapter_run
+from redraft.training.stream import AnswerStream
 from redraft.training.train import train, train_adapters
 from tests.conftest import asked, fresh_draft
 
@@ -55,17 +60,33 @@ WRONG = "wrong"
 def train_all(
     folder: str, device_map: str | None = None, cases: dict[str, dict[str, Any]] = CASES
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each case, and their held-out taus, trained in float64."""
+    """The tensors of each case, their held-out taus and the rows that the target read, trained in float64."""
     target = load_target(folder, dtype="float64", device_map=device_map)
     answers = answer_all(target, asked(target), 32, 8, Sampling())
     found = {}
     for name, changes in cases.items():
         config = dataclasses.replace(CONFIG, **changes)
-        trained = train(target, fresh_draft(target), answers, answers[:4], config, k=3)
+        with rows_read() as rows:
+            trained = train(target, fresh_draft(target), answers, answers[:4], config, k=3)
         taus = torch.tensor([tau for _, tau in trained.record.heldout_tau], dtype=torch.float64)
         loss = torch.tensor(trained.record.final_loss, dtype=torch.float64)
-        found[name] = {**trained.tensors, "taus": taus, "loss": loss}
+        read = torch.tensor(float(sum(ranks.of_each_share(sum(rows)))))
+        found[name] = {**trained.tensors, "taus": taus, "loss": loss, "rows": read}
     return found | {"together": _together(target, answers)}
+
+
+@contextlib.contextmanager
+def rows_read() -> Iterator[list[int]]:
+    """How many rows this rank's target reads at a time to train on."""
+    found: list[int] = []
+    read = AnswerStream._states
+
+    def noted(stream: AnswerStream, indices: Sequence[int], batch: Batch) -> Tensor:
+        found.append(len(indices))
+        return read(stream, indices, batch)
+
+    with patch.object(AnswerStream, "_states", noted):
+        yield found
 
 
 def _together(target: Target, answers: list[Answer]) -> dict[str, Tensor]:

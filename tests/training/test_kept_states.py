@@ -13,6 +13,7 @@ from torch import Tensor
 from redraft.checkpoints.load import load_draft
 from redraft.config import TrainConfig
 from redraft.core import ranks
+from redraft.core.ranks import Place
 from redraft.core.records import Answer
 from redraft.models.kept_states import KeptStates
 from redraft.models.target import Reading, Target
@@ -114,6 +115,23 @@ def test_rows_are_read_in_the_batch_first_named() -> None:
     assert reader.read == [(1,)]
 
 
+def test_what_other_processes_read_is_not_read_again() -> None:
+    block = torch.zeros(sum(LENGTHS.values()), 3)
+    together = [[0, 1], [2, 3], [1, 2]]
+    one, other = (KeptStates(Reader(), LENGTHS, together, block) for _ in range(2))
+    last = KeptStates(reader := Reader(), LENGTHS, together, block)
+    expected = KeptStates(Reader(), LENGTHS, together)
+    one.of([0, 1], CPU)
+    other.of([2, 3], CPU)
+    last.others_read([0, 3])
+    assert torch.equal(last.of([1, 2], CPU), expected.of([1, 2], CPU)), "with those read with them"
+    assert reader.read == []
+    empty = KeptStates(reader, LENGTHS, together, torch.zeros_like(block))
+    empty.others_read([9])
+    empty.of([1, 2], CPU)
+    assert reader.read == [(0, 1), (2, 3)]
+
+
 # -- in training -----------------------------------------------------------------------------------
 
 
@@ -162,24 +180,44 @@ def test_they_are_not_kept_where_that_does_not_pay(
     assert [counting.rows.count(row) for row in heldout] == [4] * 4
 
 
-def test_processes_that_share_out_the_answers_read_on(
-    target: Target, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stream() -> stream_module.AnswerStream:
-        return stream_module.AnswerStream(
-            target, (1, 3), answers, [[0, 1], [2], [1, 0], [2]], False
-        )
+PLAN = [[0, 1, 2], [3], [0, 2, 1], [3]]
 
-    alone, shared = stream(), stream()
-    tokens = sum(len(a.prompt) + a.length for a in answers[:3])
-    alone.keep(())
-    assert alone.kept_mb == pytest.approx(tokens * 3 * target.hidden_size * 4 / 1e6)
-    assert alone.with_kept(5.0) == 5.0 + alone.kept_mb
-    assert (alone.read(4), alone.length(0, 4)) == (tokens, 2 * tokens)
-    monkeypatch.setattr(ranks, "shares", lambda: 2)
-    shared.keep(())
-    assert shared.kept is None
-    assert shared.read(4) == 2 * tokens
+
+def stream_of(target: Target, answers: list[Answer]) -> stream_module.AnswerStream:
+    return stream_module.AnswerStream(target, (1, 3), answers, PLAN, False)
+
+
+def test_what_is_kept_is_counted(target: Target, answers: list[Answer]) -> None:
+    stream = stream_of(target, answers)
+    tokens = sum(len(a.prompt) + a.length for a in answers[:4])
+    assert stream.read(4) == stream.length(0, 4) == 2 * tokens
+    stream.keep(())
+    assert stream.kept_mb == pytest.approx(tokens * 3 * target.hidden_size * 4 / 1e6)
+    assert stream.with_kept(5.0) == 5.0 + stream.kept_mb
+    assert (stream.read(4), stream.length(0, 4)) == (tokens, 2 * tokens)
+
+
+@pytest.mark.parametrize("machines", [[[0, 1]], [[0], [1]], None])
+def test_processes_of_a_machine_keep_answers_for_each_other(
+    target: Target,
+    answers: list[Answer],
+    machines: list[list[int]] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None: they cannot have memory in common."""
+    monkeypatch.setattr(ranks, "_here", Place(0, 2))
+    monkeypatch.setattr(ranks, "everyone", lambda said: [said, said])
+    monkeypatch.setattr(
+        stream_module,
+        "shared_tensor",
+        lambda shape, dtype: (torch.zeros(shape, dtype=dtype) if machines else None, machines),
+    )
+    stream = stream_of(target, answers)
+    stream.keep(())
+    assert (stream.kept is None) == (machines is None)
+    of_rows = [len(a.prompt) + a.length for a in answers[:4]]
+    twice = {1: [], 2: [1, 2]}[len(machines)] if machines else range(4)
+    assert stream.read(4) == sum(of_rows) + sum(of_rows[row] for row in twice)
 
 
 def test_a_batch_in_parts_is_read_in_parts(

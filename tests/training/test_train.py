@@ -821,6 +821,19 @@ def test_precision_goes_to_the_clearly_faster(
     assert len(set(seen)) >= 3, "one batch repeated hides the cost of new shapes"
 
 
+def test_a_very_long_step_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    seen = []
+    monkeypatch.setattr("redraft.training.precision.time.perf_counter", lambda: clock[0])
+
+    def step(at: int) -> None:
+        seen.append(at)
+        clock[0] += 30.0 if torch.is_autocast_enabled("cpu") else 40.0
+
+    assert choose_precision(torch.device("cpu"), step) == "bf16"
+    assert seen == [0, 0, 1, 1]
+
+
 def test_nothing_to_train_on_is_said(
     target: Target, trained_draft: Eagle3Draft, answers: list[Answer]
 ) -> None:

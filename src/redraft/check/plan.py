@@ -4,9 +4,9 @@ The target and the draft are built without numbers (PyTorch's `meta` tensors), s
 counted, the draft's operations and what its backward pass keeps are those of its own code; the target's are two per parameter and
 token that takes part, and its attention.
 
-    training          the target's layers once for each answer (in each pass, where several processes share out the answers),
-                      and for each pass the target's head and 3 x the draft's rollout and head, or less where less trains;
-                      divided by the rate of products
+    training          the target's layers once for each answer, and for each pass the target's head and 3 x the draft's rollout
+                      and head, or less where less trains; divided by the rate of products. Several devices are of one
+                      machine, whose processes keep an answer's states for each other
     answers           a step of 64 rows reads the weights that take part once: the longer of reading and computing
 
 Padding, prefill, and what the answers that are measured cost, are left out.
@@ -139,7 +139,7 @@ def plan(
     libraries = LIBRARIES["cpu" if device.measured and not torch.cuda.is_available() else "cuda"]
     epochs = config.epochs or 0.0
     seen = round(sizes.prompts * length * epochs)
-    read = round(sizes.prompts * length * (min(epochs, 1.0) if devices == 1 else epochs))
+    read = round(sizes.prompts * length * min(epochs, 1.0))
     kept = [layer for layer in draft.aux_layers if layer != target.num_layers]
     labels = (sizes.answer_tokens - 1) / length  # an answer's first token comes from the prefill
     steps = config.rollout if draft.feeds_back else 1

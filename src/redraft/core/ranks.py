@@ -171,9 +171,9 @@ def alone() -> Iterator[None]:
         _here = before
 
 
-def mine(items: Sequence[T]) -> Sequence[T]:
-    """This rank's share of a list that is the same on all ranks."""
-    return items if shares() == 1 else items[_here.rank :: _here.size]
+def mine(items: Sequence[T], of: int | None = None) -> Sequence[T]:
+    """The share of a rank (None: this one) of a list that is the same on all ranks."""
+    return items if shares() == 1 else items[_here.rank if of is None else of :: _here.size]
 
 
 def everyone(said: T) -> list[T]:
@@ -186,6 +186,11 @@ def everyone(said: T) -> list[T]:
     with _exchange():
         dist.all_gather_object(found, said)
     return found
+
+
+def all_agree(own: bool) -> bool:
+    """Whether each rank says yes."""
+    return all(everyone(own))
 
 
 def of_each_share(found: T) -> list[T]:

@@ -67,9 +67,9 @@ def collate(answers: Sequence[Answer], device: torch.device, *, lookahead: bool 
     )
 
 
-def shares(rows: int, parts: int) -> list[Sequence[int]]:
-    """The places in a batch of so many rows that this rank computes, in at most so many parts; none is empty."""
-    own = ranks.mine(range(rows))
+def shares(rows: int, parts: int, rank: int | None = None) -> list[Sequence[int]]:
+    """The places in a batch of so many rows that a rank (None: this one) computes, in at most so many parts; none is empty."""
+    own = ranks.mine(range(rows), rank)
     cuts = [len(own) * part // parts for part in range(parts + 1)]
     return [own[a:b] for a, b in itertools.pairwise(cuts) if a < b]
 

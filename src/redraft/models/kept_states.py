@@ -8,7 +8,8 @@ Shapes: B rows, T tokens, W numbers of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class KeptStates:
         read: Callable[[Sequence[int]], Sequence[Tensor]],
         lengths: Mapping[int, int],
         together: Sequence[Sequence[int]] = (),
+        block: Tensor | None = None,
     ):
         """`read` computes rows as one batch and returns the states [T, W] of each. `lengths` are the numbers of tokens of the
         rows to keep; other rows are read each time.
@@ -30,36 +32,43 @@ class KeptStates:
         `together` are the batches in which rows are read; the first with a row counts. A batch of other rows rounds otherwise,
         and a resumed run must get the numbers of an uninterrupted one. A row in none of them is read with the rows of the
         request.
+
+        `block` [tokens of all rows, W] is where they are kept, which other processes may fill too (see `others_read`); without
+        one it is made at the first reading. It is one, because many small ones would fragment the heap between training batches.
         """
-        self._read, self._lengths = read, lengths
+        self._read, self._lengths, self._block = read, lengths, block
         self._batch_of = {row: rows for rows in reversed(together) for row in rows}
-        self._begins: dict[int, int] = {}
-        self._used = 0
-        self._states: Tensor | None = None
-        """All rows in one block: many small ones would fragment the heap between training batches."""
+        ends = itertools.accumulate(lengths.values())
+        self._ends = dict(zip(lengths, ends, strict=True))
+        self._kept: set[int] = set()
 
     def of(self, rows: Sequence[int], device: torch.device) -> Tensor:
         """The states [B, T, W] of some rows, zeros past the end of each."""
         fresh: dict[int, Tensor] = {}
         for row in rows:
-            if row not in fresh and row not in self._begins:
+            if row not in fresh and row not in self._kept:
                 batch = self._batch_of.get(row, rows)
                 fresh.update(zip(batch, self._read(batch), strict=True))
-        found = [self._held(row).to(device) if row in self._begins else fresh[row] for row in rows]
+        found = [self._place(row).to(device) if row in self._kept else fresh[row] for row in rows]
         for row, states_TW in fresh.items():
             self._keep(row, states_TW)
         return pad_sequence(found, batch_first=True)
 
-    def _held(self, row: int) -> Tensor:
-        assert self._states is not None, "a row has a place"
-        return self._states[self._begins[row] :][: self._lengths[row]]
+    def others_read(self, rows: Iterable[int]) -> None:
+        """Other processes filled the block's places of these rows, and of those that are read with them."""
+        batches = (self._batch_of.get(row, (row,)) for row in rows)
+        self._kept |= {row for batch in batches for row in batch} & self._lengths.keys()
+
+    def _place(self, row: int) -> Tensor:
+        assert self._block is not None, "a row was read"
+        end = self._ends[row]
+        return self._block[end - self._lengths[row] : end]
 
     def _keep(self, row: int, states_TW: Tensor) -> None:
-        if row in self._begins or row not in self._lengths:
+        if row in self._kept or row not in self._lengths:
             return
-        if self._states is None:
+        if self._block is None:
             size = (sum(self._lengths.values()), states_TW.shape[1])
-            self._states = torch.empty(size, dtype=states_TW.dtype)
-        self._begins[row] = self._used
-        self._used += self._lengths[row]
-        self._held(row).copy_(states_TW)
+            self._block = torch.empty(size, dtype=states_TW.dtype)
+        self._place(row).copy_(states_TW)
+        self._kept.add(row)

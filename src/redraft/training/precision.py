@@ -11,7 +11,8 @@ import torch
 
 from ..core import ranks
 
-PROBE_SECONDS = 0.2
+PROBE_SECONDS, ENOUGH_SECONDS = 0.2, 5.0
+"""Timed at least, and after which no further round is timed."""
 ROUNDS = 3
 WORTH = 1.5
 """bf16 must be this many times faster to be chosen. On a CPU its products are compiled for each new
@@ -42,8 +43,8 @@ def choose_precision(
     for precision in seconds:
         with autocast(device, precision):
             step(0)  # warm-up
-    rounds = 1
-    while sum(seconds.values()) < PROBE_SECONDS or rounds <= ROUNDS:
+    rounds, spent = 1, 0.0
+    while spent < PROBE_SECONDS or (rounds <= ROUNDS and spent < ENOUGH_SECONDS):
         for precision in seconds:
             began = time.perf_counter()
             with autocast(device, precision):
@@ -51,7 +52,7 @@ def choose_precision(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds[precision] += ranks.agreed(time.perf_counter() - began)
-        rounds += 1
+        rounds, spent = rounds + 1, sum(seconds.values())
     if seconds["fp32"] / (rounds - 1) >= LONG_SECONDS:
         worth = min(worth, WORTH_FIXED)
     return "bf16" if seconds["bf16"] * worth < seconds["fp32"] else "fp32"

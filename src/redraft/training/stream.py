@@ -1,12 +1,14 @@
 """The stream of batches that adapters train on, with the target's output on each.
 
-The target's states of an answer are the same in every epoch, so they are kept in memory where they fit.
+The target's states of an answer are the same in every epoch, so they are kept in memory where they fit. Processes that share
+out the batches have that memory in common on each machine: there an answer is read by the one that gets it first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..core import ranks
 from ..core.records import Answer
+from ..core.shared_memory import shared_tensor
 from ..models.batching import Batch, collate, shares
 from ..models.kept_states import KeptStates
 from ..models.target import Target
@@ -46,13 +49,12 @@ class AnswerStream:
         self.hold, self.accumulate = hold, accumulate
         self.kept: KeptStates | None = None
         self.kept_mb = 0.0
+        self.machines = [[ranks.rank()]]
+        self._last: list[int] = []
 
     def keep(self, heldout: Sequence[Answer]) -> None:
-        """Keep the target's states of answers that are read again, if they and those of the `heldout` answers fit into memory.
-
-        Several processes keep nothing: each gets other answers in each epoch.
-        """
-        if not self.target.runs_layers or ranks.shares() > 1:
+        """Keep the target's states of answers that are read again, if they and those of the `heldout` answers fit into memory."""
+        if not self.target.runs_layers:
             return
         uses = Counter(i for indices in self.plan for i in indices)
         looked_at = {i for indices in self.plan[:CALIBRATION_BATCHES] for i in indices}
@@ -61,27 +63,44 @@ class AnswerStream:
             for i, count in uses.items()
             if count > 1 or i in looked_at
         }
-        width = len(layers_read(self.target, self.aux_layers)) * self.target.hidden_size
-        tokens = sum(lengths.values()) + sum(len(a.prompt) + len(a.tokens) for a in heldout)
-        size = tokens * width * self.target.dtype.itemsize / MB
-        free = free_memory(torch.device("cpu"))
-        if not ranks.agreed(size * ranks.size() <= SHARE_KEPT * free):
+        width, dtype = self._of_a_token()
+        own = sum(lengths.values())
+        tokens = own + sum(len(a.prompt) + len(a.tokens) for a in heldout)
+        size = tokens * width * dtype.itemsize / MB
+        copies = ranks.size() if ranks.shares() == 1 else 1
+        if not ranks.all_agree(copies * size <= SHARE_KEPT * free_memory(torch.device("cpu"))):
             return
+        block = None
+        if ranks.shares() > 1:
+            block, self.machines = shared_tensor((own, width), dtype)
+            if block is None:
+                return
         parts = [
             [indices[i] for i in places]
             for indices in self.plan
-            for places in shares(len(indices), self.accumulate)
+            for rank in range(ranks.shares())
+            for places in shares(len(indices), self.accumulate, rank)
         ]
-        self.kept, self.kept_mb = KeptStates(self._states_of_rows, lengths, parts), size
+        self.kept, self.kept_mb = KeptStates(self._states_of_rows, lengths, parts, block), size
 
     def with_kept(self, predicted: float) -> float:
         """The predicted peak in MB plus the kept states, which are dropped where they do not fit next to the run."""
         if self.target.device.type != "cpu" or self.kept is None:
             return predicted
-        if ranks.agreed(fits(self.target.device, predicted + self.kept_mb)):
+        if ranks.all_agree(fits(self.target.device, predicted + self.kept_mb)):
             return predicted + self.kept_mb
         self.kept = None
         return predicted
+
+    @torch.no_grad()
+    def _of_a_token(self) -> tuple[int, torch.dtype]:
+        """How many numbers the states of a token are, and of which type."""
+        first = self.answers[self.plan[0][0]]
+        with self.target.giving([first]):
+            layers = layers_read(self.target, self.aux_layers)
+            row_11 = self._batch(self.plan[0][:1]).tokens_BT[:, :1]
+            states_11W = self.target.read(row_11, layers, keep=1).features_BTF
+        return states_11W.shape[-1], states_11W.dtype
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return collate([self.answers[i] for i in indices], self.target.device)
@@ -122,17 +141,43 @@ class AnswerStream:
     @functools.cached_property
     def first_teacher_batches(self) -> list[TeacherBatch]:
         """What runs look at before they train, read once for all."""
-        return [self._read(indices, (), self.kept) for indices in self.plan[:CALIBRATION_BATCHES]]
+        first = range(len(self.plan[:CALIBRATION_BATCHES]))
+        if self.kept is not None:
+            for at in first:
+                for places in shares(len(self.plan[at]), self.accumulate):
+                    self.kept.of([self.plan[at][i] for i in places], self.target.device)
+            ranks.wait()
+            self._note(first)
+        return [self._read(self.plan[at], (), self.kept) for at in first]
 
     def teacher_batch(self, at: int) -> TeacherBatch:
-        """A whole batch as the target reads it, for probes of how long that takes."""
-        return self._read(self.plan[at % len(self.plan)], (), None)
+        """A whole batch, for probes of how long a step takes; the target reads those of which nothing is kept yet."""
+        kept = self.kept if at < CALIBRATION_BATCHES else None
+        return self._read(self.plan[at % len(self.plan)], (), kept)
 
     def parts(self, at: int) -> Iterator[TeacherBatch]:
-        """This rank's share of a batch, in so many parts as are accumulated; a share may be empty."""
+        """This rank's share of a batch, in so many parts as are accumulated; a share may be empty.
+
+        Between two steps the ranks wait for each other, as they add up their gradients.
+        """
         indices = self.plan[at]
+        self._note(self._last)
+        self._last = [at]
         for places in shares(len(indices), self.accumulate):
             yield self._read([indices[i] for i in places], places, self.kept)
+
+    def _note(self, steps: Iterable[int]) -> None:
+        """What the ranks of this machine read for some steps is there now."""
+        if self.kept is not None:
+            here = next(some for some in self.machines if ranks.rank() in some)
+            self.kept.others_read(self._rows(here, steps))
+
+    def _rows(self, some: Iterable[int], steps: Iterable[int]) -> Iterator[int]:
+        """The rows that some ranks compute in some steps."""
+        for rank, at in itertools.product(some, steps):
+            indices = self.plan[at]
+            for places in shares(len(indices), self.accumulate, rank):
+                yield from (indices[i] for i in places)
 
     def _read(
         self, indices: Sequence[int], places: Sequence[int], kept: KeptStates | None
@@ -155,9 +200,10 @@ class AnswerStream:
         return self._tokens(i for batch in self.plan[begin:end] for i in batch)
 
     def read(self, end: int) -> int:
-        """Tokens that the target reads for the steps before `end`."""
-        rows = [i for indices in self.plan[:end] for i in indices]
-        return self._tokens(rows if self.kept is None else set(rows))
+        """Tokens that the target reads for the steps before `end`, on all ranks; of an answer that is kept once on each machine."""
+        if self.kept is None:
+            return self.length(0, end)
+        return sum(self._tokens(set(self._rows(some, range(end)))) for some in self.machines)
 
     def _tokens(self, rows: Iterable[int]) -> int:
         return sum(len(self.answers[i].prompt) + self.answers[i].length for i in rows)
