@@ -197,27 +197,72 @@ def test_what_is_kept_is_counted(target: Target, answers: list[Answer]) -> None:
     assert (stream.read(4), stream.length(0, 4)) == (tokens, 2 * tokens)
 
 
-@pytest.mark.parametrize("machines", [[[0, 1]], [[0], [1]], None])
 def test_processes_of_a_machine_keep_answers_for_each_other(
-    target: Target,
-    answers: list[Answer],
-    machines: list[list[int]] | None,
-    monkeypatch: pytest.MonkeyPatch,
+    counting: Counting, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None: they cannot have memory in common."""
+    """Two ranks on one block, one after the other in each step."""
+    block: list[Tensor] = []
+
+    def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        block.append(block[0] if block else torch.zeros(shape, dtype=dtype))
+        return block[0]
+
+    monkeypatch.setattr(ranks, "everyone", lambda said: [said, said])
+    monkeypatch.setattr(stream_module, "shared_tensor", shared)
+    streams = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "_here", Place(rank, 2))
+        streams.append(stream_of(counting, answers))
+        streams[rank].keep(())
+    features: dict[tuple[int, int], Tensor] = {}
+    read = []
+    for at, indices in enumerate(PLAN):
+        for rank in range(2):
+            monkeypatch.setattr(ranks, "_here", Place(rank, 2))
+            counting.rows.clear()
+            for part in streams[rank].parts(at):
+                for place, states in zip(part.places, part.features_BTF, strict=True):
+                    features[at, indices[place]] = states
+            read.append(len(counting.rows))
+    assert read == [2, 1, 1, 0, 0, 0, 0, 0], "in the first pass, by the one that gets it"
+    for row in range(4):
+        first, again = (states for (_, i), states in features.items() if i == row)
+        length = len(answers[row].prompt) + answers[row].length
+        assert torch.equal(first[:length], again[:length])
+        assert first[:length].any(dim=1).all()
+    assert streams[0].read(4) == streams[0].length(0, 2)
+
+
+def test_a_rank_that_goes_on_reads_what_it_needs(
+    counting: Counting, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was read in a step that this process took is taken for read; some steps may be left out."""
     monkeypatch.setattr(ranks, "_here", Place(0, 2))
     monkeypatch.setattr(ranks, "everyone", lambda said: [said, said])
     monkeypatch.setattr(
-        stream_module,
-        "shared_tensor",
-        lambda shape, dtype: (torch.zeros(shape, dtype=dtype) if machines else None, machines),
+        stream_module, "shared_tensor", lambda shape, dtype: torch.zeros(shape, dtype=dtype)
     )
+    stream = stream_of(counting, answers)
+    stream.keep(())
+    counting.rows.clear()
+    (part,) = stream.parts(2)
+    assert len(counting.rows) == 3, "rows 0 and 1, and 2, which is read with row 0"
+    assert part.features_BTF.any(dim=2).sum() == sum(len(a.prompt) + a.length for a in answers[:2])
+    (part,) = stream.parts(3)
+    assert part.features_BTF.any(), "row 3 was in no step"
+    assert len(counting.rows) == 4
+
+
+def test_processes_without_memory_in_common_read_on(
+    target: Target, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_here", Place(0, 2))
+    monkeypatch.setattr(ranks, "everyone", lambda said: [said, said])
+    monkeypatch.setattr(stream_module, "shared_tensor", lambda shape, dtype: None)
     stream = stream_of(target, answers)
     stream.keep(())
-    assert (stream.kept is None) == (machines is None)
-    of_rows = [len(a.prompt) + a.length for a in answers[:4]]
-    twice = {1: [], 2: [1, 2]}[len(machines)] if machines else range(4)
-    assert stream.read(4) == sum(of_rows) + sum(of_rows[row] for row in twice)
+    assert stream.kept is None
+    assert stream.read(4) == stream.length(0, 4)
 
 
 def test_a_batch_in_parts_is_read_in_parts(

@@ -6,7 +6,7 @@ token that takes part, and its attention.
 
     training          the target's layers once for each answer, and for each pass the target's head and 3 x the draft's rollout
                       and head, or less where less trains; divided by the rate of products. Several devices are of one
-                      machine, whose processes keep an answer's states for each other
+                      machine, and the states of all answers fit into its memory (see `training/stream.py`)
     answers           a step of 64 rows reads the weights that take part once: the longer of reading and computing
 
 Padding, prefill, and what the answers that are measured cost, are left out.

@@ -1,14 +1,13 @@
 """The stream of batches that adapters train on, with the target's output on each.
 
-The target's states of an answer are the same in every epoch, so they are kept in memory where they fit. Processes that share
-out the batches have that memory in common on each machine: there an answer is read by the one that gets it first.
+The target's states of an answer are the same in every epoch, so they are kept in memory where they fit. Processes of
+one machine that share out the batches have that memory in common: an answer is read by the one that gets it first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,11 +48,13 @@ class AnswerStream:
         self.hold, self.accumulate = hold, accumulate
         self.kept: KeptStates | None = None
         self.kept_mb = 0.0
-        self.machines = [[ranks.rank()]]
         self._last: list[int] = []
 
     def keep(self, heldout: Sequence[Answer]) -> None:
-        """Keep the target's states of answers that are read again, if they and those of the `heldout` answers fit into memory."""
+        """Keep the target's states of answers that are read again, if they and those of the `heldout` answers fit into memory.
+
+        Ranks of several machines keep nothing: each gets other answers in each epoch.
+        """
         if not self.target.runs_layers:
             return
         uses = Counter(i for indices in self.plan for i in indices)
@@ -63,16 +64,16 @@ class AnswerStream:
             for i, count in uses.items()
             if count > 1 or i in looked_at
         }
-        width, dtype = self._of_a_token()
+        width = len(layers_read(self.target, self.aux_layers)) * self.target.hidden_size
         own = sum(lengths.values())
         tokens = own + sum(len(a.prompt) + len(a.tokens) for a in heldout)
-        size = tokens * width * dtype.itemsize / MB
+        size = tokens * width * self.target.dtype.itemsize / MB
         copies = ranks.size() if ranks.shares() == 1 else 1
         if not ranks.all_agree(copies * size <= SHARE_KEPT * free_memory(torch.device("cpu"))):
             return
         block = None
         if ranks.shares() > 1:
-            block, self.machines = shared_tensor((own, width), dtype)
+            block = shared_tensor((own, width), self._dtype())
             if block is None:
                 return
         parts = [
@@ -93,14 +94,12 @@ class AnswerStream:
         return predicted
 
     @torch.no_grad()
-    def _of_a_token(self) -> tuple[int, torch.dtype]:
-        """How many numbers the states of a token are, and of which type."""
-        first = self.answers[self.plan[0][0]]
-        with self.target.giving([first]):
-            layers = layers_read(self.target, self.aux_layers)
-            row_11 = self._batch(self.plan[0][:1]).tokens_BT[:, :1]
-            states_11W = self.target.read(row_11, layers, keep=1).features_BTF
-        return states_11W.shape[-1], states_11W.dtype
+    def _dtype(self) -> torch.dtype:
+        """The type of the states, which may be another than that of the weights."""
+        first = self.plan[0][:1]
+        with self.target.giving([self.answers[first[0]]]):
+            row_11 = self._batch(first).tokens_BT[:, :1]
+            return self.target.read(row_11, self.aux_layers, keep=1).features_BTF.dtype
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         return collate([self.answers[i] for i in indices], self.target.device)
@@ -167,17 +166,9 @@ class AnswerStream:
             yield self._read([indices[i] for i in places], places, self.kept)
 
     def _note(self, steps: Iterable[int]) -> None:
-        """What the ranks of this machine read for some steps is there now."""
+        """What the ranks read for some steps is there now."""
         if self.kept is not None:
-            here = next(some for some in self.machines if ranks.rank() in some)
-            self.kept.others_read(self._rows(here, steps))
-
-    def _rows(self, some: Iterable[int], steps: Iterable[int]) -> Iterator[int]:
-        """The rows that some ranks compute in some steps."""
-        for rank, at in itertools.product(some, steps):
-            indices = self.plan[at]
-            for places in shares(len(indices), self.accumulate, rank):
-                yield from (indices[i] for i in places)
+            self.kept.others_read(i for at in steps for i in self.plan[at])
 
     def _read(
         self, indices: Sequence[int], places: Sequence[int], kept: KeptStates | None
@@ -200,10 +191,9 @@ class AnswerStream:
         return self._tokens(i for batch in self.plan[begin:end] for i in batch)
 
     def read(self, end: int) -> int:
-        """Tokens that the target reads for the steps before `end`, on all ranks; of an answer that is kept once on each machine."""
-        if self.kept is None:
-            return self.length(0, end)
-        return sum(self._tokens(set(self._rows(some, range(end)))) for some in self.machines)
+        """Tokens that the target reads for the steps before `end`."""
+        rows = [i for indices in self.plan[:end] for i in indices]
+        return self._tokens(rows if self.kept is None else set(rows))
 
     def _tokens(self, rows: Iterable[int]) -> int:
         return sum(len(self.answers[i].prompt) + self.answers[i].length for i in rows)

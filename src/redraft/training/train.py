@@ -170,6 +170,7 @@ def _train(
         for run in runs:
             go_back(target, run, heldout, k, guard)
     finished = [_finished(stream, run, len(runs), precision, predicted) for run in runs]
+    stream.kept = None  # which holds the stream: only a collection of garbage would free the two
     for one, each in zip(finished, kept, strict=True):
         each.log.finish({name: getattr(one.record, name) for name in COSTS})
     return finished
