@@ -13,10 +13,12 @@ from torch import Tensor
 from redraft.checkpoints.load import load_draft
 from redraft.config import TrainConfig
 from redraft.core import ranks
+from redraft.core.errors import UserError
 from redraft.core.ranks import Place
 from redraft.core.records import Answer
 from redraft.models.kept_states import KeptStates
 from redraft.models.target import Reading, Target
+from redraft.training import memory
 from redraft.training import stream as stream_module
 from redraft.training.train import Trained, train
 
@@ -263,6 +265,15 @@ def test_processes_without_memory_in_common_read_on(
     stream.keep(())
     assert stream.kept is None
     assert stream.read(4) == stream.length(0, 4)
+
+
+def test_what_does_not_fit_is_refused_before_the_target_reads(
+    counting: Counting, draft_folder: Path, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1.0)
+    with pytest.raises(UserError, match="MB at the peak"):
+        trained(counting, draft_folder, answers)
+    assert not counting.rows
 
 
 def test_a_batch_in_parts_is_read_in_parts(

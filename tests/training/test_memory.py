@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from redraft.check.plan import Planned
+from redraft.config import TrainConfig
 from redraft.core.errors import UserError
 from redraft.models.target import Target
 from redraft.training import memory
-from tests.conftest import tiny_model
+from tests.conftest import fresh_draft, tiny_model
 
 MEASURE = """
 import json, sys
@@ -105,6 +107,23 @@ def test_the_last_logits_of_many_rows_cost_no_copies_of_the_head() -> None:
     )
     head = 150_000 * 64 * 2 / 1e6
     assert float(json.loads(done.stdout)) < 5 * head  # 32 copies before
+
+
+def test_what_is_there_anyway_is_not_counted_for_each_token(target: Target) -> None:
+    """A draft's table of positions grows with the longest row that it saw, and stays."""
+    draft = fresh_draft(target).requires_grad_(True)
+    run = Planned(draft, TrainConfig(rollout=3), list(draft.parameters()))
+
+    def growth(tokens: int) -> float:
+        return memory.predict_growth(target, [run], tokens, tokens)
+
+    before = growth(10_000)
+    draft.rotary(10_000, torch.zeros(1))
+    assert growth(10_000) == before
+    activations = growth(20_000) - growth(10_000)
+    per_token = sum(memory._saved_per_token(draft, 3))
+    assert per_token > 3 * 10 * draft.hidden_size, "of each step several states"
+    assert activations * 1e6 > 10_000 * per_token
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_numbers(

@@ -144,29 +144,31 @@ def columns(target: Target, draft: Draft) -> int:
 
 
 def _saved_per_token(draft: Draft, steps: int) -> list[float]:
-    """Bytes that the backward pass of each rollout step keeps, per token, counted on a short row."""
+    """Bytes that the backward pass of each rollout step keeps, per token, counted on a short row.
+
+    It is rolled out twice: what both keep is there anyway, as parameters and tables of positions are.
+    """
     device = next(draft.parameters()).device
     dtype = next(p.dtype for p in draft.parameters())
     tokens = torch.zeros(1, PROBE + steps, dtype=torch.long, device=device)
     features = torch.zeros(1, PROBE + steps, draft.feature_size, dtype=dtype, device=device)
-    own = {p.untyped_storage()._cdata for p in draft.parameters()}
-    seen: set[int] = set(own)
-    total = 0
+    before: dict[int, torch.UntypedStorage] = {}  # by their place, kept so that none is used again
+    now: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
         storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            total += storage.nbytes()
+        now[storage._cdata] = storage
         return tensor
 
-    found, kept = [], []
+    alive = []
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        for states in draft.rollout(tokens, features, 0, steps):
-            kept.append(states)  # alive, so that no storage is counted twice
-            found.append(total / states.shape[1])
-            total = 0
+        for _ in range(2):
+            found, counted, before, now = [], 0, now, {}
+            for states in draft.rollout(tokens, features, 0, steps):
+                alive.append(states)
+                new = sum(storage.nbytes() for place, storage in now.items() if place not in before)
+                found.append((new - counted) / states.shape[1])
+                counted = new
     return found or [0.0]
 
 

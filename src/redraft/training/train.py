@@ -157,11 +157,18 @@ def _train(
     kept = [_Kept(*each) for each in zip(runs, folders, keys, strict=True)]
     for each in kept:
         each.resume()
+
+    def predict() -> float:
+        predicted = _predicted(target, runs, answers, plan)
+        check_memory(target, predicted, c.batch_tokens, max(lengths))
+        return predicted
+
+    predict()  # a first time before the target reads anything: of long rows that takes minutes
+    for run in runs:
+        run.flops = count_flops(stream.first_teacher_batches[0], run.draft, run.config)
     precision = _precision(stream, runs)
     del stream.first_teacher_batches
-    predicted = _predicted(target, runs, answers, plan)
-    check_memory(target, predicted, c.batch_tokens, max(lengths))
-    predicted = stream.with_kept(predicted)
+    predicted = stream.with_kept(predict())
     _announce(runs, plan, precision, predicted)
     for i, each in enumerate(kept):
         each.open_log(c.trackers if i == 0 else ())
@@ -280,12 +287,11 @@ def _run(
 ) -> AdapterRun:
     """A draft with its adapter attached, at its start."""
     method = config.method_value
-    teacher_batches = stream.first_teacher_batches
 
     @torch.no_grad()
     def calibrate() -> None:
         steps = config.rollout if draft.feeds_back else 1
-        for teacher_batch in teacher_batches:
+        for teacher_batch in stream.first_teacher_batches:
             batch = teacher_batch.batch
             for _ in draft.rollout(batch.tokens_BT, teacher_batch.features_BTF, batch.first, steps):
                 pass
@@ -299,7 +305,7 @@ def _run(
         stream.target, base, draft, method, config, stream.answers, stream.plan
     )
     trained = {name for name, _ in trainable}
-    run = AdapterRun(
+    return AdapterRun(
         draft,
         method,
         config,
@@ -311,8 +317,6 @@ def _run(
         hook,
         fitted,
     )
-    run.flops = count_flops(teacher_batches[0], draft, config)
-    return run
 
 
 def _remap(
