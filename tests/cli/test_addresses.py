@@ -107,6 +107,14 @@ def test_a_run_goes_on_on_another_machine(
     assert "train: nothing to do" not in err
     assert store.exists(f"{root}/run/adapter/model.safetensors")
 
+    code, out, err = run(capsys, monkeypatch, *(word for word in command if word != "--json"))
+    assert code == 0, err
+    err = " ".join(err.split())  # lines are broken to fit a terminal
+    assert f"redraft verify --run {bucket}/run measures" in out
+    assert f"nothing to do: every stage was done already; report {bucket}/run/report.html" in err
+    assert f"24 prompts from {bucket}/prompts.jsonl" in err
+    assert str(tmp_path) not in out + err, "people know addresses, not where copies lie"
+
 
 def test_a_mistake_in_an_address_is_a_sentence(
     bucket: str,

@@ -38,10 +38,12 @@ def test_every_kind_is_counted_as_a_live_loop_does(
         target = load_real(out, cell.target)
         draft = load_draft(str(out / DRAFTS[cell.draft].folder), target)
         for domain, (tau, low, high) in cell.tau.items():
+            assert low <= tau <= high
+            if cell.target == "base" and domain not in ("code", "chat"):
+                continue  # a live loop on each domain would take the longest of this test
             prompts = read_prompts(str(prompts_of(out, domain, "eval")), target).prompts
             traces, _ = live(target, draft, prompts, K, LONGEST)
             assert tau == pytest.approx(pooled_tau(traces))
-            assert low <= tau <= high
             assert cell.prompts[domain] == len(prompts)
         assert 1 <= cell.best <= K
         assert cell.c > 0

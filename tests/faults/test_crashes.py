@@ -52,7 +52,7 @@ LAZY = (
     "torch._dynamo",
 )
 """What a run imports late, seconds of it: kills are to hit the run."""
-FAULTS, DISK_FAULTS, KILLS = 200, 40, 20
+FAULTS, DISK_FAULTS, KILLS = 120, 40, 20
 REACH = (12, 60)
 
 

@@ -65,11 +65,13 @@ def adapt(
 
         print_json(to_json(result.report))
     else:
+        from ..core.remote import address_of
         from ..report.terminal import print_report
 
         print_report(result.report)
         if not result.worked:
-            say(f"nothing to do: every stage was done already; report {result.run / 'report.html'}")
+            page = address_of(result.run / "report.html")
+            say(f"nothing to do: every stage was done already; report {page}")
 
 
 def report(folder: str, output: OutputFlags) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from ..core.console import Waiting
 from ..core.errors import UserError
 from ..core.records import Prompt
+from ..core.remote import address_of
 from ..models.target import Target
 from .chat import Understood, understand
 from .disk_list import Picked, PromptPool
@@ -54,7 +55,7 @@ class PromptSet:
     notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        text = f"{len(self.prompts)} prompts from {self.source}"
+        text = f"{len(self.prompts)} prompts from {address_of(self.source)}"
         if self.left_out:
             line, reason = self.left_out[0]
             text += f"; {self.left_out_count} left out (first: line {line}: {reason})"

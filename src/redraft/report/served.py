@@ -47,7 +47,7 @@ def read_speed(run: Path, report: AdaptReport) -> Speed | None:
 
 def verify_command(report: AdaptReport) -> str:
     """The command that measures the speed-up of a run."""
-    return f"redraft verify --run {shlex.quote(str(Path(report.draft).parent))}"
+    return f"redraft verify --run {shlex.quote(report.draft.removesuffix('/draft'))}"
 
 
 def _counts(measured: Acceptance) -> tuple[float, ...]:
