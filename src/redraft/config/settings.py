@@ -256,7 +256,9 @@ class TrainConfig:
     )
     evaluations: int = _opt(8, "how often held-out tau is measured during training", low=1)
     patience: int = _opt(
-        3, "evaluations without a rise before training stops early, in its second half", low=1
+        3,
+        "evaluations without a rise before training stops early, in its second half and once it beat its start",
+        low=1,
     )
     precision: str = _opt(
         "auto",

@@ -87,11 +87,11 @@ class AdapterRun:
     def stalled(self) -> bool:
         """Whether the last `patience` evaluations brought no rise over those before them, nor the last one over these.
 
-        Not before half of the steps: much of the rise comes as the learning rate falls, after a fall at first where other
-        traffic is held out too.
+        Not before half of the steps, and not while the start is the best: much of the rise comes as the learning rate falls,
+        after a fall at first.
         """
         taus, patience = [tau for _, tau in self.state.heldout_tau], self.config.patience
-        if len(taus) <= patience or 2 * self.state.step < self.planned:
+        if len(taus) <= patience or 2 * self.state.step < self.planned or not self.state.best_step:
             return False
         rising = taus[-1] >= max(taus[-max(patience, 2) : -1]) + RISE
         return not rising and max(taus[-patience:]) < max(taus[:-patience]) + RISE
