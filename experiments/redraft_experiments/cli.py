@@ -18,6 +18,7 @@ from .flag_table import FLAGS
 from .real_cli import (
     bench_bank,
     bench_certificates,
+    bench_contexts,
     bench_fleet,
     bench_plan,
     bench_quantised,
@@ -512,6 +513,18 @@ for function, names, help in (
     ),
     (bench_bank, ("bank",), {"record": "also write the cell to this JSONL file"}),
     (bench_plan, ("plan",), {"record": "also write the cells to this JSONL file"}),
+    (
+        bench_contexts,
+        ("contexts",),
+        {
+            "target": "the target's folder",
+            "draft": "the draft's folder",
+            "out": "folder; run again to resume",
+            "called": "what to call the draft (default: its folder's name)",
+            "prompts": "texts of each length",
+            "record": "also write every cell of --out to this JSONL file",
+        },
+    ),
     (
         bench_scale,
         ("scale",),

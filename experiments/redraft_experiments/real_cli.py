@@ -276,6 +276,30 @@ def bench_plan(runs: list[str], output: OutputFlags, record: str | None = None) 
     show_cells(output, cells, print_cells, record, cells)
 
 
+def bench_contexts(
+    target: str,
+    draft: str,
+    out: str,
+    output: OutputFlags,
+    called: str | None = None,
+    data: str | None = None,
+    lengths: str = "256,1024,2048,4096",
+    prompts: int = 24,
+    k: int = 4,
+    record: str | None = None,
+) -> None:
+    """A draft's acceptance by how much the target has read before it answers.
+
+    Example: redraft bench contexts --target real/base --draft real/draft --data data --out contexts
+    """
+    from .contexts import bench_contexts as work
+    from .contexts import print_cells, read_cells
+
+    name = called or Path(draft).resolve().name
+    cells = work(target, draft, name, Path(out), data, numbers("--lengths", lengths), prompts, k)
+    show_cells(output, cells, print_cells, record, read_cells(Path(out)))
+
+
 def bench_scale(
     target: str,
     draft: str,

@@ -26,6 +26,18 @@ ROWS = 120
 
 
 @pytest.fixture
+def novels(tmp_path: Path) -> str:
+    """A folder of running texts."""
+    folder = tmp_path / "novels"
+    folder.mkdir()
+    for name in datasets.TEXT_FILES["novels"]:
+        with gzip.open(folder / name, "wt") as stream:
+            text = " ".join(f"word {i % 7} and {i % 11}" for i in range(600))
+            stream.write(json.dumps({"text": text}) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Every file of chats and of compared answers, with a few rows each."""
     folder = tmp_path / "data"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -14,18 +12,10 @@ from redraft_experiments import datasets, scale
 from redraft_experiments.scale import bench_scale
 
 
-@pytest.fixture
-def novels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of texts, and trainings small enough for a test."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name in datasets.TEXT_FILES["novels"]:
-        with gzip.open(folder / name, "wt") as stream:
-            text = " ".join(f"word {i % 7} and {i % 11}" for i in range(600))
-            stream.write(json.dumps({"text": text}) + "\n")
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SHORT": 48, "SHORT_ROWS": 4, "STEPS": 2, "HELDOUT_TOKENS": 24}.items():
         monkeypatch.setattr(scale, name, value)
-    return str(folder)
 
 
 @pytest.mark.bench
