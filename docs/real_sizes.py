@@ -1,4 +1,4 @@
-"""Two tables of the page on real models: the base's drafts of every kind, and what the size of a target costs."""
+"""Tables of the page on real models: the base's drafts of every kind, what the size of a target costs, and long contexts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from redraft_experiments.contexts import ContextCell
 from redraft_experiments.real_drafts import DRAFTS, Kept, Pruned
 from redraft_experiments.real_kinds import KindCell
 
 RESULTS = Path(__file__).parent / "results"
-KINDS = RESULTS / "real-kinds.jsonl"
+KINDS, CONTEXTS = RESULTS / "real-kinds.jsonl", RESULTS / "contexts-smollm2.jsonl"
 SIZES = {
     "nano": "toy suite `nano`",
     "smollm2": "SmolLM2-135M-Instruct",
@@ -60,3 +61,21 @@ def sizes_table() -> Iterator[str]:
             f"| {says} | {found['parameters'] / 1e6:.1f} M | {found['vocabulary']:,} | {found['draft_parameters'] / 1e6:.1f} M | "
             f"{' | '.join(speeds)} | {1000 * found['training_tflop'] / read:.2f} | {found['peak_memory_mb']:,} ({found['predicted_peak_mb']:,}) |"
         )
+
+
+def contexts_table() -> Iterator[str]:
+    """From `redraft bench contexts --record docs/results/contexts-smollm2.jsonl`."""
+    cells = [ContextCell.from_json(json.loads(line)) for line in CONTEXTS.read_text().splitlines()]
+    drafts = list(dict.fromkeys(cell.draft for cell in cells))
+    found = {(cell.draft, cell.length): cell for cell in cells}
+    yield f"| tokens read before the answer | {' | '.join(drafts)} |"
+    yield "|---" * (1 + len(drafts)) + "|"
+    for length in dict.fromkeys(cell.length for cell in cells):
+        taus = (
+            "{:.2f} [{:.2f}, {:.2f}]".format(*found[draft, length].tau)
+            if (draft, length) in found
+            else ""
+            for draft in drafts
+        )
+        tokens = next(cell.tokens for cell in cells if cell.length == length)
+        yield f"| {tokens:,.0f} | {' | '.join(taus)} |"
