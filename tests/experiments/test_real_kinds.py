@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("small_real")
 ROWS, LONGEST = ("eagle3", "eagle", "small-lm"), 12
 
 
+@pytest.mark.bench
 def test_every_kind_is_counted_as_a_live_loop_does(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,6 +52,7 @@ def test_every_kind_is_counted_as_a_live_loop_does(
     assert "small-lm" in capsys.readouterr().out
 
 
+@pytest.mark.bench
 def test_a_second_run_measures_only_a_draft_that_changed(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "real"
     build_real_suite(out, data=str(data), members=[], drafts=["eagle3", "eagle"])

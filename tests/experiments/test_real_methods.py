@@ -52,6 +52,7 @@ def suite(
 
 
 @pytest.mark.parametrize("member", ["math-sft", "code-lora"])
+@pytest.mark.bench
 def test_a_cell_measures_the_draft_on_the_way_to_the_trained_one(
     suite: Path, tmp_path: Path, small_real: list[RegenerateConfig], member: str
 ) -> None:
@@ -145,6 +146,7 @@ def test_no_share_of_the_way_is_the_unadapted_draft_and_all_of_it_the_trained_on
 
 
 @pytest.mark.parametrize("code", [0, 3])
+@pytest.mark.bench
 def test_a_rival_trains_in_an_environment_of_its_own(
     suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
