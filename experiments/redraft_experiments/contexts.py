@@ -30,7 +30,7 @@ from redraft.models.loading import load_target
 from redraft.models.target import Target
 from redraft.pipeline.run_folder import RunFolder
 
-from .datasets import VARIABLE, data_folder, texts
+from .datasets import novel_tokens
 
 QUESTION = "Tell in a few sentences what happens at the end of this text."
 AROUND = 64
@@ -113,20 +113,13 @@ def _read(path: Path) -> ContextCell:
 
 def questions(target: Target, data: str | None, length: int, count: int) -> list[Prompt]:
     """Questions about texts, each with it about `length` tokens, that end where those of any other length do."""
-    folder = data_folder(data)
-    if folder is None:
-        raise UserError(f"name a folder of real data: --data FOLDER, or ${VARIABLE}")
     tokenizer = target.tokenizer
-    stream = (
-        token
-        for text in texts(folder, "novels")
-        for token in tokenizer(text, add_special_tokens=False)["input_ids"]
-    )
+    stream = novel_tokens(data, tokenizer)
     found = []
     for at in range(count):
         window = list(islice(stream, WINDOW))
         if len(window) < WINDOW:
-            raise UserError(f"{folder}: its novels are too short for {count} times {WINDOW} tokens")
+            raise UserError(f"the novels are too short for {count} times {WINDOW} tokens")
         text = tokenizer.decode(window[-(length - AROUND) :])
         messages = [{"role": "user", "content": f"{text}\n\n{QUESTION}"}]
         found.append(Prompt(str(at), tuple(target.render(messages))))

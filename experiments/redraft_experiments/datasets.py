@@ -89,6 +89,15 @@ def texts(folder: Path, domain: str) -> list[str]:
     return [row["text"] for row in rows if row.get("text")]
 
 
+def novel_tokens(data: str | None, tokenizer: Any) -> Iterator[int]:
+    """The tokens of all novels, one after the other. Raises UserError where there is no folder of data."""
+    folder = data_folder(data)
+    if folder is None:
+        raise UserError(f"name a folder of real data: --data FOLDER, or ${VARIABLE}")
+    for text in texts(folder, "novels"):
+        yield from tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def real_harm_pairs(folder: Path, *, split: str) -> list[Pair]:
     """Requests with a better and a worse answer that belong to a split.
 

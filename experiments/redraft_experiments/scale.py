@@ -30,7 +30,7 @@ from redraft.core.records import Answer, versions
 from redraft.models.loading import read_tokenizer
 from redraft.pipeline.run_folder import RunFolder
 
-from .datasets import VARIABLE, data_folder, texts
+from .datasets import novel_tokens
 
 PROMPT, LOOKAHEAD = 8, 4
 """Tokens before the answer of a row, and after the answer of a held-out one."""
@@ -110,15 +110,7 @@ def bench_scale(
 
 def _write(target: Path, data: str | None, tokens: int, rows: int, files: Sequence[Path]) -> None:
     """Rows to train on, and short ones that are held out."""
-    folder = data_folder(data)
-    if folder is None:
-        raise UserError(f"name a folder of real data: --data FOLDER, or ${VARIABLE}")
-    tokenizer = read_tokenizer(str(target))
-    stream = (
-        token
-        for text in texts(folder, "novels")
-        for token in tokenizer(text, add_special_tokens=False)["input_ids"]
-    )
+    stream = novel_tokens(data, read_tokenizer(str(target)))
     for file, count, length, ahead in zip(
         files, (rows, HELDOUT), (tokens, HELDOUT_TOKENS), (0, LOOKAHEAD), strict=True
     ):
@@ -126,7 +118,7 @@ def _write(target: Path, data: str | None, tokens: int, rows: int, files: Sequen
         for at in range(count):
             row = list(islice(stream, length + ahead))
             if len(row) < length + ahead:
-                raise UserError(f"{folder}: its novels are too short for {rows} rows of {tokens}")
+                raise UserError(f"the novels are too short for {rows} rows of {tokens}")
             lines.append(
                 Answer(f"{at}", row[:PROMPT], row[PROMPT:], length - PROMPT, "length").to_line()
             )

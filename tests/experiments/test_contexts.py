@@ -85,7 +85,7 @@ def test_mistakes_are_named(
     monkeypatch.setattr(contexts, "WINDOW", 300)
     with pytest.raises(UserError, match="at most 245 for"):
         bench(target_folder, draft_folder, out, novels, 60, 246)
-    monkeypatch.setattr(contexts, "texts", lambda *_: ["only a few words"])
+    monkeypatch.setattr(datasets, "texts", lambda *_: ["only a few words"])
     with pytest.raises(UserError, match="too short for 3 times 300 tokens"):
         bench(target_folder, draft_folder, out, novels, 60)
     monkeypatch.delenv(datasets.VARIABLE, raising=False)

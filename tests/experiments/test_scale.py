@@ -55,7 +55,7 @@ def test_mistakes_are_named(
     with pytest.raises(UserError, match=r"--lengths 257: .* reads rows of at most 256 tokens"):
         ask(draft_folder, 257)
     with pytest.raises(UserError, match="novels are too short for 2 rows of 200"):
-        monkeypatch.setattr(scale, "texts", lambda *_: ["only a few words"])
+        monkeypatch.setattr(datasets, "texts", lambda *_: ["only a few words"])
         monkeypatch.setattr(scale, "SHORT", 200)
         monkeypatch.setattr(scale, "SHORT_ROWS", 1)
         ask(draft_folder, 200)
