@@ -37,6 +37,7 @@ from record_tables import (
     fleet_table,
     losses_table,
     mtp_table,
+    plan_table,
     quantised_table,
     scale_table,
     versions_table,
@@ -71,6 +72,7 @@ def generated() -> dict[Path, str]:
         "losses": losses_table(),
         "check-real": check_table(),
         "scale": scale_table(),
+        "plan": plan_table(),
     }
     guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
     pages = (

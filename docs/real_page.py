@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from real_curves import FIGURE, draw_curves, recovery_table
+from real_rival import NAMES, RIVAL, seconds_table, tokens_table
 from real_sizes import contexts_table, kinds_table, sizes_table
 
 from redraft_experiments import recovery
@@ -48,10 +49,21 @@ redraft bench real-serving --suite real --race race --python VLLM \\
 The second command runs every row; `--rows` names fewer. The third serves the drafts of one fine-tune, which `--member` names. The rows below are those that were run. Drafts of the LoRA fine-tunes and of the one
 tuned by preferences begin with the base's draft that comes with the package (`redraft bench real --drafts kept`), which takes minutes, not hours.
 """
-RECOVERY = """## Time to 0.9 recovery
+RECOVERY = """
+## Time to 0.9 recovery
 
 What it costs to come 0.9 of the way in held-out tau (32 prompts, T = 0.7) from the unadapted draft to the best of a draft that is trained from
 nothing on 3.5 times the answers: up to the first evaluation that shows it, of six. The seconds were taken next to other work.
+"""
+TOKENS = """## Against speculators: as many tokens
+
+tau with redraft's default (`body`) less that with speculators 0.9, trained on the same answers with as many passes and tokens a step, on the same prompts and of the seeds that both have.
+"""
+SECONDS = """
+## Against speculators: as many seconds
+
+The same answers, in the seconds that each needs: one thread each, another row's process on the other core. Reading the target's states from the disk, evaluations
+and validation are in, computing the states is not (both train on stored ones). Four passes are the race's.
 """
 CURVES = f"""
 Held-out tau by what training computes (one line a seed; the rows of a panel have the same held-out answers):
@@ -81,12 +93,6 @@ Neither loses by the context, as far as 16 prompts show; such questions are not 
 (`redraft bench contexts --target TARGET --draft DRAFT --name NAME --prompts 16 --out OUT --record docs/results/contexts-smollm2.jsonl`, once for each draft).
 """
 TITLES = {"vllm": "vLLM", "transformers": "Transformers"}
-NAMES = {
-    "greedy": "own, T = 0",
-    "sampled": "own, T = 0.7",
-    "chat": "chat, T = 0",
-    "chat-sampled": "chat, T = 0.7",
-}
 
 
 def real_page() -> str:
@@ -95,6 +101,7 @@ def real_page() -> str:
     parts = [HEAD, *(path.read_text(encoding="utf-8") for path in (READING,) if path.is_file())]
     groups = grouped(cells)
     parts += _default(groups)
+    parts += [TOKENS, *tokens_table(groups), SECONDS, *seconds_table(groups)]
     parts += [RECOVERY, recovery_table(groups), CURVES]
     parts += [KINDS, *kinds_table(), SIZES, *sizes_table(), CONTEXTS, *contexts_table(), ""]
     for member in dict.fromkeys(cell.member for cell in cells):
@@ -120,7 +127,6 @@ SHOWN = {
     "lora": "LoRA of rank 16",
 }
 """Rows of the table in README, which shows the fine-tunes that the rival was tried on."""
-RIVAL = "speculators"
 
 
 def race_table() -> str:

@@ -1,4 +1,4 @@
-"""Tables of single records, for the guides: MTP heads, fleets, banks, versions, quantised targets, certificates, checks, a watch, processes."""
+"""Tables of single records, for the guides: MTP heads, fleets, banks, versions, quantised targets, certificates, checks, a watch, processes, plans."""
 
 from __future__ import annotations
 
@@ -210,6 +210,30 @@ def scale_table() -> str:
             for name in ("tokens_per_second", "peak_mb", "predicted_peak_mb")
         )
         rows.append(f"| {count} of {tokens:,} tokens | {each} | {' | '.join(figures)} |")
+    return "\n".join(rows)
+
+
+def plan_table() -> str:
+    """From `redraft bench plan --record docs/results/plan.jsonl`."""
+    rows = [
+        "| target, draft, method | peak, MB | target, TFLOP | draft, TFLOP | training, s | answers, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    figures = {
+        "peak": (1, ",.0f"),
+        "target_flops": (1e12, ",.2f"),
+        "draft_flops": (1e12, ",.2f"),
+        "train_seconds": (1, ",.0f"),
+        "answer_seconds": (1, ",.0f"),
+    }
+    for line in (RESULTS / "plan.jsonl").read_text(encoding="utf-8").splitlines():
+        cell = json.loads(line)
+        found = (
+            f"{cell[f'{name}_planned'] / unit:{how}} / {cell[name] / unit:{how}}"
+            for name, (unit, how) in figures.items()
+        )
+        about = f"{cell['target']}, {cell['kind']}, {cell['method']}"
+        rows.append(f"| {about} | {' | '.join(found)} |")
     return "\n".join(rows)
 
 

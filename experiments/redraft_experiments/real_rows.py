@@ -69,6 +69,7 @@ ROWS: dict[str, RealRow] = {
         "scratch", "the same in sixteen passes", MORE, lr=WHOLE_RATE, epochs=16.0
     ),
     "speculators": RealRow("every tensor but the head, by speculators 0.9", rival="speculators"),
+    "speculators short": RealRow("the same in one pass", {"epochs": 1.0}, rival="speculators"),
     "random expert": _trained(
         "expert+fc",
         "the paper's start: a random expert, one step deep, noisy features",

@@ -20,6 +20,7 @@ from redraft.config import TrainConfig
 from redraft.core.errors import UserError
 from redraft.core.records import Answer
 from redraft.models.target import Target
+from redraft.training.stream import SHARE_KEPT
 from redraft.training.train import train
 
 DEVICE = Device("a device", 1e9, 1e12, 1e11)
@@ -72,6 +73,25 @@ def test_parameters_and_bytes_are_those_of_the_model(target_folder: Path) -> Non
     # hs[2], hs[4], hs[5] and the last, and an id, of each token
     size = 500 * (128 + 192) * (4 * target.hidden_size * 2 + 8)
     assert found.feature_bytes == size
+    assert found.kept_bytes == size - 500 * (128 + 192) * 8, "no ids"
+    assert any(line.startswith("kept ") for line in lines_of(found))
+
+
+def test_states_that_do_not_fit_into_memory_are_not_kept(
+    target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, sizes = target_of_shapes(str(target_folder), "bfloat16"), Sizes(draft_vocab=64)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    large = dataclasses.replace(DEVICE, measured=True)
+    config = TrainConfig(epochs=3)
+    kept, once = (plan(target, sizes, each, large) for each in (config, TrainConfig(epochs=1)))
+    assert (kept.kept_bytes > 0, once.kept_bytes) == (True, 0.0)
+    assert kept.train_bytes - once.train_bytes == pytest.approx(kept.kept_bytes)
+    small = dataclasses.replace(large, memory=kept.kept_bytes / SHARE_KEPT * 0.99)
+    read_again = plan(target, sizes, config, small)
+    assert read_again.kept_bytes == 0.0
+    assert not any(line.startswith("kept ") for line in lines_of(read_again))
+    assert kept.target_flops < read_again.target_flops == pytest.approx(3 * once.target_flops)
 
 
 def folder_of(config: Any, folder: Path) -> str:

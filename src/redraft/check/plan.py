@@ -6,7 +6,7 @@ token that takes part, and its attention.
 
     training          the target's layers once for each answer, and for each pass the target's head and 3 x the draft's rollout
                       and head, or less where less trains; divided by the rate of products. Several devices are of one
-                      machine, and the states of all answers fit into its memory (see `training/stream.py`)
+                      machine, whose memory keeps the states of all answers (see `training/stream.py`)
     answers           a step of 64 rows reads the weights that take part once: the longer of reading and computing
 
 Padding, prefill, and what the answers that are measured cost, are left out.
@@ -33,6 +33,8 @@ from ..models.loading import DTYPES, read_config
 from ..models.target import Target
 from ..training.flops import counted, products_of_trained
 from ..training.memory import columns, predict_growth
+from ..training.stream import SHARE_KEPT
+from ..training.teacher_batch import layers_read
 from .devices import Device
 
 ROWS = 64
@@ -59,8 +61,9 @@ class Plan:
     """Bytes, tokens, operations and seconds. `active` are the target's parameters that take part in a token.
 
     `train_bytes` are those of training next to the target, `stored_bytes` of training on stored features, where the target's
-    layers are not there; `feature_bytes` are those features on disk. Seconds are on `devices` of the kind `device`, which
-    train as so many processes on shares of each batch.
+    layers are not there; `feature_bytes` are those features on disk. `kept_bytes` are the target's states of all answers, kept in
+    the machine's memory for later passes: next to `train_bytes` with a GPU, among them without. Seconds are on `devices` of the
+    kind `device`, which train as so many processes on shares of each batch.
     """
 
     target: str
@@ -77,6 +80,7 @@ class Plan:
     train_bytes: float
     stored_bytes: float
     feature_bytes: float
+    kept_bytes: float
     target_flops: float
     draft_flops: float
     device: str
@@ -132,14 +136,21 @@ def plan(
     planned = Planned(draft, config, trained)
     per_process = -(-rows // devices) * length
     growth = 1e6 * predict_growth(target, [planned], per_process, length, sizes.prompt_tokens - 1)
+    on_cpu = device.measured and not torch.cuda.is_available()
+    libraries = LIBRARIES["cpu" if on_cpu else "cuda"]
     total = target.parameter_count
     active, weights = _active(target), _bytes(target.model)
     draft_bytes = 4.0 * sum(p.numel() for p in draft.parameters())
     around = _bytes(nn.ModuleList([target.model.get_input_embeddings(), target.head]))
-    libraries = LIBRARIES["cpu" if device.measured and not torch.cuda.is_available() else "cuda"]
     epochs = config.epochs or 0.0
     seen = round(sizes.prompts * length * epochs)
-    read = round(sizes.prompts * length * min(epochs, 1.0))
+    states = 0.0
+    if epochs > 1:
+        layers = len(layers_read(target, draft.aux_layers))
+        states = float(sizes.prompts * length * layers * target.hidden_size * target.dtype.itemsize)
+    if on_cpu and states > SHARE_KEPT * device.memory:
+        states = 0.0
+    read = sizes.prompts * length if states else seen
     kept = [layer for layer in draft.aux_layers if layer != target.num_layers]
     labels = (sizes.answer_tokens - 1) / length  # an answer's first token comes from the prefill
     steps = config.rollout if draft.feeds_back else 1
@@ -163,8 +174,9 @@ def plan(
         sizes=sizes,
         answer_tokens=answers,
         train_tokens=seen,
-        train_bytes=weights + draft_bytes + growth + libraries,
+        train_bytes=weights + draft_bytes + growth + libraries + (states if on_cpu else 0.0),
         stored_bytes=around + draft_bytes + growth + libraries,
+        kept_bytes=states,
         feature_bytes=float(
             sizes.prompts * length * token_bytes(kept, target.hidden_size, target.dtype)
         ),
@@ -195,6 +207,10 @@ def lines_of(found: Plan) -> list[str]:
         f"training    {found.train_tokens:,} tokens, {(found.target_flops + found.draft_flops) / 1e15:,.3f} PFLOP ({_share(found)} of them the target's): {_time(found.train_seconds)}",
         f"memory      {found.train_bytes / gb:,.1f} GB with the target, {found.stored_bytes / gb:,.1f} GB on stored features, which take {found.feature_bytes / gb:,.2f} GB of disk",
     ]
+    if found.kept_bytes:
+        lines.append(
+            f"kept        the target's states of all answers, {found.kept_bytes / gb:,.2f} GB of the machine's memory, so that it reads each once"
+        )
     of = f"{found.memory / gb:,.0f} GB of {'memory that is free' if found.measured else 'memory'}"
     if found.fits:
         lines.append(f"fits        on {where}, {of}")
