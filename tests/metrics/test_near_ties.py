@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -38,6 +39,10 @@ class Bench:
         found = compare(target, self.prompts, self.plain, other, rounding=rounding)
         print(found)
         return found
+
+    @functools.cached_property
+    def eight_at_a_time(self) -> list[list[int]]:
+        return self.speculated(8)
 
     def speculated(self, batch: int, noise: float = 0.3) -> list[list[int]]:
         draft = CheatingDraft(self.target, noise)
@@ -79,7 +84,7 @@ class Noisy:
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_correct_decoder_holds(bench: Bench, batch: int) -> None:
-    assert bench.compared(bench.speculated(batch)).holds
+    assert bench.compared(bench.speculated(1) if batch == 1 else bench.eight_at_a_time).holds
 
 
 @pytest.mark.parametrize("size", [0.1, 0.2])
@@ -95,7 +100,7 @@ def test_planted_noise_is_found(bench: Bench, size: float) -> None:
 def test_passes_that_round_more_than_the_target_that_judges_them(bench: Bench) -> None:
     """As those of an engine with quantised weights do, which redraft reads in float32."""
     exact = Target(copy.deepcopy(bench.target.model).float(), None, ["exact"])
-    other = bench.speculated(8)
+    other = bench.eight_at_a_time
     unaware = compare(exact, bench.prompts, bench.plain, other)
     assert unaware.different or other == bench.plain
     assert bench.compared(other, exact).holds

@@ -37,7 +37,7 @@ from redraft.training import stream as stream_module
 from redraft.training import teacher_batch as teacher_batch_module
 from redraft.training import train as train_module
 from redraft.training.adapter_run import AdapterRun
-from redraft.training.flops import counted
+from redraft.training.flops import count_flops, counted, products_of_trained, work_of
 from redraft.training.guard import SHARES, Guard, between, usable
 from redraft.training.optimizer import make_optimizers, peak_rate, schedule
 from redraft.training.precision import choose_precision
@@ -776,6 +776,47 @@ def test_operations_are_counted_and_grow_with_the_tokens(
     deeper = run(target, draft_folder, answers, replace(CONFIG, epochs=1, rollout=1))[0].record
     assert 1.5 < short.draft_flops / deeper.draft_flops < 3.5
     assert deeper.draft_flops > 3 * 2 * 261 * 32 * sum(a.length - 1 for a in answers)
+
+
+def test_operations_do_not_hang_on_the_batch_that_they_are_counted_on(
+    target: Target, draft_folder: Path
+) -> None:
+    """Long prompts with short answers, and the other way round: each tells what the other takes."""
+    steps, draft = CONFIG.rollout, load_draft(str(draft_folder), target, torch.float32)
+    prepare(draft, read_method("body"), Setup())
+
+    def rows(prompt: int, length: int) -> list[Answer]:
+        return [
+            Answer(str(i), (5 + i,) * prompt, (20 + i,) * length, length, "length")
+            for i in range(3)
+        ]
+
+    def read(some: list[Answer]) -> TeacherBatch:
+        return read_teacher_batch(target, collate(some, target.device), draft.aux_layers)
+
+    def taken(some: list[Answer]) -> float:
+        """By the counter, of the rollout and of the head at every label; the backward pass on top."""
+        batch = read(some)
+        first = batch.batch.first
+
+        def forward() -> None:
+            rollout = draft.rollout(batch.batch.tokens_BT, batch.features_BTF, first, steps)
+            for j, states_BSH in enumerate(rollout):
+                begin = int((batch.offset_N < 1 + j).sum())
+                at_N = batch.label_N[begin:] - 2 - j - first
+                draft.logits(states_BSH[batch.row_N[begin:], at_N])
+
+        with products_of_trained(draft) as products:
+            return 2 * counted(forward) + sum(products)
+
+    asked, answered = rows(24, 6), rows(6, 24)
+    for counted_on in (asked, answered):
+        flops = count_flops(read(counted_on), draft, CONFIG)
+        for some in (asked, answered):
+            found = flops.step.of(work_of(some, steps))
+            assert found == pytest.approx(taken(some), rel=0.08)
+    per_token = taken(asked) / 90, taken(answered) / 90
+    assert per_token[1] > 1.5 * per_token[0], "so a rate for a token would be far off"
 
 
 def test_the_targets_operations_follow_from_three_short_rows(

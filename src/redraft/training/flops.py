@@ -3,33 +3,68 @@
 Only forward passes run under PyTorch's counter, without gradients: training itself computes
 otherwise while it is counted. A backward pass is taken as what its products cost: as much as the
 forward pass for the gradient of inputs, and as much again for weights that train.
-
-Shapes: N labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import TrainConfig
+from ..core.records import Answer
 from ..drafts.base import Draft
 from ..losses.functions import LOSSES
 from .teacher_batch import TeacherBatch
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Operations per token of a batch (padding counts): of the draft's rollout, of a training step of
-    the draft, and of the target's head."""
+class Work:
+    """What answers ask of a draft: tokens, which a rollout's first step reads; the chains that its later steps go on with; and
+    labels, of all steps and of the first."""
 
-    rollout: float = 0.0
-    step: float = 0.0
+    tokens: int
+    chained: int
+    labels: int
+    first_labels: int
+
+
+def work_of(answers: Iterable[Answer], steps: int) -> Work:
+    """Of a rollout of so many steps over each of the answers; padding is left out."""
+    tokens = chained = first_labels = 0
+    for answer in answers:
+        tokens += len(answer.prompt) + answer.length
+        first_labels += answer.length - 1
+        chained += sum(max(answer.length - 1 - step, 0) for step in range(1, steps))
+    labels = first_labels + chained
+    return Work(tokens, chained, labels, first_labels)
+
+
+class Each(NamedTuple):
+    """Operations for a token, for a chain that goes on, and for a label."""
+
+    token: float = 0.0
+    chained: float = 0.0
+    label: float = 0.0
+
+    def of(self, work: Work) -> float:
+        return self.token * work.tokens + self.chained * work.chained + self.label * work.labels
+
+
+NOTHING = Each()
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of the draft's rollout and of a training step of it, and of the target's head for a label of the first step."""
+
+    rollout: Each = NOTHING
+    step: Each = NOTHING
     head: float = 0.0
 
 
@@ -42,30 +77,37 @@ def counted(work: Callable[[], object]) -> float:
 
 
 def count_flops(teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig) -> Flops:
-    """The operations of `draft` on a batch such as `teacher batch`'s."""
-    batch, tokens = teacher_batch.batch, teacher_batch.batch.tokens_BT.numel()
+    """The operations of `draft`, from those on a batch. Answers of other batches may have more labels for a token, so each
+    part is counted apart; attention grows with a row, and its mean is taken."""
+    batch = teacher_batch.batch
+    rows, length = batch.tokens_BT.shape
     steps = config.rollout if draft.feeds_back else 1
     last: list[Tensor] = []
 
-    def roll_out() -> None:
+    def roll_out(steps: int) -> None:
         rollout = draft.rollout(batch.tokens_BT, teacher_batch.features_BTF, batch.first, steps)
-        last.extend(states[:1, :1] for states in rollout)
+        last[:] = [states[:1, :1] for states in rollout]
 
-    def one_label() -> None:
-        draft.logits(last[0])
-
-    counts = [int((teacher_batch.offset_N >= 1 + j).sum()) for j in range(steps)]
-    reads = LOSSES[config.loss].row.reads
-    total = trained = 0.0
-    for work, times in ((roll_out, 1), (one_label, sum(counts))):
+    def cost(work: Callable[[], object]) -> tuple[float, float]:
+        """All operations, and those in layers whose weights train."""
         with products_of_trained(draft) as products:
-            total += times * counted(work)
-        trained += times * sum(products)
+            return counted(work), sum(products)
+
+    first = cost(lambda: roll_out(1))
+    whole = cost(lambda: roll_out(steps)) if steps > 1 else first
+    label = cost(lambda: draft.logits(last[0]))
+    starts = length - 2 - batch.first
+    chained = rows * sum(max(starts - step, 0) for step in range(1, steps))
+    rollout, trained = (
+        Each(first[i] / (rows * length), (whole[i] - first[i]) / max(chained, 1), label[i])
+        for i in (0, 1)
+    )
     alone = replace(teacher_batch, hold=False)
-    head = counted(lambda: alone.teacher(draft, reads, slice(0, 1))) * counts[0]
-    trains = any(parameter.requires_grad for parameter in draft.parameters())
-    step = 2 * total + trained if trains else 0.0
-    return Flops(total / tokens, step / tokens, head / tokens)
+    head = counted(lambda: alone.teacher(draft, LOSSES[config.loss].row.reads, slice(0, 1)))
+    if not any(parameter.requires_grad for parameter in draft.parameters()):
+        return Flops(rollout, NOTHING, head)
+    step = Each(*(2 * all_of_it + part for all_of_it, part in zip(rollout, trained, strict=True)))
+    return Flops(rollout, step, head)
 
 
 @contextmanager

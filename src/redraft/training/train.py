@@ -45,7 +45,7 @@ from ..models.target import Target
 from .adapter_run import AdapterRun, DivergedError
 from .checkpoint import load_checkpoint, save_checkpoint
 from .closed_form import fit_closed_form
-from .flops import count_flops
+from .flops import count_flops, work_of
 from .guard import Guard, go_back, usable
 from .log import TrainingLog
 from .memory import Returned, check_memory, peak_memory, predict_peak, restart_peak
@@ -352,7 +352,9 @@ def _finished(
     """
     state, draft, flops = run.state, run.draft, run.flops
     put(draft, state.best)
-    read = stream.length(0, state.step)
+    steps = run.config.rollout if draft.feeds_back else 1
+    done = [stream.answers[i] for indices in stream.plan[: state.step] for i in indices]
+    work, once = work_of(done, steps), work_of(stream.answers, steps)
     if run.hook is not None:
         run.hook.remove()
     record = TrainRecord(
@@ -369,7 +371,7 @@ def _finished(
         way=tuple(state.way),
         best_step=state.best_step,
         seconds=state.seconds + state.evaluation_seconds + run.fitted.seconds,
-        tokens_per_second=read / max(state.seconds, 1e-9),
+        tokens_per_second=work.tokens / max(state.seconds, 1e-9),
         precision=precision,
         predicted_peak_mb=predicted,
         peak_mb=peak_memory(stream.target.device),
@@ -377,8 +379,9 @@ def _finished(
         trained_together=trained_together,
         miss_rate=(run.remapped.missed_before, run.remapped.missed_after) if run.remapped else None,
         target_flops=stream.flops_per_token * (stream.read(state.step) + run.fitted.target_tokens)
-        + flops.head * read,
-        draft_flops=flops.step * read + flops.rollout * run.fitted.draft_tokens,
+        + flops.head * work.first_labels,
+        draft_flops=flops.step.of(work)
+        + flops.rollout.of(once) / once.tokens * run.fitted.draft_tokens,
     )
     return Trained(state.best, record, run.start)
 
