@@ -62,7 +62,7 @@ tau with redraft's default (`body`) less that with speculators 0.9, trained on t
 SECONDS = """
 ## Against speculators: as many seconds
 
-The same answers, in the seconds that each needs: one thread each, another row's process on the other core. Reading the target's states from the disk, evaluations
+The same answers, in the seconds that each needs: one thread each, another fine-tune's rows on the other core (seed 2, the only one that has all four rows). Reading the target's states from the disk, evaluations
 and validation are in, computing the states is not (both train on stored ones). Four passes are the race's.
 """
 CURVES = f"""
