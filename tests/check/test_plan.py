@@ -82,15 +82,25 @@ def test_states_that_do_not_fit_into_memory_are_not_kept(
 ) -> None:
     target, sizes = target_of_shapes(str(target_folder), "bfloat16"), Sizes(draft_vocab=64)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    large = dataclasses.replace(DEVICE, measured=True)
+    large = dataclasses.replace(DEVICE, measured=True, memory=4e9)
     config = TrainConfig(epochs=3)
     kept, once = (plan(target, sizes, each, large) for each in (config, TrainConfig(epochs=1)))
     assert (kept.kept_bytes > 0, once.kept_bytes) == (True, 0.0)
     assert kept.train_bytes - once.train_bytes == pytest.approx(kept.kept_bytes)
-    small = dataclasses.replace(large, memory=kept.kept_bytes / SHARE_KEPT * 0.99)
+    small = dataclasses.replace(
+        large, memory=kept.kept_bytes / SHARE_KEPT * 0.99 + kept.target_bytes
+    )
     read_again = plan(target, sizes, config, small)
     assert read_again.kept_bytes == 0.0
     assert not any(line.startswith("kept ") for line in lines_of(read_again))
+    tight = dataclasses.replace(large, memory=kept.train_bytes - 1)
+    assert (
+        plan(target, sizes, config, tight).kept_bytes,
+        plan(target, sizes, config, tight).fits,
+    ) == (
+        0.0,
+        True,
+    )
     assert kept.target_flops < read_again.target_flops == pytest.approx(3 * once.target_flops)
 
 

@@ -34,8 +34,11 @@ def test_a_finished_run_is_held_against_its_plan(
     assert (cell["kind"], cell["method"]) == ("eagle3", "body")
     for name in ("target_flops", "draft_flops"):
         assert cell[name] == train[name]
-        # rows are padded and a CPU's attention is not counted, which weighs in a target of 32
-        assert cell[f"{name}_planned"] == pytest.approx(train[name], rel=0.5)
-    assert 0 < cell["peak_planned"] < cell["peak"] == train["peak_mb"]
+        # rows are padded, and attention of the target is not counted on a CPU
+        assert cell[f"{name}_planned"] == pytest.approx(
+            train[name], rel=0.5 if name == "target_flops" else 0.25
+        )
+    assert cell["peak"] == train["peak_mb"]
+    assert cell["peak_planned"] > 0
     assert cell["answer_seconds_planned"] > 0
     assert "measured" in done.output

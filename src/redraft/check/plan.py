@@ -148,8 +148,11 @@ def plan(
     if epochs > 1:
         layers = len(layers_read(target, draft.aux_layers))
         states = float(sizes.prompts * length * layers * target.hidden_size * target.dtype.itemsize)
-    if on_cpu and states > SHARE_KEPT * device.memory:
-        states = 0.0
+    taken = weights + draft_bytes + growth + libraries
+    if on_cpu and not (
+        states <= SHARE_KEPT * (device.memory - weights) and taken + states <= device.memory
+    ):
+        states = 0.0  # as training drops them
     read = sizes.prompts * length if states else seen
     kept = [layer for layer in draft.aux_layers if layer != target.num_layers]
     labels = (sizes.answer_tokens - 1) / length  # an answer's first token comes from the prefill
@@ -174,7 +177,7 @@ def plan(
         sizes=sizes,
         answer_tokens=answers,
         train_tokens=seen,
-        train_bytes=weights + draft_bytes + growth + libraries + (states if on_cpu else 0.0),
+        train_bytes=taken + (states if on_cpu else 0.0),
         stored_bytes=around + draft_bytes + growth + libraries,
         kept_bytes=states,
         feature_bytes=float(

@@ -7,7 +7,7 @@ forward pass for the gradient of inputs, and as much again for weights that trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from .teacher_batch import TeacherBatch
 
 @dataclass(frozen=True)
 class Work:
-    """What answers ask of a draft: tokens, which a rollout's first step reads; the chains that its later steps go on with; and
-    labels, of all steps and of the first."""
+    """What batches ask of a draft: tokens, which a rollout's first step reads; the chains that its later steps go on with; and
+    labels, of all steps and of the first. Padding counts, but has no labels."""
 
     tokens: int
     chained: int
@@ -34,15 +34,23 @@ class Work:
     first_labels: int
 
 
-def work_of(answers: Iterable[Answer], steps: int) -> Work:
-    """Of a rollout of so many steps over each of the answers; padding is left out."""
-    tokens = chained = first_labels = 0
-    for answer in answers:
-        tokens += len(answer.prompt) + answer.length
-        first_labels += answer.length - 1
-        chained += sum(max(answer.length - 1 - step, 0) for step in range(1, steps))
-    labels = first_labels + chained
+def work_of(batches: Iterable[Sequence[Answer]], steps: int) -> Work:
+    """Of a rollout of so many steps over each of the batches."""
+    tokens = chained = labels = first_labels = 0
+    for batch in batches:
+        longest = max(len(answer.prompt) + answer.length for answer in batch)
+        first = max(min(len(answer.prompt) for answer in batch) - 1, 0)
+        tokens += len(batch) * longest
+        chained += chains(len(batch), longest, first, steps)
+        lengths = [answer.length for answer in batch]
+        labels += sum(max(n - 1 - step, 0) for n in lengths for step in range(steps))
+        first_labels += sum(lengths) - len(batch)
     return Work(tokens, chained, labels, first_labels)
+
+
+def chains(rows: int, length: int, first: int, steps: int) -> int:
+    """Those that go on after the first step: of all rows from the start `first` on, which the shortest prompt needs."""
+    return rows * sum(max(length - 2 - first - step, 0) for step in range(1, steps))
 
 
 class Each(NamedTuple):
@@ -96,8 +104,7 @@ def count_flops(teacher_batch: TeacherBatch, draft: Draft, config: TrainConfig) 
     first = cost(lambda: roll_out(1))
     whole = cost(lambda: roll_out(steps)) if steps > 1 else first
     label = cost(lambda: draft.logits(last[0]))
-    starts = length - 2 - batch.first
-    chained = rows * sum(max(starts - step, 0) for step in range(1, steps))
+    chained = chains(rows, length, batch.first, steps)
     rollout, trained = (
         Each(first[i] / (rows * length), (whole[i] - first[i]) / max(chained, 1), label[i])
         for i in (0, 1)

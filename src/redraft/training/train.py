@@ -164,8 +164,9 @@ def _train(
         return predicted
 
     predict()  # a first time before the target reads anything: of long rows that takes minutes
+    widest = max(stream.first_teacher_batches, key=lambda each: len(each.label_N))
     for run in runs:
-        run.flops = count_flops(stream.first_teacher_batches[0], run.draft, run.config)
+        run.flops = count_flops(widest, run.draft, run.config)
     precision = _precision(stream, runs)
     del stream.first_teacher_batches
     predicted = stream.with_kept(predict())
@@ -353,8 +354,9 @@ def _finished(
     state, draft, flops = run.state, run.draft, run.flops
     put(draft, state.best)
     steps = run.config.rollout if draft.feeds_back else 1
-    done = [stream.answers[i] for indices in stream.plan[: state.step] for i in indices]
-    work, once = work_of(done, steps), work_of(stream.answers, steps)
+    batches = [[stream.answers[i] for i in indices] for indices in stream.plan]
+    work, whole = work_of(batches[: state.step], steps), work_of(batches, steps)
+    read = stream.length(0, state.step)
     if run.hook is not None:
         run.hook.remove()
     record = TrainRecord(
@@ -371,7 +373,7 @@ def _finished(
         way=tuple(state.way),
         best_step=state.best_step,
         seconds=state.seconds + state.evaluation_seconds + run.fitted.seconds,
-        tokens_per_second=work.tokens / max(state.seconds, 1e-9),
+        tokens_per_second=read / max(state.seconds, 1e-9),
         precision=precision,
         predicted_peak_mb=predicted,
         peak_mb=peak_memory(stream.target.device),
@@ -381,7 +383,7 @@ def _finished(
         target_flops=stream.flops_per_token * (stream.read(state.step) + run.fitted.target_tokens)
         + flops.head * work.first_labels,
         draft_flops=flops.step.of(work)
-        + flops.rollout.of(once) / once.tokens * run.fitted.draft_tokens,
+        + flops.rollout.of(whole) / whole.tokens * run.fitted.draft_tokens,
     )
     return Trained(state.best, record, run.start)
 
