@@ -821,6 +821,23 @@ def test_operations_do_not_hang_on_the_batch_that_they_are_counted_on(
     assert per_token[1] > 1.5 * per_token[0], "so a rate for a token would be far off"
 
 
+def test_operations_are_alike_whatever_batch_comes_first(
+    target: Target, draft_folder: Path
+) -> None:
+    """A batch of answers of two tokens has no chain that goes on, and tells nothing of one."""
+    some = [Answer(str(i), (5,) * 20, (20 + i,) * n, n, "length") for i, n in enumerate((2, 2, 30))]
+    plans = [[[0, 1], [2]], [[2], [0, 1]]]
+    found = []
+    for plan in plans:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_module, "plan_epochs", lambda *_, plan=plan: plan)
+            heldout = [replace(a, tokens=a.tokens + (7,) * 3) for a in some[2:]]
+            draft = load_draft(str(draft_folder), target, torch.float32)
+            config = replace(CONFIG, method="body", epochs=1)
+            found.append(train(target, draft, some, heldout, config, k=3).record.draft_flops)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 def test_the_targets_operations_follow_from_three_short_rows(
     target: Target, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

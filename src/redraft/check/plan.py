@@ -144,14 +144,10 @@ def plan(
     around = _bytes(nn.ModuleList([target.model.get_input_embeddings(), target.head]))
     epochs = config.epochs or 0.0
     seen = round(sizes.prompts * length * epochs)
-    states = 0.0
-    if epochs > 1:
-        layers = len(layers_read(target, draft.aux_layers))
-        states = float(sizes.prompts * length * layers * target.hidden_size * target.dtype.itemsize)
     taken = weights + draft_bytes + growth + libraries
-    if on_cpu and not (
-        states <= SHARE_KEPT * (device.memory - weights) and taken + states <= device.memory
-    ):
+    states = _states(target, draft, sizes) if epochs > 1 else 0.0
+    most = min(SHARE_KEPT * (device.memory - weights), device.memory - taken)
+    if on_cpu and states > most:
         states = 0.0  # as training drops them
     read = sizes.prompts * length if states else seen
     kept = [layer for layer in draft.aux_layers if layer != target.num_layers]
@@ -192,6 +188,13 @@ def plan(
         answer_seconds=answers / ROWS * step / devices,
         train_seconds=sum(flops) / device.flops / devices,
     )
+
+
+def _states(target: Target, draft: Draft, sizes: Sizes) -> float:
+    """Bytes of the target's states of all answers, as training keeps them."""
+    tokens = sizes.prompts * (sizes.prompt_tokens + sizes.answer_tokens)
+    layers = len(layers_read(target, draft.aux_layers))
+    return float(tokens * layers * target.hidden_size * target.dtype.itemsize)
 
 
 def lines_of(found: Plan) -> list[str]:
