@@ -63,7 +63,8 @@ SECONDS = """
 ## Against speculators: as many seconds
 
 The same answers, in the seconds that each needs: one thread each, another fine-tune's rows on the other core (seed 2, the only one that has all four rows). Reading the target's states from the disk, evaluations
-and validation are in, computing the states is not (both train on stored ones). speculators' seconds are those of its whole command, with loading and saving (its steps alone are 474 of 508 s on code); redraft's are of its steps and evaluations. Four passes are the race's.
+and validation are in, computing the states is not (both train on stored ones). speculators' seconds are those of its whole command, with loading and saving (its steps alone are 474 of 508 s on code); redraft's are of its steps and evaluations. Four passes are the race's
+(`redraft bench real-methods --suite real --out race --members code-lora --rows "body,speculators short,speculators,body longer" --seeds 2`).
 """
 CURVES = f"""
 Held-out tau by what training computes (one line a seed; the rows of a panel have the same held-out answers):

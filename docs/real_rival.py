@@ -54,7 +54,7 @@ def seconds_table(groups: Groups) -> Iterator[str]:
                 found = [_change(change(some, zero, name, WHOLE)) for name in MEASURED]
                 seconds = sum(cell.train["seconds"] for cell in some) / len(some)
                 yield f"| {member} | {row} | {TIMED[row]} | {seconds:.0f} | {' | '.join(found)} | {len(some)} |"
-        ours, theirs = _of_the_same_seeds(groups, member, TIMED)[:1:-1]
+        ours, theirs = _of_the_same_seeds(groups, member, (*TIMED, "body longer", RIVAL))[-2:]
         if ours:
             found = [
                 _change(recovery.difference(counts_of(ours, name), counts_of(theirs, name)))
